@@ -1,0 +1,49 @@
+"""The activation of one value, for compiled kernels; they add bias and residual themselves."""
+
+import math
+from typing import Any
+
+from numba import types
+from numba.extending import overload
+
+from convdispatch.epilogue import ACTIVATIONS
+
+RELU, RELU6, SILU, GELU, SIGMOID, TANH, HARDSWISH, LEAKY_RELU = range(1, len(ACTIVATIONS) + 1)
+
+
+def activate(v: Any, code: int, slope: float) -> Any:
+    """Apply the activation with this ``Epilogue.code`` inside a compiled kernel; NaN stays NaN."""
+    raise NotImplementedError
+
+
+def _activate_float(v: Any, code: int, slope: float) -> Any:  # noqa: PLR0911  # one line an activation
+    if code == 0:
+        return v
+    if code == RELU:
+        return 0.0 if v < 0 else v
+    if code == RELU6:
+        return 0.0 if v < 0 else (6.0 if v > 6 else v)
+    if code == SILU:
+        return v / (1 + math.exp(-v))
+    if code == GELU:
+        return v * (math.erf(v * math.sqrt(0.5)) + 1) * 0.5
+    if code == SIGMOID:
+        return 1 / (1 + math.exp(-v))
+    if code == TANH:
+        return math.tanh(v)
+    if code == HARDSWISH:
+        return v * min(max(v + 3, 0), 6) / 6
+    return v * slope if v < 0 else v
+
+
+def _activate_integer(v: Any, code: int, slope: float) -> Any:  # noqa: ARG001  # one signature for both
+    if code != 0 and v < 0:
+        return v * 0
+    if code == RELU6 and v > 6:
+        return v * 0 + 6
+    return v
+
+
+@overload(activate)
+def _overload_activate(v: Any, code: int, slope: float) -> Any:  # noqa: ARG001  # Numba matches by name
+    return _activate_integer if isinstance(v, types.Integer) else _activate_float

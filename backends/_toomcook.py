@@ -1,0 +1,121 @@
+"""Exact transform matrices of the minimal algorithm F(m, r): m outputs of an r-tap filter with m + r - 1 products.
+
+Toom-Cook multiplication evaluates two polynomials at m + r - 1 points, multiplies there, and interpolates; its
+transpose correlates, which is what Winograd's minimal filtering is. With n = m + r - 1, n - 1 finite points
+``p[i]`` and the point at infinity, ``y = A^T [(G g) * (B^T d)]``, where
+
+- row i of B^T holds the coefficients of ``prod over j != i of (x - p[j])`` (infinity: of the whole product),
+- row i of G holds the powers of ``p[i]`` over ``prod over j != i of (p[i] - p[j])`` (infinity: 0, ..., 0, 1),
+- column i of A^T holds the powers of ``p[i]`` (infinity: 0, ..., 0, 1).
+
+Sources: A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural Networks", 2015 (arXiv:1509.09308);
+K. Vincent, K. Stephano, M. Frumkin, B. Ginsburg and J. Demouth, "On Improving the Numerical Stability of Winograd
+Convolutions", ICLR 2017 workshop; B. Barabasz, A. Anderson, K. M. Soodhalter and D. Gregg, "Error Analysis and
+Improving the Accuracy of Winograd Convolution for Deep Neural Networks", ACM TOMS 46(4), 2020 (arXiv:1803.10986).
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+Matrix = tuple[tuple[Fraction, ...], ...]
+
+#: Finite points in the order in which they are taken: small ones next to negative reciprocals, since they keep the
+#: matrices small (Barabasz et al.): F(4, 3) with 1/2 and -2 has an ``amplification`` of 87, with 2 and -2 one of 299.
+#: All are powers of two, so that A and B hold short binary numbers and are exact in every dtype.
+POINTS = tuple(Fraction(p) for p in ("0", "1", "-1", "1/2", "-2", "-1/2", "2", "1/4", "-4", "-1/4", "4"))
+
+
+@dataclass(frozen=True)
+class Transforms:
+    """The matrices of F(m, r), exact.
+
+    All denominators stand in G, which meets only the filters, in float64 and before any call: scaling a row of G
+    down and one of B^T up by the same factor (Vincent et al.) changes no product, and B^T keeps short numbers.
+
+    Attributes:
+        at: A^T, ``m x n``: from products to outputs.
+        g: G, ``n x r``: from filter to products.
+        bt: B^T, ``n x n``: from input to products.
+    """
+
+    at: Matrix
+    g: Matrix
+    bt: Matrix
+
+    def arrays(self, dtype: str) -> tuple[NDArray[np.floating], NDArray[np.floating], NDArray[np.floating]]:
+        """Return A^T, G and B^T in a floating dtype, each value rounded once."""
+        at, g, bt = (np.array(matrix, np.float64).astype(dtype) for matrix in (self.at, self.g, self.bt))
+        return at, g, bt
+
+
+def _times(polynomial: Sequence[Fraction], root: Fraction) -> tuple[Fraction, ...]:
+    """Multiply a polynomial, constant term first, by ``x - root``."""
+    zero = Fraction(0)
+    shifted, scaled = (zero, *polynomial), (*(root * a for a in polynomial), zero)
+    return tuple(a - b for a, b in zip(shifted, scaled, strict=True))
+
+
+def _powers(point: Fraction | None, count: int) -> tuple[Fraction, ...]:
+    """Return ``point**0 ... point**(count - 1)``; of infinity (None) the limit, 0 ... 0, 1."""
+    if point is None:
+        return (*(Fraction(0),) * (count - 1), Fraction(1))
+    return tuple(point**power for power in range(count))
+
+
+@functools.cache
+def transforms(m: int, r: int, points: tuple[Fraction, ...] | None = None) -> Transforms:
+    """Return the matrices of F(m, r).
+
+    Args:
+        m: outputs, at least 1.
+        r: taps, at least 1.
+        points: ``m + r - 2`` different finite points; the first of ``POINTS`` if not given.
+
+    Raises:
+        ValueError: if there are not that many different points.
+    """
+    finite = POINTS[: m + r - 2] if points is None else points
+    if min(m, r) < 1 or not len(set(finite)) == len(finite) == m + r - 2:
+        raise ValueError(f"F({m}, {r}) needs {m + r - 2} different finite points; got {len(set(finite))}")
+    bt, g = [], []
+    for point in (*finite, None):
+        row: tuple[Fraction, ...] = (Fraction(1),)
+        divisor = Fraction(1)
+        for other in finite:
+            if other != point:
+                row = _times(row, other)
+                divisor *= 1 if point is None else point - other
+        bt.append(row + (Fraction(0),) * (m + r - 1 - len(row)))
+        g.append(tuple(power / divisor for power in _powers(point, r)))
+    columns = [_powers(point, m) for point in (*finite, None)]
+    return Transforms(at=tuple(zip(*columns, strict=True)), g=tuple(g), bt=tuple(bt))
+
+
+@functools.cache
+def amplification(m: int, r: int) -> float:
+    """Return how much the two-dimensional F(m x m, r x r) can enlarge relative rounding errors, normwise.
+
+    Rounding anywhere on the way changes output i by at most a count of roundings times the sum over the products p
+    of ``|A^T|[i,p] (|G||g|)[p] (|B^T||d|)[p]``, a bilinear form in ``|g|`` and ``|d|``; the 2-norm of its matrix
+    is the factor before ``||g|| ||d||`` (Barabasz et al., theorem 1, without splitting that norm into three). Two
+    dimensions are the Kronecker product of one with itself, so its norm is the square.
+    """
+    at, g, bt = (np.abs(matrix) for matrix in transforms(m, r).arrays("float64"))
+    forms = np.einsum("ip,ps,pt->ist", at, g, bt)
+    return float(np.linalg.norm(forms, ord=2, axis=(1, 2)).max()) ** 2
+
+
+def roundings(m: int, r: int) -> int:
+    """Return how many roundings one value meets in the three two-dimensional transforms, products' sums aside.
+
+    A sum of t products rounds each term t times at most; each transform is two such sums in a row. One rounding
+    more is G's own, a side, and one the storing of the transformed filter.
+    """
+    matrices = transforms(m, r)
+    longest = [max(sum(x != 0 for x in row) for row in rows) for rows in (matrices.at, matrices.g, matrices.bt)]
+    return 2 * sum(longest) + 3

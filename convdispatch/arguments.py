@@ -1,0 +1,219 @@
+"""From what a caller writes (TensorFlow's forms of strides, padding, dilations) to a ``Problem``."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from convdispatch.epilogue import Epilogue, parse_activation
+from convdispatch.errors import ArgumentError, ArgumentTypeError
+from convdispatch.problem import DATA_FORMATS, DTYPES, PADDINGS, Pads, Problem, padding_of
+
+Array = NDArray[Any]
+FILTER_FORMATS = ("HWIO", "OIHW")
+
+
+def as_array(name: str, value: Any) -> Array:
+    """Return ``value`` as an array of one of the dtypes that can be convolved.
+
+    Raises:
+        ArgumentTypeError: naming the argument, if it is no array or has another dtype.
+    """
+    if isinstance(value, np.ma.MaskedArray):
+        raise ArgumentTypeError(f"{name} must not be a masked array, since masks have no meaning here; fill it first")
+    try:
+        array: Array = np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise ArgumentTypeError(f"{name} must be an array; got {type(value).__name__}: {error}") from None
+    if array.dtype.name not in DTYPES:
+        got = f"{type(value).__name__} of dtype {array.dtype}"
+        raise ArgumentTypeError(f"{name} must be an array of {', '.join(DTYPES)}; got {got}")
+    return array
+
+
+def dtype_name(value: Any) -> str:
+    """Return the name of a dtype given as a name, a type or a ``numpy.dtype``.
+
+    Raises:
+        ArgumentTypeError: if it is none that can be convolved.
+    """
+    name = value
+    if not isinstance(value, str) or value not in DTYPES:
+        try:
+            name = np.dtype(value).name
+        except TypeError:
+            name = repr(value)
+    if name not in DTYPES:
+        raise ArgumentTypeError(f"dtype must be one of {', '.join(DTYPES)}; got {value!r}")
+    return str(name)
+
+
+def make_problem(
+    input_shape: Any,
+    filter_shape: Any,
+    dtype: str,
+    strides: Any = 1,
+    padding: Any = "SAME",
+    data_format: Any = "NHWC",
+    dilations: Any = 1,
+    groups: Any = None,
+    filter_format: Any = "HWIO",
+    activation: Any = None,
+    *,
+    bias: bool = False,
+    residual: bool = False,
+) -> Problem:
+    """Check the arguments of ``conv2d`` and return the problem they pose.
+
+    Args:
+        input_shape: four sizes in ``data_format`` order.
+        filter_shape: four sizes in ``filter_format`` order.
+        dtype: name of the common dtype.
+        strides, padding, data_format, dilations, groups, filter_format, activation: as in ``conv2d``.
+        bias, residual: whether there is one.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: naming the argument, what was given and what would be right.
+    """
+    _one_of("data_format", data_format, DATA_FORMATS)
+    _one_of("filter_format", filter_format, FILTER_FORMATS)
+    n, h, w, c = _shape("input", input_shape)
+    if data_format == "NCHW":
+        h, w, c = w, c, h
+    kh, kw, group_c, k = _shape("filters", filter_shape)
+    if filter_format == "OIHW":
+        kh, kw, group_c, k = group_c, k, kw, kh
+    if kh < 1 or kw < 1:
+        raise ArgumentError(f"filters must be at least 1x1; got {kh}x{kw} in shape {tuple(filter_shape)}")
+    step = pair("strides", strides, data_format)
+    spread = pair("dilations", 1 if dilations is None else dilations, data_format)
+    name, slope = parse_activation(activation)
+    return Problem(
+        n=n, h=h, w=w, c=c, k=k, kh=kh, kw=kw,
+        pads=_pads(padding, data_format, (h, w), (kh, kw), step, spread),
+        strides=step,
+        dilations=spread,
+        groups=_groups(groups, c, group_c, k),
+        dtype=dtype,
+        data_format=data_format,
+        epilogue=Epilogue(bias, residual, name, slope),
+    )  # fmt: skip
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if not isinstance(value, str):
+        raise ArgumentTypeError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+    if value not in allowed:
+        raise ArgumentError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+
+
+def _shape(name: str, shape: Any) -> tuple[int, ...]:
+    try:
+        sizes = tuple(operator.index(size) for size in shape)
+    except TypeError:
+        raise ArgumentTypeError(f"{name} must have a shape of four whole numbers; got {shape!r}") from None
+    if len(sizes) != 4:
+        raise ArgumentError(f"{name} must have 4 dimensions; got {len(sizes)}, shape {sizes}")
+    if min(sizes) < 0:
+        raise ArgumentError(f"{name} must have a shape of four whole numbers; got {sizes}")
+    return sizes
+
+
+def _whole(name: str, value: Any, what: str) -> int:
+    if isinstance(value, bool | np.bool_):
+        raise ArgumentTypeError(f"{name} must be {what}; got {value!r}")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ArgumentTypeError(f"{name} must be {what}; got {value!r}") from None
+
+
+def pair(name: str, value: Any, data_format: str = "NHWC") -> tuple[int, int]:
+    """Return (rows, columns) from an int, a pair, or TensorFlow's list of four in data-format order."""
+    what = f"an int, (h, w), or four ints in {data_format} order with 1 for N and C"
+    if isinstance(value, str | bytes):
+        raise ArgumentTypeError(f"{name} must be {what}; got {value!r}")
+    if isinstance(value, Sequence | np.ndarray):
+        numbers = [_whole(name, item, what) for item in value]
+    else:
+        numbers = [_whole(name, value, what)]
+    if len(numbers) == 4:
+        rest = [numbers[axis] for axis in ((0, 3) if data_format == "NHWC" else (0, 1))]
+        if rest != [1, 1]:
+            raise ArgumentError(f"{name} must be 1 along N and C ({data_format}); got {value!r}")
+        numbers = numbers[1:3] if data_format == "NHWC" else numbers[2:]
+    if len(numbers) not in {1, 2}:
+        raise ArgumentError(f"{name} must be {what}; got {value!r}")
+    if min(numbers) < 1:
+        raise ArgumentError(f"{name} must be at least 1; got {value!r}")
+    return numbers[0], numbers[-1]
+
+
+def _groups(groups: Any, c: int, group_c: int, k: int) -> int:
+    if groups is None:
+        if c and (not group_c or c % group_c):
+            raise ArgumentError(
+                f"filters must take a divisor of the input's {c} channels; they take {group_c} channels each"
+            )
+        groups = c // group_c if c else 1
+        if not c and group_c:
+            raise ArgumentError(f"filters take {group_c} channels each, but the input has none")
+    else:
+        groups = _whole("groups", groups, "a whole number of at least 1, or None")
+        if groups < 1:
+            raise ArgumentError(f"groups must be at least 1, or None; got {groups}")
+    if groups * group_c != c:
+        raise ArgumentError(
+            f"filters must take C / groups = {c} / {groups} channels each; they take {group_c}"
+            f" (the input has {c} channels, groups is {groups})"
+        )
+    if k % groups:
+        raise ArgumentError(f"filters must number a multiple of groups; got {k} filters, groups={groups}")
+    return int(groups)
+
+
+def _pads(
+    padding: Any,
+    data_format: str,
+    image: tuple[int, int],
+    kernel: tuple[int, int],
+    strides: tuple[int, int],
+    dilations: tuple[int, int],
+) -> Pads:
+    what = (
+        f"{', '.join(map(repr, PADDINGS))}, an int, (ph, pw), ((top, bottom), (left, right)), "
+        f"or four pairs in {data_format} order with (0, 0) for N and C"
+    )
+    if isinstance(padding, str):
+        if padding not in PADDINGS:
+            raise ArgumentError(f"padding must be {what}; got {padding!r}")
+        return padding_of(padding, image, kernel, strides, dilations)
+    pads = _explicit_pads(padding, data_format, what)
+    if min(pads) < 0:
+        raise ArgumentError(f"padding must not be negative; got {padding!r}")
+    return pads
+
+
+def _explicit_pads(padding: Any, data_format: str, what: str) -> Pads:
+    if not isinstance(padding, Sequence | np.ndarray) or isinstance(padding, bytes):
+        size = _whole("padding", padding, what)
+        return size, size, size, size
+    items = list(padding)
+    if len(items) == 2 and not any(isinstance(item, Sequence | np.ndarray) for item in items):
+        rows, columns = (_whole("padding", item, what) for item in items)
+        return rows, rows, columns, columns
+    if len(items) not in {2, 4}:
+        raise ArgumentError(f"padding must be {what}; got {padding!r}")
+    pairs = []
+    for item in items:
+        if not isinstance(item, Sequence | np.ndarray) or isinstance(item, str | bytes) or len(item) != 2:
+            raise ArgumentError(f"padding must be {what}; got {padding!r}")
+        pairs.append((_whole("padding", item[0], what), _whole("padding", item[1], what)))
+    if len(pairs) == 4:
+        rest = [pairs[axis] for axis in ((0, 3) if data_format == "NHWC" else (0, 1))]
+        if rest != [(0, 0), (0, 0)]:
+            raise ArgumentError(f"padding must be (0, 0) along N and C ({data_format}); got {padding!r}")
+        pairs = pairs[1:3] if data_format == "NHWC" else pairs[2:]
+    return *pairs[0], *pairs[1]

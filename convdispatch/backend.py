@@ -1,0 +1,243 @@
+"""The contract between an algorithm and the rest of convdispatch.
+
+A backend is stateless: it says what it cannot do, which configs are worth trying, what each costs, and prepares
+kernels. It never sees the profile, the tuner or the dispatcher, and it sees only as much of a problem as it
+declares it can do (``seen_by``): the plan around it converts layouts and dtypes, applies epilogues, and keeps
+NaN and infinity where they belong.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+from convdispatch.arguments import Array
+from convdispatch.epilogue import Epilogue
+from convdispatch.errors import ArgumentError
+from convdispatch.machine import Machine
+from convdispatch.problem import Problem
+
+Value = int | float | str | bool
+Effort = Literal["estimate", "measure", "patient", "exhaustive"]
+
+
+class Config(Mapping[str, Value]):
+    """A backend's tuning choice for one problem: self-describing key/values, immutable and hashable.
+
+    Examples:
+        >>> Config(m=4, threads=2)
+        Config(m=4, threads=2)
+        >>> Config(m=4)["m"]
+        4
+    """
+
+    __slots__ = ("_hash", "_items")
+
+    def __init__(self, items: Mapping[str, Value] | None = None, /, **more: Value) -> None:
+        """Make a config from a mapping, keyword arguments, or both."""
+        self._items = dict(sorted({**(items or {}), **more}.items()))
+        self._hash = hash(tuple(self._items.items()))
+
+    def __getitem__(self, key: str) -> Value:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Config) and self._items == other._items
+
+    def __reduce__(self) -> tuple[type["Config"], tuple[dict[str, Value]]]:
+        return Config, (self._items,)
+
+    def __repr__(self) -> str:
+        return f"Config({', '.join(f'{key}={value!r}' for key, value in self._items.items())})"
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key}={value}" for key, value in self._items.items())
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """Return a whole-numbered value.
+
+        Raises:
+            ArgumentError: if it is missing without a default, or not a whole number.
+        """
+        value = self._items.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ArgumentError(f"config needs a whole number {key!r}; got {value!r} in ({self})")
+        return value
+
+    @property
+    def threads(self) -> int:
+        """How many threads the kernel may use; 1 where the config does not say."""
+        return self.integer("threads", 1)
+
+
+def _sequential_growth(problem: Problem, config: Config) -> float:
+    """Return the classical bound of a dot product, n * u, in units of eps = 2u, with room for the epilogue."""
+    del config
+    return problem.taps / 2 + 4
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """What a backend does to accuracy.
+
+    Attributes:
+        kind: ``"local"``: each output is a sum over its own window, so ``|y - exact| <= growth * eps *
+            conv(|x|, |w|)`` element by element. ``"transform"``: windows are mixed, so the bound is only
+            normwise, ``growth * eps * ||x|| * ||w||`` with the 2-norms of an image and of a filter.
+        growth: the factor in that bound for a problem and a config.
+        deterministic: whether the same call gives the same bits.
+    """
+
+    kind: Literal["local", "transform"] = "local"
+    growth: Callable[[Problem, Config], float] = _sequential_growth
+    deterministic: bool = True
+
+
+class Kernel(Protocol):
+    """What ``prepare`` returns: filters packed, ready to run again and again, from many threads at once.
+
+    Must be picklable, and must not change ``input`` or itself when called.
+    """
+
+    def __call__(self, input: Array, out: Array, residual: Array | None) -> None:
+        """Convolve ``input`` ``[N, H, W, C]`` into ``out`` ``[N, OH, OW, K]``.
+
+        ``residual`` is of ``out``'s shape and present only if the problem's epilogue says so. Arrays are
+        C-contiguous NHWC of the problem's dtypes unless the backend declared ``strided``; then they are
+        NHWC views of any strides.
+        """
+        ...
+
+
+class Backend(ABC):
+    """One algorithm. Subclass it, give it a ``name``, register it; nothing else in the package changes.
+
+    Attributes:
+        name: stable identity, stored in profiles; never renamed.
+        version: raise it when the kernels change; measurements of other versions are then ignored.
+        numerics: what it does to accuracy.
+        parallel: whether ``config["threads"]`` means something to it; one-thread candidates only if not.
+        strided: whether its kernels read and write NHWC views of any strides (NCHW arrays among them).
+        fuses_epilogue: whether its kernels apply bias, residual and activation themselves. A transform
+            backend that fuses must itself report non-finite sums, so leave this False there.
+        native_dtypes: the dtypes its kernels load themselves. The plan turns others into the problem's
+            ``sum_dtype``: float16 and bfloat16 into float32, small integers into int32.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    numerics: ClassVar[Numerics] = Numerics()
+    parallel: ClassVar[bool] = False
+    strided: ClassVar[bool] = False
+    fuses_epilogue: ClassVar[bool] = False
+    native_dtypes: ClassVar[frozenset[str]] = frozenset(("float32", "float64", "int32", "int64"))
+
+    @abstractmethod
+    def rejects(self, problem: Problem) -> str | None:
+        """Return why this problem cannot be done, in words that can follow "it cannot:", or None."""
+
+    def configs(self, problem: Problem, effort: Effort) -> Sequence[Config]:  # noqa: ARG002
+        """Return the configs worth trying at this effort, the default first, without thread counts."""
+        return (Config(),)
+
+    @abstractmethod
+    def workspace(self, problem: Problem, config: Config) -> int:
+        """Return the scratch bytes of one call besides input, packed filters and output."""
+
+    @abstractmethod
+    def estimate(self, problem: Problem, config: Config, machine: Machine) -> float | None:
+        """Return the predicted seconds of one call with packed filters; None if it cannot tell."""
+
+    @abstractmethod
+    def prepare(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> Kernel:
+        """Pack the filters and return a kernel.
+
+        Args:
+            problem: as ``seen_by`` shows it to this backend; not rejected, not empty.
+            filters: ``[KH, KW, C // groups, K]``, any strides, of the problem's dtype; must be copied or packed.
+            bias: ``[K]`` of the sums' dtype, present only if the problem's epilogue says so.
+            config: one of ``configs``, or what a person or a profile wrote.
+
+        Raises:
+            ArgumentError: if the config makes no sense for the problem.
+        """
+
+    def __repr__(self) -> str:
+        return f"<backend {self.name} version {self.version}>"
+
+
+def seen_by(backend: Backend, problem: Problem) -> Problem:
+    """Return the problem with what the backend leaves to the plan taken out of it."""
+    changes: dict[str, Any] = {}
+    if problem.data_format != "NHWC":
+        changes["data_format"] = "NHWC"
+    if problem.dtype not in backend.native_dtypes:
+        changes["dtype"] = problem.sum_dtype
+    if problem.epilogue and not backend.fuses_epilogue:
+        changes["epilogue"] = Epilogue()
+    return problem.replace(**changes) if changes else problem
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A backend with one of its configs: what is timed, chosen and stored."""
+
+    backend: Backend
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """The candidate as people write it, e.g. ``winograd(m=4, threads=2)``."""
+        return f"{self.backend.name}({self.config})" if self.config else self.backend.name
+
+    def __str__(self) -> str:
+        return self.name
+
+    def rejects(self, problem: Problem) -> str | None:
+        """Return the backend's reason against the problem, or None."""
+        return self.backend.rejects(seen_by(self.backend, problem))
+
+    def workspace(self, problem: Problem) -> int:
+        """Return the scratch bytes of one call, those of the plan's own conversions included."""
+        seen = seen_by(self.backend, problem)
+        return self.backend.workspace(seen, self.config) + _conversion_bytes(self.backend, problem, seen)
+
+    def estimate(self, problem: Problem, machine: Machine) -> float | None:
+        """Return the predicted seconds of one call, or None if the backend cannot tell."""
+        seen = seen_by(self.backend, problem)
+        seconds = self.backend.estimate(seen, self.config, machine)
+        if seconds is None or math.isnan(seconds):
+            return None
+        return seconds + _conversion_bytes(self.backend, problem, seen) / _COPY_BYTES_PER_SECOND
+
+
+#: What converting an array costs: read, convert, write, on one core.
+_COPY_BYTES_PER_SECOND = 3e9
+_ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int8": 1, "uint8": 1, "int16": 2,
+               "uint16": 2, "int32": 4, "int64": 8}  # fmt: skip
+
+
+def item_bytes(dtype: str) -> int:
+    """Return the bytes of one element of a dtype named as in ``problem.DTYPES``."""
+    return _ITEM_BYTES[dtype]
+
+
+def _conversion_bytes(backend: Backend, problem: Problem, seen: Problem) -> int:
+    """Return the bytes of the copies a plan makes around a kernel: other layout, other dtype."""
+    relayout = problem.data_format != "NHWC" and not backend.strided
+    total = 0
+    if relayout or seen.dtype != problem.dtype:
+        total += math.prod(seen.input_shape) * item_bytes(seen.dtype)
+    if relayout or seen.result_dtype != problem.result_dtype:
+        total += math.prod(seen.output_shape) * item_bytes(seen.result_dtype)
+    return total

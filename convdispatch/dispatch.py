@@ -1,0 +1,224 @@
+"""Decides: problem -> profile -> tuning, if wished -> estimate -> plan. The only place that does."""
+
+import functools
+import warnings
+from dataclasses import dataclass
+from typing import Any, cast
+
+from convdispatch import arguments, heuristic, machine, profile, registry, settings
+from convdispatch.arguments import Array, as_array
+from convdispatch.backend import Candidate, Config, Effort, seen_by
+from convdispatch.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    BackendError,
+    BackendRejectedError,
+    ConvDispatchError,
+    ProfileWarning,
+)
+from convdispatch.plan import Evidence, Plan, check_bias, check_filters
+from convdispatch.problem import Problem
+from convdispatch.profile import Key, Result
+from convdispatch.settings import Options
+
+Forced = tuple[str, Config | None] | None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was chosen for a problem, and why."""
+
+    candidate: Candidate
+    evidence: Evidence
+
+
+def decide(problem: Problem, deployment: str, forced: Forced = None) -> Decision:
+    """Choose a candidate under the options in force.
+
+    Args:
+        problem: what is to be computed.
+        deployment: ``"plan"`` or ``"call"``.
+        forced: a backend's name, with a config or None, if the caller insists.
+
+    Raises:
+        BackendRejectedError: if the forced backend cannot do it, or the options leave none that can.
+        UnknownBackendError, BackendUnavailableError: if the forced backend is not there.
+    """
+    return _decide(problem, deployment, forced, settings.current(), registry.generation(), profile.generation())
+
+
+@functools.lru_cache(maxsize=8192)
+def _decide(
+    problem: Problem,
+    deployment: str,
+    forced: Forced,
+    options: Options,
+    backends_generation: int,  # noqa: ARG001  # part of what is remembered under
+    profile_generation: int,  # noqa: ARG001
+) -> Decision:
+    if forced is not None:
+        return _forced(problem, deployment, forced, options)
+    return (
+        _from_profile(problem, deployment, options)
+        or _tuned(problem, deployment, options)
+        or _estimated(problem, options)
+    )
+
+
+def key_for(problem: Problem, deployment: str, options: Options) -> Key:
+    """Return the profile's key for a problem on this machine under these options."""
+    return Key(problem, deployment, _threads(options), machine.current().id)
+
+
+def _threads(options: Options) -> int:
+    return options.threads or machine.usable_cores()
+
+
+def _forced(problem: Problem, deployment: str, forced: tuple[str, Config | None], options: Options) -> Decision:
+    name, config = forced
+    backend = registry.get(name)
+    if reason := backend.rejects(seen_by(backend, problem)):
+        raise BackendRejectedError(f"backend {name!r} cannot do {problem}: {reason}")
+    if config is not None:
+        given = {"threads": _threads(options)} if backend.parallel else {}
+        return Decision(
+            Candidate(backend, Config({**given, **config})),
+            Evidence("forced", f"backend={name!r} with its config"),
+        )
+    only = Options(**{**vars(options), "forbid": tuple(n for n in registry.names() if n != name)})
+    found = _from_profile(problem, deployment, only)
+    candidate = found.candidate if found else heuristic.rank(problem, [backend], _threads(options))[0].candidate
+    by = f"its config from {found.evidence}" if found else "its config estimated"
+    return Decision(candidate, Evidence("forced", f"backend={name!r}, {by}"))
+
+
+def _from_profile(problem: Problem, deployment: str, options: Options) -> Decision | None:
+    for layer, entry in profile.find(key_for(problem, deployment, options)):
+        result = entry.best(lambda result: _allows(result, problem, options))
+        if result is None:
+            continue
+        rank = "winner" if result is entry.winner else "best allowed"
+        detail = f"{rank} of {len(entry.results)} in the {layer} profile, {result.median * 1e6:.4g} us, {entry.tuned}"
+        return Decision(Candidate(registry.get(result.backend), result.config), Evidence("profile", detail))
+    return None
+
+
+def _allows(result: Result, problem: Problem, options: Options) -> bool:
+    """Return whether a stored result may be used: its backend as it was measured, and all options met."""
+    if result.backend in options.forbid or result.backend not in registry.names():
+        return False
+    try:
+        backend = registry.get(result.backend)
+        if backend.version != result.version or backend.rejects(seen_by(backend, problem)):
+            return False
+        workspace = Candidate(backend, result.config).workspace(problem)
+    except ConvDispatchError as error:
+        warnings.warn(f"profile: {result.name} for {problem} is ignored: {error}", ProfileWarning, stacklevel=2)
+        return False
+    if not heuristic.fits_memory(workspace, options):
+        return False
+    return heuristic.accurate_by_measure(backend, problem, result.error, options)
+
+
+def _tuned(problem: Problem, deployment: str, options: Options) -> Decision | None:
+    if options.tuning != "on-miss" or problem.is_empty:
+        return None
+    from convdispatch.tuning import tuner  # noqa: PLC0415  # needed only where something is measured
+
+    effort = "measure" if options.effort == "estimate" else options.effort
+    key = key_for(problem, deployment, options)
+    everyone = registry.available()
+    if any(tuner.suffices(entry, cast("Effort", effort), everyone) for _, entry in profile.find(key)):
+        return None  # measured already, and nothing of it is allowed: to measure again would not change that
+    try:
+        outcome = tuner.tune_problem(key, effort=cast("Effort", effort), seconds=options.time_limit)
+    except BackendError as error:
+        warnings.warn(f"tuning {problem} failed: {error}", ProfileWarning, stacklevel=2)
+        return None
+    tuner.keep(outcome.entry)
+    found = _from_profile(problem, deployment, options)
+    return found and Decision(found.candidate, Evidence("tuned", found.evidence.detail))
+
+
+def _estimated(problem: Problem, options: Options) -> Decision:
+    usable, refused = heuristic.usable(problem, options)
+    allowed = [backend for backend in usable.values() if heuristic.accurate_by_kind(backend, options)]
+    for estimate in heuristic.rank(problem, allowed, _threads(options)):
+        if estimate.seconds is None:
+            break  # unknown ones come last, and nothing unknown is chosen unmeasured
+        if heuristic.fits_memory(estimate.candidate.workspace(problem), options):
+            return Decision(estimate.candidate, Evidence("estimate", f"{estimate.seconds * 1e6:.4g} us predicted"))
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+    limits = f", memory_limit={options.memory_limit}" if options.memory_limit is not None else ""
+    raise BackendRejectedError(
+        f"no backend may do {problem} under accuracy={options.accuracy!r}, forbid={options.forbid}{limits}"
+        + (f" ({reasons})" if reasons else "")
+    )
+
+
+def parse_forced(backend: Any) -> Forced:
+    """Return what ``backend=`` asks for: a name, or a name with a config.
+
+    Raises:
+        ArgumentTypeError: if it is neither.
+    """
+    if backend is None:
+        return None
+    if isinstance(backend, str):
+        return backend, None
+    if isinstance(backend, tuple | list) and len(backend) == 2 and isinstance(backend[0], str):
+        try:
+            config = Config(backend[1])
+        except (TypeError, ValueError):
+            pass
+        else:
+            settings.parse_threads(config.get("threads"))
+            return backend[0], config
+    raise ArgumentTypeError(f"backend must be a name, or (name, {{config}}); got {backend!r}")
+
+
+def make_plan(
+    problem: Problem, filters: Array, bias: Array | None, deployment: str = "plan", forced: Forced = None
+) -> Plan:
+    """Return a plan by the candidate that is chosen; a profile's choice that fails to prepare is passed over."""
+    decision = decide(problem, deployment, forced)
+    try:
+        return Plan(problem, decision.candidate, filters, bias, decision.evidence)
+    except ArgumentError as error:
+        if decision.evidence.source != "profile" or problem.is_empty:
+            raise
+        warnings.warn(f"profile: {decision.candidate} for {problem} is ignored: {error}", ProfileWarning, stacklevel=3)
+        fallback = _estimated(problem, settings.current())
+        return Plan(problem, fallback.candidate, filters, bias, fallback.evidence)
+
+
+def checked(
+    input_shape: Any,
+    dtype: str,
+    filters: Any,
+    bias: Any,
+    *,
+    residual: bool,
+    filter_format: str,
+    **how: Any,
+) -> tuple[Problem, Array, Array | None]:
+    """Check a call's arguments; return its problem, its filters as HWIO, and its bias.
+
+    Args:
+        input_shape: shape of the input in its data format.
+        dtype: name of the input's dtype.
+        filters, bias: as the caller gave them.
+        residual: whether there is one.
+        filter_format: ``"HWIO"`` or ``"OIHW"``.
+        **how: strides, padding, data_format, dilations, groups, activation.
+    """
+    weights = as_array("filters", filters)
+    if weights.dtype.name != dtype:
+        raise ArgumentTypeError(
+            f"input and filters must have one dtype; got {dtype} and {weights.dtype.name}: convert one with astype"
+        )
+    problem = arguments.make_problem(
+        input_shape, weights.shape, dtype, filter_format=filter_format, bias=bias is not None, residual=residual, **how
+    )
+    values = None if bias is None else check_bias(problem, bias)
+    return problem, check_filters(problem, weights, filter_format), values

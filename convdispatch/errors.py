@@ -1,0 +1,62 @@
+"""Every error of convdispatch.
+
+::
+
+    ConvDispatchError
+    ├── ArgumentError (ValueError)        a wrong value: the message names the argument, what came, what would do
+    ├── ArgumentTypeError (TypeError)     a wrong kind of thing
+    ├── BackendError (RuntimeError)       a backend failed at something it said it could do
+    ├── BackendRejectedError (ValueError) a backend that was asked for by name cannot do the problem
+    ├── BackendUnavailableError (ImportError)  its module cannot be imported here
+    ├── UnknownBackendError (ValueError)  no backend has this name
+    ├── RegistrationError (ValueError)    two backends want one name, or a name is not usable
+    ├── ProfileError (ValueError)         a profile file cannot be read or written as asked
+    └── WorkloadError (ValueError)        a workload is not one
+
+``ProfileWarning`` is what a broken or foreign profile gives instead of an error: the call goes on as if the
+profile were not there.
+"""
+
+
+class ConvDispatchError(Exception):
+    """The base of every error raised by convdispatch."""
+
+
+class ArgumentError(ConvDispatchError, ValueError):
+    """An argument has a wrong value."""
+
+
+class ArgumentTypeError(ConvDispatchError, TypeError):
+    """An argument is the wrong kind of thing."""
+
+
+class BackendError(ConvDispatchError, RuntimeError):
+    """A backend failed at something it said it could do."""
+
+
+class BackendRejectedError(ConvDispatchError, ValueError):
+    """A backend that was asked for by name cannot do the problem; the message carries its reason."""
+
+
+class BackendUnavailableError(ConvDispatchError, ImportError):
+    """A backend's module cannot be imported on this machine."""
+
+
+class UnknownBackendError(ConvDispatchError, ValueError):
+    """No backend has this name."""
+
+
+class RegistrationError(ConvDispatchError, ValueError):
+    """A backend cannot be registered under this name."""
+
+
+class ProfileError(ConvDispatchError, ValueError):
+    """A profile cannot be read or written as asked."""
+
+
+class WorkloadError(ConvDispatchError, ValueError):
+    """A workload cannot be understood."""
+
+
+class ProfileWarning(UserWarning):
+    """A profile, or one entry of it, was passed over; the message says which and why."""

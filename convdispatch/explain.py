@@ -1,0 +1,221 @@
+"""``explain``: every backend's standing on a problem, and why the choice is what it is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from convdispatch import arguments, dispatch, heuristic, machine, profile, settings
+from convdispatch.backend import Candidate
+from convdispatch.dispatch import Decision
+from convdispatch.errors import BackendRejectedError
+from convdispatch.plan import Evidence
+from convdispatch.problem import Problem
+from convdispatch.profile import Entry, Failure, Result
+
+
+@dataclass(frozen=True)
+class Row:
+    """One backend's standing.
+
+    Attributes:
+        backend: its name.
+        chosen: whether it is the one that a call would use.
+        candidate: its best candidate with config, or None if it may not be used.
+        reason: why it may not be used, else empty.
+        estimate: predicted seconds, None where unknown.
+        median, spread, rounds, error: what was measured, None where nothing was.
+        workspace: scratch bytes.
+    """
+
+    backend: str
+    chosen: bool = False
+    candidate: str | None = None
+    reason: str = ""
+    estimate: float | None = None
+    median: float | None = None
+    spread: float | None = None
+    rounds: int | None = None
+    error: float | None = None
+    workspace: int | None = None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend would be used for a problem, why, and how the others stand.
+
+    Attributes:
+        problem, deployment, threads, machine: what the choice was made for.
+        chosen: name of the candidate, or None if there is none that the options allow.
+        evidence: why.
+        layer: the profile layer that the measurements are from, or None.
+        rows: one a backend, the chosen first, then by time; those that may not be used last.
+    """
+
+    problem: Problem
+    deployment: str
+    threads: int
+    machine: str
+    chosen: str | None
+    evidence: Evidence
+    layer: str | None
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.problem}  ({self.deployment}, {self.threads} threads, {self.machine})",
+            f"chosen: {self.chosen or 'none'}  [{self.evidence}]",
+        ]
+        head = ("backend", "candidate", "measured", "spread", "estimate", "error", "workspace", "")
+        table = [head, *(cells(row) for row in self.rows)]
+        widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+        lines += [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
+        ]
+        return "\n".join(lines)
+
+
+def cells(row: Row) -> tuple[str, str, str, str, str, str, str, str]:
+    """Return a row as texts: backend, candidate, measured, spread, estimate, error, workspace, reason."""
+    return (
+        ("* " if row.chosen else "  ") + row.backend,
+        row.candidate or "-",
+        time_text(row.median),
+        "-" if row.spread is None else f"{row.spread:.1%}",
+        time_text(row.estimate),
+        "-" if row.error is None else f"{row.error:.1e}",
+        "-" if row.workspace is None else bytes_text(row.workspace),
+        row.reason,
+    )
+
+
+def time_text(seconds: float | None) -> str:
+    """Return a time for people, e.g. ``"612 us"``."""
+    if seconds is None:
+        return "-"
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds / 1e-9:.3g} ns"
+
+
+def bytes_text(count: int) -> str:
+    """Return a size for people, e.g. ``"1.5 MiB"``."""
+    size, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.3g} {unit}"
+
+
+def explain(
+    input: Any,
+    filters: Any,
+    strides: Any = 1,
+    padding: Any = "SAME",
+    data_format: str = "NHWC",
+    dilations: Any = 1,
+    *,
+    groups: int | None = None,
+    filter_format: str = "HWIO",
+    bias: bool = False,
+    activation: Any = None,
+    residual: bool = False,
+    dtype: Any = "float32",
+    backend: Any = None,
+    deployment: str = "plan",
+) -> Explanation:
+    """Tell which backend would do a convolution and why, and why the others would not.
+
+    Args:
+        input, filters: shapes, or arrays, of which only shape and dtype matter.
+        strides, padding, data_format, dilations, groups, filter_format, activation: as in ``conv2d``.
+        bias, residual: whether there is one.
+        dtype: name of the dtype, where shapes are given.
+        backend: as in ``conv2d``.
+        deployment: ``"plan"`` or ``"call"``.
+
+    Returns:
+        An ``Explanation``; ``print`` shows it as a table.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: as ``conv2d``.
+    """
+    name = arguments.dtype_name(getattr(input, "dtype", getattr(filters, "dtype", dtype)))
+    problem = arguments.make_problem(
+        getattr(input, "shape", input), getattr(filters, "shape", filters), name, strides, padding, data_format,
+        dilations, groups, filter_format, activation, bias=bias, residual=residual,
+    )  # fmt: skip
+    return explain_problem(problem, deployment, backend)
+
+
+def explain_problem(problem: Problem, deployment: str = "plan", backend: Any = None) -> Explanation:
+    """Tell the same of a ``Problem``; see ``explain``."""
+    options = settings.current()
+    refusal = ""
+    decision: Decision | None = None
+    try:
+        decision = dispatch.decide(problem, deployment, dispatch.parse_forced(backend))
+    except BackendRejectedError as error:
+        refusal = str(error)
+    key = dispatch.key_for(problem, deployment, options)
+    found = profile.find(key)
+    layer, entry = found[0] if found else (None, None)
+    return Explanation(
+        problem, deployment, key.threads, machine.current().id,
+        decision.candidate.name if decision else None,
+        decision.evidence if decision else Evidence("none", refusal),
+        layer,
+        tuple(_rows(problem, key.threads, entry, decision)),
+    )  # fmt: skip
+
+
+def _objection(problem: Problem, candidate: Candidate, measured: Result | None, failed: Failure | None) -> str:
+    """Return what the options or a measurement hold against a candidate that could do the problem, or nothing."""
+    options = settings.current()
+    if not heuristic.fits_memory(candidate.workspace(problem), options):
+        return f"needs more workspace than memory_limit={options.memory_limit}"
+    if measured is not None and not heuristic.accurate_by_measure(candidate.backend, problem, measured.error, options):
+        return f"its error was measured above what accuracy={options.accuracy!r} allows"
+    if measured is None and failed is not None:
+        return f"failed when measured: {failed.reason}"
+    if measured is None and not heuristic.accurate_by_kind(candidate.backend, options):
+        return f"accuracy={options.accuracy!r} needs its error measured"
+    return ""
+
+
+def _rows(problem: Problem, threads: int, entry: Entry | None, decision: Decision | None) -> Sequence[Row]:
+    usable, refused = heuristic.usable(problem, settings.current())
+    here = machine.current()
+    rows = []
+    for name, backend in usable.items():
+        ranked = heuristic.rank(problem, [backend], threads)
+        chosen = decision is not None and decision.candidate.backend is backend
+        own = (name, backend.version)
+        results = (
+            sorted((r for r in entry.results if (r.backend, r.version) == own), key=lambda r: r.median) if entry else []
+        )
+        failed = next((f for f in entry.failures if (f.backend, f.version) == own), None) if entry else None
+        if chosen and decision:
+            candidate = decision.candidate
+        elif results:
+            candidate = Candidate(backend, results[0].config)
+        else:
+            candidate = ranked[0].candidate
+        measured = next((r for r in results if r.name == candidate.name), None)
+        rows.append(
+            Row(
+                name,
+                chosen,
+                candidate.name,
+                "" if chosen else _objection(problem, candidate, measured, failed),
+                candidate.estimate(problem, here),
+                measured.median if measured else None,
+                measured.spread if measured else None,
+                measured.rounds if measured else None,
+                measured.error if measured else None,
+                candidate.workspace(problem),
+            )
+        )
+    rows.sort(key=lambda row: (not row.chosen, row.median or row.estimate or float("inf")))
+    return [*rows, *(Row(name, reason=reason) for name, reason in refused.items())]

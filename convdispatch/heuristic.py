@@ -1,0 +1,108 @@
+"""Which candidates there are for a problem, which of them are allowed, and how they rank without running them."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from convdispatch import machine, registry
+from convdispatch.backend import Backend, Candidate, Config, Effort, seen_by
+from convdispatch.problem import Problem
+from convdispatch.settings import Options
+
+#: Largest measured error of an accuracy class, in units of the sum dtype's epsilon; "strict" has a rule of its own.
+ACCURACY_EPS = {"standard": 2.0**10, "fast": 2.0**14}
+_EPSILON = {"float32": 2.0**-23, "float64": 2.0**-52}
+#: A candidate estimated this many times slower than the best is not worth measuring, by effort.
+_HOPELESS = {"estimate": 10.0, "measure": 10.0, "patient": 30.0, "exhaustive": float("inf")}
+#: Always measured: the yardstick that people compare with.
+YARDSTICK = "direct"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A candidate with its predicted seconds, None where its backend cannot tell."""
+
+    candidate: Candidate
+    seconds: float | None
+
+
+def thread_counts(threads: int) -> tuple[int, ...]:
+    """Return the thread counts worth trying: the budget, powers of two below it, and one."""
+    counts = {1, threads} | {1 << bit for bit in range(threads.bit_length()) if 1 << bit < threads}
+    return tuple(sorted(counts, reverse=True))
+
+
+def candidates_of(backend: Backend, problem: Problem, threads: int, effort: Effort) -> list[Candidate]:
+    """Return a backend's candidates for a problem it does not reject, its default config first."""
+    configs = backend.configs(seen_by(backend, problem), effort)
+    if not backend.parallel:
+        return [Candidate(backend, config) for config in configs]
+    counts = thread_counts(threads)
+    return [Candidate(backend, Config(config, threads=count)) for config in configs for count in counts]
+
+
+def usable(problem: Problem, options: Options) -> tuple[dict[str, Backend], dict[str, str]]:
+    """Return the backends that may be chosen for a problem, and why each of the others may not."""
+    yes: dict[str, Backend] = {}
+    no = registry.unavailable()
+    for name, backend in registry.available().items():
+        if name in options.forbid:
+            no[name] = "forbidden by options"
+        elif options.accuracy == "strict" and backend.numerics.kind != "local":
+            no[name] = "accuracy='strict' allows local backends only"
+        elif reason := backend.rejects(seen_by(backend, problem)):
+            no[name] = reason
+        else:
+            yes[name] = backend
+    return yes, no
+
+
+def rank(problem: Problem, backends: Iterable[Backend], threads: int, effort: Effort = "estimate") -> list[Estimate]:
+    """Return every candidate of these backends with its estimate, the fastest first, the unknown last."""
+    here = machine.current()
+    found = []
+    for backend in backends:
+        for candidate in candidates_of(backend, problem, threads, effort):
+            found.append(Estimate(candidate, candidate.estimate(problem, here)))  # noqa: PERF401
+    return sorted(found, key=lambda estimate: float("inf") if estimate.seconds is None else estimate.seconds)
+
+
+def worth_measuring(estimates: Sequence[Estimate], effort: Effort) -> tuple[list[Candidate], list[Estimate]]:
+    """Split ranked estimates into candidates to measure and those estimated hopelessly slow.
+
+    Of the yardstick and of backends without an estimate, something is always measured.
+    """
+    known = [estimate.seconds for estimate in estimates if estimate.seconds is not None]
+    limit = min(known, default=0.0) * _HOPELESS[effort]
+    keep, leave = [], []
+    for estimate in estimates:
+        always = estimate.seconds is None or estimate.candidate.backend.name == YARDSTICK
+        if always or estimate.seconds <= limit:  # type: ignore[operator]
+            keep.append(estimate.candidate)
+        else:
+            leave.append(estimate)
+    return keep, leave
+
+
+def fits_memory(workspace: int, options: Options) -> bool:
+    """Return whether this much workspace is within the memory limit."""
+    return options.memory_limit is None or workspace <= options.memory_limit
+
+
+def accurate_by_kind(backend: Backend, options: Options) -> bool:
+    """Return whether a backend's unmeasured accuracy will do: a number asks for a measurement of transforms."""
+    if isinstance(options.accuracy, float) or options.accuracy == "strict":
+        return backend.numerics.kind == "local"
+    return True
+
+
+def accurate_by_measure(backend: Backend, problem: Problem, error: float, options: Options) -> bool:
+    """Return whether a measured error is within what the options ask for."""
+    if problem.is_integer:
+        return True
+    if isinstance(options.accuracy, float):
+        return error <= options.accuracy
+    if options.accuracy == "strict":
+        return backend.numerics.kind == "local"
+    # A low-precision result carries its storage's rounding, which no candidate can avoid.
+    rounding = {"float16": 2.0**-11, "bfloat16": 2.0**-8}.get(problem.dtype, 0.0)
+    return error <= ACCURACY_EPS[options.accuracy] * _EPSILON[problem.sum_dtype] + rounding

@@ -1,0 +1,276 @@
+"""``Plan``: a problem with its chosen candidate, its filters packed, ready to be called again and again.
+
+The plan does what its backend leaves to it: it brings arrays into the form the kernel takes, has results that a
+transform spoiled with NaN or infinity redone, applies the epilogue, and rounds once.
+"""
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from convdispatch import epilogue, registry
+from convdispatch.arguments import Array, as_array
+from convdispatch.backend import Candidate, Config, Kernel, seen_by
+from convdispatch.errors import ArgumentError, ArgumentTypeError, BackendRejectedError
+from convdispatch.problem import Problem, dtype_of
+
+#: Who redoes the images that a transform spoiled, the first that is available.
+_LOCAL = ("im2col", "direct")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Why a plan's candidate was chosen.
+
+    Attributes:
+        source: ``"forced"``, ``"profile"``, ``"tuned"`` or ``"estimate"``.
+        detail: one line for people.
+    """
+
+    source: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.detail}"
+
+
+class Plan:
+    """A convolution ready to run. Thread-safe, picklable, and immutable once made.
+
+    Call it as ``plan(x)``, ``plan(x, out=y)`` or ``plan(x, residual=r)``.
+
+    Attributes:
+        problem: what it computes.
+        candidate: the backend and config that compute it.
+        evidence: why this candidate.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        candidate: Candidate,
+        filters: Array,
+        bias: Array | None = None,
+        evidence: Evidence | None = None,
+    ) -> None:
+        """Pack the filters.
+
+        Args:
+            problem: what to compute.
+            candidate: what is to compute it.
+            filters: ``[KH, KW, C // groups, K]`` of the problem's dtype, any strides; not kept.
+            bias: ``[K]`` of the problem's result dtype, present if the epilogue says so; not kept.
+            evidence: why this candidate.
+
+        Raises:
+            BackendRejectedError: if the backend cannot do the problem.
+        """
+        if reason := candidate.rejects(problem):
+            raise BackendRejectedError(f"backend {candidate.backend.name!r} cannot do {problem}: {reason}")
+        self.problem = problem
+        self.candidate = candidate
+        self.evidence = evidence or Evidence("forced", "asked for")
+        self._seen = seen_by(candidate.backend, problem)
+        self._dtype = dtype_of(problem.dtype)
+        self._result = dtype_of(problem.result_dtype)
+        self._sums = dtype_of(problem.sum_dtype)
+        self._bias = None if bias is None else np.array(bias, self._sums)
+        own = self._bias if self._seen.epilogue else None
+        weights = filters.astype(dtype_of(self._seen.dtype), copy=False)
+        self._trivial = problem.is_empty or not problem.taps
+        self._kernel: Kernel | None = None
+        if not self._trivial:
+            self._kernel = candidate.backend.prepare(self._seen, weights, own, candidate.config)
+        # A transform's packed filters cannot be turned back, and spoiled images need the originals.
+        mixes = candidate.backend.numerics.kind == "transform"
+        self._filters = np.array(weights, order="C") if mixes and not self._trivial else None
+        self._redo: Kernel | None = None
+        self._lock = threading.Lock()
+        self._direct_store = self._can_store_directly()
+
+    def __repr__(self) -> str:
+        return f"<plan {self.problem} by {self.candidate}, {self.evidence}>"
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["candidate"] = (self.candidate.backend.name, self.candidate.config)
+        del state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        name, config = state.pop("candidate")
+        self.__dict__.update(state)
+        self.candidate = Candidate(registry.get(name), config)
+        self._lock = threading.Lock()
+
+    @property
+    def workspace(self) -> int:
+        """Scratch bytes of one call besides input, packed filters and output."""
+        return self.candidate.workspace(self.problem)
+
+    def __call__(self, input: Any, *, out: Array | None = None, residual: Any = None) -> Array:
+        """Convolve.
+
+        Args:
+            input: an array of the plan's input shape and dtype, any strides; never modified.
+            out: where to store the result, of the output's shape and dtype, any strides; may overlap inputs.
+            residual: an array of the output's shape and dtype, exactly if the plan was made with one.
+
+        Returns:
+            ``out``, or a fresh C-contiguous array in native byte order.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: naming the argument, what was given and what would be right.
+        """
+        x = self._input(input)
+        added = self._residual(residual)
+        if out is None:
+            target = np.empty(self.problem.output_shape, self._result)
+            self._run(x, added, target)
+            return target
+        self._check_out(out)
+        # An overlap by bounds may be none by elements; a copy is cheaper than the exact question.
+        if self._fits(out) and not any(a is not None and np.may_share_memory(a, out) for a in (input, residual)):
+            self._run(x, added, out)
+        else:
+            target = np.empty(self.problem.output_shape, self._result)
+            self._run(x, added, target)
+            out[...] = target
+        return out
+
+    # Arrays in -------------------------------------------------------------------------------------------------
+
+    def _input(self, value: Any) -> Array:
+        """Return the input as a native, aligned NHWC view, checked."""
+        if type(value) is not np.ndarray or value.dtype is not self._dtype:
+            value = as_array("input", value)
+        if value.shape != self.problem.input_shape:
+            raise ArgumentError(f"input must have shape {self.problem.input_shape}; got {value.shape}")
+        return self._channels_last(self._native("input", value, self._dtype))
+
+    def _residual(self, value: Any) -> Array | None:
+        if not self.problem.epilogue.residual:
+            if value is not None:
+                raise ArgumentError("residual was given to a plan made without one; make it with residual=True")
+            return None
+        if value is None:
+            raise ArgumentError(f"residual is missing: this plan adds one of shape {self.problem.output_shape}")
+        array = as_array("residual", value)
+        if array.shape != self.problem.output_shape:
+            raise ArgumentError(f"residual must have shape {self.problem.output_shape}; got {array.shape}")
+        return self._channels_last(self._native("residual", array, self._result))
+
+    @staticmethod
+    def _native(name: str, array: Array, dtype: np.dtype[Any]) -> Array:
+        if array.dtype.name != dtype.name:
+            raise ArgumentTypeError(f"{name} must be {dtype.name}, as the plan is; got {array.dtype.name}")
+        if not array.dtype.isnative or not array.flags.aligned:
+            return array.astype(dtype)
+        return array
+
+    def _channels_last(self, array: Array) -> Array:
+        return array.transpose(0, 2, 3, 1) if self.problem.data_format == "NCHW" else array
+
+    def _check_out(self, out: Any) -> None:
+        if not isinstance(out, np.ndarray):
+            raise ArgumentTypeError(f"out must be an array; got {type(out).__name__}")
+        if out.shape != self.problem.output_shape:
+            raise ArgumentError(f"out must have shape {self.problem.output_shape}; got {out.shape}")
+        if out.dtype.name != self._result.name:
+            raise ArgumentTypeError(f"out must be {self._result.name}; got {out.dtype.name}")
+        if not out.flags.writeable:
+            raise ArgumentError("out must be writable; got a read-only array")
+
+    def _fits(self, out: Array) -> bool:
+        """Return whether ``_run`` may store into this array as it is."""
+        return out.dtype.isnative and out.flags.aligned and (out.flags.c_contiguous or self.candidate.backend.strided)
+
+    # The work --------------------------------------------------------------------------------------------------
+
+    def _can_store_directly(self) -> bool:
+        """Return whether the kernel's output is the result, or needs another layout or dtype."""
+        relayout = self.problem.data_format != "NHWC" and not self.candidate.backend.strided
+        return not relayout and self._seen.result_dtype == self.problem.result_dtype
+
+    def _run(self, x: Array, residual: Array | None, target: Array) -> None:
+        """Compute into ``target``, which is in the data format, native, aligned and not any input."""
+        result = self._channels_last(target)
+        p = self.problem
+        if p.is_empty:
+            return
+        sums = result if self._direct_store else np.empty((p.n, p.oh, p.ow, p.k), self._sums)
+        if residual is not None and residual.dtype != self._sums:
+            residual = residual.astype(self._sums)
+        if self._kernel is None:
+            sums[...] = 0
+            fused = False
+        else:
+            self._run_kernel(self._kernel, x, residual, sums)
+            fused = bool(self._seen.epilogue)
+        if p.epilogue and not fused:
+            epilogue.finish(sums, p.epilogue, self._bias, residual)
+        if sums is not result:
+            with np.errstate(over="ignore"):  # too large for float16 is infinity, as in any rounding
+                result[...] = sums
+
+    def _run_kernel(self, kernel: Kernel, x: Array, residual: Array | None, sums: Array) -> None:
+        backend = self.candidate.backend
+        seen = dtype_of(self._seen.dtype)
+        if x.dtype != seen:
+            x = x.astype(seen, order="C")
+        if not backend.strided:
+            x = np.ascontiguousarray(x)
+            if residual is not None and self._seen.epilogue:
+                residual = np.ascontiguousarray(residual)
+        kernel(x, sums, residual if self._seen.epilogue else None)
+        if self._filters is not None:
+            with np.errstate(all="ignore"):  # one pass over the sums tells whether any is NaN or infinite
+                suspicious = not np.isfinite(np.sum(sums))
+            if suspicious:
+                self._redo_spoiled(self._filters, x, sums)
+
+    def _redo_spoiled(self, filters: Array, x: Array, sums: Array) -> None:
+        """Have the images with sums that are not finite redone by a backend that does not mix pixels."""
+        one = self._seen.replace(n=1)
+        spoiled = [n for n in range(self.problem.n) if not np.isfinite(sums[n]).all()]
+        if not spoiled:
+            return
+        with self._lock:
+            if self._redo is None:
+                self._redo = _local_kernel(one, filters)
+        with np.errstate(all="ignore"):  # the infinities are the caller's
+            for n in spoiled:
+                self._redo(x[n : n + 1], sums[n : n + 1], None)
+
+
+def _local_kernel(problem: Problem, filters: Array) -> Kernel:
+    available = registry.available()
+    backend = next(available[name] for name in _LOCAL if name in available)
+    config = Config(backend.configs(problem, "estimate")[0], threads=1)
+    return backend.prepare(problem, filters, None, config)
+
+
+def check_filters(problem: Problem, filters: Array, filter_format: str) -> Array:
+    """Return filters as a native, aligned view ``[KH, KW, C // groups, K]`` of the problem's dtype."""
+    view = filters.transpose(2, 3, 1, 0) if filter_format == "OIHW" else filters
+    dtype = dtype_of(problem.dtype)
+    if view.dtype is dtype or (view.dtype == dtype and view.flags.aligned):
+        return view
+    return view.astype(dtype)
+
+
+def check_bias(problem: Problem, bias: Any) -> Array:
+    """Return a bias as a native array ``[K]``.
+
+    Raises:
+        ArgumentError: for a wrong shape.
+        ArgumentTypeError: for a dtype other than the result's.
+    """
+    array = as_array("bias", bias)
+    if array.shape != (problem.k,):
+        raise ArgumentError(f"bias must have shape ({problem.k},), one value a filter; got {array.shape}")
+    if array.dtype.name != problem.result_dtype:
+        raise ArgumentTypeError(f"bias must be {problem.result_dtype}, as the result is; got {array.dtype.name}")
+    return array.astype(dtype_of(problem.result_dtype), copy=False)

@@ -1,0 +1,105 @@
+"""What the command line prints of a tuning run or an explanation, as texts and as data for JSON."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from convdispatch.backend import Backend
+from convdispatch.explain import Explanation, time_text
+from convdispatch.heuristic import YARDSTICK
+from convdispatch.problem import Problem
+from convdispatch.profile import Entry
+from convdispatch.tuning.tuner import LayerReport, TuneReport, rivals
+
+
+def summary(backend: Backend) -> str:
+    """Return the first line of a backend's description."""
+    return ((type(backend).__doc__ or "").strip().splitlines() or [""])[0]
+
+
+def rate_text(problem: Problem, seconds: float) -> str:
+    """Return direct-algorithm GFLOP/s, the same unit for every backend."""
+    return f"{problem.flops / seconds / 1e9:.3g}" if seconds else "-"
+
+
+def _ratio(entry: Entry, backend: str | None) -> float | None:
+    """Return a backend's best time over the winner's; the slowest backend's where the name is None."""
+    times = dict(rivals(entry))
+    return max(times.values()) if backend is None else times.get(backend)
+
+
+def tune_cells(layer: LayerReport) -> tuple[str, ...]:
+    """Return a layer as texts: layer, count, problem, winner, time, GFLOP/s, vs worst, vs direct."""
+    name, problem = layer.layer.name, layer.layer.problem
+    if layer.entry is None:
+        return name, str(layer.layer.count), str(problem), layer.status, "-", "-", "-", "-"
+    winner = layer.entry.winner
+    ratios = [_ratio(layer.entry, None), _ratio(layer.entry, YARDSTICK)]
+    shown = ["-" if ratio is None else f"{ratio:.3g}x" for ratio in ratios]
+    rate = rate_text(problem, winner.median)
+    return name, str(layer.layer.count), str(problem), winner.name, time_text(winner.median), rate, *shown
+
+
+def total_line(layers: Sequence[LayerReport]) -> str:
+    """Return one pass over the layers that have a winner, each as often as it runs, against ``direct``."""
+    done = [(layer.layer, layer.entry) for layer in layers if layer.entry is not None]
+    total = sum(layer.count * entry.winner.median for layer, entry in done)
+    line = f"one pass of these layers: {time_text(total)}"
+    direct = [layer.count * entry.winner.median * (_ratio(entry, YARDSTICK) or 0) for layer, entry in done]
+    if done and all(direct):
+        line += f", {sum(direct) / total:.3g} times faster than {YARDSTICK}"
+    missing = len(layers) - len(done)
+    return line + (f" ({missing} without a winner not counted)" if missing else "")
+
+
+def tune_data(result: TuneReport) -> dict[str, Any]:
+    """Return a tuning run as plain data."""
+    layers = []
+    for layer in result.layers:
+        row: dict[str, Any] = {
+            "name": layer.layer.name,
+            "count": layer.layer.count,
+            "problem": str(layer.layer.problem),
+            "deployment": layer.deployment,
+            "status": layer.status,
+            "left_out": list(layer.left_out),
+            "reason": layer.reason,
+        }
+        if layer.entry is not None:
+            winner = layer.entry.winner
+            row |= {
+                "winner": winner.name,
+                "seconds": winner.median,
+                "spread": winner.spread,
+                "error": winner.error,
+                "workspace": winner.workspace,
+                "vs_worst": _ratio(layer.entry, None),
+                "vs_direct": _ratio(layer.entry, YARDSTICK),
+                "backends": {name: ratio for name, ratio in rivals(layer.entry)},  # noqa: C416  # says what it maps
+                "failures": {failure.name: failure.reason for failure in layer.entry.failures},
+            }
+        layers.append(row)
+    return {
+        "workload": result.workload.name,
+        "machine": result.machine,
+        "threads": result.threads,
+        "profile": str(result.profile),
+        "seconds": result.seconds,
+        "complete": result.complete,
+        "layers": layers,
+    }
+
+
+def explanation_data(explanation: Explanation) -> dict[str, Any]:
+    """Return an explanation as plain data."""
+    return {
+        "problem": str(explanation.problem),
+        "deployment": explanation.deployment,
+        "threads": explanation.threads,
+        "machine": explanation.machine,
+        "chosen": explanation.chosen,
+        "source": explanation.evidence.source,
+        "detail": explanation.evidence.detail,
+        "layer": explanation.layer,
+        "rows": [asdict(row) for row in explanation.rows],
+    }

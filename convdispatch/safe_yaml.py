@@ -1,0 +1,57 @@
+"""Reading YAML that anybody may have written: plain data only, nothing executed, nothing that can end the process."""
+
+from typing import Any
+
+from convdispatch.errors import ConvDispatchError
+
+#: Nothing that convdispatch writes or reads is nested deeper than this.
+_DEPTH = 8
+
+
+class YamlError(ConvDispatchError, ValueError):
+    """A text is not YAML of the plain kind read here.
+
+    Attributes:
+        line: where, counted from 1; None if unknown.
+    """
+
+    def __init__(self, message: str, line: int | None = None) -> None:
+        """Keep the message and the line."""
+        super().__init__(message)
+        self.line = line
+
+
+def load(text: str | bytes) -> Any:
+    """Return the text's data: mappings, lists and plain values.
+
+    Raises:
+        YamlError: if it is not YAML, uses aliases (a few lines of them can stand for gigabytes), or nests deeply.
+    """
+    import yaml  # noqa: PLC0415  # needed only where there is a file to read
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        _check_shape(text, loader)
+        return yaml.load(text, Loader=loader)  # noqa: S506  # one of the two safe loaders
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else None
+        raise YamlError(f"this is not YAML: {error.problem or error.context}", line) from None
+    except YamlError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:  # a date or number that is none gives a plain ValueError
+        raise YamlError(f"this is not YAML: {' '.join(str(error).split())}") from None
+
+
+def _check_shape(text: str | bytes, loader: Any) -> None:
+    # Before anything is built: deep nesting overflows the C stack in CSafeLoader, which ends the process.
+    import yaml  # noqa: PLC0415
+
+    depth = line = 0
+    for event in yaml.parse(text, Loader=loader):
+        line = event.start_mark.line + 1 if event.start_mark else line
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise YamlError("aliases are not read here; write the value out", line)
+        if depth > _DEPTH:
+            raise YamlError("nothing here is nested so deeply", line)

@@ -1,0 +1,193 @@
+"""Every option and environment variable with its default, in one table, and the scope they are changed in."""
+
+import contextlib
+import contextvars
+import difflib
+import functools
+import operator
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from convdispatch.errors import ArgumentError, ArgumentTypeError
+
+PREFIX = "CONVDISPATCH_"
+TUNING = ("off", "on-miss")
+EFFORTS = ("estimate", "measure", "patient", "exhaustive")
+ACCURACIES = ("strict", "standard", "fast")
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
+
+
+def _choice(name: str, allowed: tuple[str, ...]) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        text = str(value).strip().lower().replace("_", "-")
+        if text not in allowed:
+            raise ArgumentError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+        return text
+
+    return parse
+
+
+def parse_threads(value: Any) -> int | None:
+    """Return a thread count of at least 1, or None for "as many as there are usable cores"."""
+    if value is None or value == "":
+        return None
+    try:
+        count = int(value) if isinstance(value, str) else operator.index(value)
+    except (TypeError, ValueError):
+        count = None
+    if count is None or isinstance(value, bool):
+        raise ArgumentTypeError(f"threads must be a whole number of at least 1, or None; got {value!r}")
+    if count < 1:
+        raise ArgumentError(f"threads must be a whole number of at least 1, or None; got {value!r}")
+    return count
+
+
+def parse_bytes(value: Any) -> int | None:
+    """Return a size in bytes from a number or a text such as ``"256MiB"``; None means no limit."""
+    if value is None or value == "":
+        return None
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise ArgumentError(f"memory_limit must be bytes or a text such as '256MiB'; got {value!r}")
+    number, unit, binary = match.groups()
+    step = 1024 if binary else 1000
+    return int(float(number) * step ** " KMGT".index(unit.upper() or " "))
+
+
+def _accuracy(value: Any) -> str | float:
+    if isinstance(value, str) and value.strip().lower() in ACCURACIES:
+        return value.strip().lower()
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = -1.0
+    if not 0 < number < 1:
+        raise ArgumentError(
+            f"accuracy must be one of {', '.join(ACCURACIES)}, or a relative error between 0 and 1; got {value!r}"
+        )
+    return number
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = [name.strip() for name in value.split(",") if name.strip()]
+    names = list(value) if isinstance(value, Iterable) else [value]
+    if not all(isinstance(name, str) for name in names):
+        raise ArgumentTypeError(f"forbid must be backend names, e.g. ('fft',); got {value!r}")
+    return tuple(sorted(set(names)))
+
+
+def _path(value: Any) -> Path | None:
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str | os.PathLike):
+        raise ArgumentTypeError(f"profile must be a file's path; got {value!r}")
+    return Path(value).expanduser()
+
+
+def _seconds(value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = -1.0
+    if not number >= 0:
+        raise ArgumentError(f"time_limit must be seconds, 0 or more; got {value!r}")
+    return number
+
+
+#: option -> (parser, default, help). Each option is also read from ``CONVDISPATCH_<OPTION>``.
+TABLE: Mapping[str, tuple[Callable[[Any], Any], Any, str]] = {
+    "accuracy": (_accuracy, "standard", "error class a backend must meet: strict, standard, fast, or a number"),
+    "effort": (_choice("effort", EFFORTS), "measure", "how hard on-miss tuning looks: " + ", ".join(EFFORTS)),
+    "forbid": (_names, (), "backends never to choose, separated by commas"),
+    "memory_limit": (parse_bytes, None, "most workspace bytes a candidate may use, e.g. 256MiB"),
+    "profile": (_path, None, "profile file of this project; read above the user's, and written instead of it"),
+    "threads": (parse_threads, None, "most threads a call may use; all usable cores where unset"),
+    "time_limit": (_seconds, 10.0, "most seconds that on-miss tuning spends on one problem"),
+    "tuning": (_choice("tuning", TUNING), "off", "what an unmeasured problem causes: " + ", ".join(TUNING)),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """One consistent set of options; hashable, so that decisions can be remembered under it."""
+
+    accuracy: str | float
+    effort: str
+    forbid: tuple[str, ...]
+    memory_limit: int | None
+    profile: Path | None
+    threads: int | None
+    time_limit: float
+    tuning: str
+
+
+@functools.cache
+def from_environment() -> Options:
+    """Read the options' defaults from the environment, once a process; warn of names that mean nothing."""
+    known = {PREFIX + name.upper(): name for name in TABLE}
+    for variable in sorted(os.environ):
+        if variable.startswith(PREFIX) and variable not in known:
+            near = difflib.get_close_matches(variable, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(known))}"
+            warnings.warn(f"environment variable {variable} means nothing to convdispatch{hint}", stacklevel=2)
+    values = {}
+    for variable, name in known.items():
+        parse, default, _ = TABLE[name]
+        given = os.environ.get(variable)
+        try:
+            values[name] = default if given is None else parse(given)
+        except (ArgumentError, ArgumentTypeError) as error:
+            warnings.warn(f"environment variable {variable} is ignored: {error}", stacklevel=2)
+            values[name] = default
+    return Options(**values)
+
+
+_scoped: contextvars.ContextVar[Options | None] = contextvars.ContextVar("convdispatch_options", default=None)
+
+
+def current() -> Options:
+    """Return the options in force here: those of the innermost ``options(...)`` block, else the defaults."""
+    return _scoped.get() or from_environment()
+
+
+@contextlib.contextmanager
+def options(**changes: Any) -> Iterator[Options]:
+    """Change options within a ``with`` block, for this thread or task only.
+
+    Args:
+        **changes: any of ``accuracy``, ``effort``, ``forbid``, ``memory_limit``, ``profile``, ``threads``,
+            ``time_limit``, ``tuning``; ``convdispatch.settings.TABLE`` says what each means.
+
+    Yields:
+        The options in force inside the block.
+
+    Raises:
+        ArgumentTypeError: for an option that does not exist, or one of the wrong kind.
+        ArgumentError: for a value that an option cannot take.
+
+    Examples:
+        >>> with options(threads=1, accuracy="strict") as chosen:
+        ...     chosen.threads
+        1
+    """
+    names = [f.name for f in fields(Options)]
+    for name in changes:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"options are {', '.join(names)}"
+            raise ArgumentTypeError(f"options() got {name!r}; {hint}")
+    chosen = replace(current(), **{name: TABLE[name][0](value) for name, value in changes.items()})
+    token = _scoped.set(chosen)
+    try:
+        yield chosen
+    finally:
+        _scoped.reset(token)

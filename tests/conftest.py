@@ -1,0 +1,36 @@
+"""What every test may rely on: no profile but its own, no environment variables of ours, the built-in backends."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+from convdispatch import profile, registry, settings
+
+# Derandomized, so that a run is the same run again; no deadline, since the first use of a dtype compiles.
+hypothesis.settings.register_profile(
+    "convdispatch",
+    deadline=None,
+    derandomize=True,
+    max_examples=40,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("convdispatch")
+
+
+@pytest.fixture(autouse=True)
+def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Keep this machine's profiles and settings out of a test, and the test's out of the next one."""
+    for variable in list(os.environ):
+        if variable.startswith(settings.PREFIX):
+            monkeypatch.delenv(variable)
+    monkeypatch.setattr(profile, "user_path", lambda: tmp_path / "user" / "profile.yaml")
+    monkeypatch.setattr(profile, "system_path", lambda: tmp_path / "system" / "profile.yaml")
+    settings.from_environment.cache_clear()
+    profile.forget()
+    yield
+    profile.forget()
+    registry.restore()
+    settings.from_environment.cache_clear()

@@ -1,0 +1,176 @@
+"""Hypothesis strategies that draw whole problems, and arrays for them."""
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from convdispatch.arguments import Array
+from convdispatch.epilogue import ACTIVATIONS, INTEGER_ACTIVATIONS, Epilogue
+from convdispatch.problem import DATA_FORMATS, DTYPES, INTEGERS, PADDINGS, Problem, dtype_of, padding_of
+
+HAVE_BFLOAT16 = importlib.util.find_spec("ml_dtypes") is not None
+USABLE_DTYPES = tuple(name for name in DTYPES if name != "bfloat16" or HAVE_BFLOAT16)
+#: Most problems are float32; simpler draws come first, since failures shrink towards the first.
+MIXED_DTYPES = ("float32",) * 20 + ("float64",) * 3 + tuple(name for name in USABLE_DTYPES if name[:5] != "float")
+MIXED_DTYPES += ("float16",)
+FLOAT_DTYPES = ("float32",) * 4 + ("float64",)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem with numbers: ``x`` is NHWC and ``w`` is HWIO, whatever the problem's data format."""
+
+    problem: Problem
+    x: Array
+    w: Array
+    bias: Array | None
+    residual: Array | None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of ``conv2d`` that pose this problem, input and filters aside."""
+        p = self.problem
+        return {
+            "strides": p.strides,
+            "padding": (p.pads[:2], p.pads[2:]),
+            "dilations": p.dilations,
+            "groups": p.groups,
+            "data_format": p.data_format,
+            "bias": self.bias,
+            "activation": written(p.epilogue),
+        }
+
+    @property
+    def input(self) -> Array:
+        """The input in the problem's data format, C-contiguous."""
+        return to_format(self.problem, self.x)
+
+    @property
+    def addend(self) -> Array | None:
+        """The residual in the problem's data format, C-contiguous."""
+        return None if self.residual is None else to_format(self.problem, self.residual)
+
+
+def written(epilogue: Epilogue) -> str | tuple[str, float] | None:
+    """Return an epilogue's activation as a caller writes it."""
+    return ("leaky_relu", epilogue.slope) if epilogue.activation == "leaky_relu" else epilogue.activation
+
+
+def to_format(problem: Problem, array: Array) -> Array:
+    """Return an NHWC array in the problem's data format, C-contiguous."""
+    return np.ascontiguousarray(array.transpose(0, 3, 1, 2) if problem.data_format == "NCHW" else array)
+
+
+def from_format(problem: Problem, array: Array) -> Array:
+    """Return an array of the problem's data format as NHWC."""
+    return array.transpose(0, 2, 3, 1) if problem.data_format == "NCHW" else array
+
+
+@st.composite
+def epilogues(draw: st.DrawFn, dtype: str = "float32") -> Epilogue:
+    """Draw bias, residual and activation; about every second time there is none."""
+    if draw(st.booleans()):
+        return Epilogue()
+    activation = draw(st.sampled_from([None, *(INTEGER_ACTIVATIONS if dtype in INTEGERS else ACTIVATIONS)]))
+    slope = draw(st.sampled_from([0.01, 0.25, -0.5, 2.0])) if activation == "leaky_relu" else 0.0
+    return Epilogue(draw(st.booleans()), draw(st.booleans()), activation, slope)
+
+
+@st.composite
+def problems(
+    draw: st.DrawFn, *, dtypes: Sequence[str] = MIXED_DTYPES, empty: bool = True, plain: bool = False, side: int = 20
+) -> Problem:
+    """Draw a problem.
+
+    Args:
+        draw: Hypothesis's.
+        dtypes: to draw from; repeat those that should come often.
+        empty: whether sizes may be 0.
+        plain: whether there is never an epilogue.
+        side: most rows and columns before padding.
+    """
+    least = 0 if empty and draw(st.integers(0, 5)) == 5 else 1
+    # Every third problem has the filters that Winograd is about.
+    if draw(st.integers(0, 2)) == 0:
+        kernel, strides, dilations = (3, 3), (1, 1), (1, 1)
+    else:
+        kernel = draw(_pairs(1, 5))
+        strides, dilations = draw(_pairs(1, 3)), draw(st.one_of(st.just((1, 1)), _pairs(1, 3)))
+    groups, group_c, group_k = draw(_parts(least))
+    image = draw(_pairs(least, side))
+    extent = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+    padding = draw(st.sampled_from([*PADDINGS, "explicit"]))
+    if padding == "explicit":
+        pads = draw(st.tuples(*[st.integers(0, 4)] * 4))
+        room = (pads[0] + pads[1], pads[2] + pads[3])
+    else:
+        room = (0, 0) if padding == "VALID" else (100, 100)
+    # An image that no window fits into is an error, an empty one is not.
+    h, w = (length and max(length, e - p) for length, e, p in zip(image, extent, room, strict=True))
+    if padding != "explicit":
+        pads = padding_of(padding, (h, w), kernel, strides, dilations)
+    dtype = draw(st.sampled_from(dtypes))
+    return Problem(
+        n=draw(st.integers(least, 3)),
+        h=h,
+        w=w,
+        c=groups * group_c,
+        k=groups * group_k,
+        kh=kernel[0],
+        kw=kernel[1],
+        pads=pads,
+        strides=strides,
+        dilations=dilations,
+        groups=groups,
+        dtype=dtype,
+        data_format=draw(st.sampled_from(DATA_FORMATS)),
+        epilogue=Epilogue() if plain else draw(epilogues(dtype)),
+    )
+
+
+def _pairs(low: int, high: int) -> st.SearchStrategy[tuple[int, int]]:
+    return st.tuples(st.integers(low, high), st.integers(low, high))
+
+
+@st.composite
+def _parts(draw: st.DrawFn, least: int) -> tuple[int, int, int]:
+    """Draw groups, channels of a group and filters of a group: whole, grouped or depthwise with a multiplier."""
+    kind = draw(st.sampled_from(("whole", "whole", "grouped", "depthwise")))
+    if kind == "whole":
+        return 1, draw(st.integers(least, 9)), draw(st.integers(least, 10))
+    if kind == "grouped":
+        return draw(st.integers(2, 4)), draw(st.integers(max(least, 1), 4)), draw(st.integers(least, 4))
+    return draw(st.integers(2, 9)), 1, draw(st.integers(least, 3))
+
+
+def numbers(problem: Problem, seed: int = 0) -> Case:
+    """Return a problem's arrays, drawn with a seed: normal numbers, or integers from the dtype's whole range."""
+    rng = np.random.default_rng(seed)
+    p = problem
+
+    def make(shape: tuple[int, ...], name: str) -> Array:
+        dtype = dtype_of(name)
+        if name in INTEGERS:
+            about = np.iinfo(dtype)
+            return rng.integers(about.min, about.max, shape, dtype, endpoint=True)
+        return rng.standard_normal(shape).astype(dtype)
+
+    return Case(
+        p,
+        make((p.n, p.h, p.w, p.c), p.dtype),
+        make(p.filter_shape, p.dtype),
+        make((p.k,), p.result_dtype) if p.epilogue.bias else None,
+        make((p.n, p.oh, p.ow, p.k), p.result_dtype) if p.epilogue.residual else None,
+    )
+
+
+def cases(
+    *, dtypes: Sequence[str] = MIXED_DTYPES, empty: bool = True, plain: bool = False, side: int = 20
+) -> st.SearchStrategy[Case]:
+    """Draw problems with arrays; see ``problems``."""
+    drawn = problems(dtypes=dtypes, empty=empty, plain=plain, side=side)
+    return st.builds(numbers, drawn, st.integers(0, 2**16))

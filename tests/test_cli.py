@@ -1,0 +1,136 @@
+"""The command line: what it prints, what it writes, and how it ends."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from convdispatch import profile
+from convdispatch.cli import main
+
+SMALL = "1x9x9x4 * 3x3x4x8 SAME"
+FEW = ("--backends", "direct,im2col")
+
+
+def run(*words: str | Path) -> Result:
+    profile.forget()  # each command is a process of its own
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "profile.yaml"
+
+
+def test_tune_prints_the_winner_and_the_ratios_and_writes_the_profile(file: Path) -> None:
+    done = run("tune", SMALL, *FEW, "--profile", file)
+    assert done.exit_code == 0, done.output
+    table = done.stdout
+    assert SMALL in table
+    assert "vs worst" in table
+    assert "vs direct" in table
+    assert str(file) in table
+    assert {entry.key.deployment for entry in profile.read(file).entries()} == {"plan", "call"}
+    assert "[2/2]" in done.stderr
+
+
+def test_tune_again_knows_and_retune_measures(file: Path) -> None:
+    run("tune", SMALL, *FEW, "--profile", file)
+    assert "2 known from the profile" in run("tune", SMALL, *FEW, "--profile", file).stdout
+    assert "2 measured now" in run("tune", SMALL, *FEW, "--profile", file, "--retune").stdout
+
+
+def test_tune_json_is_json_alone_on_stdout(file: Path) -> None:
+    done = run("tune", SMALL, *FEW, "--profile", file, "--deployment", "plan", "--json")
+    data = json.loads(done.stdout)
+    assert data["complete"] is True
+    (layer,) = data["layers"]
+    assert layer["problem"] == SMALL
+    assert set(layer["backends"]) == {"direct", "im2col"}
+    assert min(layer["backends"].values()) == pytest.approx(1, rel=0.05)
+    assert layer["vs_direct"] == layer["backends"]["direct"]
+
+
+def test_tune_time_limit_leaves_the_rest_with_its_own_exit_code(file: Path) -> None:
+    done = run("tune", "vgg16", "--profile", file, "--time-limit", "0")
+    assert done.exit_code == 3
+    assert "18 left when the time limit came" in done.stdout
+    assert profile.read(file).entries() == []
+
+
+def test_tune_batch_replaces_the_workloads(file: Path) -> None:
+    done = run("tune", SMALL, *FEW, "--profile", file, "--batch", "3", "--deployment", "plan")
+    assert "3x9x9x4" in done.stdout
+
+
+def test_tune_takes_a_yaml_workload(file: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(f"layers:\n- {{name: first, count: 3, problem: '{SMALL}'}}\n")
+    done = run("tune", mine, *FEW, "--profile", file, "--deployment", "plan")
+    assert done.exit_code == 0, done.output
+    assert "first" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("tune", "resnet5"), "resnet50"),
+        (("tune", "nowhere.yaml"), "nowhere.yaml"),
+        (("tune", "1x9x9x4 * 3x3"), "four numbers"),
+        (("tune", SMALL, "--backends", "imcol"), "im2col"),
+        (("explain", "1x9x9x4"), "filter shape"),
+        (("explain", "1x9x9x4 * 3x3x4x8 SOME"), "SOME"),
+    ],
+)
+def test_wrong_words_end_with_one_line_that_helps(words: tuple[str, ...], said: str) -> None:
+    done = run(*words)
+    assert done.exit_code == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.output
+
+
+def test_wrong_usage_ends_with_two() -> None:
+    assert run("tune", SMALL, "--effort", "huge").exit_code == 2
+    assert run("tune").exit_code == 2
+
+
+def test_tune_refuses_to_overwrite_what_is_no_profile(file: Path) -> None:
+    file.write_text("shopping: [milk]\n")
+    done = run("tune", SMALL, *FEW, "--profile", file)
+    assert done.exit_code == 1
+    assert str(file) in done.stderr
+    assert file.read_text() == "shopping: [milk]\n"
+
+
+def test_explain_shows_every_backend_with_its_reason_or_its_time(file: Path) -> None:
+    strided = f"{SMALL} stride=2"
+    run("tune", strided, *FEW, "--profile", file, "--deployment", "plan")
+    done = run("explain", strided, "--profile", file)
+    for name in ("direct", "im2col", "fft", "numba", "winograd"):
+        assert name in done.stdout
+    assert "project profile" in done.stdout
+    data = json.loads(run("explain", strided, "--profile", file, "--json").stdout)
+    assert data["source"] == "profile"
+    rows = {row["backend"]: row for row in data["rows"]}
+    assert rows["im2col"]["median"] > 0
+    assert rows["winograd"]["reason"]
+
+
+def test_backends_lists_all(file: Path) -> None:
+    names = {row["name"] for row in json.loads(run("backends", "--json").stdout)["available"]}
+    assert {"direct", "fft", "im2col", "numba", "winograd"} <= names
+    assert "winograd" in run("backends").stdout
+
+
+def test_profile_path_and_show(file: Path) -> None:
+    assert run("profile", "path", "--profile", file).stdout.strip() == str(file)
+    assert "has no entries" in run("profile", "show", "--profile", file).stdout
+    run("tune", SMALL, *FEW, "--profile", file)
+    shown = run("profile", "show", "--profile", file)
+    assert SMALL in shown.stdout
+    assert "has no entries" in run("profile", "show", "7x7", "--profile", file).stdout
+    rows = json.loads(run("profile", "show", "--profile", file, "--json").stdout)
+    assert {row["deployment"] for row in rows} == {"plan", "call"}
+    layers = run("profile", "path", "--all", "--profile", file).stdout
+    assert [line.split()[0] for line in layers.splitlines()] == ["project", "user", "system", "packaged"]

@@ -1,0 +1,131 @@
+"""The shape of the code: floors, packaging, what an import loads, and the static checks."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import convdispatch
+
+ROOT = Path(__file__).parent.parent
+#: Floor of each module, from the ground up; a module imports only from its own floor or below.
+FLOORS = {
+    "errors": 0, "machine": 0, "settings": 0, "safe_yaml": 0,
+    "epilogue": 1, "problem": 1, "arguments": 1,
+    "backend": 2, "reference": 2,
+    "registry": 3, "profile": 3,
+    "backends": 4,
+    "plan": 5, "heuristic": 5,
+    "tuning": 6, "configs": 6,
+    "dispatch": 7, "explain": 7,
+    "api": 8, "cli": 8, "report": 8, "__init__": 8,
+}  # fmt: skip
+
+
+def _room(path: Path) -> str:
+    return path.stem if path.parent.name == "convdispatch" else path.parent.name
+
+
+def _modules() -> list[Path]:
+    folders = ("convdispatch", "backends", "tuning", "configs")
+    return sorted(path for folder in folders for path in (ROOT / folder).glob("*.py"))
+
+
+def _imports(path: Path) -> set[str]:
+    """Return the rooms of convdispatch that a file imports, anywhere in it."""
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+            if node.module == "convdispatch":
+                names = [f"convdispatch.{alias.name}" for alias in node.names]
+        rooms |= {name.split(".")[1] for name in names if name.startswith("convdispatch.")}
+    return rooms
+
+
+@pytest.mark.parametrize("path", _modules(), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_a_module_imports_only_from_its_floor_or_below(path: Path) -> None:
+    floor = FLOORS[_room(path)]
+    if path == ROOT / "backends" / "__init__.py":
+        return  # being a function that lists the backends, it asks the registry when called
+    above = {room for room in _imports(path) if FLOORS.get(room, 0) > floor}
+    assert not above
+
+
+def test_backends_know_nothing_of_registry_and_profile() -> None:
+    for path in (ROOT / "backends").glob("*.py"):
+        if path.name != "__init__.py":
+            assert not _imports(path) & {"registry", "profile"}, path
+
+
+def test_rooms_of_one_floor_do_not_import_each_other_in_circles() -> None:
+    graph = {_room(path): _imports(path) & FLOORS.keys() for path in _modules() if path.parent.name == "convdispatch"}
+    done: set[str] = set()
+
+    def visit(room: str, trail: tuple[str, ...]) -> None:
+        assert room not in trail, " -> ".join((*trail, room))
+        if room not in done:
+            for other in graph.get(room, ()):
+                visit(other, (*trail, room))
+            done.add(room)
+
+    for room in graph:
+        visit(room, ())
+
+
+def test_every_package_folder_is_packaged() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = ("convdispatch", "backends", "tuning", "configs")
+    found = {path.parent.relative_to(ROOT).parts for folder in folders for path in (ROOT / folder).rglob("__init__.py")}
+    names = {".".join(parts if parts[0] == "convdispatch" else ("convdispatch", *parts)) for parts in found}
+    assert set(listed) == names
+
+
+def test_version_is_the_same_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == convdispatch.__version__
+    assert f"## {convdispatch.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_all_is_sorted_and_true() -> None:
+    assert convdispatch.__all__ == sorted(convdispatch.__all__)
+    for name in convdispatch.__all__:
+        assert getattr(convdispatch, name) is not None
+
+
+def test_import_loads_neither_numba_nor_scipy() -> None:
+    code = "import sys, convdispatch; print([m for m in ('numba', 'scipy', 'yaml', 'llvmlite') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_dependency_is_explained_in_the_readme() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    readme = (ROOT / "README.md").read_text()
+    for requirement in project["dependencies"]:
+        name = re.split(r"[<>=\[ ]", requirement)[0]
+        assert f"| {name} |" in readme, name
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["ruff", "check", "--no-cache", "."],
+        ["ruff", "format", "--no-cache", "--check", "."],
+        ["mypy"],
+    ],
+    ids=["ruff-check", "ruff-format", "mypy-strict"],
+)
+def test_static_checks_are_clean(command: list[str], tmp_path: Path) -> None:
+    if command[0] == "mypy":
+        command = [*command, "--cache-dir", str(tmp_path)]
+    pytest.importorskip(command[0])
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr

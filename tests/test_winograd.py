@@ -1,0 +1,228 @@
+"""Winograd: exact transforms, right results everywhere it does not refuse, honest claims."""
+
+import pickle
+import tracemalloc
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from convdispatch import machine
+from convdispatch.arguments import Array
+from convdispatch.backend import Config
+from convdispatch.backends._toomcook import POINTS, Matrix, amplification, transforms
+from convdispatch.backends.winograd import BLOCK_BYTES, SIZES, Winograd
+from convdispatch.errors import ArgumentError
+from convdispatch.problem import Problem
+from convdispatch.reference import judge
+
+WINOGRAD = Winograd()
+Row = tuple[Fraction, ...]
+
+
+def draw_arrays(problem: Problem, seed: int = 0) -> tuple[Array, Array]:
+    random = np.random.default_rng(seed)
+    x = random.standard_normal(problem.input_shape).astype(problem.dtype)
+    w = random.standard_normal(problem.filter_shape).astype(problem.dtype)
+    return x, w
+
+
+def run(problem: Problem, config: Config, x: Array, w: Array) -> Array:
+    out = np.full(problem.output_shape, np.nan, problem.dtype)
+    WINOGRAD.prepare(problem, w, None, config)(x, out, None)
+    return out
+
+
+def check(problem: Problem, config: Config, seed: int = 0) -> float:
+    x, w = draw_arrays(problem, seed)
+    verdict = judge(problem, WINOGRAD.numerics, config, x, w, run(problem, config, x, w))
+    assert verdict.reason is None, f"{problem}: {verdict.reason}"
+    return verdict.excess
+
+
+def times(matrix: Matrix, vector: Row) -> Row:
+    return tuple(sum((a * b for a, b in zip(row, vector, strict=True)), Fraction(0)) for row in matrix)
+
+
+# The matrices ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("m", [2, 4, 6])
+@pytest.mark.parametrize("r", [3, 5])
+def test_transforms_correlate_exactly(m: int, r: int) -> None:
+    random = np.random.default_rng(m * r)
+    t = transforms(m, r)
+    g, d = (tuple(Fraction(int(a), 7) for a in random.integers(-99, 99, size)) for size in (r, m + r - 1))
+    products = tuple(a * b for a, b in zip(times(t.g, g), times(t.bt, d), strict=True))
+    direct = tuple(sum((g[s] * d[i + s] for s in range(r)), Fraction(0)) for i in range(m))
+    assert times(t.at, products) == direct
+
+
+def test_f23_is_lavins_up_to_signs() -> None:
+    t = transforms(2, 3)
+    assert [[abs(x) for x in row] for row in t.bt] == [[1, 0, 1, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 1, 0, 1]]
+    half = Fraction(1, 2)
+    assert [[abs(x) for x in row] for row in t.g] == [[1, 0, 0], [half] * 3, [half] * 3, [0, 0, 1]]
+
+
+@pytest.mark.parametrize("m", SIZES)
+def test_input_and_output_transforms_are_exact_in_float32(m: int) -> None:
+    t = transforms(m, 3)
+    at, _, bt = t.arrays("float32")
+    for array, matrix in ((at, t.at), (bt, t.bt)):
+        assert [[Fraction(float(x)) for x in row] for row in array] == [list(row) for row in matrix]
+
+
+def test_chosen_points_amplify_less_than_the_usual_ones() -> None:
+    usual = transforms(4, 3, tuple(map(Fraction, (0, 1, -1, 2, -2))))
+    at, g, bt = (np.abs(matrix) for matrix in usual.arrays("float64"))
+    forms = np.einsum("ip,ps,pt->ist", at, g, bt)
+    assert 3 * amplification(4, 3) < np.linalg.norm(forms, 2, axis=(1, 2)).max() ** 2
+
+
+@pytest.mark.parametrize("points", [POINTS[:4], POINTS[:6], (*POINTS[:4], POINTS[0])])
+def test_wrong_points_are_refused(points: Row) -> None:
+    with pytest.raises(ValueError, match="needs 5 different finite points"):
+        transforms(4, 3, points)
+
+
+# Results --------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    groups = draw(st.sampled_from([1, 1, 2, 5]))
+    low = 1 if groups == 1 else 2
+    c, k = (groups * draw(st.integers(start, 9)) for start in (low, 1))
+    pads = draw(st.tuples(*[st.integers(0, 7)] * 4))
+    h, w = (draw(st.integers(max(1, 3 - sum(pair)), 14)) for pair in (pads[:2], pads[2:]))
+    n, dtype = draw(st.integers(1, 3)), draw(st.sampled_from(["float32", "float64"]))
+    return Problem(n=n, h=h, w=w, c=c, k=k, kh=3, kw=3, pads=pads, groups=groups, dtype=dtype)
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems(), st.sampled_from(SIZES), st.integers(1, 3), st.integers(0, 99))
+def test_any_problem_is_within_the_bound(problem: Problem, m: int, threads: int, seed: int) -> None:
+    assert WINOGRAD.rejects(problem) is None
+    check(problem, Config(m=m, threads=threads), seed)
+
+
+@pytest.mark.parametrize("m", SIZES)
+@pytest.mark.parametrize("text", [
+    "2x40x37x24 * 3x3x24x200 SAME",  # several blocks, the last one short, tiles of two images in one block
+    "1x50x50x64 * 3x3x64x64 VALID float64",
+    "1x9x9x64 * 3x3x2x64 SAME_LOWER",  # 32 groups
+    "1x1x1x300 * 3x3x300x1 SAME",
+    "1x200x3x1 * 3x3x1x1 SAME",
+])  # fmt: skip
+def test_special_cases(text: str, m: int) -> None:
+    check(Problem.parse(text), Config(m=m, threads=2))
+
+
+@pytest.mark.parametrize("m", SIZES)
+def test_bound_is_not_silly(m: int) -> None:
+    """One tile of the worst proportions, with random signs: observed errors come near the bound."""
+    problem = Problem.parse(f"1x{m + 2}x{m + 2}x1 * 3x3x1x1 VALID")
+    at, g, bt = (np.abs(matrix) for matrix in transforms(m, 3).arrays("float64"))
+    form = max(np.einsum("ip,ps,pt->ist", at, g, bt), key=lambda a: float(np.linalg.norm(a, 2)))
+    left, _, right = np.linalg.svd(form)
+    worst = 0.0
+    for seed in range(300):
+        x, w = draw_arrays(problem, seed)
+        x *= np.outer(right[0], right[0]).reshape(x.shape).astype("f4")
+        w *= np.outer(left[:, 0], left[:, 0]).reshape(w.shape).astype("f4")
+        verdict = judge(problem, WINOGRAD.numerics, Config(m=m), x, w, run(problem, Config(m=m), x, w))
+        worst = max(worst, verdict.excess)
+    assert 1 / 150 < worst <= 1
+
+
+def test_whole_numbers_come_out_exact_by_f23() -> None:
+    problem = Problem.parse("1x11x11x8 * 3x3x8x8 SAME")
+    x, w = (np.round(a * 4) for a in draw_arrays(problem))
+    exact = run(problem.replace(dtype="float64"), Config(m=4), x.astype("f8"), w.astype("f8")).round()
+    np.testing.assert_array_equal(run(problem, Config(m=2), x, w), exact)
+
+
+def test_filters_of_any_strides_and_a_read_only_input_are_left_alone() -> None:
+    problem = Problem.parse("1x8x9x6 * 3x3x3x4 SAME")
+    x, w = draw_arrays(problem)
+    x.flags.writeable = False
+    odd = np.asfortranarray(w)[::-1]
+    before = x.copy(), odd.copy()
+    np.testing.assert_array_equal(run(problem, Config(), x, odd), run(problem, Config(), x, odd.copy()))
+    np.testing.assert_array_equal(before[0], x)
+    np.testing.assert_array_equal(before[1], odd)
+
+
+@pytest.mark.parametrize("m", SIZES)
+def test_threads_and_pickling_change_nothing(m: int) -> None:
+    problem = Problem.parse("2x30x30x32 * 3x3x32x48 SAME")
+    x, w = draw_arrays(problem)
+    one = run(problem, Config(m=m), x, w)
+    for threads in (2, 5):
+        np.testing.assert_array_equal(run(problem, Config(m=m, threads=threads), x, w), one)
+    kernel = pickle.loads(pickle.dumps(WINOGRAD.prepare(problem, w, None, Config(m=m))))
+    again = np.empty_like(one)
+    kernel(x, again, None)
+    np.testing.assert_array_equal(again, one)
+
+
+# Claims ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["1x60x60x32 * 3x3x32x32 SAME", "1x7x7x128 * 3x3x128x64 SAME float64"])
+@pytest.mark.parametrize("config", [Config(m=2), Config(m=4, threads=2)])
+def test_workspace_is_what_a_call_allocates(text: str, config: Config) -> None:
+    problem = Problem.parse(text)
+    x, w = draw_arrays(problem)
+    out, kernel = np.empty(problem.output_shape, problem.dtype), WINOGRAD.prepare(problem, w, None, config)
+    kernel(x, out, None)
+    tracemalloc.start()
+    try:
+        kernel(x, out, None)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    most = WINOGRAD.workspace(problem, config)
+    slack = 32 << 10  # Python's own objects
+    # A thread that comes late may find its lane of blocks done by another, in memory already given back.
+    assert most / config.threads - slack < peak < most + slack
+
+
+@pytest.mark.parametrize("m", SIZES)
+def test_workspace_does_not_grow_with_the_image(m: int) -> None:
+    problem = Problem.parse("8x2000x2000x64 * 3x3x64x64 SAME")
+    assert WINOGRAD.workspace(problem, Config(m=m, threads=2)) < 1.2 * BLOCK_BYTES
+
+
+@pytest.mark.parametrize(("text", "reason"), [
+    ("1x9x9x4 * 5x5x4x4 SAME", "5x5, not 3x3"),
+    ("1x9x9x4 * 1x3x4x4 SAME", "1x3, not 3x3"),
+    ("1x9x9x4 * 3x3x4x4 SAME stride=2x1", "strides"),
+    ("1x9x9x4 * 3x3x4x4 SAME dilation=2", "dilated"),
+    ("1x9x9x4 * 3x3x4x4 SAME int8", "exact"),
+    ("1x9x9x0 * 3x3x0x4 SAME", "no input channels"),
+    ("1x9x9x4 * 3x3x1x4 SAME", "one channel a group"),
+])  # fmt: skip
+def test_what_it_cannot_do_has_a_reason(text: str, reason: str) -> None:
+    assert reason in (WINOGRAD.rejects(Problem.parse(text)) or "")
+
+
+@pytest.mark.parametrize("m", [3, "x", "4", True, 4.0])
+def test_a_wrong_size_says_what_would_do(m: int | str) -> None:
+    problem = Problem.parse("1x9x9x4 * 3x3x4x4 SAME")
+    with pytest.raises(ArgumentError, match=r"m=2 or m=4.*got m="):
+        WINOGRAD.prepare(problem, draw_arrays(problem)[1], None, Config(m=m))
+
+
+def test_configs_begin_with_the_smaller_estimate() -> None:
+    here = machine.current()
+    for text in ("1x56x56x64 * 3x3x64x64 SAME", "1x7x7x512 * 3x3x512x512 SAME"):
+        problem = Problem.parse(text)
+        configs = WINOGRAD.configs(problem, "estimate")
+        seconds = [WINOGRAD.estimate(problem, config, here) for config in configs]
+        assert {config["m"] for config in configs} == set(SIZES)
+        assert seconds == sorted(seconds)
+        assert 0 < seconds[0] < 1

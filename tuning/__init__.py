@@ -1,0 +1,1 @@
+"""Measuring plans: clock, workloads, accuracy gate, race, tuner."""

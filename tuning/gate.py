@@ -1,0 +1,82 @@
+"""The accuracy gate: a candidate's result is compared with the float64 reference before it may win."""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+from convdispatch.arguments import Array
+from convdispatch.backend import Candidate
+from convdispatch.plan import Plan
+from convdispatch.problem import Problem, dtype_of
+from convdispatch.reference import Oracle, Verdict
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Arrays of a problem: what candidates are tried and timed on.
+
+    ``input``, ``residual`` are in the problem's data format; ``filters`` is ``[KH, KW, C // groups, K]``.
+    """
+
+    problem: Problem
+    input: Array
+    filters: Array
+    bias: Array | None
+    residual: Array | None
+
+    @classmethod
+    def random(cls, problem: Problem, seed: int = 0) -> "Trial":
+        """Draw normal floats, or integers from the whole range of their dtype."""
+        rng = np.random.default_rng(seed)
+
+        def draw(shape: tuple[int, ...], dtype: str) -> Array:
+            kind = dtype_of(dtype)
+            if problem.is_integer:
+                limits = np.iinfo(kind)
+                return rng.integers(limits.min, limits.max, shape, dtype=kind, endpoint=True)
+            return rng.standard_normal(shape).astype(kind)
+
+        result = problem.result_dtype
+        return cls(
+            problem,
+            draw(problem.input_shape, problem.dtype),
+            draw(problem.filter_shape, problem.dtype),
+            draw((problem.k,), result) if problem.epilogue.bias else None,
+            draw(problem.output_shape, result) if problem.epilogue.residual else None,
+        )
+
+    def spoiled_output(self) -> Array:
+        """Return an output full of what no kernel stores: fresh memory may hold another candidate's right result."""
+        array = np.empty(self.problem.output_shape, dtype_of(self.problem.result_dtype))
+        array.fill(-0x5A5A if self.problem.is_integer else np.nan)
+        return array
+
+    def plan(self, candidate: Candidate) -> Plan:
+        """Make the candidate's plan for these filters."""
+        return Plan(self.problem, candidate, self.filters, self.bias)
+
+    @functools.cached_property
+    def _images(self) -> list[int]:
+        """The images compared: the first and the last of a batch."""
+        return sorted({0, self.problem.n - 1})
+
+    def _some(self, array: Array) -> Array:
+        view = array.transpose(0, 2, 3, 1) if self.problem.data_format == "NCHW" else array
+        return view[self._images]
+
+    @functools.cached_property
+    def _oracle(self) -> Oracle:
+        few = self.problem.replace(n=len(self._images))
+        residual = None if self.residual is None else self._some(self.residual)
+        return Oracle(few, self._some(self.input), self.filters, self.bias, residual)
+
+    def judge(self, candidate: Candidate, output: Array) -> Verdict:
+        """Compare a plan's output with the reference, on the first and the last image of a batch."""
+        return self._oracle.judge(candidate.backend.numerics, candidate.config, self._some(output))
+
+
+@functools.lru_cache(maxsize=2)
+def trial(problem: Problem) -> Trial:
+    """Return the arrays that a problem's candidates share."""
+    return Trial.random(problem)

@@ -1,0 +1,273 @@
+"""Workloads: named lists of problems with how often each runs, and the YAML that holds them.
+
+A workload file is::
+
+    name: resnet50                      # optional; the file's name without it
+    title: ResNet-50, 224x224, batch 1  # optional
+    source: where the layers are from   # optional
+    layers:                             # at least one
+    - {name: conv1, count: 1, problem: "1x224x224x3 * 7x7x3x64 pad=3 stride=2"}
+    - {count: 3, problem: "1x56x56x64 * 3x3x64x64 SAME"}
+    - 1x56x56x256 * 1x1x256x64 VALID
+
+A layer is a mapping of ``problem`` (any text that ``Problem.parse`` reads) and, where it helps, ``count`` (a
+whole number, 1 where unsaid) and ``name``; or just the problem's text. Anything else is an error, since a
+misspelt ``count`` would silently weigh a layer wrongly. So are aliases: nobody needs them here, and a small
+file of them can stand for an enormous one.
+"""
+
+import contextlib
+import difflib
+import functools
+import importlib.resources
+import os
+import reprlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from convdispatch import safe_yaml
+from convdispatch.errors import ArgumentError, ArgumentTypeError, WorkloadError
+from convdispatch.problem import Problem
+
+_EXAMPLE = "1x56x56x64 * 3x3x64x64 SAME"
+#: A larger file is some other file; a thousand layers take a tenth of this.
+_MOST_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One problem of a workload.
+
+    Attributes:
+        problem: the convolution.
+        count: how often it runs in one pass of the workload, at least 1.
+        name: what its network calls it; several names joined by ``+`` where several layers pose one problem.
+
+    """
+
+    problem: Problem
+    count: int = 1
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.problem, Problem):
+            raise ArgumentTypeError(f"problem must be a Problem; got {reprlib.repr(self.problem)}")
+        _check_count("count", self.count)
+        if not isinstance(self.name, str):
+            raise ArgumentTypeError(f"name must be text; got {reprlib.repr(self.name)}")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A named list of problems with weights.
+
+    Attributes:
+        name: what the workload is called in commands, profiles and tables.
+        layers: its problems in the order in which they run; never empty.
+        title: one line for people.
+        source: where the layers come from.
+
+    """
+
+    name: str
+    layers: tuple[Layer, ...]
+    title: str = ""
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        for attribute in ("name", "title", "source"):
+            if not isinstance(value := getattr(self, attribute), str):
+                raise ArgumentTypeError(f"{attribute} must be text; got {reprlib.repr(value)}")
+        if not isinstance(self.layers, tuple) or not all(isinstance(layer, Layer) for layer in self.layers):
+            raise ArgumentTypeError(f"layers must be a tuple of Layer; got {reprlib.repr(self.layers)}")
+        if not self.layers:
+            raise WorkloadError(f"workload {self.name!r} has no layers; it needs at least one problem")
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of one pass, every layer as often as it runs."""
+        return sum(layer.count * layer.problem.flops for layer in self.layers)
+
+    def with_batch(self, n: int) -> Self:
+        """Return this workload with ``n`` images in every problem.
+
+        Raises:
+            ArgumentTypeError, ArgumentError: if ``n`` is not a whole number of at least 1.
+
+        """
+        _check_count("batch", n)
+        layers = tuple(replace(layer, problem=layer.problem.replace(n=n)) for layer in self.layers)
+        return replace(self, layers=layers)
+
+    def distinct(self) -> Self:
+        """Return this workload with equal problems merged: counts added, first place and name kept."""
+        merged: dict[Problem, Layer] = {}
+        for layer in self.layers:
+            first = merged.get(layer.problem)
+            merged[layer.problem] = replace(first, count=first.count + layer.count) if first else layer
+        return replace(self, layers=tuple(merged.values()))
+
+    def to_yaml(self) -> str:
+        """Return the text of a workload file; ``load`` of the file is equal to this workload."""
+        import yaml  # noqa: PLC0415  # only files need it
+
+        head = {"name": self.name, "title": self.title, "source": self.source}
+        rows = [{"name": layer.name, "count": layer.count, "problem": layer.problem.text} for layer in self.layers]
+
+        def dump(mapping: dict[str, Any], *, flow: bool) -> str:
+            filled = {key: value for key, value in mapping.items() if value != ""}
+            return yaml.safe_dump(
+                filled, default_flow_style=flow, sort_keys=False, allow_unicode=True, width=float("inf")
+            )
+
+        return dump(head, flow=False) + "layers:\n" + "".join("- " + dump(row, flow=True) for row in rows)
+
+    def dump(self, path: str | os.PathLike[str]) -> None:
+        """Write a workload file, whole or not at all.
+
+        Raises:
+            WorkloadError: if the file cannot be written.
+
+        """
+        target = Path(path)
+        draft = target.parent / f".{target.name}.{os.getpid()}.tmp"
+        try:
+            draft.write_text(self.to_yaml(), encoding="utf-8")
+            draft.replace(target)
+        except (OSError, ValueError) as error:
+            raise WorkloadError(f"{target}: the workload cannot be written: {error}") from None
+        finally:
+            with contextlib.suppress(OSError):
+                draft.unlink()
+
+
+@functools.cache
+def packaged() -> tuple[str, ...]:
+    """Return the names of the workloads that come with convdispatch, in alphabetical order."""
+    files = importlib.resources.files("convdispatch.configs").iterdir()
+    # A packaged profile may lie beside them; what has layers is a workload.
+    return tuple(
+        sorted(
+            file.name.removesuffix(".yaml")
+            for file in files
+            if file.name.endswith(".yaml") and b"\nlayers:" in file.read_bytes()
+        )
+    )
+
+
+def load(what: "str | os.PathLike[str] | Problem | Workload | Iterable[Problem | str | Layer]") -> Workload:
+    """Return the workload that ``what`` stands for.
+
+    Args:
+        what: a packaged workload's name; the path of a workload file (as text it needs a suffix or a
+            separator, such as ``my.yaml`` or ``./mine``); a problem or its text; an iterable of problems,
+            their texts and layers; or a workload, which is returned as it is.
+
+    Raises:
+        WorkloadError: naming the file, the layer, what is wrong with it and what would do.
+        ArgumentTypeError: if ``what`` is none of these.
+
+    Examples:
+        >>> sum(layer.count for layer in load("resnet50").layers)
+        53
+
+    """
+    if isinstance(what, Workload):
+        return what
+    if isinstance(what, str):
+        return _named(what)
+    if isinstance(what, os.PathLike):
+        return _file(Path(what))
+    if isinstance(what, Problem):
+        return Workload(what.text, (Layer(what),))
+    if not isinstance(what, Iterable) or isinstance(what, bytes | bytearray | Mapping):
+        raise ArgumentTypeError(
+            "workload must be a packaged name, a path, a problem or its text, or an iterable of problems; "
+            f"got {reprlib.repr(what)}"
+        )
+    return Workload("custom", tuple(_layer(f"workload, layer {i}", item) for i, item in enumerate(what, 1)))
+
+
+def _named(text: str) -> Workload:
+    if text in packaged():
+        file = importlib.resources.files("convdispatch.configs").joinpath(f"{text}.yaml")
+        return _parse(text, text, file.read_bytes())
+    path = Path(text)
+    if "*" in text and path.suffix not in {".yaml", ".yml"}:
+        return load(_layer("workload", text).problem)
+    if path.suffix or len(path.parts) > 1 or text.startswith(("/", ".")):
+        return _file(path)
+    near = difflib.get_close_matches(text.lower(), packaged(), n=1)
+    raise WorkloadError(
+        f"no packaged workload is called {text!r}; {f'did you mean {near[0]}? ' if near else ''}"
+        f"packaged are {', '.join(packaged())}; or give a file such as ./{text or 'mine'}.yaml, "
+        f"or a problem such as '{_EXAMPLE}'"
+    )
+
+
+def _file(path: Path) -> Workload:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+    except FileNotFoundError:
+        known = ", ".join(packaged())
+        raise WorkloadError(f"{path}: this file does not exist; packaged workloads are {known}") from None
+    except (OSError, ValueError) as error:
+        raise WorkloadError(f"{path}: this file cannot be read: {error}") from None
+    if len(data) > _MOST_BYTES:
+        raise WorkloadError(f"{path}: a workload file has at most {_MOST_BYTES} bytes; this one has more")
+    return _parse(str(path), path.stem, data)
+
+
+def _parse(where: str, name: str, data: bytes) -> Workload:
+    content = _read_yaml(where, data)
+    if not isinstance(content, dict) or not isinstance(rows := content.get("layers"), list) or not rows:
+        raise WorkloadError(f"{where}: a workload file needs 'layers:', a list of at least one problem")
+    _check_keys(where, content, ("name", "title", "source", "layers"))
+    layers = tuple(_layer(f"{where}, layer {i}", row) for i, row in enumerate(rows, 1))
+    texts = {key: value for key, value in content.items() if key != "layers"}
+    try:
+        return Workload(**{"name": name, **texts}, layers=layers)
+    except ArgumentTypeError as error:
+        raise WorkloadError(f"{where}: {error}") from None
+
+
+def _read_yaml(where: str, data: bytes) -> Any:
+    try:
+        return safe_yaml.load(data)
+    except safe_yaml.YamlError as error:
+        place = where if error.line is None else f"{where}, line {error.line}"
+        raise WorkloadError(f"{place}: {error}") from None
+
+
+def _layer(where: str, item: Any) -> Layer:
+    if isinstance(item, Layer):
+        return item
+    row = item if isinstance(item, dict) else {"problem": item}
+    if isinstance(name := row.get("name"), str) and name:
+        where = f"{where} ({name})"
+    _check_keys(where, row, ("name", "count", "problem"))
+    if "problem" not in row:
+        raise WorkloadError(f'{where}: there is no problem; add one such as problem: "{_EXAMPLE}"')
+    problem = row["problem"]
+    try:
+        return Layer(**{**row, "problem": problem if isinstance(problem, Problem) else Problem.parse(problem)})
+    except (ValueError, TypeError) as error:
+        raise WorkloadError(f"{where}: {error}") from None
+
+
+def _check_keys(where: str, given: dict[Any, Any], known: tuple[str, ...]) -> None:
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            raise WorkloadError(f"{where}: {reprlib.repr(key)} is not a known key; {hint}")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentTypeError(f"{name} must be a whole number of at least 1; got {reprlib.repr(value)}")
+    if value < 1:
+        raise ArgumentError(f"{name} must be a whole number of at least 1; got {value}")
