@@ -11,19 +11,17 @@ from numba import types
 FASTMATH = {"contract"}
 
 
-def njit(signature: Any = None, *, parallel: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def njit(signature: Any = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Compile a function without the GIL, kept on disk where some folder is writable.
 
     Args:
         signature: compile for these argument types now; without, for each call's types on the first call.
-        parallel: whether ``numba.prange`` loops run on Numba's threads. Never decorate one function both ways:
-            Numba's disk cache cannot tell the results apart.
     """
     given: tuple[Any, ...] = () if signature is None else ([signature],)
     njit: Any = numba.njit  # its stubs do not know every form of the arguments
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        options = {"nogil": True, "parallel": parallel, "fastmath": FASTMATH, "error_model": "numpy"}
+        options = {"nogil": True, "fastmath": FASTMATH, "error_model": "numpy"}
         try:
             compiled: Callable[..., Any] = njit(*given, cache=True, **options)(function)
         except RuntimeError:  # "no locator available": neither the package's folder nor a cache is writable

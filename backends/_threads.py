@@ -1,16 +1,17 @@
-"""Threads: those of BLAS and Numba, scoped and restored, and a pool for everything else."""
+"""Threads: one team for every backend, and BLAS kept from using its own."""
 
-import concurrent.futures
 import contextlib
 import functools
 import itertools
 import os
+import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import threadpoolctl
+
+Job = Callable[[], object]
 
 
 @functools.cache
@@ -61,67 +62,95 @@ def one_blas_thread() -> Iterator[None]:
         _scope.leave()
 
 
-_launch = threading.Lock()
+class _Team:
+    """Threads that wait for work. They sleep between calls, so that nobody shares a core with a spinning one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._size = 0
+        self._offers: queue.SimpleQueue[_Work] = queue.SimpleQueue()
+
+    def offer(self, work: "_Work", places: int) -> None:
+        """Let up to this many threads join some work, if they come while it lasts."""
+        if self._size < places:
+            self._grow(places)
+        for _ in range(places):
+            self._offers.put(work)
+
+    def _grow(self, size: int) -> None:
+        with self._lock:
+            while self._size < size:
+                threading.Thread(target=self._wait_for_work, name="convdispatch", daemon=True).start()
+                self._size += 1
+
+    def _wait_for_work(self) -> None:
+        while True:
+            self._offers.get().help()
 
 
-def _layer() -> str:
-    import numba  # noqa: PLC0415
+class _Work:
+    """Jobs under way: who comes takes the next one, and who called waits only for those who came."""
 
-    return str(numba.threading_layer())  # type: ignore[attr-defined]  # its stubs forgot it
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._jobs = iter(jobs)  # next() on it is atomic
+        self._lock = threading.Lock()
+        self._helpers = 0
+        self._closed = False
+        self._left = threading.Semaphore(0)
+        self._errors: list[BaseException] = []
 
-
-@contextlib.contextmanager
-def numba_threads(threads: int) -> Iterator[None]:
-    """Let parallel Numba kernels inside the block use this many threads.
-
-    Numba's ``workqueue`` layer, its last resort, aborts the process when two Python threads launch at once;
-    there, and only there, blocks wait for each other.
-    """
-    import numba  # noqa: PLC0415  # backends without Numba use this module too
-
-    settings: Any = numba.config  # filled when Numba starts, which its stubs do not know
-    before = numba.get_num_threads()  # starts the threading layer
-    numba.set_num_threads(max(1, min(threads, settings.NUMBA_NUM_THREADS)))
-    guard = _launch if _layer() == "workqueue" else contextlib.nullcontext()
-    try:
-        with guard:
-            yield
-    finally:
-        numba.set_num_threads(before)
-
-
-@functools.cache
-def _pool(threads: int) -> concurrent.futures.ThreadPoolExecutor:
-    return concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="convdispatch")
-
-
-if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
-    os.register_at_fork(after_in_child=_pool.cache_clear)
-
-
-def run_all(jobs: Sequence[Callable[[], None]], threads: int) -> None:
-    """Run jobs that release the GIL on up to this many threads, this one among them, in no certain order.
-
-    NumPy's warnings are off in them: NaN and infinity are the caller's, and a thread does not inherit his settings.
-    """
-    waiting = iter(jobs)  # next() on it is atomic, so that threads take jobs as they come free
-
-    def work() -> None:
+    def take(self) -> None:
+        # NaN and infinity are the caller's business, and a thread does not inherit NumPy's settings.
         with np.errstate(all="ignore"):
-            for job in waiting:
+            for job in self._jobs:
                 job()
 
-    threads = min(threads, len(jobs))
-    if threads <= 1:
-        work()
-        return
-    others = [_pool(threads - 1).submit(work) for _ in range(threads - 1)]
+    def help(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._helpers += 1
+        try:
+            self.take()
+        except BaseException as error:  # noqa: BLE001  # it is the caller's to raise
+            self._errors.append(error)
+        self._left.release()
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+        for _ in range(self._helpers):
+            self._left.acquire()
+        if self._errors:
+            raise self._errors[0]
+
+
+_team = _Team()
+
+
+def _after_fork() -> None:
+    global _team  # noqa: PLW0603  # a child has none of its parent's threads, and locks as they happened to be
+    _team = _Team()
+    _scope.__init__()  # type: ignore[misc]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def run_all(jobs: Sequence[Job], threads: int) -> None:
+    """Run jobs that release the GIL on up to this many threads, this one among them, in no certain order.
+
+    This thread does not wait for the others to wake up: on a busy machine it does all the jobs itself. NumPy's
+    warnings are off in the jobs. An error in one is raised when all that were begun have ended.
+    """
+    work = _Work(jobs)
+    if threads > 1:
+        _team.offer(work, threads - 1)
     try:
-        work()
+        work.take()
     finally:
-        concurrent.futures.wait(others)
-    for other in others:
-        other.result()
+        work.close()
 
 
 def split(count: int, parts: int) -> list[tuple[int, int]]:

@@ -27,7 +27,9 @@ _EXACT = {"float32": 2**24, "float64": 2**53}
 _PEAK_PER_BYTE = 1.5e9  # FLOP/s of a float32 GEMM for each byte of vector width
 _INTEGER_RATE = 0.8e9
 _FILTER_BYTES_PER_SECOND = 4e10
-_COPY_PER_SECOND = 1e9  # elements
+_BLOCK_SECONDS = 12e-6
+_COPY_SECONDS = 2.5e-6  # of a block's copy of one tap; these hold the interpreter, and threads do not help
+_LAUNCH_SECONDS = 100e-6
 
 
 def _matmul_dtype(problem: Problem) -> str:
@@ -140,14 +142,16 @@ class Im2col(Backend):
         pixels = p.n * p.oh * p.ow / blocks
         # A GEMM reaches peak as its sides grow; half of it at these lengths.
         peak = _INTEGER_RATE if dtype == "int64" else _PEAK_PER_BYTE * machine.vector_bytes * 4 / item_bytes(dtype)
-        fill = p.group_k / (p.group_k + 16) * p.taps / (p.taps + 24) * pixels / (pixels + 16)
-        gemm = p.flops / (peak * fill)
-        filters = blocks * p.taps * p.k * item_bytes(dtype) / _FILTER_BYTES_PER_SECOND
-        run = min(p.group_c, 16)  # copies of short runs cost by the run, of long ones by the byte
-        copy = 0.0 if in_place else p.n * p.oh * p.ow * p.taps * p.groups / (_COPY_PER_SECOND * run / 16)
-        calls = blocks * (12e-6 + (0 if in_place else 1.2e-6 * p.kh * p.kw) + 0.6e-6 * p.groups)
+        fill = p.group_k / (p.group_k + 8) * p.taps / (p.taps + 24) * pixels / (pixels + 16)
+        work = p.flops / (peak * fill) + blocks * p.taps * p.k * item_bytes(dtype) / _FILTER_BYTES_PER_SECOND
+        calls = blocks * (_BLOCK_SECONDS + 0.6e-6 * p.groups)
+        if not in_place:
+            # One channel's pixels lie side by side; more make a run of their own for each pixel.
+            element = 0.7e-9 if p.c == 1 else 0.15e-9 + 5e-9 / p.group_c
+            work += p.n * p.oh * p.ow * p.taps * p.groups * element
+            calls += blocks * p.kh * p.kw * _COPY_SECONDS
         used = min(threads, blocks)
-        return (gemm + copy + filters) / (0.9 * used if used > 1 else 1) + calls + 60e-6 * (used > 1)
+        return work / (0.9 * used if used > 1 else 1) + calls + _LAUNCH_SECONDS * (used > 1)
 
     def prepare(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> Kernel:  # noqa: ARG002
         """Reorder the filters by group."""

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 from numba import types
 
@@ -18,11 +17,13 @@ from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config, Effort, Kernel, item_bytes
 from convdispatch.backends._epilogue import activate
 from convdispatch.backends._jit import array, integers, njit
-from convdispatch.backends._threads import numba_threads
+from convdispatch.backends._threads import run_all, split
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem, dtype_of
 
+#: Parts of the work for each thread, so that one that comes late or is held up leaves its parts to the others.
+_PARTS = 4
 _LOOPS = ("filters", "channels", "columns")
 FILTERS, CHANNELS, COLUMNS = range(3)
 
@@ -110,7 +111,7 @@ def _make_row(x, w, bias, residual, out, pads, strides, dilations, groups, loop,
     group_k = filters // groups
     span = filters if loop == CHANNELS else group_k  # filters that may share a block
     blocks = (span + block - 1) // block
-    row, part = divmod(np.int64(task), filters // span * blocks)  # prange counts in uint64, which turns into floats
+    row, part = divmod(task, filters // span * blocks)
     n, oh = divmod(row, rows)
     k0 = part // blocks * span + part % blocks * block
     count = min(block, span - part % blocks * block)
@@ -139,13 +140,16 @@ def _make_row(x, w, bias, residual, out, pads, strides, dilations, groups, loop,
             out[n, oh, o, k0 + k] = activate(out.dtype.type(total), code, slope)  # sums of int32 are int64 here
 
 
-def _convolve(x, w, bias, residual, out, pads, strides, dilations, groups, loop, block, code, slope):  # type: ignore[no-untyped-def]
-    """Convolve ``x [N, H, W, C]`` with ``w [KH, KW, C // groups, K]`` into ``out [N, OH, OW, K]``."""
-    filters = w.shape[3]
-    span = filters if loop == CHANNELS else filters // groups
-    blocks = filters // span * ((span + block - 1) // block)
-    for task in numba.prange(out.shape[0] * out.shape[1] * blocks):
+def _convolve(x, w, bias, residual, out, pads, strides, dilations, groups, loop, block, code, slope, tasks):  # type: ignore[no-untyped-def]
+    """Convolve ``x [N, H, W, C]`` with ``w [KH, KW, C // groups, K]`` into part of ``out [N, OH, OW, K]``."""
+    for task in range(tasks[0], tasks[1]):
         _make_row(x, w, bias, residual, out, pads, strides, dilations, groups, loop, block, code, slope, task)
+
+
+def _tasks(problem: Problem, loop: int, block: int) -> int:
+    """Return the rows of output times the blocks of filters."""
+    span = problem.k if loop == CHANNELS else problem.group_k
+    return problem.n * problem.oh * (problem.k // span) * -(-span // block)
 
 
 @functools.cache
@@ -154,9 +158,9 @@ def _compiled(dtype: str, sum_dtype: str) -> Callable[..., Any]:
     signature = types.void(
         array(dtype, 4), array(dtype, 4), array(sum_dtype, 1), array(sum_dtype, 4),
         array(sum_dtype, 4, writable=True), integers(4), integers(2), integers(2), number, number, number, number,
-        types.float64,
+        types.float64, integers(2),
     )  # fmt: skip
-    return njit(signature, parallel=True)(_convolve)
+    return njit(signature)(_convolve)
 
 
 @dataclass(frozen=True)
@@ -174,11 +178,14 @@ class NumbaKernel:
         """Convolve ``input`` into ``out``; see ``convdispatch.backend.Kernel``."""
         p = self.problem
         added = np.empty((0, 0, 0, 0), out.dtype) if residual is None else residual
-        with numba_threads(self.threads):
-            _compiled(p.dtype, p.sum_dtype)(
-                input, self.filters, self.bias, added, out, p.pads, p.strides, p.dilations, p.groups,
-                self.loop, self.block, p.epilogue.code, p.epilogue.slope,
-            )  # fmt: skip
+        convolve = functools.partial(
+            _compiled(p.dtype, p.sum_dtype), input, self.filters, self.bias, added, out,
+            p.pads, p.strides, p.dilations, p.groups, self.loop, self.block, p.epilogue.code, p.epilogue.slope,
+        )  # fmt: skip
+        parts = 1 if self.threads == 1 else self.threads * _PARTS
+        run_all(
+            [functools.partial(convolve, part) for part in split(_tasks(p, self.loop, self.block), parts)], self.threads
+        )
 
 
 class Numba(Backend):
@@ -209,14 +216,16 @@ class Numba(Backend):
         p, threads = problem, min(config.threads, machine.cores)
         loop = _loop(p, config)
         lanes = machine.vector_bytes / item_bytes(p.sum_dtype)
-        run = {FILTERS: p.group_k, CHANNELS: p.k, COLUMNS: p.ow}[loop]  # length of the innermost loop
-        rate = _RATES[loop] * lanes * run / (run + 2 * lanes)
+        run = {FILTERS: min(p.group_k, config.integer("block", 128)), CHANNELS: p.k, COLUMNS: p.ow}[
+            loop
+        ]  # length of the innermost loop
+        rate = (_RATE_ONE_CHANNEL if loop == COLUMNS and p.c == 1 else _RATES[loop]) * lanes * run / (run + 2 * lanes)
         if p.is_integer:
             rate *= 0.5
         products = p.n * p.oh * p.ow * p.k * p.taps / rate
         outputs = p.n * p.oh * p.ow * p.k * (2e-9 if not p.epilogue.code else 6e-9)
         used = min(threads, p.n * p.oh)
-        return (products + outputs) / (0.9 * used if used > 1 else 1) + 12e-6 + 5e-6 * (used - 1)
+        return (products + outputs) / (0.9 * used if used > 1 else 1) + 10e-6 + _LAUNCH_SECONDS * (used > 1)
 
     def prepare(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> Kernel:
         """Copy the filters; compile for the dtype if that has not been done."""
@@ -229,8 +238,10 @@ class Numba(Backend):
         return NumbaKernel(problem, np.array(filters, order="C"), kept, loop, block, config.threads)
 
 
+_LAUNCH_SECONDS = 60e-6
 #: Products a second of one core for each vector lane, when the innermost loop is long.
-_RATES = {FILTERS: 1.2e9, CHANNELS: 0.5e9, COLUMNS: 0.5e9}
+_RATES = {FILTERS: 1.5e9, CHANNELS: 0.6e9, COLUMNS: 0.25e9}
+_RATE_ONE_CHANNEL = 0.9e9  # of columns whose pixels lie side by side
 
 
 def _best_loop(problem: Problem) -> int:

@@ -209,11 +209,15 @@ class Candidate:
 
     def workspace(self, problem: Problem) -> int:
         """Return the scratch bytes of one call, those of the plan's own conversions included."""
+        if problem.is_trivial:
+            return 0
         seen = seen_by(self.backend, problem)
         return self.backend.workspace(seen, self.config) + _conversion_bytes(self.backend, problem, seen)
 
     def estimate(self, problem: Problem, machine: Machine) -> float | None:
         """Return the predicted seconds of one call, or None if the backend cannot tell."""
+        if problem.is_trivial:
+            return 0.0
         seen = seen_by(self.backend, problem)
         seconds = self.backend.estimate(seen, self.config, machine)
         if seconds is None or math.isnan(seconds):

@@ -1,13 +1,15 @@
 """Decides: problem -> profile -> tuning, if wished -> estimate -> plan. The only place that does."""
 
+import difflib
 import functools
+import threading
 import warnings
 from dataclasses import dataclass
 from typing import Any, cast
 
 from convdispatch import arguments, heuristic, machine, profile, registry, settings
 from convdispatch.arguments import Array, as_array
-from convdispatch.backend import Candidate, Config, Effort, seen_by
+from convdispatch.backend import Backend, Candidate, Config, Effort, seen_by
 from convdispatch.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -22,6 +24,8 @@ from convdispatch.profile import Key, Result
 from convdispatch.settings import Options
 
 Forced = tuple[str, Config | None] | None
+
+_one_miss_at_a_time = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ def _forced(problem: Problem, deployment: str, forced: tuple[str, Config | None]
     if reason := backend.rejects(seen_by(backend, problem)):
         raise BackendRejectedError(f"backend {name!r} cannot do {problem}: {reason}")
     if config is not None:
+        _check_keys(backend, problem, config)
         given = {"threads": _threads(options)} if backend.parallel else {}
         return Decision(
             Candidate(backend, Config({**given, **config})),
@@ -90,6 +95,18 @@ def _forced(problem: Problem, deployment: str, forced: tuple[str, Config | None]
     candidate = found.candidate if found else heuristic.rank(problem, [backend], _threads(options))[0].candidate
     by = f"its config from {found.evidence}" if found else "its config estimated"
     return Decision(candidate, Evidence("forced", f"backend={name!r}, {by}"))
+
+
+def _check_keys(backend: Backend, problem: Problem, config: Config) -> None:
+    """Refuse keys that the backend would pass over: a misspelt one is meant to say something."""
+    if problem.is_trivial:
+        return
+    known = {key for each in backend.configs(seen_by(backend, problem), "exhaustive") for key in each} | {"threads"}
+    for key in config:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
+            raise ArgumentError(f"backend {backend.name!r} has no config {key!r}; {hint}")
 
 
 def _from_profile(problem: Problem, deployment: str, options: Options) -> Decision | None:
@@ -128,14 +145,16 @@ def _tuned(problem: Problem, deployment: str, options: Options) -> Decision | No
     effort = "measure" if options.effort == "estimate" else options.effort
     key = key_for(problem, deployment, options)
     everyone = registry.available()
-    if any(tuner.suffices(entry, cast("Effort", effort), everyone) for _, entry in profile.find(key)):
-        return None  # measured already, and nothing of it is allowed: to measure again would not change that
-    try:
-        outcome = tuner.tune_problem(key, effort=cast("Effort", effort), seconds=options.time_limit)
-    except BackendError as error:
-        warnings.warn(f"tuning {problem} failed: {error}", ProfileWarning, stacklevel=2)
-        return None
-    tuner.keep(outcome.entry)
+    with _one_miss_at_a_time:
+        if any(tuner.suffices(entry, cast("Effort", effort), everyone) for _, entry in profile.find(key)):
+            # Another thread has measured it meanwhile; or nothing measured is allowed, and doing so again is no use.
+            return _from_profile(problem, deployment, options)
+        try:
+            outcome = tuner.tune_problem(key, effort=cast("Effort", effort), seconds=options.time_limit)
+        except BackendError as error:
+            warnings.warn(f"tuning {problem} failed: {error}", ProfileWarning, stacklevel=2)
+            return None
+        tuner.keep(outcome.entry)
     found = _from_profile(problem, deployment, options)
     return found and Decision(found.candidate, Evidence("tuned", found.evidence.detail))
 

@@ -217,5 +217,5 @@ def _rows(problem: Problem, threads: int, entry: Entry | None, decision: Decisio
                 candidate.workspace(problem),
             )
         )
-    rows.sort(key=lambda row: (not row.chosen, row.median or row.estimate or float("inf")))
+    rows.sort(key=lambda row: (not row.chosen, bool(row.reason), row.median or row.estimate or float("inf")))
     return [*rows, *(Row(name, reason=reason) for name, reason in refused.items())]

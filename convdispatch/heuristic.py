@@ -33,6 +33,8 @@ def thread_counts(threads: int) -> tuple[int, ...]:
 
 def candidates_of(backend: Backend, problem: Problem, threads: int, effort: Effort) -> list[Candidate]:
     """Return a backend's candidates for a problem it does not reject, its default config first."""
+    if problem.is_trivial:  # the plan does without a kernel
+        return [Candidate(backend, Config())]
     configs = backend.configs(seen_by(backend, problem), effort)
     if not backend.parallel:
         return [Candidate(backend, config) for config in configs]

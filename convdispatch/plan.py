@@ -79,13 +79,13 @@ class Plan:
         self._bias = None if bias is None else np.array(bias, self._sums)
         own = self._bias if self._seen.epilogue else None
         weights = filters.astype(dtype_of(self._seen.dtype), copy=False)
-        self._trivial = problem.is_empty or not problem.taps
         self._kernel: Kernel | None = None
-        if not self._trivial:
-            self._kernel = candidate.backend.prepare(self._seen, weights, own, candidate.config)
+        if not problem.is_trivial:
+            with np.errstate(all="ignore"):  # filters that are not finite are the caller's
+                self._kernel = candidate.backend.prepare(self._seen, weights, own, candidate.config)
         # A transform's packed filters cannot be turned back, and spoiled images need the originals.
         mixes = candidate.backend.numerics.kind == "transform"
-        self._filters = np.array(weights, order="C") if mixes and not self._trivial else None
+        self._filters = np.array(weights, order="C") if mixes and not problem.is_trivial else None
         self._redo: Kernel | None = None
         self._lock = threading.Lock()
         self._direct_store = self._can_store_directly()

@@ -190,6 +190,11 @@ class Problem:
         """Whether the output has no elements."""
         return 0 in self.output_shape
 
+    @property
+    def is_trivial(self) -> bool:
+        """Whether there is nothing to multiply: no output, or no input channels and so sums of 0."""
+        return self.is_empty or not self.taps
+
     # Work ---------------------------------------------------------------------------------------------------
 
     @property

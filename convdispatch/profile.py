@@ -220,6 +220,8 @@ def _candidate_fields(data: Any, key: Key) -> tuple[str, int, Config]:
     for name, value in values.items():
         if not isinstance(name, str) or not isinstance(value, int | float | str | bool):
             raise ProfileError(f"config must map names to plain values; got {values!r:.60}")
+        if isinstance(value, int) and value.bit_length() > 63:
+            raise ProfileError(f"config {name:.60} is a larger number than any kernel takes")
     config = Config(values)
     if not 1 <= config.threads <= key.threads:
         raise ProfileError(f"config threads must be between 1 and {key.threads}; got {config.threads}")

@@ -1,5 +1,6 @@
 """The one contract, shown for every backend there is: right, contained, honest about memory, picklable."""
 
+import itertools
 import math
 import pickle
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from convdispatch.machine import Machine, current
 from convdispatch.problem import Problem, dtype_of
 
 BACKENDS = convdispatch.backends()
-SMALL_MACHINE = Machine("test (test)", ("sse2",), 1, (16 << 10, 256 << 10), "Linux x86_64", ())
+SMALL_MACHINE = Machine("test (test)", ("sse2",), 1, (16 << 10, 256 << 10, 1 << 20), "Linux x86_64", ())
 
 
 @pytest.fixture(name="backend", params=BACKENDS)
@@ -168,7 +169,7 @@ def test_the_same_plan_gives_the_same_bits(backend: Backend, case: Case) -> None
 
 def kinds(array: Array) -> Array:
     """Return of each element whether it is finite (0), NaN (1), infinity (2) or minus infinity (3)."""
-    return np.isnan(array) * 1 + np.isposinf(array) * 2 + np.isneginf(array) * 3
+    return np.asarray(np.isnan(array) * 1 + np.isposinf(array) * 2 + np.isneginf(array) * 3)
 
 
 def undecided(problem: Problem, w: Array) -> Array:
@@ -276,7 +277,7 @@ def test_configs_are_few_at_first_distinct_and_only_grow_with_effort(backend: Ba
         assert len(set(configs)) == len(configs)
         assert configs[0] == found[0][0]
         assert all("threads" not in config for config in configs)
-    for fewer, more in zip(found, found[1:], strict=False):
+    for fewer, more in itertools.pairwise(found):
         assert set(fewer) <= set(more)
 
 

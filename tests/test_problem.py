@@ -127,7 +127,7 @@ def test_other_ways_to_write_a_problem_have_one_canonical_text(loose: str, canon
     ],
 )
 def test_text_that_is_no_problem_is_refused_by_what_is_wrong(text: str, named: str) -> None:
-    with pytest.raises(ArgumentError, match=".") as caught:
+    with pytest.raises(ArgumentError) as caught:
         Problem.parse(text)
     assert named in str(caught.value)
 

@@ -170,7 +170,7 @@ def test_the_fastest_wins_with_all_the_evidence(clock: FakeClock) -> None:
     assert winner.workspace == 64
     assert 0 <= winner.error < 1e-6
     assert winner.version == 1
-    assert winner.config == Config(threads=1)
+    assert winner.config == Config()
     assert entry.key == key()
     assert entry.effort == "measure"
     assert entry.failures == ()
@@ -289,7 +289,7 @@ def test_hopeless_estimates_are_left_out_and_named(clock: FakeClock) -> None:
     hopeless = Scripted("hopeless", clock, expected=100.0)
     only(Scripted("fine", clock, expected=1.0), hopeless, Scripted("unknown", clock, expected=None))
     outcome = tune_problem(key(), clock=clock, rules=RULES)
-    assert outcome.left_out == ("hopeless(threads=1)",)
+    assert outcome.left_out == ("hopeless",)
     assert sorted(names_of(outcome.entry)) == ["fine", "unknown"]
     assert hopeless.calls == 0
     assert tune_problem(key(), effort="exhaustive", clock=clock, rules=RULES).left_out == ()
@@ -306,7 +306,7 @@ def test_every_config_competes_and_is_stored_as_it_is(clock: FakeClock) -> None:
     tried = (Config(factor=1.0, tile="a"), Config(factor=0.9, tile="b"), Config(factor=1.2, tile="c"))
     entry = race_of(Scripted("many", clock, tried=tried), clock=clock)
     assert [result.config["tile"] for result in entry.results] == ["b", "a", "c"]
-    assert entry.winner.name == "many(factor=0.9, threads=1, tile=b)"
+    assert entry.winner.name == "many(factor=0.9, tile=b)"
 
 
 def test_a_parallel_backend_races_with_every_thread_count_within_the_budget(clock: FakeClock) -> None:
@@ -393,7 +393,7 @@ def test_noise_within_the_margin_never_flips_a_tie(seed: int, incumbent: str | N
     def seconds(call: int) -> float:
         return 1.0 + shaking.uniform(-noise, noise)
 
-    old = None if incumbent is None else Entry(key(), (Result(incumbent, 1, Config(threads=1), 1.0, 0.0, 1, 0.0, 0),))
+    old = None if incumbent is None else Entry(key(), (Result(incumbent, 1, Config(), 1.0, 0.0, 1, 0.0, 0),))
     try:
         entry = race_of(
             Scripted("b", clock, seconds, space=8), Scripted("a", clock, seconds, space=16), clock=clock, incumbent=old

@@ -32,6 +32,7 @@ class Rules:
 
 #: Seconds of a first call from which on a second would tell nothing new.
 _SLOW = 0.02
+_MOST_REPEATS = 1000
 
 RULES = {
     "measure": Rules(rounds=11, sample_seconds=0.002, race_seconds=1.0),
@@ -42,10 +43,17 @@ RULES = {
 
 @dataclass
 class Samples:
-    """A candidate's times: seconds of one call, a sample a round."""
+    """A candidate's times.
+
+    Attributes:
+        repeat: calls that make a sample.
+        seconds: of one call, a sample a round.
+        first: seconds of a call when warming up.
+    """
 
     repeat: int
     seconds: list[float] = field(default_factory=list)
+    first: float = 0.0
 
     @property
     def median(self) -> float:
@@ -67,6 +75,7 @@ def race(
     clock: Clock,
     *,
     seed: int = 0,
+    before_sample: Callable[[], None] | None = None,
     on_failure: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, Samples]:
     """Time every runner; the first call of each is a warm-up outside the clock's samples.
@@ -76,6 +85,7 @@ def race(
         rules: how many rounds, how long.
         clock: tells the time.
         seed: decides the order within the rounds.
+        before_sample: called before each sample of calls that are not slow, and followed by a call outside the clock.
         on_failure: told of a runner that raised; it leaves the race. Without, the error is raised.
 
     Returns:
@@ -85,15 +95,16 @@ def race(
     order = random.Random(seed)  # noqa: S311  # shuffling, not secrets
     table: dict[str, Samples] = {}
     for name, run in runners.items():
-        repeat = _attempt(name, functools.partial(_calibrate, run, rules, clock), on_failure)
-        if repeat is not None:
-            table[name] = Samples(int(repeat))
+        once = _attempt(name, functools.partial(_warm_up, run, clock), on_failure)
+        if once is not None:
+            table[name] = Samples(_repeats(once, rules), first=once)
     live = list(table)
     for number in range(rules.rounds):
         order.shuffle(live)
         for name in list(live):
             samples = table[name]
-            taken = _attempt(name, functools.partial(_sample, runners[name], samples.repeat, clock), on_failure)
+            ready = before_sample if samples.first <= _SLOW else None
+            taken = _attempt(name, functools.partial(_sample, runners[name], samples.repeat, clock, ready), on_failure)
             if taken is None:
                 live.remove(name)
                 del table[name]
@@ -137,19 +148,28 @@ def _attempt(
         return None
 
 
-def _calibrate(run: Run, rules: Rules, clock: Clock) -> float:
-    """Warm up, and return how often a sample has to repeat the call."""
-    before = clock()
-    run()
-    if clock() - before > _SLOW:  # one sample is long enough, and another call only to learn that costs as much
-        return 1
+def _warm_up(run: Run, clock: Clock) -> float:
+    """Warm up, and return the seconds of a call."""
     before = clock()
     run()
     once = clock() - before
-    return max(1, min(1000, round(rules.sample_seconds / once))) if once > 0 else 1000
+    if once > _SLOW:  # another call only to learn that costs as much
+        return once
+    before = clock()
+    run()
+    return clock() - before
 
 
-def _sample(run: Run, repeat: int, clock: Clock) -> float:
+def _repeats(once: float, rules: Rules) -> int:
+    if once > _SLOW:
+        return 1
+    return max(1, min(_MOST_REPEATS, round(rules.sample_seconds / once))) if once > 0 else _MOST_REPEATS
+
+
+def _sample(run: Run, repeat: int, clock: Clock, before_sample: Callable[[], None] | None) -> float:
+    if before_sample is not None:
+        before_sample()
+        run()
     before = clock()
     for _ in range(repeat):
         run()

@@ -26,6 +26,8 @@ from convdispatch.tuning.workload import Layer, Workload
 Status = Literal["tuned", "known", "left", "failed"]
 #: Candidates this close in time are equal; the preference order decides between them.
 TIE_MARGIN = 0.01
+#: OpenMP's threads spin for about this long after a kernel, on the core of whoever runs next.
+_SETTLE_SECONDS = 0.004
 _LONGEST_REASON = 300
 _one_at_a_time = threading.Lock()
 
@@ -290,7 +292,13 @@ def _measure(key: Key, entrants: Sequence[Candidate], rules: Rules, clock: Clock
             continue
         checked[name] = verdict.error, workspace
         runners[name] = _runner(key, candidate, plan, arrays, out)
-    table = race(runners, rules, clock, on_failure=lambda name, error: fail(name, f"{type(error).__name__}: {error}"))
+    table = race(
+        runners,
+        rules,
+        clock,
+        before_sample=lambda: time.sleep(_SETTLE_SECONDS),
+        on_failure=lambda name, error: fail(name, f"{type(error).__name__}: {error}"),
+    )
     seconds = comparable_seconds(table)
     results = [
         Result(

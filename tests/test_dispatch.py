@@ -1,0 +1,638 @@
+"""Who is chosen, on what evidence, under which options; with backends that count how often they are called."""
+
+import functools
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_tuner import RULES, FakeClock, Scripted, only
+
+import convdispatch
+from convdispatch import dispatch, machine, profile, reference, registry, settings
+from convdispatch.arguments import Array
+from convdispatch.backend import Config, Kernel, Numerics
+from convdispatch.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    BackendRejectedError,
+    ConvDispatchError,
+    ProfileWarning,
+    UnknownBackendError,
+)
+from convdispatch.explain import bytes_text, explain, explain_problem, time_text
+from convdispatch.problem import Problem
+from convdispatch.profile import Entry, Failure, Key, Result
+from convdispatch.tuning import tuner
+
+PROBLEM = Problem.parse("1x6x6x2 * 3x3x2x3 SAME")
+OTHER = Problem.parse("1x5x5x2 * 1x1x2x3 VALID")
+INPUT = np.ones(PROBLEM.input_shape, "f4")
+FILTERS = np.ones(PROBLEM.filter_shape, "f4")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    fake = FakeClock()
+    monkeypatch.setattr(tuner, "tune_problem", functools.partial(tuner.tune_problem, clock=fake, rules=RULES))
+    return fake
+
+
+@pytest.fixture
+def three(clock: FakeClock) -> dict[str, Scripted]:
+    """Three backends; by estimate "quick" is first, by the clock "steady"."""
+    backends = {
+        "quick": Scripted("quick", clock, 1.3, expected=1.0),
+        "steady": Scripted("steady", clock, 1.0, expected=2.0, space=1000),
+        "spectral": Scripted("spectral", clock, 1.2, expected=3.0, numerics=Numerics("transform")),
+    }
+    only(*backends.values())
+    return backends
+
+
+def result(backend: str, median: float = 1.0, **more: Any) -> Result:
+    values = {"version": 1, "config": Config(), "spread": 0.0, "rounds": 7, "error": 1e-7, "workspace": 0}
+    return Result(backend, median=median, **{**values, **more})
+
+
+def know(*results: Result, problem: Problem = PROBLEM, failures: tuple[Failure, ...] = (), **about: Any) -> Entry:
+    """Write an entry into the user's profile."""
+    parts = {"deployment": "plan", "threads": machine.usable_cores(), "machine": machine.current().id}
+    entry = Entry(Key(problem, **{**parts, **about}), results, failures)
+    profile.write(profile.user_path(), [entry], machine.current())
+    profile.forget()
+    return entry
+
+
+def chosen(problem: Problem = PROBLEM, deployment: str = "plan", forced: Any = None) -> tuple[str, str]:
+    decision = dispatch.decide(problem, deployment, dispatch.parse_forced(forced))
+    return decision.candidate.backend.name, decision.evidence.source
+
+
+# The profile, else the estimate --------------------------------------------------------------------------------------
+
+
+def test_without_a_profile_the_estimate_decides(three: dict[str, Scripted]) -> None:
+    assert chosen() == ("quick", "estimate")
+
+
+def test_an_exact_entry_decides(three: dict[str, Scripted]) -> None:
+    know(result("steady"), result("quick", 2.0))
+    assert chosen() == ("steady", "profile")
+    assert chosen(deployment="call") == ("quick", "estimate")
+    assert chosen(OTHER) == ("quick", "estimate")
+    evidence = dispatch.decide(PROBLEM, "plan").evidence
+    assert evidence.detail.startswith("winner of 2 in the user profile, 1e+06 us, ")
+
+
+def test_a_winner_need_not_be_the_fastest(three: dict[str, Scripted]) -> None:
+    know(result("spectral", 9.0), result("quick", 2.0))
+    assert chosen() == ("spectral", "profile")
+
+
+def test_the_config_comes_from_the_profile(three: dict[str, Scripted]) -> None:
+    know(result("quick", config=Config(factor=0.5)))
+    assert dispatch.decide(PROBLEM, "plan").candidate.config == Config(factor=0.5)
+
+
+def stale(backends: dict[str, Scripted]) -> None:
+    registry.register(Scripted("steady", FakeClock(), version=2, expected=2.0), replace=True)
+
+
+def gone(backends: dict[str, Scripted]) -> None:
+    registry.unregister("steady")
+
+
+def picky(backends: dict[str, Scripted]) -> None:
+    backends["steady"].reason = "no longer"
+
+
+@pytest.mark.parametrize("change", [stale, gone, picky])
+def test_a_winner_that_is_no_longer_what_was_measured_is_passed_over(
+    three: dict[str, Scripted], change: Callable[[dict[str, Scripted]], None]
+) -> None:
+    know(result("steady"), result("spectral", 2.0), result("quick", 3.0))
+    change(three)
+    assert chosen() == ("spectral", "profile")
+    assert "best allowed of 3" in dispatch.decide(PROBLEM, "plan").evidence.detail
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "steady"),
+        ({"forbid": "steady"}, "spectral"),
+        ({"forbid": ("steady", "spectral")}, "quick"),
+        ({"memory_limit": 999}, "spectral"),
+        ({"memory_limit": "1kB"}, "steady"),
+        ({"accuracy": 1e-6}, "spectral"),
+        ({"accuracy": 1e-8}, "quick"),
+        ({"accuracy": "strict", "forbid": "steady"}, "quick"),
+        ({"accuracy": "strict", "memory_limit": 0}, "quick"),
+    ],
+)
+def test_options_pass_over_stored_results(three: dict[str, Scripted], options: dict[str, Any], expected: str) -> None:
+    know(result("steady", error=1e-5), result("spectral", 2.0), result("quick", 3.0, error=1e-9))
+    with settings.options(**options):
+        assert chosen() == (expected, "profile")
+    assert chosen() == ("steady", "profile")
+
+
+def test_an_error_above_the_class_is_passed_over(three: dict[str, Scripted]) -> None:
+    know(result("spectral", error=1e-3), result("quick", 3.0))
+    assert chosen() == ("quick", "profile")
+    with settings.options(accuracy="fast"):
+        assert chosen() == ("spectral", "profile")
+
+
+def test_when_no_stored_result_is_allowed_a_lower_layer_and_then_the_estimate_decides(
+    three: dict[str, Scripted], tmp_path: Path
+) -> None:
+    entry = know(result("steady"))
+    with settings.options(profile=tmp_path / "mine.yaml"):
+        profile.write(tmp_path / "mine.yaml", [Entry(entry.key, (result("spectral"),))], machine.current())
+        assert chosen() == ("spectral", "profile")
+        with settings.options(accuracy="strict"):
+            assert chosen() == ("steady", "profile")
+        with settings.options(forbid=("spectral", "steady")):
+            assert chosen() == ("quick", "estimate")
+
+
+def test_a_number_for_accuracy_wants_transforms_measured_first(three: dict[str, Scripted]) -> None:
+    three["spectral"].expected = 0.1
+    assert chosen() == ("spectral", "estimate")
+    with settings.options(accuracy=1e-6):
+        assert chosen() == ("quick", "estimate")
+        know(result("spectral"))
+        assert chosen() == ("spectral", "profile")
+
+
+def test_nothing_unknown_is_chosen_unmeasured(clock: FakeClock) -> None:
+    only(Scripted("unknown", clock, expected=None), Scripted("nan", clock, expected=float("nan")))
+    with pytest.raises(BackendRejectedError, match="no backend may do 1x6x6x2"):
+        chosen()
+    know(result("unknown"))
+    assert chosen() == ("unknown", "profile")
+
+
+def test_when_the_options_leave_nobody_the_error_names_them_and_every_reason(three: dict[str, Scripted]) -> None:
+    three["quick"].reason = "too small"
+    with (
+        settings.options(forbid="steady", accuracy="strict", memory_limit=10),
+        pytest.raises(
+            BackendRejectedError,
+            match=r"accuracy='strict', forbid=\('steady',\), memory_limit=10 \(.*quick: too small.*steady: forbidden",
+        ),
+    ):
+        chosen()
+
+
+def test_the_thread_budget_is_part_of_what_is_looked_up(three: dict[str, Scripted]) -> None:
+    know(result("steady"), threads=3)
+    know(result("spectral"), threads=1)
+    with settings.options(threads=3):
+        assert chosen() == ("steady", "profile")
+    with settings.options(threads=1):
+        assert chosen() == ("spectral", "profile")
+    with settings.options(threads=2):
+        assert chosen() == ("quick", "estimate")
+
+
+def test_what_was_decided_once_is_remembered(three: dict[str, Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
+    know(result("steady"))
+    assert chosen() == ("steady", "profile")
+    monkeypatch.setattr(profile, "find", lambda key: pytest.fail("asked again"))
+    assert chosen() == ("steady", "profile")
+
+
+# Hand-made nonsense --------------------------------------------------------------------------------------------------
+
+
+class Demanding(Scripted):
+    """Takes no config but with a whole tile of at least 1."""
+
+    def prepare(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> Kernel:
+        if config.integer("tile", 1) < 1:
+            raise ArgumentError(f"tile must be at least 1; got {config['tile']}")
+        return super().prepare(problem, filters, bias, config)
+
+
+class DemandingMemory(Scripted):
+    """Notices a wrong tile when it is asked for its workspace."""
+
+    def workspace(self, problem: Problem, config: Config) -> int:
+        return 8 * config.integer("tile", 1)
+
+
+def test_a_config_that_cannot_be_prepared_is_passed_over_with_a_warning(clock: FakeClock) -> None:
+    only(Demanding("demanding", clock, expected=9.0), Scripted("other", clock, expected=1.0))
+    know(result("demanding", config=Config(threads=1, tile=-4)), result("other", 2.0))
+    with pytest.warns(ProfileWarning, match=r"demanding\(threads=1, tile=-4\) .* is ignored: tile must be at least 1"):
+        plan = convdispatch.plan(PROBLEM.input_shape, FILTERS)
+    assert plan.candidate.backend.name == "other"
+    assert plan(INPUT).shape == PROBLEM.output_shape
+
+
+def test_a_config_whose_workspace_cannot_be_told_is_passed_over_with_a_warning(clock: FakeClock) -> None:
+    only(DemandingMemory("demanding", clock), Scripted("other", clock))
+    know(result("demanding", config=Config(threads=1, tile="wide")), result("other", 2.0))
+    with pytest.warns(ProfileWarning, match="config needs a whole number 'tile'; got 'wide'"):
+        assert chosen() == ("other", "profile")
+
+
+GARBAGE = (0, -1, 3, 10**30, "x", True, 1.5, float("inf"))
+
+
+@pytest.mark.parametrize("name", ["direct", "fft", "im2col", "numba", "winograd"])
+@pytest.mark.filterwarnings("ignore::convdispatch.ProfileWarning")
+def test_no_config_in_a_profile_makes_a_call_with_a_built_in_backend_fail(name: str) -> None:
+    backend = registry.get(name)
+    if backend.rejects(PROBLEM):
+        pytest.skip(f"{name} does not take it")
+    known = {key for config in backend.configs(PROBLEM, "exhaustive") for key in config} - {"threads"}
+    right = reference.convolve(PROBLEM, INPUT, FILTERS)
+    for key in (*sorted(known), "unheard-of"):
+        for value in GARBAGE:
+            know(result(name, config=Config({key: value}, threads=1)))
+            plan = convdispatch.plan(PROBLEM.input_shape, FILTERS)
+            np.testing.assert_allclose(plan(INPUT), right, rtol=1e-3, atol=1e-3)
+
+
+# On miss -------------------------------------------------------------------------------------------------------------
+
+
+def test_on_miss_measures_once_and_then_the_profile_answers(three: dict[str, Scripted]) -> None:
+    with settings.options(tuning="on-miss"):
+        assert chosen() == ("steady", "tuned")
+        calls = [backend.calls for backend in three.values()]
+        assert all(calls)
+        assert chosen() == ("steady", "profile")
+        convdispatch.plan(PROBLEM.input_shape, FILTERS)(INPUT)
+        assert [backend.calls - before for backend, before in zip(three.values(), calls, strict=True)] == [0, 1, 0]
+    profile.forget()  # as in the next process
+    assert chosen() == ("steady", "profile")
+
+
+def test_on_miss_measures_calls_apart_from_plans(three: dict[str, Scripted]) -> None:
+    three["steady"].packing = 5.0
+    with settings.options(tuning="on-miss"):
+        assert chosen(deployment="plan") == ("steady", "tuned")
+        assert chosen(deployment="call") == ("spectral", "tuned")
+
+
+def test_off_never_measures(three: dict[str, Scripted]) -> None:
+    for _ in range(3):
+        convdispatch.plan(PROBLEM.input_shape, FILTERS)
+    assert sum(backend.calls for backend in three.values()) == 0
+    convdispatch.conv2d(INPUT, FILTERS)
+    assert [backend.calls for backend in three.values()] == [1, 0, 0]
+    assert not profile.user_path().exists()
+
+
+def test_on_miss_measures_nothing_that_was_measured_but_may_not_be_used(three: dict[str, Scripted]) -> None:
+    with settings.options(tuning="on-miss", accuracy=1e-12):
+        assert chosen() == ("quick", "estimate")
+        calls = [backend.calls for backend in three.values()]
+        assert all(calls)
+        for _ in range(3):
+            assert chosen() == ("quick", "estimate")
+        assert [backend.calls for backend in three.values()] == calls
+
+
+def test_on_miss_measures_again_when_a_winner_is_stale(three: dict[str, Scripted]) -> None:
+    know(result("steady", version=7))
+    with settings.options(tuning="on-miss"):
+        assert chosen() == ("steady", "tuned")
+
+
+def test_on_miss_leaves_empty_problems_alone(three: dict[str, Scripted]) -> None:
+    with settings.options(tuning="on-miss"):
+        assert chosen(PROBLEM.replace(n=0)) == ("quick", "estimate")
+    assert sum(backend.calls for backend in three.values()) == 0
+
+
+def test_on_miss_with_nobody_right_warns_and_goes_on_by_estimate(clock: FakeClock) -> None:
+    only(Scripted("wrong", clock, off=1.0))
+    with settings.options(tuning="on-miss"), pytest.warns(ProfileWarning, match="tuning .* failed: .*wrong result"):
+        assert chosen() == ("wrong", "estimate")
+
+
+def test_on_miss_without_a_file_to_write_keeps_what_it_learnt_for_this_process(
+    three: dict[str, Scripted], tmp_path: Path
+) -> None:
+    notes = tmp_path / "notes.yaml"
+    notes.write_text("milk: bread\n")
+    with settings.options(tuning="on-miss", profile=notes):
+        with pytest.warns(ProfileWarning) as told:
+            assert chosen() == ("steady", "tuned")
+        assert chosen() == ("steady", "profile")
+    assert notes.read_text() == "milk: bread\n"
+    assert any("kept for this process only" in str(one.message) for one in told)
+
+
+def test_threads_that_miss_at_once_measure_once_and_agree(three: dict[str, Scripted]) -> None:
+    def ask(_: int) -> str:
+        with settings.options(tuning="on-miss"):
+            return chosen()[0]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(ask, range(8))) == {"steady"}
+    assert [backend.prepared for backend in three.values()] == [1, 1, 1]
+
+
+# Forced --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_forced_backend_is_used_whatever_the_profile_says(three: dict[str, Scripted]) -> None:
+    know(result("steady"), result("spectral", 2.0, config=Config(factor=2.0)))
+    assert chosen(forced="quick") == ("quick", "forced")
+    decision = dispatch.decide(PROBLEM, "plan", ("spectral", None))
+    assert decision.candidate.config == Config(factor=2.0)
+    assert "its config from profile: " in decision.evidence.detail
+    assert "its config estimated" in dispatch.decide(PROBLEM, "plan", ("quick", None)).evidence.detail
+
+
+def test_a_forced_backend_may_be_one_that_nothing_is_known_of(clock: FakeClock) -> None:
+    only(Scripted("unknown", clock, expected=None), Scripted("other", clock))
+    assert chosen(forced="unknown") == ("unknown", "forced")
+
+
+def test_a_forced_config_is_used_with_the_thread_budget(clock: FakeClock) -> None:
+    only(Scripted("wide", clock, parallel=True), Scripted("narrow", clock))
+    with settings.options(threads=3):
+        wide = dispatch.decide(PROBLEM, "plan", ("wide", Config(factor=2.0))).candidate
+        narrow = dispatch.decide(PROBLEM, "plan", ("narrow", Config())).candidate
+        own = dispatch.decide(PROBLEM, "plan", ("wide", Config(threads=2))).candidate
+    assert wide.config == Config(factor=2.0, threads=3)
+    assert narrow.config.threads == 1
+    assert own.config.threads == 2
+
+
+def test_a_forced_config_that_makes_no_sense_raises(clock: FakeClock) -> None:
+    only(Demanding("demanding", clock))
+    with pytest.raises(ArgumentError, match="tile must be at least 1; got 0"):
+        convdispatch.conv2d(INPUT, FILTERS, backend=("demanding", {"tile": 0}))
+
+
+def test_a_forced_backend_that_is_not_there_or_rejects_says_so(three: dict[str, Scripted]) -> None:
+    with pytest.raises(UnknownBackendError, match="no backend is called 'quik'; did you mean 'quick'"):
+        convdispatch.conv2d(INPUT, FILTERS, backend="quik")
+    three["quick"].reason = "only on Sundays"
+    with pytest.raises(BackendRejectedError, match=r"backend 'quick' cannot do 1x6x6x2 .*: only on Sundays"):
+        convdispatch.conv2d(INPUT, FILTERS, backend="quick")
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [3, ("a",), ("a", 3), ("a", {"m": [1]}), ("a", {"m": 1}, 2), (3, {}), {"a": {}}, ("a", {1: 2, "b": 3})],
+)
+def test_what_is_neither_a_name_nor_a_pair_is_a_type_error(backend: Any) -> None:
+    with pytest.raises(ArgumentTypeError, match="backend must be a name, or"):
+        convdispatch.conv2d(INPUT, FILTERS, backend=backend)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, "many"])
+def test_a_forced_thread_count_must_be_one(threads: Any) -> None:
+    with pytest.raises(ConvDispatchError, match="threads must be a whole number of at least 1"):
+        convdispatch.conv2d(INPUT, FILTERS, backend=("im2col", {"threads": threads}))
+
+
+# Options -------------------------------------------------------------------------------------------------------------
+
+
+def test_options_hold_inside_their_block_only_even_when_it_raises(three: dict[str, Scripted]) -> None:
+    before = settings.current()
+    with settings.options(threads=3, forbid="quick") as outer:
+        assert settings.current() == outer
+        assert chosen() == ("steady", "estimate")
+        with settings.options(forbid=()) as inner:
+            assert (inner.threads, inner.forbid) == (3, ())
+            assert chosen() == ("quick", "estimate")
+        with pytest.raises(KeyError), settings.options(threads=1):
+            raise KeyError
+        assert settings.current() == outer
+    assert settings.current() == before
+
+
+def test_options_are_their_threads_own(three: dict[str, Scripted]) -> None:
+    inside, leave = threading.Event(), threading.Event()
+    seen: list[tuple[str, str]] = []
+
+    def other() -> None:
+        with settings.options(forbid="quick"):
+            inside.set()
+            leave.wait(10)
+            seen.append(chosen())
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert inside.wait(10)
+    assert settings.current().forbid == ()
+    assert chosen() == ("quick", "estimate")
+    leave.set()
+    thread.join()
+    assert seen == [("steady", "estimate")]
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "meant"),
+    [
+        ("memory_limit", "256MiB", 256 << 20), ("memory_limit", "1.5 kB", 1500), ("memory_limit", 12, 12),
+        ("memory_limit", "0", 0), ("memory_limit", None, None), ("memory_limit", "2G", 2 * 10**9),
+        ("accuracy", "STRICT", "strict"), ("accuracy", "1e-5", 1e-5), ("tuning", "on_miss", "on-miss"),
+        ("forbid", "fft, winograd,fft", ("fft", "winograd")), ("forbid", ["b", "a"], ("a", "b")),
+        ("threads", "4", 4), ("threads", None, None), ("time_limit", 0, 0.0), ("profile", "", None),
+        ("profile", "a/b.yaml", Path("a/b.yaml")), ("effort", " Patient ", "patient"),
+    ],
+)  # fmt: skip
+def test_options_are_read_leniently(name: str, given: Any, meant: Any) -> None:
+    with settings.options(**{name: given}) as found:
+        assert getattr(found, name) == meant
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("memory_limit", "lots"), ("memory_limit", -1), ("memory_limit", True), ("memory_limit", "1XB"),
+        ("accuracy", "exact"), ("accuracy", 0), ("accuracy", 1), ("accuracy", None), ("accuracy", float("nan")),
+        ("tuning", "always"), ("tuning", True), ("forbid", 3), ("forbid", [3]), ("threads", 0), ("threads", 1.0),
+        ("threads", True), ("threads", "two"), ("time_limit", -1), ("time_limit", "soon"),
+        ("time_limit", float("nan")), ("profile", 3), ("profile", b"x"), ("effort", "heroic"),
+    ],
+)  # fmt: skip
+def test_an_option_that_makes_no_sense_is_an_error_that_names_it(name: str, given: Any) -> None:
+    before = settings.current()
+    with pytest.raises((ArgumentError, ArgumentTypeError), match=f"{name} must be"), settings.options(**{name: given}):
+        pytest.fail("entered")
+    assert settings.current() == before
+
+
+def test_an_option_that_does_not_exist_is_a_type_error_with_a_suggestion() -> None:
+    with pytest.raises(TypeError, match="did you mean 'threads'"), settings.options(thread=1):
+        pytest.fail("entered")
+
+
+def test_every_option_can_be_set_by_its_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {
+        "ACCURACY": "strict", "EFFORT": "patient", "FORBID": "fft,winograd", "MEMORY_LIMIT": "1MiB",
+        "PROFILE": "some.yaml", "THREADS": "3", "TIME_LIMIT": "2.5", "TUNING": "on-miss",
+    }  # fmt: skip
+    assert {name.lower() for name in given} == set(settings.TABLE)
+    for name, value in given.items():
+        monkeypatch.setenv(f"CONVDISPATCH_{name}", value)
+    settings.from_environment.cache_clear()
+    assert settings.current() == settings.Options(
+        "strict", "patient", ("fft", "winograd"), 1 << 20, Path("some.yaml"), 3, 2.5, "on-miss"
+    )
+    with settings.options(threads=1):  # a block is nearer than the environment
+        assert settings.current().threads == 1
+
+
+def test_a_misspelt_environment_variable_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONVDISPATCH_TREADS", "1")
+    settings.from_environment.cache_clear()
+    with pytest.warns(UserWarning, match="CONVDISPATCH_TREADS means nothing .* did you mean CONVDISPATCH_THREADS"):
+        assert settings.current().threads is None
+
+
+def test_an_environment_variable_that_makes_no_sense_is_ignored_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONVDISPATCH_THREADS", "none")
+    settings.from_environment.cache_clear()
+    with pytest.warns(UserWarning, match="CONVDISPATCH_THREADS is ignored: threads must be"):
+        assert settings.current().threads is None
+
+
+# What changes a decision ---------------------------------------------------------------------------------------------
+
+
+def test_registering_and_unregistering_change_what_is_remembered(three: dict[str, Scripted]) -> None:
+    assert chosen() == ("quick", "estimate")
+    registry.register(Scripted("quicker", FakeClock(), expected=0.5))
+    assert chosen() == ("quicker", "estimate")
+    registry.unregister("quicker")
+    assert chosen() == ("quick", "estimate")
+    registry.register(Scripted("quick", FakeClock(), expected=50.0), replace=True)
+    assert chosen() == ("steady", "estimate")
+
+
+def test_tuning_changes_what_is_remembered(three: dict[str, Scripted]) -> None:
+    assert chosen() == ("quick", "estimate")
+    tuner.tune(PROBLEM)
+    assert chosen() == ("steady", "profile")
+
+
+# Explain -------------------------------------------------------------------------------------------------------------
+
+
+def test_explain_lists_the_chosen_first_then_by_time_then_the_refused(three: dict[str, Scripted]) -> None:
+    registry.register(Scripted("picky", FakeClock(), reason="only on Sundays"))
+    told = explain(PROBLEM.input_shape, PROBLEM.filter_shape)
+    assert [row.backend for row in told.rows] == ["quick", "steady", "spectral", "picky"]
+    assert [row.chosen for row in told.rows] == [True, False, False, False]
+    assert told.chosen == "quick"
+    assert told.evidence.source == "estimate"
+    assert told.layer is None
+    assert told.rows[0].estimate == 1.0
+    assert told.rows[1].workspace == 1000
+    assert told.rows[0].median is None
+    assert (told.rows[3].candidate, told.rows[3].reason) == (None, "only on Sundays")
+
+
+def test_explain_shows_what_was_measured(three: dict[str, Scripted]) -> None:
+    three["quick"].off = 1.0
+    tuner.tune(PROBLEM)
+    told = explain(INPUT, FILTERS)
+    steady, spectral, quick = told.rows
+    assert (steady.backend, steady.chosen) == ("steady", True)
+    assert steady.median == pytest.approx(1.0)
+    assert steady.rounds == RULES.rounds
+    assert steady.error is not None
+    assert steady.error < 1e-6
+    assert spectral.median == pytest.approx(1.2)
+    assert quick.median is None
+    assert quick.reason.startswith("failed when measured: wrong result")
+    assert told.layer == "in-process"
+    profile.forget()
+    assert explain(INPUT, FILTERS).layer == "user"
+    assert explain(INPUT, FILTERS, deployment="call").rows[0].median == pytest.approx(1.0)
+    assert explain(INPUT, FILTERS, bias=True).layer is None
+
+
+def test_explain_shows_no_measurement_of_another_version(three: dict[str, Scripted]) -> None:
+    know(result("steady", version=9), result("quick"), failures=(Failure("spectral", 9, Config(), "no"),))
+    rows = {row.backend: row for row in explain(INPUT, FILTERS).rows}
+    assert rows["quick"].median == 1.0
+    assert rows["steady"].median is None
+    assert rows["spectral"].reason == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "backend", "reason"),
+    [
+        ({"forbid": "steady"}, "steady", "forbidden by options"),
+        ({"memory_limit": 10}, "steady", "needs more workspace than memory_limit=10"),
+        ({"accuracy": "strict"}, "spectral", "accuracy='strict' allows local backends only"),
+        ({"accuracy": 1e-6}, "spectral", "accuracy=1e-06 needs its error measured"),
+    ],
+)
+def test_explain_says_what_the_options_hold_against_a_backend(
+    three: dict[str, Scripted], options: dict[str, Any], backend: str, reason: str
+) -> None:
+    with settings.options(**options):
+        rows = {row.backend: row for row in explain(INPUT, FILTERS).rows}
+    assert rows[backend].reason == reason
+    assert not rows[backend].chosen
+    assert rows["quick"].reason == ""
+
+
+def test_explain_says_when_a_measured_error_is_too_large(three: dict[str, Scripted]) -> None:
+    know(result("spectral", error=1e-3), result("quick", 2.0))
+    rows = {row.backend: row for row in explain(INPUT, FILTERS).rows}
+    assert rows["spectral"].reason == "its error was measured above what accuracy='standard' allows"
+    assert rows["quick"].chosen
+
+
+def test_explain_tells_why_nobody_may(three: dict[str, Scripted]) -> None:
+    with settings.options(forbid=tuple(three)):
+        told = explain_problem(PROBLEM)
+    assert told.chosen is None
+    assert "no backend may do" in str(told.evidence)
+    assert all(row.reason == "forbidden by options" for row in told.rows)
+
+
+def test_explain_of_a_forced_backend(three: dict[str, Scripted]) -> None:
+    told = explain(INPUT, FILTERS, backend="steady")
+    assert told.rows[0].backend == "steady"
+    assert told.evidence.source == "forced"
+    three["spectral"].reason = "not today"
+    told = explain(INPUT, FILTERS, backend="spectral")
+    assert told.chosen is None
+    assert "not today" in told.evidence.detail
+
+
+def test_an_explanation_reads_as_a_table(three: dict[str, Scripted]) -> None:
+    tuner.tune(PROBLEM)
+    three["spectral"].reason = "only on Sundays"
+    lines = str(explain(INPUT, FILTERS)).splitlines()
+    assert lines[0].startswith("1x6x6x2 * 3x3x2x3 SAME  (plan, ")
+    assert lines[1].startswith("chosen: steady  [profile: winner of 3 in the in-process profile")
+    assert lines[2].split() == ["backend", "candidate", "measured", "spread", "estimate", "error", "workspace"]
+    assert lines[3].split()[:5] == ["*", "steady", "steady", "1", "s"]
+    assert lines[-1].endswith("only on Sundays")
+    assert all(line == line.rstrip() for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "-"), (2.0, "2 s"), (0.0123, "12.3 ms"), (612e-6, "612 us"), (5e-9, "5 ns"), (0.0, "0 ns")],
+)
+def test_times_are_written_for_people(seconds: float | None, text: str) -> None:
+    assert time_text(seconds) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1023, "1.02e+03 B"), (1536, "1.5 KiB"), (3 << 30, "3 GiB")])
+def test_sizes_are_written_for_people(count: int, text: str) -> None:
+    assert bytes_text(count) == text
