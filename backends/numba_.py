@@ -235,7 +235,7 @@ class Numba(Backend):
         loop = _loop(problem, config)
         kept = np.empty(0, dtype_of(problem.sum_dtype)) if bias is None else np.array(bias)
         _compiled(problem.dtype, problem.sum_dtype)
-        return NumbaKernel(problem, np.array(filters, order="C"), kept, loop, block, config.threads)
+        return NumbaKernel(problem, np.array(filters, order="C"), kept, loop, min(block, problem.k), config.threads)
 
 
 _LAUNCH_SECONDS = 60e-6

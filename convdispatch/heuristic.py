@@ -1,5 +1,6 @@
 """Which candidates there are for a problem, which of them are allowed, and how they rank without running them."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -51,11 +52,18 @@ def usable(problem: Problem, options: Options) -> tuple[dict[str, Backend], dict
             no[name] = "forbidden by options"
         elif options.accuracy == "strict" and backend.numerics.kind != "local":
             no[name] = "accuracy='strict' allows local backends only"
-        elif reason := backend.rejects(seen_by(backend, problem)):
+        elif reason := _rejects(backend, problem):
             no[name] = reason
         else:
             yes[name] = backend
     return yes, no
+
+
+def _rejects(backend: Backend, problem: Problem) -> str | None:
+    try:
+        return backend.rejects(seen_by(backend, problem))
+    except Exception as error:  # noqa: BLE001  # somebody's backend is no reason for the others to stop
+        return f"its rejects raised {type(error).__name__}: {error}"
 
 
 def rank(problem: Problem, backends: Iterable[Backend], threads: int, effort: Effort = "estimate") -> list[Estimate]:
@@ -63,8 +71,10 @@ def rank(problem: Problem, backends: Iterable[Backend], threads: int, effort: Ef
     here = machine.current()
     found = []
     for backend in backends:
-        for candidate in candidates_of(backend, problem, threads, effort):
-            found.append(Estimate(candidate, candidate.estimate(problem, here)))  # noqa: PERF401
+        try:
+            found += [Estimate(c, c.estimate(problem, here)) for c in candidates_of(backend, problem, threads, effort)]
+        except Exception as error:  # noqa: BLE001
+            warnings.warn(f"backend {backend.name!r} is passed over for {problem}: {error!r}", stacklevel=2)
     return sorted(found, key=lambda estimate: float("inf") if estimate.seconds is None else estimate.seconds)
 
 

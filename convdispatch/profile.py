@@ -428,7 +428,7 @@ def write(path: Path, entries: Iterable[Entry], machine: Machine) -> None:
             chunks.update({str(entry.key): _dump_entry(entry) for entry in entries})
             ordered = sorted(chunks.items(), key=lambda item: not item[0].startswith(_MACHINE))
             body = "\n".join(chunk.rstrip() + "\n" for _, chunk in ordered)
-            _replace(path, f"{old.head or _HEADER}format: {FORMAT}\n\n{body}")
+            _replace(path.resolve(), f"{old.head or _HEADER}format: {FORMAT}\n\n{body}")
     except (OSError, filelock.Timeout) as error:
         raise ProfileError(f"{path} cannot be written: {error}") from error
 

@@ -347,3 +347,10 @@ def test_views_of_any_strides_are_read_and_written(backend: Backend, case: Case,
     assert isinstance(base, np.ndarray)
     assert (base[1::2] == 7).all()
     assert (base[:, :, :, ::2] == 7).all()
+
+
+def test_a_block_larger_than_any_number_of_filters_is_all_filters() -> None:
+    x, w = np.ones((1, 4, 4, 2), np.float32), np.ones((3, 3, 2, 5), np.float32)
+    expected = convdispatch.conv2d(x, w, backend="direct")
+    for block in (2**63 - 1, 10**30):
+        assert (convdispatch.conv2d(x, w, backend=("numba", {"block": block})) == expected).all()

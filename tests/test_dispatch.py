@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_tuner import RULES, FakeClock, Scripted, only
+from scripted import RULES, FakeClock, Scripted, only
 
 import convdispatch
 from convdispatch import dispatch, machine, profile, reference, registry, settings
@@ -361,7 +361,7 @@ def test_a_forced_backend_may_be_one_that_nothing_is_known_of(clock: FakeClock) 
 
 
 def test_a_forced_config_is_used_with_the_thread_budget(clock: FakeClock) -> None:
-    only(Scripted("wide", clock, parallel=True), Scripted("narrow", clock))
+    only(Scripted("wide", clock, parallel=True, tried=(Config(factor=1.0),)), Scripted("narrow", clock))
     with settings.options(threads=3):
         wide = dispatch.decide(PROBLEM, "plan", ("wide", Config(factor=2.0))).candidate
         narrow = dispatch.decide(PROBLEM, "plan", ("narrow", Config())).candidate
@@ -372,9 +372,27 @@ def test_a_forced_config_is_used_with_the_thread_budget(clock: FakeClock) -> Non
 
 
 def test_a_forced_config_that_makes_no_sense_raises(clock: FakeClock) -> None:
-    only(Demanding("demanding", clock))
+    only(Demanding("demanding", clock, tried=(Config(tile=8),)))
     with pytest.raises(ArgumentError, match="tile must be at least 1; got 0"):
         convdispatch.conv2d(INPUT, FILTERS, backend=("demanding", {"tile": 0}))
+
+
+def test_a_misspelt_key_of_a_forced_config_is_refused(clock: FakeClock) -> None:
+    only(Scripted("tiled", clock, tried=(Config(tile=8),)))
+    with pytest.raises(ArgumentError, match="backend 'tiled' has no config 'tiel'; did you mean 'tile'"):
+        convdispatch.conv2d(INPUT, FILTERS, backend=("tiled", {"tiel": 8}))
+
+
+def test_a_backend_that_raises_when_asked_is_passed_over_and_the_others_serve(clock: FakeClock) -> None:
+    def raises(problem: object) -> str | None:
+        raise OSError("gone")
+
+    bad = Scripted("bad", clock)
+    bad.rejects = raises  # type: ignore[method-assign]
+    only(bad, Scripted("good", clock))
+    assert dispatch.decide(PROBLEM, "plan").candidate.backend.name == "good"
+    rows = {row.backend: row for row in explain_problem(PROBLEM).rows}
+    assert rows["bad"].reason == "its rejects raised OSError: gone"
 
 
 def test_a_forced_backend_that_is_not_there_or_rejects_says_so(three: dict[str, Scripted]) -> None:

@@ -441,6 +441,14 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
+def test_a_profile_behind_a_link_stays_behind_it(path: Path, tmp_path: Path) -> None:
+    place = tmp_path / "elsewhere.yaml"
+    path.symlink_to(place)
+    profile.write(path, [entry()], HERE)
+    assert path.is_symlink()
+    assert profile.read(place).entries() == profile.read(path).entries() != []
+
+
 def test_a_profile_keeps_its_mode_and_a_new_one_is_not_only_its_writers(path: Path) -> None:
     mask = os.umask(0o022)
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_tuner import PROBLEM, RULES, FakeClock, Scripted, only
+from scripted import PROBLEM, RULES, FakeClock, Scripted, only
 
 import convdispatch
 from convdispatch import dispatch, reference, registry

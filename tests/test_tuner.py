@@ -3,7 +3,6 @@
 import functools
 import itertools
 import random
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -11,13 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scripted import PROBLEM, RULES, FakeClock, Scripted, only
 
 import convdispatch
 from convdispatch import machine, profile, reference, registry, settings
 from convdispatch.arguments import Array
-from convdispatch.backend import Backend, Candidate, Config, Effort, Kernel, Numerics
+from convdispatch.backend import Backend, Candidate, Config, Numerics
 from convdispatch.errors import ArgumentError, BackendError, ProfileError, UnknownBackendError
-from convdispatch.machine import Machine
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Key, Result
 from convdispatch.tuning import tuner
@@ -26,83 +25,8 @@ from convdispatch.tuning.race import Rules
 from convdispatch.tuning.tuner import LayerReport, TuneReport, order_by_preference, rivals, tune, tune_problem
 from convdispatch.tuning.workload import Layer, Workload
 
-PROBLEM = Problem.parse("1x6x6x2 * 3x3x2x3 SAME")
 OTHER = Problem.parse("1x5x5x2 * 1x1x2x3 VALID")
 THIRD = Problem.parse("2x6x5x2 * 3x2x2x3 VALID stride=2")
-RULES = Rules(rounds=7, sample_seconds=0.0, race_seconds=1e9)
-
-
-class FakeClock:
-    """A clock that stands still until it is told how long something took; can slow down everything for a while."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.slow: Callable[[float], float] = lambda now: 1.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def spend(self, seconds: float) -> None:
-        self.now += seconds * self.slow(self.now)
-
-
-class Scripted(Backend):
-    """Right by default, and as slow as its script says."""
-
-    def __init__(self, name: str, clock: FakeClock, seconds: float | Callable[[int], float] = 1.0, **changes: Any):
-        self.name = name  # type: ignore[misc]
-        self.clock = clock
-        self.seconds = seconds
-        self.off = 0.0
-        self.space = 0
-        self.expected: float | None = 1.0
-        self.packing = 0.0
-        self.fails_in: Callable[[str, int], bool] = lambda where, call: False
-        self.error: Callable[[], BaseException] = lambda: ValueError("scripted")
-        self.reason: str | None = None
-        self.tried: tuple[Config, ...] = (Config(),)
-        self.calls = 0
-        self.prepared = 0
-        for attribute, value in changes.items():
-            setattr(self, attribute, value)
-
-    def rejects(self, problem: Problem) -> str | None:
-        return self.reason
-
-    def configs(self, problem: Problem, effort: Effort) -> Sequence[Config]:
-        return self.tried
-
-    def workspace(self, problem: Problem, config: Config) -> int:
-        self.fail("workspace", 0)
-        return self.space
-
-    def estimate(self, problem: Problem, config: Config, machine: Machine) -> float | None:
-        return self.expected
-
-    def fail(self, where: str, call: int) -> None:
-        if self.fails_in(where, call):
-            raise self.error()
-
-    def prepare(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> Kernel:
-        self.prepared += 1
-        self.fail("prepare", self.prepared)
-        self.clock.spend(self.packing)
-        kept = np.array(filters)
-
-        def kernel(input: Array, out: Array, residual: Array | None) -> None:
-            self.calls += 1
-            self.fail("call", self.calls)
-            seconds = self.seconds if isinstance(self.seconds, int | float) else self.seconds(self.calls)
-            self.clock.spend(seconds * float(config.get("factor", 1.0)))
-            self.store(problem, input, kept, out)
-
-        return kernel
-
-    def store(self, problem: Problem, input: Array, filters: Array, out: Array) -> None:
-        sums = reference.convolve(problem, input, filters)
-        if self.off:
-            sums = sums + self.off
-        out[...] = sums.astype(out.dtype)
 
 
 class Forgetful(Scripted):
@@ -117,14 +41,6 @@ class LeavesTheLastRow(Scripted):
 
     def store(self, problem: Problem, input: Array, filters: Array, out: Array) -> None:
         out[:, :-1] = reference.convolve(problem, input, filters)[:, :-1].astype(out.dtype)
-
-
-def only(*backends: Backend) -> None:
-    """Make these the only backends there are."""
-    for name in registry.names():
-        registry.unregister(name)
-    for backend in backends:
-        registry.register(backend)
 
 
 def key(problem: Problem = PROBLEM, deployment: str = "plan", threads: int = 1) -> Key:
@@ -566,6 +482,21 @@ def test_only_the_backends_asked_for_take_part(clock: FakeClock) -> None:
     assert entry is not None
     assert names_of(entry) == ["a", "b"]
     assert out.calls == 0
+
+
+def test_who_does_not_take_part_keeps_what_he_has_but_the_old_winner_races_again(clock: FakeClock) -> None:
+    winner, third = Scripted("winner", clock, 0.5), Scripted("third", clock, 2.0)
+    only(winner, third)
+    tune(PROBLEM, deployments=["plan"])
+    raced, kept = winner.calls, third.calls
+    late = Scripted("late", clock, 1.0)
+    registry.register(late)
+    entry = tune(PROBLEM, backends=["late"], deployments=["plan"]).layers[0].entry
+    assert entry is not None
+    assert entry.winner.backend == "winner"
+    assert names_of(entry) == ["winner", "late", "third"]
+    assert winner.calls > raced
+    assert third.calls == kept
 
 
 def test_no_time_leaves_everything_but_what_is_known(clock: FakeClock) -> None:

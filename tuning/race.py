@@ -75,7 +75,6 @@ def race(
     clock: Clock,
     *,
     seed: int = 0,
-    before_sample: Callable[[], None] | None = None,
     on_failure: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, Samples]:
     """Time every runner; the first call of each is a warm-up outside the clock's samples.
@@ -85,7 +84,6 @@ def race(
         rules: how many rounds, how long.
         clock: tells the time.
         seed: decides the order within the rounds.
-        before_sample: called before each sample of calls that are not slow, and followed by a call outside the clock.
         on_failure: told of a runner that raised; it leaves the race. Without, the error is raised.
 
     Returns:
@@ -103,8 +101,7 @@ def race(
         order.shuffle(live)
         for name in list(live):
             samples = table[name]
-            ready = before_sample if samples.first <= _SLOW else None
-            taken = _attempt(name, functools.partial(_sample, runners[name], samples.repeat, clock, ready), on_failure)
+            taken = _attempt(name, functools.partial(_sample, runners[name], samples, clock), on_failure)
             if taken is None:
                 live.remove(name)
                 del table[name]
@@ -166,14 +163,13 @@ def _repeats(once: float, rules: Rules) -> int:
     return max(1, min(_MOST_REPEATS, round(rules.sample_seconds / once))) if once > 0 else _MOST_REPEATS
 
 
-def _sample(run: Run, repeat: int, clock: Clock, before_sample: Callable[[], None] | None) -> float:
-    if before_sample is not None:
-        before_sample()
-        run()
+def _sample(run: Run, samples: Samples, clock: Clock) -> float:
+    if samples.first <= _SLOW:
+        run()  # outside the clock: the caches are full of what the others left there
     before = clock()
-    for _ in range(repeat):
+    for _ in range(samples.repeat):
         run()
-    return (clock() - before) / repeat
+    return (clock() - before) / samples.repeat
 
 
 def _still_in(live: list[str], table: Mapping[str, Samples], rules: Rules) -> list[str]:

@@ -26,8 +26,6 @@ from convdispatch.tuning.workload import Layer, Workload
 Status = Literal["tuned", "known", "left", "failed"]
 #: Candidates this close in time are equal; the preference order decides between them.
 TIE_MARGIN = 0.01
-#: OpenMP's threads spin for about this long after a kernel, on the core of whoever runs next.
-_SETTLE_SECONDS = 0.004
 _LONGEST_REASON = 300
 _one_at_a_time = threading.Lock()
 
@@ -242,7 +240,7 @@ def tune_problem(
         effort: how many candidates and rounds.
         seconds: most time the race may take.
         backends: who takes part; all available ones where None.
-        incumbent: the old entry, whose winner is preferred in a tie.
+        incumbent: the old entry, whose winner takes part too, and is preferred in a tie.
         clock: tells the time; tests pass their own.
         rules: how to race; those of the effort where None.
 
@@ -253,6 +251,7 @@ def tune_problem(
         BackendError: if no candidate was right.
     """
     entrants, left_out = _entrants(key, effort, registry.available() if backends is None else backends)
+    entrants += [old for old in _still_there(incumbent) if incumbent and old.name == incumbent.winner.name]
     rules = rules or RULES[effort]
     if seconds is not None:
         rules = Rules(**{**vars(rules), "race_seconds": min(rules.race_seconds, seconds)})
@@ -263,7 +262,21 @@ def tune_problem(
         said = "; ".join(f"{failure.name}: {failure.reason}" for failure in failures) or "no backend takes it"
         raise BackendError(f"no candidate could do {key.problem}: {said}")
     ordered = order_by_preference(results, incumbent.winner.name if incumbent else None)
+    if backends is not None and incumbent is not None:  # those who did not take part keep what they have
+        there = {old.name for old in _still_there(incumbent)}
+        seen = {result.name for result in results} | {failure.name for failure in failures}
+        ordered += [result for result in incumbent.results if result.name in there - seen]
     return Outcome(Entry(key, tuple(ordered), tuple(failures), effort), left_out)
+
+
+def _still_there(entry: Entry | None) -> list[Candidate]:
+    """Return an old entry's candidates whose backends are as they were when measured."""
+    now = registry.available()
+    return [
+        Candidate(now[row.backend], row.config)
+        for row in (entry.results if entry else ())
+        if row.backend in now and now[row.backend].version == row.version
+    ]
 
 
 def _measure(key: Key, entrants: Sequence[Candidate], rules: Rules, clock: Clock) -> tuple[list[Result], list[Failure]]:
@@ -296,7 +309,6 @@ def _measure(key: Key, entrants: Sequence[Candidate], rules: Rules, clock: Clock
         runners,
         rules,
         clock,
-        before_sample=lambda: time.sleep(_SETTLE_SECONDS),
         on_failure=lambda name, error: fail(name, f"{type(error).__name__}: {error}"),
     )
     seconds = comparable_seconds(table)
