@@ -241,8 +241,8 @@ ROW = "problem: '1x8x8x4 * 3x3x4x8 SAME'"
         ("layers: 2020-99-99", "w.yaml: this is not YAML: month must be"),
         ("layers: \x00", "w.yaml: this is not YAML: unacceptable character"),
         ("layers:\n- !!python/object/apply:os.abort []", "line 2: this is not YAML: could not determine"),
-        ("a: &a [1]\nlayers: *a", "w.yaml, line 2: a workload has no aliases"),
-        ("a: 1\nlayers: " + "[" * 200_000, "w.yaml, line 2: nothing in a workload is nested so deeply"),
+        ("a: &a [1]\nlayers: *a", "w.yaml, line 2: aliases are not read here"),
+        ("a: 1\nlayers: " + "[" * 200_000, "w.yaml, line 2: nothing here is nested so deeply"),
         ("#" * (1 << 20) + "\n", "w.yaml: a workload file has at most 1048576 bytes"),
     ],
 )  # fmt: skip
