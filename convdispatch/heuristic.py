@@ -12,8 +12,9 @@ from convdispatch.settings import Options
 #: Largest measured error of an accuracy class, in units of the sum dtype's epsilon; "strict" has a rule of its own.
 ACCURACY_EPS = {"standard": 2.0**10, "fast": 2.0**14}
 _EPSILON = {"float32": 2.0**-23, "float64": 2.0**-52}
-#: A candidate estimated this many times slower than the best is not worth measuring, by effort.
-_HOPELESS = {"estimate": 10.0, "measure": 10.0, "patient": 30.0, "exhaustive": float("inf")}
+#: A candidate estimated this many times slower than the best is not worth measuring, by effort. Honest estimates are
+#: within a factor of two, so their ratio is within four.
+_HOPELESS = {"estimate": 4.0, "measure": 4.0, "patient": 16.0, "exhaustive": float("inf")}
 #: Always measured: the yardstick that people compare with.
 YARDSTICK = "direct"
 

@@ -165,6 +165,7 @@ def _dump_entry(entry: Entry) -> str:
     for result in entry.results:
         row = {
             "backend": result.backend, "version": result.version, "config": dict(result.config),
+            "threads": result.config.threads,
             "median_us": _rounded(result.median * 1e6), "spread": _rounded(result.spread), "rounds": result.rounds,
             "error": _rounded(result.error), "workspace": result.workspace,
         }  # fmt: skip

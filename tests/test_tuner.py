@@ -94,7 +94,7 @@ def test_the_fastest_wins_with_all_the_evidence(clock: FakeClock) -> None:
 
 def test_the_yardstick_for_speed_is_the_clock_and_not_the_estimate(clock: FakeClock) -> None:
     entry = race_of(
-        Scripted("promises", clock, 1.4, expected=0.2), Scripted("delivers", clock, 1.0, expected=1.0), clock=clock
+        Scripted("promises", clock, 1.4, expected=0.4), Scripted("delivers", clock, 1.0, expected=1.0), clock=clock
     )
     assert entry.winner.backend == "delivers"
 
