@@ -1,0 +1,263 @@
+"""SIMD vectors inside Numba kernels, for the loops where Numba's own code does not reach the machine's limit.
+
+A kernel handles memory by address, in bytes, and values as tuples of vectors. The compiler keeps such a tuple in
+registers, so a kernel holds a *tile* of sums there while it walks over the input: ``rows`` output pixels times
+``vectors`` vectors of output channels. Every step of the innermost loop loads ``vectors`` vectors of packed filters
+and, for each row, multiplies them with one input value. Sizes are compile-time constants: literal arguments or
+integers that the kernel closes over. Lanes and ``itemsize`` (4: float32, 8: float64) make the vector's type.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import numba
+from llvmlite import ir
+from numba import extending, types
+from numba.core import cgutils
+from numba.core.datamodel import models
+
+from convdispatch import machine
+
+
+def intrinsic(function: Callable[..., Any]) -> Any:
+    """Make what writes LLVM instructions a function that kernels call; integers among its arguments are literal."""
+    return extending.intrinsic(prefer_literal=True)(function)
+
+
+I32, I64 = ir.IntType(32), ir.IntType(64)
+_SCALARS = {4: (types.float32, ir.FloatType(), "f32"), 8: (types.float64, ir.DoubleType(), "f64")}
+
+
+def vector_bytes() -> int:
+    """Return the width of the vectors that Numba compiles for: this CPU's, unless Numba was told of another."""
+    settings: Any = numba.config
+    if settings.CPU_NAME or settings.CPU_FEATURES:
+        told = settings.CPU_FEATURES or ""
+        return 64 if "+avx512f" in told else 32 if "+avx2" in told else 16
+    return machine.current().vector_bytes
+
+
+class Vector(types.Type):
+    """The Numba type of a vector of floats."""
+
+    def __init__(self, itemsize: int, lanes: int) -> None:
+        """Make the type of ``lanes`` floats of ``itemsize`` bytes."""
+        self.itemsize, self.lanes = itemsize, lanes
+        super().__init__(name=f"Vector({itemsize}, {lanes})")
+
+    @property
+    def ir(self) -> Any:
+        """The LLVM type."""
+        return ir.VectorType(_SCALARS[self.itemsize][1], self.lanes)
+
+
+@extending.register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, vector: Vector) -> None:
+        super().__init__(manager, vector, vector.ir)  # type: ignore[no-untyped-call]
+
+
+# What the intrinsics below are built of: each adds a few LLVM instructions through `b`, an IRBuilder.
+
+
+def _at(b: Any, address: Any, offset: int, kind: Any) -> Any:
+    return b.inttoptr(b.add(address, ir.Constant(I64, offset)), ir.PointerType(kind))
+
+
+def _load(b: Any, kind: Any, address: Any, offset: int = 0, align: int = 4) -> Any:
+    return b.load(_at(b, address, offset, kind), align=align)
+
+
+def _splat(b: Any, value: Any, lanes: int) -> Any:
+    undefined = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
+    first = b.insert_element(undefined, value, ir.Constant(I32, 0))
+    return b.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
+
+
+def _fma(b: Any, x: Any, y: Any, z: Any, vector: Vector) -> Any:
+    name = f"llvm.fma.v{vector.lanes}{_SCALARS[vector.itemsize][2]}"
+    function = cgutils.get_or_insert_function(  # type: ignore[no-untyped-call]
+        b.module, ir.FunctionType(x.type, [x.type] * 3), name
+    )
+    return b.call(function, [x, y, z])
+
+
+def _parts(b: Any, values: Any, count: int) -> list[Any]:
+    return [b.extract_value(values, i) for i in range(count)]
+
+
+Codegen = Callable[[Any, Any, Any, Any], Any]
+
+
+@intrinsic
+def zeros(typing: Any, count: Any, lanes: Any, itemsize: Any) -> tuple[Any, Codegen]:  # noqa: ARG001
+    """Return a tuple of ``count`` zero vectors."""
+    vector = Vector(itemsize.literal_value, lanes.literal_value)
+    kind = types.UniTuple(vector, count.literal_value)  # type: ignore[no-untyped-call]
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+        return context.make_tuple(b, kind, [ir.Constant(vector.ir, None)] * count.literal_value)
+
+    return kind(count, lanes, itemsize), codegen
+
+
+@intrinsic
+def multiply_add(typing: Any, tile: Any, rows: Any, inputs: Any, offset: Any, filters: Any) -> tuple[Any, Codegen]:  # noqa: ARG001
+    """Return the tile plus an outer product: one input value of each row times the vectors at ``filters``.
+
+    ``inputs`` is the address of one input address a row; the values are ``offset`` bytes behind them.
+    """
+    count, vector = rows.literal_value, tile.dtype
+    vectors, size = len(tile) // count, vector.itemsize
+    scalar = _SCALARS[size][1]
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        values, _, table, behind, packed = arguments
+        sums = _parts(b, values, len(tile))
+        weights = [_load(b, vector.ir, packed, v * vector.lanes * size, size) for v in range(vectors)]
+        for row in range(count):
+            start = _load(b, I64, table, row * 8, 8)
+            x = _splat(b, _load(b, scalar, b.add(start, behind), 0, size), vector.lanes)
+            for v in range(vectors):
+                sums[row * vectors + v] = _fma(b, x, weights[v], sums[row * vectors + v], vector)
+        return context.make_tuple(b, signature.return_type, sums)
+
+    return tile(tile, rows, inputs, offset, filters), codegen
+
+
+@intrinsic
+def add_to_all(typing: Any, tile: Any, rows: Any, address: Any) -> tuple[Any, Codegen]:  # noqa: ARG001
+    """Return the tile with the vectors at ``address`` added to every row: a bias."""
+    vector, vectors = tile.dtype, len(tile) // rows.literal_value
+    size = vector.itemsize
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        bias = [_load(b, vector.ir, arguments[2], v * vector.lanes * size, size) for v in range(vectors)]
+        sums = [b.fadd(value, bias[i % vectors]) for i, value in enumerate(_parts(b, arguments[0], len(tile)))]
+        return context.make_tuple(b, signature.return_type, sums)
+
+    return tile(tile, rows, address), codegen
+
+
+@intrinsic
+def add_to_each(typing: Any, tile: Any, rows: Any, outputs: Any, offset: Any) -> tuple[Any, Codegen]:  # noqa: ARG001
+    """Return the tile with each row's vectors, ``offset`` bytes behind its address, added to it: a residual."""
+    vector, vectors = tile.dtype, len(tile) // rows.literal_value
+    size = vector.itemsize
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        sums = _parts(b, arguments[0], len(tile))
+        for row in range(rows.literal_value):
+            start = b.add(_load(b, I64, arguments[2], row * 8, 8), arguments[3])
+            for v in range(vectors):
+                more = _load(b, vector.ir, start, v * vector.lanes * size, size)
+                sums[row * vectors + v] = b.fadd(sums[row * vectors + v], more)
+        return context.make_tuple(b, signature.return_type, sums)
+
+    return tile(tile, rows, outputs, offset), codegen
+
+
+@intrinsic
+def clamp(typing: Any, tile: Any, low: Any, high: Any) -> tuple[Any, Codegen]:  # noqa: ARG001
+    """Return the tile with every value brought between two floats; NaN stays NaN."""
+    vector = tile.dtype
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        scalar = _SCALARS[vector.itemsize][0]
+        limits = [context.cast(b, value, kind, scalar) for value, kind in zip(arguments[1:], (low, high), strict=True)]
+        bottom, top = (_splat(b, limit, vector.lanes) for limit in limits)
+        sums = []
+        for value in _parts(b, arguments[0], len(tile)):
+            raised = b.select(b.fcmp_ordered("<", value, bottom), bottom, value)
+            sums.append(b.select(b.fcmp_ordered(">", raised, top), top, raised))
+        return context.make_tuple(b, signature.return_type, sums)
+
+    return tile(tile, low, high), codegen
+
+
+@intrinsic
+def store(typing: Any, tile: Any, rows: Any, outputs: Any, offset: Any) -> tuple[Any, Codegen]:  # noqa: ARG001
+    """Store each row's vectors ``offset`` bytes behind its address in the table at ``outputs``."""
+    vector, vectors = tile.dtype, len(tile) // rows.literal_value
+    size = vector.itemsize
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+        sums = _parts(b, arguments[0], len(tile))
+        for row in range(rows.literal_value):
+            start = b.add(_load(b, I64, arguments[2], row * 8, 8), arguments[3])
+            for v in range(vectors):
+                b.store(sums[row * vectors + v], _at(b, start, v * vector.lanes * size, vector.ir), align=size)
+        return context.get_dummy_value()
+
+    return types.void(tile, rows, outputs, offset), codegen
+
+
+# Single vectors, for kernels that are written out step by step.
+
+
+@intrinsic
+def load(typing: Any, address: Any, lanes: Any, itemsize: Any) -> tuple[Any, Codegen]:  # noqa: ARG001
+    """Return the vector at an address."""
+    vector = Vector(itemsize.literal_value, lanes.literal_value)
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+        return _load(b, vector.ir, arguments[0], 0, vector.itemsize)
+
+    return vector(address, lanes, itemsize), codegen
+
+
+@intrinsic
+def splat(typing: Any, address: Any, lanes: Any, itemsize: Any) -> tuple[Any, Codegen]:  # noqa: ARG001
+    """Return a vector whose lanes all are the one value at an address."""
+    vector = Vector(itemsize.literal_value, lanes.literal_value)
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+        return _splat(b, _load(b, vector.ir.element, arguments[0], 0, vector.itemsize), vector.lanes)
+
+    return vector(address, lanes, itemsize), codegen
+
+
+@intrinsic
+def save(typing: Any, address: Any, vector: Any) -> tuple[Any, Codegen]:  # noqa: ARG001
+    """Store a vector at an address."""
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+        b.store(arguments[1], _at(b, arguments[0], 0, vector.ir), align=vector.itemsize)
+        return context.get_dummy_value()
+
+    return types.void(address, vector), codegen
+
+
+@intrinsic
+def fma(typing: Any, x: Any, y: Any, z: Any) -> tuple[Any, Codegen]:  # noqa: ARG001
+    """Return ``x * y + z`` lane by lane, rounded once."""
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+        return _fma(b, arguments[0], arguments[1], arguments[2], x)
+
+    return x(x, y, z), codegen
+
+
+def _elementwise(operation: Any, instruction: str) -> None:
+    """Make an operator of Python work on vectors."""
+
+    @intrinsic
+    def apply(typing: Any, x: Any, y: Any) -> tuple[Any, Codegen]:  # noqa: ARG001
+        def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+            return getattr(b, instruction)(*arguments)
+
+        return x(x, y), codegen
+
+    def call(x: Any, y: Any) -> Any:
+        return apply(x, y)
+
+    def choose(x: Any, y: Any) -> Any:
+        return call if isinstance(x, Vector) and x == y else None
+
+    extending.overload(operation)(choose)
+
+
+_elementwise(operator.add, "fadd")
+_elementwise(operator.sub, "fsub")
+_elementwise(operator.mul, "fmul")

@@ -1,0 +1,302 @@
+"""``implicit_gemm``: the matrix product of ``im2col``, with a patch matrix that is never made.
+
+A tile of outputs, some pixels times some vectors of filters, is summed in registers while the kernel walks over the
+taps. What it reads of the input it finds through a table of addresses, one for each tap and pixel of the tile, in
+which padding is the address of a row of zeros (Dukhan: The Indirect Convolution Algorithm, 2019); a tile whose windows
+lie inside the image needs only its pixels' addresses. So every filter size, stride, dilation and padding is one
+kernel, nothing is copied, and bias, residual and activation are applied before a sum leaves its register.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numba import types
+
+from convdispatch.arguments import Array
+from convdispatch.backend import Backend, Config, Effort, Kernel, item_bytes
+from convdispatch.backends._epilogue import RELU, RELU6, activate
+from convdispatch.backends._jit import array, integers, njit
+from convdispatch.backends._memory import aligned
+from convdispatch.backends._threads import run_all, split
+from convdispatch.backends._vector import add_to_all, add_to_each, clamp, multiply_add, store, vector_bytes, zeros
+from convdispatch.errors import ArgumentError
+from convdispatch.machine import Machine, current
+from convdispatch.problem import Problem, dtype_of
+
+#: Tiles, rows x vectors, by the number of vector registers: sums, one input and the filters' vectors fit in them.
+_TILES = {32: ((6, 4), (14, 2), (8, 3), (28, 1)), 16: ((6, 2), (4, 3), (12, 1))}
+#: Filters up to this size stay in a core's L2 cache while it walks over the pixels.
+_CACHED_FILTERS = 768 << 10
+_CACHED_INPUT = 384 << 10
+
+
+@njit()
+def _locate(first, pixels, x, size, out, zero, window, table):  # type: ignore[no-untyped-def]
+    """Fill the table for the tile of pixels from ``first`` on; return whether its windows lie inside the image.
+
+    The first row of the table is the outputs' addresses, the second the windows' (meaningful if all lie inside), the
+    rest, filled if they do not, the address of each tap.
+    """
+    (_, height, width, channels), (_, rows, columns, filters) = x[1:], out[1:]
+    kh, kw, top, left, sh, sw, dh, dw = window
+    inside = True
+    for r in range(table.shape[1]):
+        pixel = min(first + r, pixels - 1)
+        image, rest = divmod(pixel, rows * columns)
+        oh, ow = divmod(rest, columns)
+        ih, iw = oh * sh - top, ow * sw - left
+        table[0, r] = out[0] + pixel * filters * size
+        table[1, r] = x[0] + ((image * height + ih) * width + iw) * channels * size
+        inside &= ih >= 0 and iw >= 0 and ih + (kh - 1) * dh < height and iw + (kw - 1) * dw < width
+    if not inside:
+        for r in range(table.shape[1]):
+            pixel = min(first + r, pixels - 1)
+            oh, ow = divmod(pixel % (rows * columns), columns)
+            for i in range(kh):
+                ih = oh * sh - top + i * dh
+                for j in range(kw):
+                    iw = ow * sw - left + j * dw
+                    seen = 0 <= ih < height and 0 <= iw < width
+                    behind = (i * dh * width + j * dw) * channels * size
+                    table[2 + i * kw + j, r] = table[1, r] + behind if seen else zero
+    return inside
+
+
+@njit()
+def _finish(out, residual, scratch, partial, first, pixels, k0, count, code, slope):  # type: ignore[no-untyped-def]
+    """Finish a tile value by value: move what is no whole block from scratch memory, apply what has no instruction."""
+    for r in range(pixels):
+        for k in range(count):
+            total = scratch[r, k] if partial else out[first + r, k0 + k]
+            if partial and residual.size:
+                total += residual[first + r, k0 + k]
+            out[first + r, k0 + k] = activate(total, code, slope)
+
+
+@functools.cache
+def _compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> Callable[..., Any]:  # noqa: C901, PLR0915
+    """Return the kernel of one tile."""
+    block = vectors * lanes
+    step = block * itemsize
+    held = rows * vectors
+
+    def convolve(x, w, bias, residual, out, zero, window, groups, outer, code, slope, part):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
+        """Compute the tiles of pixels ``part[0:2]`` for the blocks of filters ``part[2:4]``.
+
+        ``w`` is ``[groups, blocks of a group, KH, KW, C // groups, block]``, ``bias`` is padded like it.
+        """
+        first_tile, last_tile, first_block, last_block = part
+        kh, kw, _, _, _, _, dh, dw = window
+        channels, filters = x.shape[3], out.shape[3]
+        group_c, group_k, per_group = channels // groups, filters // groups, w.shape[1]
+        pixels = out.shape[0] * out.shape[1] * out.shape[2]
+        here = (x.ctypes.data, x.shape[0], x.shape[1], x.shape[2], x.shape[3])
+        there = (out.ctypes.data, out.shape[0], out.shape[1], out.shape[2], out.shape[3])
+        residual_offset = residual.ctypes.data - out.ctypes.data
+        table = np.empty((2 + kh * kw, rows), np.int64)
+        table_address, row_bytes = table.ctypes.data, rows * 8
+        scratch = np.empty((rows, block), out.dtype)
+        scratch_table = np.empty(rows, np.int64)
+        for r in range(rows):
+            scratch_table[r] = scratch.ctypes.data + r * step
+        flat, more = out.reshape(pixels, filters), residual.reshape(pixels if residual.size else 0, filters)
+        # Taps of one row are one run through memory, if nothing lies between them.
+        joined = dw == 1 and groups == 1
+        segments, run = (kh, kw * group_c) if joined else (kh * kw, group_c)
+        tiles, blocks = last_tile - first_tile, last_block - first_block
+        inside = False
+        for task in range(tiles * blocks):
+            # Large filters: all tiles for one block, then the next block. Small ones: all blocks for one tile.
+            tile = first_tile + (task % tiles if outer else task // blocks)
+            number = first_block + (task // tiles if outer else task % blocks)
+            if outer or number == first_block:
+                inside = _locate(tile * rows, pixels, here, itemsize, there, zero.ctypes.data, window, table)
+            group, member = divmod(number, per_group)
+            k0, count = group * group_k + member * block, min(block, group_k - member * block)
+            packed = w.ctypes.data + number * kh * kw * group_c * step
+            behind = group * group_c * itemsize
+            sums = zeros(held, lanes, itemsize)
+            if inside:
+                for s in range(segments):
+                    gap = s * dh * here[3] if joined else s // kw * dh * here[3] + s % kw * dw
+                    offset = behind + gap * channels * itemsize
+                    for c in range(run):
+                        sums = multiply_add(sums, rows, table_address + row_bytes, offset + c * itemsize, packed)
+                        packed += step
+            else:
+                for tap in range(kh * kw):
+                    taps = table_address + (2 + tap) * row_bytes
+                    for c in range(group_c):
+                        sums = multiply_add(sums, rows, taps, behind + c * itemsize, packed)
+                        packed += step
+            if bias.size:
+                sums = add_to_all(sums, rows, bias.ctypes.data + number * step)
+            if count == block:
+                if residual.size:
+                    sums = add_to_each(sums, rows, table_address, residual_offset + k0 * itemsize)
+                if code == RELU:
+                    sums = clamp(sums, 0.0, math.inf)
+                elif code == RELU6:
+                    sums = clamp(sums, 0.0, 6.0)
+                store(sums, rows, table_address, k0 * itemsize)
+                if code <= RELU6:
+                    continue
+            else:
+                store(sums, rows, scratch_table.ctypes.data, 0)
+            _finish(
+                flat, more, scratch, count < block, tile * rows, min(rows, pixels - tile * rows), k0, count, code, slope
+            )
+
+    dtype, number = f"float{8 * itemsize}", types.int64
+    return njit(
+        types.void(
+            array(dtype, 4), array(dtype, 6), array(dtype, 1), array(dtype, 4), array(dtype, 4, writable=True),
+            array(dtype, 1), integers(8), number, types.boolean, number, types.float64, integers(4),
+        )
+    )(convolve)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class ImplicitGemmKernel:
+    """Filters as ``[groups, blocks of a group, KH, KW, C // groups, block]``, filled up with zeros."""
+
+    problem: Problem
+    tile: tuple[int, int]
+    lanes: int
+    threads: int
+    filters: Array
+    bias: Array
+    zero: Array
+
+    def __call__(self, input: Array, out: Array, residual: Array | None) -> None:
+        """Convolve ``input`` into ``out``; see ``convdispatch.backend.Kernel``."""
+        p = self.problem
+        added = np.empty((0, 0, 0, 0), out.dtype) if residual is None else residual
+        outer, parts = _parts(p, self.tile[0], self.filters.shape[0] * self.filters.shape[1], self.threads)
+        window = (p.kh, p.kw, p.pads[0], p.pads[2], *p.strides, *p.dilations)
+        convolve = functools.partial(
+            _compiled(*self.tile, self.lanes, item_bytes(p.dtype)), input, self.filters, self.bias, added, out,
+            self.zero, window, p.groups, outer, p.epilogue.code, p.epilogue.slope,
+        )  # fmt: skip
+        run_all([functools.partial(convolve, part) for part in parts], self.threads)
+
+
+@functools.lru_cache(maxsize=1024)
+def _parts(problem: Problem, rows: int, blocks: int, threads: int) -> tuple[bool, list[tuple[int, int, int, int]]]:
+    """Return whether blocks of filters are the outer loop, and the jobs: ranges of tiles and of blocks."""
+    p, size = problem, item_bytes(problem.dtype)
+    tiles = -(-p.n * p.oh * p.ow // rows)
+    outer = p.taps * p.k * size > _CACHED_FILTERS
+    wanted = 1 if threads == 1 else 4 * threads
+    if outer:  # the input of a job stays in cache while the filters pass by
+        down = min(tiles, -(-p.n * p.h * p.w * p.c * size // _CACHED_INPUT))
+        if down % threads and down > 1:
+            down = min(tiles, down + threads - down % threads)
+    else:
+        down = min(tiles, wanted)
+    across = min(blocks, -(-wanted // down))
+    return outer, [(*tile, *block) for tile in split(tiles, down) for block in split(blocks, across)]
+
+
+class ImplicitGemm(Backend):
+    """Tiles of outputs summed in registers, the input read where it lies; any filter, stride and padding."""
+
+    name = "implicit_gemm"
+    parallel = True
+    fuses_epilogue = True
+
+    def rejects(self, problem: Problem) -> str | None:
+        """Return None, or that integers or filters are missing."""
+        if problem.is_integer:
+            return "its vectors hold floats, and integer results are exact"
+        return None
+
+    def configs(self, problem: Problem, effort: Effort) -> Sequence[Config]:
+        """Return tiles, the one with the smallest estimate first."""
+        here = current()
+        choices = [Config(rows=rows, vectors=vectors) for rows, vectors in _tiles(problem)]
+        choices.sort(key=lambda config: self.estimate(problem, config, here))
+        return choices[: 3 if effort in {"estimate", "measure"} else None]
+
+    def workspace(self, problem: Problem, config: Config) -> int:
+        """Return the bytes of each thread's table and tile."""
+        rows, vectors = _tile(config)
+        return config.threads * rows * ((2 + problem.kh * problem.kw) * 8 + vectors * vector_bytes())
+
+    def estimate(self, problem: Problem, config: Config, machine: Machine) -> float:
+        """Return products, those with padding included, by what a tile loads for each; tables; filters' traffic."""
+        p, (rows, vectors) = problem, _tile(config)
+        block = vectors * machine.vector_bytes // item_bytes(p.dtype)
+        tiles = -(-p.n * p.oh * p.ow // rows)
+        blocks = p.groups * -(-p.group_k // block)
+        peak = _PEAK_PER_BYTE * machine.vector_bytes * 4 / item_bytes(p.dtype)
+        loads = 1 + 0.35 * (rows + vectors) / (rows * vectors)
+        compute = 2 * tiles * rows * blocks * block * p.taps / peak * loads
+        each = tiles * (blocks * 15e-9 + rows * (4e-9 + _border(p) * p.kh * p.kw * 2e-9))
+        traffic = blocks * block * p.taps * item_bytes(p.dtype) / _FILTER_BYTES_PER_SECOND
+        outer, parts = _parts(p, rows, blocks, config.threads)
+        if outer:
+            traffic *= len({part[:2] for part in parts})
+            each += tiles * blocks * rows * 4e-9
+        used = min(config.threads, machine.cores, len(parts))
+        return (compute + each + traffic) / (0.95 * used if used > 1 else 1) + 8e-6 + _LAUNCH_SECONDS * (used > 1)
+
+    def prepare(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> Kernel:
+        """Pack the filters by blocks; compile for the tile if that has not been done."""
+        p, tile = problem, _tile(config)
+        lanes = vector_bytes() // item_bytes(p.dtype)
+        block = tile[1] * lanes
+        count = -(-p.group_k // block)
+        packed = aligned((p.groups, count, p.kh, p.kw, p.group_c, block), p.dtype)
+        grouped = filters.reshape(p.kh, p.kw, p.group_c, p.groups, p.group_k)
+        padded = np.zeros((*grouped.shape[:4], count * block), p.dtype)
+        padded[..., : p.group_k] = grouped
+        packed[...] = padded.reshape(*grouped.shape[:4], count, block).transpose(3, 4, 0, 1, 2, 5)
+        added = np.zeros((p.groups, count * block if bias is not None else 0), dtype_of(p.dtype))
+        if bias is not None:
+            added[:, : p.group_k] = bias.reshape(p.groups, p.group_k)
+        _compiled(*tile, lanes, item_bytes(p.dtype))
+        zero = aligned((p.c + lanes,), p.dtype)
+        return ImplicitGemmKernel(p, tile, lanes, config.threads, packed, added.reshape(-1), zero)
+
+
+_PEAK_PER_BYTE = 1.8e9  # FLOP/s of one core for each byte of vector width
+_FILTER_BYTES_PER_SECOND = 3e10
+_LAUNCH_SECONDS = 40e-6
+
+
+def _registers() -> int:
+    """Return the vector registers: 16 where vectors are AVX's, 32 with AVX-512 and on arm."""
+    return 16 if vector_bytes() == 32 or ("x86_64" in current().system and vector_bytes() == 16) else 32
+
+
+def _tiles(problem: Problem) -> list[tuple[int, int]]:
+    """Return the tiles that are no wider than a group's filters, and at least one."""
+    lanes = vector_bytes() // item_bytes(problem.dtype)
+    all_of_them = _TILES[_registers()]
+    least = min(vectors for _, vectors in all_of_them)
+    wide = -(-problem.group_k // lanes)
+    return [tile for tile in all_of_them if tile[1] <= max(least, wide)]
+
+
+def _tile(config: Config) -> tuple[int, int]:
+    default = _TILES[_registers()][0]
+    tile = config.integer("rows", default[0]), config.integer("vectors", default[1])
+    if not (1 <= tile[0] <= 28 and 1 <= tile[1] <= 8 and tile[0] * tile[1] <= 31):
+        raise ArgumentError(
+            f"config rows x vectors of implicit_gemm must be sums that fit in registers, such as "
+            f"{' or '.join(f'{rows}x{vectors}' for rows, vectors in _TILES[_registers()])}; got {tile[0]}x{tile[1]}"
+        )
+    return tile
+
+
+def _border(problem: Problem) -> float:
+    """Return about which part of the outputs has a window that reaches outside the image."""
+    p = problem
+    rows = min(1.0, (-(-p.pads[0] // p.strides[0]) + -(-p.pads[1] // p.strides[0])) / max(1, p.oh))
+    columns = min(1.0, (-(-p.pads[2] // p.strides[1]) + -(-p.pads[3] // p.strides[1])) / max(1, p.ow))
+    return 1 - (1 - rows) * (1 - columns)
