@@ -38,6 +38,16 @@ def vector_bytes() -> int:
     return machine.current().vector_bytes
 
 
+#: Tiles, rows x vectors, by the number of vector registers: sums, one input and the filters' vectors fit in them.
+_TILES = {32: ((6, 4), (14, 2), (8, 3), (28, 1)), 16: ((6, 2), (4, 3), (12, 1))}
+
+
+def register_tiles() -> tuple[tuple[int, int], ...]:
+    """Return the tiles, rows x vectors, that suit the registers: 16 on x86 without AVX-512, 32 elsewhere."""
+    x86 = any(name in machine.current().system for name in ("x86_64", "AMD64"))
+    return _TILES[16 if x86 and vector_bytes() < 64 else 32]
+
+
 class Vector(types.Type):
     """The Numba type of a vector of floats."""
 
@@ -261,3 +271,192 @@ def _elementwise(operation: Any, instruction: str) -> None:
 _elementwise(operator.add, "fadd")
 _elementwise(operator.sub, "fsub")
 _elementwise(operator.mul, "fmul")
+
+
+# Tuples of vectors that lie apart in memory, or hang together otherwise.
+
+
+@intrinsic
+def gather(
+    typing: Any, table: Any, step: Any, offset: Any, count: Any, lanes: Any, itemsize: Any
+) -> tuple[Any, Codegen]:  # noqa: ARG001
+    """Return ``count`` vectors, each ``offset`` bytes behind an address; the addresses are ``step`` bytes apart."""
+    vector = Vector(itemsize.literal_value, lanes.literal_value)
+    kind = types.UniTuple(vector, count.literal_value)  # type: ignore[no-untyped-call]
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+        place, values = arguments[0], []
+        for _ in range(count.literal_value):
+            values.append(_load(b, vector.ir, b.add(_load(b, I64, place, 0, 8), arguments[2]), 0, vector.itemsize))
+            place = b.add(place, arguments[1])
+        return context.make_tuple(b, kind, values)
+
+    return kind(types.int64, types.int64, types.int64, count, lanes, itemsize), codegen
+
+
+@intrinsic
+def load_apart(typing: Any, address: Any, step: Any, count: Any, lanes: Any, itemsize: Any) -> tuple[Any, Codegen]:  # noqa: ARG001
+    """Return ``count`` vectors that lie ``step`` bytes apart."""
+    vector = Vector(itemsize.literal_value, lanes.literal_value)
+    kind = types.UniTuple(vector, count.literal_value)  # type: ignore[no-untyped-call]
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+        place, values = arguments[0], []
+        for _ in range(count.literal_value):
+            values.append(_load(b, vector.ir, place, 0, vector.itemsize))
+            place = b.add(place, arguments[1])
+        return context.make_tuple(b, kind, values)
+
+    return kind(types.int64, types.int64, count, lanes, itemsize), codegen
+
+
+@intrinsic
+def save_apart(typing: Any, address: Any, step: Any, tile: Any) -> tuple[Any, Codegen]:  # noqa: ARG001
+    """Store vectors ``step`` bytes apart."""
+    vector = tile.dtype
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+        place = arguments[0]
+        for value in _parts(b, arguments[2], len(tile)):
+            b.store(value, _at(b, place, 0, vector.ir), align=vector.itemsize)
+            place = b.add(place, arguments[1])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, tile), codegen
+
+
+@intrinsic
+def add_doubts(typing: Any, doubts: Any, tile: Any) -> tuple[Any, Codegen]:  # noqa: ARG001
+    """Return a vector that becomes NaN where any of the tile's values is NaN or infinite, and stays 0 elsewhere."""
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+        total = arguments[0]
+        for value in _parts(b, arguments[1], len(tile)):
+            total = _fma(b, value, ir.Constant(doubts.ir, None), total, doubts)
+        return total
+
+    return doubts(doubts, tile), codegen
+
+
+def linear(matrices: Callable[..., Any]) -> Any:
+    """Return an intrinsic that multiplies a tuple of vectors with a constant matrix, written out term by term.
+
+    Args:
+        matrices: from literal integers to the matrix, rows of numbers.
+    """
+
+    @intrinsic
+    def combine(typing: Any, tile: Any, m: Any, r: Any) -> tuple[Any, Codegen]:  # noqa: ARG001
+        """Return ``matrices(m, r) @ tile``."""
+        matrix = matrices(m.literal_value, r.literal_value)
+        kind = types.UniTuple(tile.dtype, len(matrix))  # type: ignore[no-untyped-call]
+
+        def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+            values = _parts(b, arguments[0], len(tile))
+            return context.make_tuple(b, kind, [_weighted_sum(b, row, values, tile.dtype) for row in matrix])
+
+        return kind(tile, m, r), codegen
+
+    return combine
+
+
+def _weighted_sum(b: Any, weights: Any, values: list[Any], vector: Vector) -> Any:
+    total = None
+    terms = [(float(w), v) for w, v in zip(weights, values, strict=True) if w]
+    for weight, value in sorted(terms, key=lambda term: term[0] != 1):
+        if total is None:
+            total = value if weight == 1 else b.fmul(value, _constant(vector, weight))
+        elif weight == 1:
+            total = b.fadd(total, value)
+        elif weight == -1:
+            total = b.fsub(total, value)
+        else:
+            total = _fma(b, value, _constant(vector, weight), total, vector)
+    return ir.Constant(vector.ir, None) if total is None else total
+
+
+def _constant(vector: Vector, value: float) -> Any:
+    return ir.Constant(vector.ir, [value] * vector.lanes)
+
+
+# A window that slides along a row, for kernels whose vectors lie along the channels: a tile is a run of outputs.
+
+
+def _slide(b: Any, tile: Any, arguments: Any, taps: int, stride: int, address: Callable[[int, Any], Any]) -> list[Any]:
+    values, _, _, start, step, filters = arguments[:6]
+    vector, count = tile.dtype, len(tile)
+    sums = _parts(b, values, count)
+    weights = [_load(b, vector.ir, filters, j * vector.lanes * vector.itemsize, vector.itemsize) for j in range(taps)]
+    for p in range((count - 1) * stride + taps):
+        users = [o for o in range(count) if 0 <= p - o * stride < taps]
+        if users:
+            x = _load(b, vector.ir, address(p, b.add(start, b.mul(step, ir.Constant(I64, p)))), 0, vector.itemsize)
+            for o in users:
+                sums[o] = _fma(b, x, weights[p - o * stride], sums[o], vector)
+    return sums
+
+
+@intrinsic
+def slide(typing: Any, tile: Any, taps: Any, stride: Any, inputs: Any, step: Any, filters: Any) -> tuple[Any, Codegen]:  # noqa: ARG001
+    """Return a run of outputs plus one row of a filter: output ``o`` gains tap ``j`` times pixel ``o * stride + j``.
+
+    Pixels are the vectors ``step`` bytes apart from ``inputs`` on, each loaded once for all who need it; taps lie side
+    by side at ``filters``.
+    """
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        sums = _slide(b, tile, arguments, taps.literal_value, stride.literal_value, lambda _, address: address)
+        return context.make_tuple(b, signature.return_type, sums)
+
+    return tile(tile, taps, stride, inputs, step, filters), codegen
+
+
+@intrinsic
+def slide_clipped(
+    typing: Any,  # noqa: ARG001
+    tile: Any, taps: Any, stride: Any, inputs: Any, step: Any, filters: Any, column: Any, jump: Any, width: Any, zero: Any,
+) -> tuple[Any, Codegen]:  # fmt: skip
+    """Do as ``slide`` does where pixels may lie outside the image: these are read at the address ``zero`` instead.
+
+    Pixel ``p`` is in column ``column + p * jump`` of ``width`` columns.
+    """
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        first, apart, columns, nothing = arguments[6:]
+
+        def address(p: int, inside: Any) -> Any:
+            here = b.add(first, b.mul(apart, ir.Constant(I64, p)))
+            return b.select(b.icmp_unsigned("<", here, columns), inside, nothing)  # as unsigned, -1 is large
+
+        sums = _slide(b, tile, arguments, taps.literal_value, stride.literal_value, address)
+        return context.make_tuple(b, signature.return_type, sums)
+
+    return tile(tile, taps, stride, inputs, step, filters, column, jump, width, zero), codegen
+
+
+# For filters that slide over columns: the vectors are neighbouring columns, and the tile's rows share what they read.
+
+
+@intrinsic
+def add_rows(typing: Any, tile: Any, rows: Any, inputs: Any, step: Any, filters: Any, taps: Any) -> tuple[Any, Codegen]:  # noqa: ARG001
+    """Return the tile plus one column of ``taps`` filter values, at ``filters``, slid down over rows of input.
+
+    The input's rows are ``step`` bytes apart. Each is loaded once, for all the rows of the tile that it is part of.
+    """
+    count, height, vector = rows.literal_value, taps.literal_value, tile.dtype
+    vectors, size = len(tile) // count, vector.itemsize
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        values, _, place, down, packed, _ = arguments
+        sums = _parts(b, values, len(tile))
+        scalar = vector.ir.element
+        weights = [_splat(b, _load(b, scalar, packed, t * size, size), vector.lanes) for t in range(height)]
+        for i in range(count + height - 1):
+            inputs = [_load(b, vector.ir, place, v * vector.lanes * size, size) for v in range(vectors)]
+            place = b.add(place, down)
+            for r in range(max(0, i - height + 1), min(count, i + 1)):
+                for v in range(vectors):
+                    sums[r * vectors + v] = _fma(b, inputs[v], weights[i - r], sums[r * vectors + v], vector)
+        return context.make_tuple(b, signature.return_type, sums)
+
+    return tile(tile, rows, inputs, step, filters, taps), codegen

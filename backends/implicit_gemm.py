@@ -22,13 +22,20 @@ from convdispatch.backends._epilogue import RELU, RELU6, activate
 from convdispatch.backends._jit import array, integers, njit
 from convdispatch.backends._memory import aligned
 from convdispatch.backends._threads import run_all, split
-from convdispatch.backends._vector import add_to_all, add_to_each, clamp, multiply_add, store, vector_bytes, zeros
+from convdispatch.backends._vector import (
+    add_to_all,
+    add_to_each,
+    clamp,
+    multiply_add,
+    register_tiles,
+    store,
+    vector_bytes,
+    zeros,
+)
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine, current
 from convdispatch.problem import Problem, dtype_of
 
-#: Tiles, rows x vectors, by the number of vector registers: sums, one input and the filters' vectors fit in them.
-_TILES = {32: ((6, 4), (14, 2), (8, 3), (28, 1)), 16: ((6, 2), (4, 3), (12, 1))}
 #: Filters up to this size stay in a core's L2 cache while it walks over the pixels.
 _CACHED_FILTERS = 768 << 10
 _CACHED_INPUT = 384 << 10
@@ -269,27 +276,22 @@ _FILTER_BYTES_PER_SECOND = 3e10
 _LAUNCH_SECONDS = 40e-6
 
 
-def _registers() -> int:
-    """Return the vector registers: 16 where vectors are AVX's, 32 with AVX-512 and on arm."""
-    return 16 if vector_bytes() == 32 or ("x86_64" in current().system and vector_bytes() == 16) else 32
-
-
 def _tiles(problem: Problem) -> list[tuple[int, int]]:
     """Return the tiles that are no wider than a group's filters, and at least one."""
     lanes = vector_bytes() // item_bytes(problem.dtype)
-    all_of_them = _TILES[_registers()]
+    all_of_them = register_tiles()
     least = min(vectors for _, vectors in all_of_them)
     wide = -(-problem.group_k // lanes)
     return [tile for tile in all_of_them if tile[1] <= max(least, wide)]
 
 
 def _tile(config: Config) -> tuple[int, int]:
-    default = _TILES[_registers()][0]
+    default = register_tiles()[0]
     tile = config.integer("rows", default[0]), config.integer("vectors", default[1])
     if not (1 <= tile[0] <= 28 and 1 <= tile[1] <= 8 and tile[0] * tile[1] <= 31):
         raise ArgumentError(
             f"config rows x vectors of implicit_gemm must be sums that fit in registers, such as "
-            f"{' or '.join(f'{rows}x{vectors}' for rows, vectors in _TILES[_registers()])}; got {tile[0]}x{tile[1]}"
+            f"{' or '.join(f'{rows}x{vectors}' for rows, vectors in register_tiles())}; got {tile[0]}x{tile[1]}"
         )
     return tile
 

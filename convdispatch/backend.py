@@ -109,7 +109,7 @@ class Kernel(Protocol):
     Must be picklable, and must not change ``input`` or itself when called.
     """
 
-    def __call__(self, input: Array, out: Array, residual: Array | None) -> None:
+    def __call__(self, input: Array, out: Array, residual: Array | None) -> bool | None:
         """Convolve ``input`` ``[N, H, W, C]`` into ``out`` ``[N, OH, OW, K]``.
 
         ``residual`` is of ``out``'s shape and present only if the problem's epilogue says so. Arrays are
@@ -128,8 +128,8 @@ class Backend(ABC):
         numerics: what it does to accuracy.
         parallel: whether ``config["threads"]`` means something to it; one-thread candidates only if not.
         strided: whether its kernels read and write NHWC views of any strides (NCHW arrays among them).
-        fuses_epilogue: whether its kernels apply bias, residual and activation themselves. A transform
-            backend that fuses must itself report non-finite sums, so leave this False there.
+        fuses_epilogue: whether its kernels apply bias, residual and activation themselves. The kernels of a
+            transform that does so return whether any sum was NaN or infinite, since an activation can hide it.
         native_dtypes: the dtypes its kernels load themselves. The plan turns others into the problem's
             ``sum_dtype``: float16 and bfloat16 into float32, small integers into int32.
     """

@@ -86,7 +86,7 @@ class Plan:
         # A transform's packed filters cannot be turned back, and spoiled images need the originals.
         mixes = candidate.backend.numerics.kind == "transform"
         self._filters = np.array(weights, order="C") if mixes and not problem.is_trivial else None
-        self._redo: Kernel | None = None
+        self._redo: Plan | None = None
         self._lock = threading.Lock()
         self._direct_store = self._can_store_directly()
 
@@ -224,32 +224,35 @@ class Plan:
             x = np.ascontiguousarray(x)
             if residual is not None and self._seen.epilogue:
                 residual = np.ascontiguousarray(residual)
-        kernel(x, sums, residual if self._seen.epilogue else None)
-        if self._filters is not None:
-            with np.errstate(all="ignore"):  # one pass over the sums tells whether any is NaN or infinite
-                suspicious = not np.isfinite(np.sum(sums))
-            if suspicious:
-                self._redo_spoiled(self._filters, x, sums)
-
-    def _redo_spoiled(self, filters: Array, x: Array, sums: Array) -> None:
-        """Have the images with sums that are not finite redone by a backend that does not mix pixels."""
-        one = self._seen.replace(n=1)
-        spoiled = [n for n in range(self.problem.n) if not np.isfinite(sums[n]).all()]
-        if not spoiled:
+        added = residual if self._seen.epilogue else None
+        told = kernel(x, sums, added)
+        if self._filters is None:
             return
+        if told is None:  # one pass over the sums tells whether any is NaN or infinite
+            with np.errstate(all="ignore"):
+                suspicious = not np.isfinite(np.sum(sums))
+            images = [n for n in range(self.problem.n) if not np.isfinite(sums[n]).all()] if suspicious else []
+        else:
+            images = list(range(self.problem.n)) if told else []
+        if images:
+            self._redo_images(images, self._filters, x, sums, added)
+
+    def _redo_images(self, images: list[int], filters: Array, x: Array, sums: Array, residual: Array | None) -> None:
+        """Have images that a transform spoiled redone by a backend that does not mix pixels."""
         with self._lock:
             if self._redo is None:
-                self._redo = _local_kernel(one, filters)
+                self._redo = _local_plan(self._seen.replace(n=1), filters, self._bias if self._seen.epilogue else None)
         with np.errstate(all="ignore"):  # the infinities are the caller's
-            for n in spoiled:
-                self._redo(x[n : n + 1], sums[n : n + 1], None)
+            for n in images:
+                one = slice(n, n + 1)
+                self._redo(x[one], out=sums[one], residual=None if residual is None else residual[one])
 
 
-def _local_kernel(problem: Problem, filters: Array) -> Kernel:
+def _local_plan(problem: Problem, filters: Array, bias: Array | None) -> Plan:
     available = registry.available()
     backend = next(available[name] for name in _LOCAL if name in available)
-    config = Config(backend.configs(problem, "estimate")[0], threads=1)
-    return backend.prepare(problem, filters, None, config)
+    config = Config(backend.configs(seen_by(backend, problem), "estimate")[0], threads=1)
+    return Plan(problem, Candidate(backend, config), filters, bias)
 
 
 def check_filters(problem: Problem, filters: Array, filter_format: str) -> Array:

@@ -1,0 +1,116 @@
+"""What is special to ``implicit_gemm``: tiles, remainders, tables of addresses, and other machines' vectors."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from convdispatch.backend import Config
+from convdispatch.backends._vector import register_tiles, vector_bytes
+from convdispatch.backends.implicit_gemm import ImplicitGemm
+from convdispatch.errors import ArgumentError
+from convdispatch.problem import Problem
+from convdispatch.reference import judge
+from convdispatch.tuning.gate import Trial
+
+GEMM = ImplicitGemm()
+SPECIAL = (
+    "1x5x5x3 * 3x3x3x5 SAME",  # fewer filters than lanes
+    "1x6x7x3 * 7x7x3x64 pad=3 stride=2",  # windows larger than the image
+    "2x9x9x8 * 3x3x8x70 SAME",  # filters that fill a block and a bit, tiles across images
+    "1x7x7x600 * 3x3x600x80 SAME",  # filters larger than a cache: the other order of loops
+    "1x12x10x64 * 3x3x16x128 SAME dilation=2",  # groups as wide as a vector
+    "1x12x10x24 * 3x3x4x36 SAME stride=2x1",  # groups narrower than one
+    "1x40x40x16 * 1x1x16x64 VALID",
+    "1x11x9x5 * 2x5x5x7 pad=0,1,2,4 float64",
+)
+
+
+def check(problem: Problem, config: Config) -> None:
+    arrays = Trial.random(problem)
+    out = np.full(problem.output_shape, np.nan, problem.dtype)
+    kernel = GEMM.prepare(problem, arrays.filters, arrays.bias, config)
+    kernel(arrays.input, out, arrays.residual)
+    verdict = judge(problem, GEMM.numerics, config, arrays.input, arrays.filters, out, arrays.bias, arrays.residual)
+    assert verdict.reason is None, f"{problem} {config}: {verdict.reason}"
+
+
+@pytest.mark.parametrize("tile", register_tiles(), ids=str)
+@pytest.mark.parametrize("text", SPECIAL)
+def test_every_tile_does_every_remainder(text: str, tile: tuple[int, int]) -> None:
+    for threads in (1, 3):
+        check(Problem.parse(text), Config(rows=tile[0], vectors=tile[1], threads=threads))
+
+
+@pytest.mark.parametrize("epilogue", ["+bias", "+residual", "+bias +residual +relu", "+relu6", "+bias +gelu"])
+@pytest.mark.parametrize("k", [64, 37])
+def test_epilogues_are_applied_in_registers_and_in_the_remainder(epilogue: str, k: int) -> None:
+    check(Problem.parse(f"1x9x9x8 * 3x3x8x{k} SAME {epilogue}"), Config())
+
+
+def test_threads_and_pickling_change_no_bit() -> None:
+    problem = Problem.parse("2x20x20x32 * 3x3x32x96 SAME")
+    arrays = Trial.random(problem)
+    one, other = (np.empty(problem.output_shape, "f4") for _ in range(2))
+    GEMM.prepare(problem, arrays.filters, None, Config())(arrays.input, one, None)
+    kernel = GEMM.prepare(problem, arrays.filters, None, Config(threads=4))
+    pickle.loads(pickle.dumps(kernel))(arrays.input, other, None)
+    np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("tile", [(0, 4), (6, 0), (16, 4), (29, 1)])
+def test_a_tile_that_registers_cannot_hold_is_refused(tile: tuple[int, int]) -> None:
+    problem = Problem.parse("1x9x9x8 * 3x3x8x64 SAME")
+    with pytest.raises(ArgumentError, match=f"rows x vectors.*got {tile[0]}x{tile[1]}"):
+        GEMM.prepare(problem, np.ones(problem.filter_shape, "f4"), None, Config(rows=tile[0], vectors=tile[1]))
+
+
+_ELSEWHERE = """
+from convdispatch import registry
+from convdispatch.backend import Config
+from convdispatch.backends._vector import vector_bytes
+from convdispatch.problem import Problem
+from convdispatch.tuning.gate import Trial
+from convdispatch.backend import Candidate
+
+assert vector_bytes() == {width}, vector_bytes()
+for text in {problems!r}:
+    problem = Problem.parse(text)
+    for name in ("implicit_gemm", "winograd"):
+        backend = registry.get(name)
+        if backend.rejects(problem) is None:
+            for config in backend.configs(problem, "measure")[:2]:
+                candidate, arrays = Candidate(backend, Config(config, threads=2)), Trial.random(problem)
+                verdict = arrays.judge(candidate, arrays.plan(candidate)(arrays.input))
+                assert verdict.reason is None, (text, name, config, verdict.reason)
+print("right")
+"""
+
+
+@pytest.mark.parametrize(
+    ("cpu", "features", "width"),
+    [("haswell", "+avx,+avx2,+fma", 32), ("nehalem", "", 16)],
+    ids=["avx2", "portable"],
+)
+def test_code_for_other_machines_is_right_too(cpu: str, features: str, width: int, tmp_path: Path) -> None:
+    """The same kernels, compiled for narrower vectors than this machine's."""
+    if "x86" not in os.uname().machine or vector_bytes() < width:
+        pytest.skip("needs an x86 machine with vectors at least as wide")
+    problems = ["1x9x9x20 * 3x3x20x24 SAME", "1x12x12x8 * 3x3x1x8 SAME", "1x20x40x1 * 5x5x1x1 SAME",
+                "1x9x9x5 * 3x3x5x7 SAME stride=2 float64"]  # fmt: skip
+    environment = {
+        **os.environ,
+        "NUMBA_CPU_NAME": cpu,
+        "NUMBA_CPU_FEATURES": features,
+        "NUMBA_CACHE_DIR": str(tmp_path),
+    }
+    code = _ELSEWHERE.format(width=width, problems=problems)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment,
+        cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert done.stdout.strip() == "right", done.stderr
