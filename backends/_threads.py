@@ -49,7 +49,7 @@ _scope = _BlasScope()
 
 
 @contextlib.contextmanager
-def one_blas_thread() -> Iterator[None]:
+def _one_blas_thread() -> Iterator[None]:
     """Keep BLAS calls inside the block on the thread that makes them.
 
     BLAS's own threads are never used: OpenBLAS's go on spinning for a tenth of a second after each product, and
@@ -100,10 +100,8 @@ class _Work:
         self._errors: list[BaseException] = []
 
     def take(self) -> None:
-        # NaN and infinity are the caller's business, and a thread does not inherit NumPy's settings.
-        with np.errstate(all="ignore"):
-            for job in self._jobs:
-                job()
+        for job in self._jobs:
+            job()
 
     def help(self) -> None:
         with self._lock:
@@ -141,16 +139,31 @@ if hasattr(os, "register_at_fork"):
 def run_all(jobs: Sequence[Job], threads: int) -> None:
     """Run jobs that release the GIL on up to this many threads, this one among them, in no certain order.
 
-    This thread does not wait for the others to wake up: on a busy machine it does all the jobs itself. NumPy's
-    warnings are off in the jobs. An error in one is raised when all that were begun have ended.
+    This thread does not wait for the others to wake up: on a busy machine it does all the jobs itself. An error in
+    one is raised when all that were begun have ended.
     """
+    threads = min(threads, len(jobs))
+    if threads <= 1:
+        for job in jobs:
+            job()
+        return
     work = _Work(jobs)
-    if threads > 1:
-        _team.offer(work, threads - 1)
+    _team.offer(work, threads - 1)
     try:
         work.take()
     finally:
         work.close()
+
+
+def run_numpy(jobs: Sequence[Job], threads: int) -> None:
+    """Run jobs made of NumPy's functions: BLAS stays on their threads, and NaN and infinity make no warnings."""
+
+    def quiet(job: Job) -> None:
+        with np.errstate(all="ignore"):  # a thread does not inherit these settings
+            job()
+
+    with _one_blas_thread():
+        run_all([functools.partial(quiet, job) for job in jobs], threads)
 
 
 def split(count: int, parts: int) -> list[tuple[int, int]]:

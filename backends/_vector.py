@@ -279,7 +279,7 @@ _elementwise(operator.mul, "fmul")
 @intrinsic
 def gather(
     typing: Any, table: Any, step: Any, offset: Any, count: Any, lanes: Any, itemsize: Any
-) -> tuple[Any, Codegen]:  # noqa: ARG001
+) -> tuple[Any, Codegen]:
     """Return ``count`` vectors, each ``offset`` bytes behind an address; the addresses are ``step`` bytes apart."""
     vector = Vector(itemsize.literal_value, lanes.literal_value)
     kind = types.UniTuple(vector, count.literal_value)  # type: ignore[no-untyped-call]
@@ -460,3 +460,66 @@ def add_rows(typing: Any, tile: Any, rows: Any, inputs: Any, step: Any, filters:
         return context.make_tuple(b, signature.return_type, sums)
 
     return tile(tile, rows, inputs, step, filters, taps), codegen
+
+
+def _pick(b: Any, vectors: list[Any], places: list[tuple[int, int]]) -> Any:
+    """Return a vector of which lane ``i`` is lane ``places[i][1]`` of vector ``places[i][0]``."""
+    picked, lanes = vectors[0], len(places)
+    kept = [lane if which == 0 else 0 for which, lane in places]
+    for number in range(1, len(vectors)):
+        mask = [lanes + lane if which == number else kept[i] for i, (which, lane) in enumerate(places)]
+        picked = b.shuffle_vector(picked, vectors[number], ir.Constant(ir.VectorType(I32, lanes), mask))
+        kept = list(range(lanes))
+    return picked
+
+
+@intrinsic
+def weave(typing: Any, target: Any, source: Any, apart: Any, count: Any, like: Any) -> tuple[Any, Codegen]:  # noqa: ARG001
+    """Interleave ``count`` vectors, ``apart`` bytes apart at ``source``, into as many in a row at ``target``.
+
+    ``like`` is a tuple of vectors of the kind that is meant.
+    """
+    vector, number = like.dtype, count.literal_value
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        place, values = arguments[1], []
+        for _ in range(number):
+            values.append(_load(b, vector.ir, place, 0, vector.itemsize))
+            place = b.add(place, arguments[2])
+        for v in range(number):
+            items = range(v * vector.lanes, (v + 1) * vector.lanes)
+            woven = _pick(b, values, [(item % number, item // number) for item in items])
+            to = _at(b, arguments[0], v * vector.lanes * vector.itemsize, vector.ir)
+            b.store(woven, to, align=vector.itemsize)
+        return context.get_dummy_value()
+
+    return types.void(target, source, apart, count, like), codegen
+
+
+@intrinsic
+def unweave(typing: Any, target: Any, source: Any, apart: Any, count: Any, like: Any) -> tuple[Any, Codegen]:  # noqa: ARG001
+    """Undo ``weave``: of ``count`` vectors in a row at ``source`` make as many, ``apart`` bytes apart at ``target``."""
+    vector, number = like.dtype, count.literal_value
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        step = vector.lanes * vector.itemsize
+        values = [_load(b, vector.ir, arguments[1], v * step, vector.itemsize) for v in range(number)]
+        place = arguments[0]
+        for v in range(number):
+            items = range(v, vector.lanes * number, number)
+            own = _pick(b, values, [(item // vector.lanes, item % vector.lanes) for item in items])
+            b.store(own, _at(b, place, 0, vector.ir), align=vector.itemsize)
+            place = b.add(place, arguments[2])
+        return context.get_dummy_value()
+
+    return types.void(target, source, apart, count, like), codegen
+
+
+@extending.overload_attribute(Vector, "lanes")
+def _lanes(vector: Any) -> Any:
+    count = vector.lanes
+
+    def lanes(vector: Any) -> Any:  # noqa: ARG001  # Numba matches by name
+        return count
+
+    return lanes

@@ -22,7 +22,7 @@ import scipy.fft
 
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config, Effort, Kernel, Numerics, item_bytes
-from convdispatch.backends._threads import one_blas_thread, run_all, split
+from convdispatch.backends._threads import run_all, run_numpy, split
 from convdispatch.backends._windows import overlap
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine
@@ -169,8 +169,7 @@ class FftKernel:
         across = _across(self.problem, self.cut, self.threads)
         workers = self.threads // across
         jobs = [self._block(input, out, corner, workers) for corner in self.cut.corners(self.problem.n)]
-        with one_blas_thread():
-            run_all(jobs, across)
+        run_numpy(jobs, across)
 
     def _block(self, input: Array, out: Array, corner: tuple[slice, slice, slice], workers: int) -> Callable[[], None]:
         work = self._products if self.problem.group_c == 1 else self._matrices

@@ -13,7 +13,7 @@ import numpy as np
 
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config, Effort, Kernel, item_bytes
-from convdispatch.backends._threads import one_blas_thread, run_all
+from convdispatch.backends._threads import run_numpy
 from convdispatch.backends._windows import overlap
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine
@@ -53,8 +53,7 @@ class Im2colKernel:
     def __call__(self, input: Array, out: Array, residual: Array | None) -> None:  # noqa: ARG002
         """Convolve ``input`` into ``out``; see ``convdispatch.backend.Kernel``."""
         jobs = [self._block(input, out, *corner) for corner in self._corners()]
-        with one_blas_thread():
-            run_all(jobs, self.threads)
+        run_numpy(jobs, self.threads)
 
     def _corners(self) -> Iterator[tuple[int, int, int]]:
         p = self.problem

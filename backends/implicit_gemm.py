@@ -175,21 +175,27 @@ class ImplicitGemmKernel:
     tile: tuple[int, int]
     lanes: int
     threads: int
+    outer: bool
+    parts: list[tuple[int, int, int, int]]
     filters: Array
     bias: Array
     zero: Array
+    nothing: Array
 
     def __call__(self, input: Array, out: Array, residual: Array | None) -> None:
         """Convolve ``input`` into ``out``; see ``convdispatch.backend.Kernel``."""
         p = self.problem
-        added = np.empty((0, 0, 0, 0), out.dtype) if residual is None else residual
-        outer, parts = _parts(p, self.tile[0], self.filters.shape[0] * self.filters.shape[1], self.threads)
+        added = self.nothing if residual is None else residual
+        convolve = _compiled(*self.tile, self.lanes, self.zero.itemsize)
         window = (p.kh, p.kw, p.pads[0], p.pads[2], *p.strides, *p.dilations)
-        convolve = functools.partial(
-            _compiled(*self.tile, self.lanes, item_bytes(p.dtype)), input, self.filters, self.bias, added, out,
-            self.zero, window, p.groups, outer, p.epilogue.code, p.epilogue.slope,
+        fixed = (
+            input, self.filters, self.bias, added, out, self.zero, window, p.groups, self.outer, p.epilogue.code,
+            p.epilogue.slope,
         )  # fmt: skip
-        run_all([functools.partial(convolve, part) for part in parts], self.threads)
+        if len(self.parts) == 1:
+            convolve(*fixed, self.parts[0])
+        else:
+            run_all([functools.partial(convolve, *fixed, part) for part in self.parts], self.threads)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -268,7 +274,11 @@ class ImplicitGemm(Backend):
             added[:, : p.group_k] = bias.reshape(p.groups, p.group_k)
         _compiled(*tile, lanes, item_bytes(p.dtype))
         zero = aligned((p.c + lanes,), p.dtype)
-        return ImplicitGemmKernel(p, tile, lanes, config.threads, packed, added.reshape(-1), zero)
+        outer, parts = _parts(p, tile[0], p.groups * count, config.threads)
+        nothing = np.empty((0, 0, 0, 0), p.dtype)
+        return ImplicitGemmKernel(
+            p, tile, lanes, config.threads, outer, parts, packed, added.reshape(-1), zero, nothing
+        )
 
 
 _PEAK_PER_BYTE = 1.8e9  # FLOP/s of one core for each byte of vector width

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from convdispatch import dispatch
-from convdispatch.arguments import Array, as_array, dtype_name
+from convdispatch.arguments import Array, as_array, dtype_name, name_of
 from convdispatch.plan import Plan
 
 
@@ -63,7 +63,7 @@ def conv2d(
     """
     x = as_array("input", input)
     problem, weights, values = dispatch.checked(
-        x.shape, x.dtype.name, filters, bias, residual=residual is not None, filter_format=filter_format,
+        x.shape, name_of(x.dtype), filters, bias, residual=residual is not None, filter_format=filter_format,
         strides=strides, padding=padding, data_format=data_format, dilations=dilations, groups=groups,
         activation=activation,
     )  # fmt: skip

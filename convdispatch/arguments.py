@@ -1,5 +1,6 @@
 """From what a caller writes (TensorFlow's forms of strides, padding, dilations) to a ``Problem``."""
 
+import functools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,12 @@ Array = NDArray[Any]
 FILTER_FORMATS = ("HWIO", "OIHW")
 
 
+@functools.cache
+def name_of(dtype: np.dtype[Any]) -> str:
+    """Return a dtype's name; NumPy's own property works it out each time."""
+    return str(dtype.name)
+
+
 def as_array(name: str, value: Any) -> Array:
     """Return ``value`` as an array of one of the dtypes that can be convolved.
 
@@ -27,7 +34,7 @@ def as_array(name: str, value: Any) -> Array:
         array: Array = np.asarray(value)
     except (TypeError, ValueError) as error:
         raise ArgumentTypeError(f"{name} must be an array; got {type(value).__name__}: {error}") from None
-    if array.dtype.name not in DTYPES:
+    if name_of(array.dtype) not in DTYPES:
         got = f"{type(value).__name__} of dtype {array.dtype}"
         raise ArgumentTypeError(f"{name} must be an array of {', '.join(DTYPES)}; got {got}")
     return array
@@ -77,6 +84,46 @@ def make_problem(
     Raises:
         ArgumentError, ArgumentTypeError: naming the argument, what was given and what would be right.
     """
+    given = (
+        input_shape,
+        filter_shape,
+        dtype,
+        strides,
+        padding,
+        data_format,
+        dilations,
+        groups,
+        filter_format,
+        activation,
+    )
+    # Remembered only where equal arguments mean the same: True and 1.0 are equal to 1 and are errors.
+    shapes = type(input_shape) is type(filter_shape) is tuple
+    if shapes and all(type(value) in _PLAIN for value in given[2:]) and _all_ints(input_shape + filter_shape):
+        return _remembered(*given, bias, residual)
+    return _make_problem(*given, bias, residual)
+
+
+_PLAIN = (int, str, type(None))
+
+
+def _all_ints(sizes: tuple[Any, ...]) -> bool:
+    return all(type(size) is int for size in sizes)
+
+
+def _make_problem(
+    input_shape: Any,
+    filter_shape: Any,
+    dtype: str,
+    strides: Any,
+    padding: Any,
+    data_format: Any,
+    dilations: Any,
+    groups: Any,
+    filter_format: Any,
+    activation: Any,
+    bias: bool,
+    residual: bool,
+) -> Problem:
     _one_of("data_format", data_format, DATA_FORMATS)
     _one_of("filter_format", filter_format, FILTER_FORMATS)
     n, h, w, c = _shape("input", input_shape)
@@ -100,6 +147,9 @@ def make_problem(
         data_format=data_format,
         epilogue=Epilogue(bias, residual, name, slope),
     )  # fmt: skip
+
+
+_remembered = functools.lru_cache(maxsize=4096)(_make_problem)
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -6,6 +6,7 @@ declares it can do (``seen_by``): the plan around it converts layouts and dtypes
 NaN and infinity where they belong.
 """
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -176,6 +177,7 @@ class Backend(ABC):
         return f"<backend {self.name} version {self.version}>"
 
 
+@functools.lru_cache(maxsize=4096)
 def seen_by(backend: Backend, problem: Problem) -> Problem:
     """Return the problem with what the backend leaves to the plan taken out of it."""
     changes: dict[str, Any] = {}

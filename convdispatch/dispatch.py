@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from convdispatch import arguments, heuristic, machine, profile, registry, settings
-from convdispatch.arguments import Array, as_array
+from convdispatch.arguments import Array, as_array, name_of
 from convdispatch.backend import Backend, Candidate, Config, Effort, seen_by
 from convdispatch.errors import (
     ArgumentError,
@@ -232,7 +232,7 @@ def checked(
         **how: strides, padding, data_format, dilations, groups, activation.
     """
     weights = as_array("filters", filters)
-    if weights.dtype.name != dtype:
+    if name_of(weights.dtype) != dtype:
         raise ArgumentTypeError(
             f"input and filters must have one dtype; got {dtype} and {weights.dtype.name}: convert one with astype"
         )

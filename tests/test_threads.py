@@ -1,0 +1,108 @@
+"""Many callers at once, and processes that fork: right results, no abort, no hang."""
+
+import functools
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import convdispatch
+from convdispatch.backends import _threads
+
+BACKENDS = ("implicit_gemm", "winograd", "im2col", "fft", "numba")
+
+
+def test_thirty_two_callers_of_the_same_and_of_different_plans() -> None:
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((2, 20, 20, 16), np.float32), rng.standard_normal((3, 3, 16, 32), np.float32)
+    plans = [convdispatch.plan(x, w, backend=(name, {"threads": 3})) for name in BACKENDS]
+    expected = [plan(x) for plan in plans]
+    wrong: list[str] = []
+    start = threading.Barrier(32)
+
+    def call(number: int) -> None:
+        start.wait()
+        for turn in range(6):
+            which = (number + turn) % len(plans)
+            if not (plans[which](x) == expected[which]).all():
+                wrong.append(str(plans[which]))
+
+    callers = [threading.Thread(target=call, args=(number,)) for number in range(32)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(60)
+        assert not caller.is_alive()
+    assert wrong == []
+
+
+_FORKS = """
+import os, sys, warnings
+import numpy as np
+import convdispatch
+
+warnings.simplefilter("ignore", DeprecationWarning)  # of forking a process with threads, which is the point
+x, w = np.ones((1, 20, 20, 16), np.float32), np.ones((3, 3, 16, 32), np.float32)
+plans = [convdispatch.plan(x, w, backend=(name, {"threads": 2})) for name in %r]
+expected = [plan(x) for plan in plans]
+child = os.fork()
+same = all((plan(x) == y).all() for plan, y in zip(plans, expected))
+if child == 0:
+    os._exit(0 if same else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or not same)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_child_works_like_its_parent() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _FORKS % (BACKENDS,)], timeout=120, capture_output=True, text=True, check=False,
+        cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_error_in_a_job_is_raised_after_all_that_were_begun_have_ended() -> None:
+    ended: list[int] = []
+
+    def job(number: int) -> None:
+        if number == 3:
+            raise ValueError("third")
+        ended.append(number)
+
+    jobs = [functools.partial(job, number) for number in range(20)]
+    with pytest.raises(ValueError, match="third"):
+        _threads.run_all(jobs, 4)
+    before = list(ended)
+    assert len(ended) == len(set(ended)) == len(before)
+
+
+def test_the_caller_does_the_jobs_that_nobody_else_comes_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody_comes(work: object, places: int) -> None:
+        pass
+
+    monkeypatch.setattr(_threads._team, "offer", nobody_comes)
+    done: list[int] = []
+    _threads.run_all([functools.partial(done.append, number) for number in range(9)], 4)
+    assert done == list(range(9))
+
+
+def test_blas_threads_are_restored() -> None:
+    controllers = _threads._blas().lib_controllers
+    before = [library.get_num_threads() for library in controllers]
+    seen: list[int] = []
+    _threads.run_numpy([lambda: seen.extend(library.get_num_threads() for library in controllers)], 1)
+    assert set(seen) <= {1}
+    assert [library.get_num_threads() for library in controllers] == before
+
+
+@pytest.mark.parametrize(("count", "parts"), [(10, 3), (3, 10), (0, 4), (7, 1)])
+def test_split_covers_everything_once_in_even_pieces(count: int, parts: int) -> None:
+    pieces = _threads.split(count, parts)
+    assert [number for start, end in pieces for number in range(start, end)] == list(range(count))
+    sizes = [end - start for start, end in pieces]
+    assert not sizes or (len(sizes) <= parts and max(sizes) - min(sizes) <= 1)
