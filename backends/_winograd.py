@@ -16,8 +16,7 @@ from numba import literally, types  # type: ignore[attr-defined]  # its stubs fo
 
 from convdispatch.backends._epilogue import RELU, RELU6, activate
 from convdispatch.backends._jit import array, integers, njit
-from convdispatch.backends._toomcook import transforms
-from convdispatch.backends._vector import (
+from convdispatch.backends._tile import (
     add_doubts,
     add_to_all,
     clamp,
@@ -25,12 +24,12 @@ from convdispatch.backends._vector import (
     linear,
     load_apart,
     multiply_add,
-    save,
     save_apart,
-    splat,
     store,
     zeros,
 )
+from convdispatch.backends._toomcook import transforms
+from convdispatch.backends._vector import save, splat
 
 transform_input = linear(lambda m, r: transforms(m, r).bt)
 transform_output = linear(lambda m, r: transforms(m, r).at)

@@ -22,16 +22,8 @@ from convdispatch.backends._epilogue import RELU, RELU6, activate
 from convdispatch.backends._jit import array, integers, njit
 from convdispatch.backends._memory import aligned
 from convdispatch.backends._threads import run_all, split
-from convdispatch.backends._vector import (
-    add_to_all,
-    add_to_each,
-    clamp,
-    multiply_add,
-    register_tiles,
-    store,
-    vector_bytes,
-    zeros,
-)
+from convdispatch.backends._tile import add_to_all, add_to_each, clamp, multiply_add, register_tiles, store, zeros
+from convdispatch.backends._vector import vector_bytes
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine, current
 from convdispatch.problem import Problem, dtype_of

@@ -22,8 +22,9 @@ from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config, Effort, Kernel, Numerics, item_bytes
 from convdispatch.backends._memory import aligned
 from convdispatch.backends._threads import run_all, split
+from convdispatch.backends._tile import register_tiles
 from convdispatch.backends._toomcook import amplification, roundings, transforms
-from convdispatch.backends._vector import register_tiles, vector_bytes
+from convdispatch.backends._vector import vector_bytes
 from convdispatch.backends._winograd import compiled
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine, current

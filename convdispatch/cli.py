@@ -1,4 +1,4 @@
-"""The command line: ``convdispatch tune | explain | backends | profile``.
+"""The command line: ``convdispatch tune | warmup | explain | backends | profile``.
 
 Exit codes: 0 done, 1 an error that is explained, 2 wrong usage, 3 the time limit left problems untuned, 4 no backend
 could do some problem, 130 interrupted.
@@ -6,6 +6,7 @@ could do some problem, 130 interrupted.
 
 import contextlib
 import functools
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from rich.table import Table
 
 import convdispatch
 from convdispatch import machine, profile, registry, report, settings
+from convdispatch.cli_bench import bench
 from convdispatch.errors import ConvDispatchError
 from convdispatch.explain import bytes_text, cells, explain_problem, time_text
 from convdispatch.problem import Problem
@@ -27,6 +29,7 @@ from convdispatch.profile import DEPLOYMENTS, Entry
 from convdispatch.tuning import tuner, workload
 from convdispatch.tuning.race import RULES
 from convdispatch.tuning.tuner import LayerReport, TuneReport
+from convdispatch.tuning.warmup import warm_up
 
 LEFT, FAILED, INTERRUPTED = 3, 4, 130
 _WIDE = 10_000
@@ -76,6 +79,8 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead
 def main() -> None:
     """2-D convolution on CPUs that knows, by measurement, which algorithm is fastest here."""
 
+
+main.add_command(bench)
 
 # tune -----------------------------------------------------------------------------------------------------------
 
@@ -146,21 +151,22 @@ def tune(
 @contextlib.contextmanager
 def _progress(total: int, name: str) -> Iterator[Callable[[LayerReport], None]]:
     """Yield what to call with each layer: a bar on a terminal, a line elsewhere; on stderr both."""
+    with _bar(total, "tuning", name) as advance:
+        yield lambda layer: advance(_said(layer))
+
+
+@contextlib.contextmanager
+def _bar(total: int, doing: str, name: str) -> Iterator[Callable[[str], None]]:
+    """Yield what to call with a line about each step that is done."""
     console = _console(stderr=True)
     if not console.is_terminal:
-        done = 0
-
-        def line(layer: LayerReport) -> None:
-            nonlocal done
-            done += 1
-            click.echo(f"[{done}/{total}] {_said(layer)}", err=True)
-
-        yield line
+        numbers = itertools.count(1)
+        yield lambda said: click.echo(f"[{next(numbers)}/{total}] {said}", err=True)
         return
-    columns = (TextColumn("tuning {task.fields[name]}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn(f"{doing} {name}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.description}"), console=console, transient=True) as bar:
-        task = bar.add_task("compiling and measuring", total=total, name=name)
-        yield lambda layer: bar.update(task, advance=1, description=_said(layer))
+        task = bar.add_task("...", total=total)
+        yield lambda said: bar.update(task, advance=1, description=said)
 
 
 def _said(layer: LayerReport) -> str:
@@ -209,6 +215,21 @@ def _table(title: str, columns: Sequence[str], right: Sequence[str] = ()) -> Tab
     for name in columns:
         table.add_column(name, justify="right" if name in right else "left", no_wrap=True, overflow="fold")
     return table
+
+
+@main.command()
+@click.argument("what")
+@_threads
+@_explained
+def warmup(what: str, threads: int | None) -> None:
+    """Compile every kernel that WHAT may need, so that no call waits for a compiler.
+
+    WHAT is written as in tune. Compiled kernels are kept on disk and serve every shape.
+    """
+    load = workload.load(what).distinct()
+    with _scope(threads, None), _bar(len(load.layers), "compiling", load.name) as advance:
+        count = warm_up(load, on_progress=lambda layer, _: advance(str(layer.problem)))
+    click.echo(f"{count} candidates for the {len(load.layers)} problems of {load.name} are ready")
 
 
 # explain, backends ----------------------------------------------------------------------------------------------

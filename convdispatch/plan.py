@@ -4,6 +4,7 @@ The plan does what its backend leaves to it: it brings arrays into the form the 
 transform spoiled with NaN or infinity redone, applies the epilogue, and rounds once.
 """
 
+import math
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,12 @@ import numpy as np
 from convdispatch import epilogue, registry
 from convdispatch.arguments import Array, as_array
 from convdispatch.backend import Candidate, Config, Kernel, seen_by
+from convdispatch.backends._memory import aligned
 from convdispatch.errors import ArgumentError, ArgumentTypeError, BackendRejectedError
 from convdispatch.problem import Problem, dtype_of
 
+#: Bytes of an output from which on it pays to begin at a cache line.
+_LARGE = 1 << 15
 #: Who redoes the images that a transform spoiled, the first that is available.
 _LOCAL = ("im2col", "direct")
 
@@ -89,6 +93,7 @@ class Plan:
         self._direct_store = self._can_store_directly()
         self._plain = self._needs_nothing_done()
         self._input_shape, self._output_shape = problem.input_shape, problem.output_shape
+        self._output_bytes = math.prod(problem.output_shape) * self._result.itemsize
 
     def _set_dtypes(self) -> None:
         self._dtype = dtype_of(self.problem.dtype)
@@ -132,8 +137,7 @@ class Plan:
         """
         if self._plain and residual is None and self._is_plain(input):
             if out is None:
-                out = np.empty(self._output_shape, self._result)
-                return self._run_plain(input, out)
+                return self._run_plain(input, self._fresh())
             if (
                 type(out) is np.ndarray
                 and out.dtype is self._result
@@ -145,7 +149,7 @@ class Plan:
         x = self._input(input)
         added = self._residual(residual)
         if out is None:
-            target = np.empty(self.problem.output_shape, self._result)
+            target = self._fresh()
             self._run(x, added, target)
             return target
         self._check_out(out)
@@ -166,6 +170,12 @@ class Plan:
         checked = self._filters is None or bool(seen.epilogue) or self.candidate.backend.fuses_epilogue
         same = p == seen and not p.epilogue.residual
         return self._kernel is not None and same and checked and self._direct_store
+
+    def _fresh(self) -> Array:
+        """Return memory for an output: where it is large, from a cache line on."""
+        if self.problem.is_empty or self._output_bytes < _LARGE:
+            return np.empty(self._output_shape, self._result)
+        return aligned(self._output_shape, self._result, zero=False)
 
     def _is_plain(self, input: Any) -> bool:
         return (

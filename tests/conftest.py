@@ -8,6 +8,7 @@ import hypothesis
 import pytest
 
 from convdispatch import profile, registry, settings
+from convdispatch.errors import BackendRejectedError
 
 # Derandomized, so that a run is the same run again; no deadline, since the first use of a dtype compiles.
 hypothesis.settings.register_profile(
@@ -38,3 +39,14 @@ def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     profile.forget()
     registry.restore()
     settings.from_environment.cache_clear()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Skip a test of every backend, with the reason, where the backend rejects the problem that the test poses."""
+    try:
+        yield
+    except BackendRejectedError as error:
+        if "backend" not in getattr(item, "fixturenames", ()):
+            raise
+        pytest.skip(str(error))

@@ -117,6 +117,14 @@ def test_explain_shows_every_backend_with_its_reason_or_its_time(file: Path) -> 
     assert rows["winograd"]["reason"]
 
 
+def test_warmup_compiles_and_says_how_much() -> None:
+    done = run("warmup", SMALL)
+    assert done.exit_code == 0, done.output
+    assert f"[1/1] {SMALL}" in done.stderr
+    assert "candidates for the 1 problems" in done.stdout
+    assert run("warmup", "resnet5").exit_code == 1
+
+
 def test_backends_lists_all(file: Path) -> None:
     names = {row["name"] for row in json.loads(run("backends", "--json").stdout)["available"]}
     assert {"direct", "fft", "im2col", "numba", "winograd"} <= names

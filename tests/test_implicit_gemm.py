@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from convdispatch.backend import Config
-from convdispatch.backends._vector import register_tiles, vector_bytes
+from convdispatch.backends._tile import register_tiles
+from convdispatch.backends._vector import vector_bytes
 from convdispatch.backends.implicit_gemm import ImplicitGemm
 from convdispatch.errors import ArgumentError
 from convdispatch.problem import Problem
@@ -80,7 +81,7 @@ from convdispatch.backend import Candidate
 assert vector_bytes() == {width}, vector_bytes()
 for text in {problems!r}:
     problem = Problem.parse(text)
-    for name in ("implicit_gemm", "winograd"):
+    for name in ("implicit_gemm", "winograd", "depthwise", "image_rows"):
         backend = registry.get(name)
         if backend.rejects(problem) is None:
             for config in backend.configs(problem, "measure")[:2]:

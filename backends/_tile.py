@@ -1,0 +1,244 @@
+"""Tiles: tuples of vectors that the compiler keeps in registers while a kernel walks over its input.
+
+A tile is ``rows`` times ``vectors``: of ``implicit_gemm``, output pixels times vectors of filters. Every step of its
+innermost loop loads ``vectors`` vectors of packed filters and, for each row, multiplies them with one input value.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from convdispatch import machine
+from convdispatch.backends._vector import (
+    I64,
+    SCALARS,
+    Codegen,
+    Vector,
+    address_of,
+    broadcast,
+    fused_multiply_add,
+    intrinsic,
+    load_at,
+    parts_of,
+    vector_bytes,
+)
+
+#: Tiles, rows x vectors, by the number of vector registers: sums, one input and the filters' vectors fit in them.
+_TILES = {32: ((6, 4), (14, 2), (8, 3), (28, 1)), 16: ((6, 2), (4, 3), (12, 1))}
+
+
+def register_tiles() -> tuple[tuple[int, int], ...]:
+    """Return the tiles, rows x vectors, that suit the registers: 16 on x86 without AVX-512, 32 elsewhere."""
+    x86 = any(name in machine.current().system for name in ("x86_64", "AMD64"))
+    return _TILES[16 if x86 and vector_bytes() < 64 else 32]
+
+
+@intrinsic
+def zeros(typing: Any, count: Any, lanes: Any, itemsize: Any) -> tuple[Any, Codegen]:
+    """Return a tuple of ``count`` zero vectors."""
+    vector = Vector(itemsize.literal_value, lanes.literal_value)
+    kind = types.UniTuple(vector, count.literal_value)  # type: ignore[no-untyped-call]
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        return context.make_tuple(b, kind, [ir.Constant(vector.ir, None)] * count.literal_value)
+
+    return kind(count, lanes, itemsize), codegen
+
+
+@intrinsic
+def multiply_add(typing: Any, tile: Any, rows: Any, inputs: Any, offset: Any, filters: Any) -> tuple[Any, Codegen]:
+    """Return the tile plus an outer product: one input value of each row times the vectors at ``filters``.
+
+    ``inputs`` is the address of one input address a row; the values are ``offset`` bytes behind them.
+    """
+    count, vector = rows.literal_value, tile.dtype
+    vectors, size = len(tile) // count, vector.itemsize
+    scalar = SCALARS[size][1]
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        values, _, table, behind, packed = arguments
+        sums = parts_of(b, values, len(tile))
+        weights = [load_at(b, vector.ir, packed, v * vector.lanes * size, size) for v in range(vectors)]
+        for row in range(count):
+            start = load_at(b, I64, table, row * 8, 8)
+            x = broadcast(b, load_at(b, scalar, b.add(start, behind), 0, size), vector.lanes)
+            for v in range(vectors):
+                sums[row * vectors + v] = fused_multiply_add(b, x, weights[v], sums[row * vectors + v], vector)
+        return context.make_tuple(b, signature.return_type, sums)
+
+    return tile(tile, rows, inputs, offset, filters), codegen
+
+
+@intrinsic
+def add_to_all(typing: Any, tile: Any, rows: Any, address: Any) -> tuple[Any, Codegen]:
+    """Return the tile with the vectors at ``address`` added to every row: a bias."""
+    vector, vectors = tile.dtype, len(tile) // rows.literal_value
+    size = vector.itemsize
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        bias = [load_at(b, vector.ir, arguments[2], v * vector.lanes * size, size) for v in range(vectors)]
+        sums = [b.fadd(value, bias[i % vectors]) for i, value in enumerate(parts_of(b, arguments[0], len(tile)))]
+        return context.make_tuple(b, signature.return_type, sums)
+
+    return tile(tile, rows, address), codegen
+
+
+@intrinsic
+def add_to_each(typing: Any, tile: Any, rows: Any, outputs: Any, offset: Any) -> tuple[Any, Codegen]:
+    """Return the tile with each row's vectors, ``offset`` bytes behind its address, added to it: a residual."""
+    vector, vectors = tile.dtype, len(tile) // rows.literal_value
+    size = vector.itemsize
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        sums = parts_of(b, arguments[0], len(tile))
+        for row in range(rows.literal_value):
+            start = b.add(load_at(b, I64, arguments[2], row * 8, 8), arguments[3])
+            for v in range(vectors):
+                more = load_at(b, vector.ir, start, v * vector.lanes * size, size)
+                sums[row * vectors + v] = b.fadd(sums[row * vectors + v], more)
+        return context.make_tuple(b, signature.return_type, sums)
+
+    return tile(tile, rows, outputs, offset), codegen
+
+
+@intrinsic
+def clamp(typing: Any, tile: Any, low: Any, high: Any) -> tuple[Any, Codegen]:
+    """Return the tile with every value brought between two floats; NaN stays NaN."""
+    vector = tile.dtype
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        scalar = SCALARS[vector.itemsize][0]
+        limits = [context.cast(b, value, kind, scalar) for value, kind in zip(arguments[1:], (low, high), strict=True)]
+        bottom, top = (broadcast(b, limit, vector.lanes) for limit in limits)
+        sums = []
+        for value in parts_of(b, arguments[0], len(tile)):
+            raised = b.select(b.fcmp_ordered("<", value, bottom), bottom, value)
+            sums.append(b.select(b.fcmp_ordered(">", raised, top), top, raised))
+        return context.make_tuple(b, signature.return_type, sums)
+
+    return tile(tile, low, high), codegen
+
+
+@intrinsic
+def store(typing: Any, tile: Any, rows: Any, outputs: Any, offset: Any) -> tuple[Any, Codegen]:
+    """Store each row's vectors ``offset`` bytes behind its address in the table at ``outputs``."""
+    vector, vectors = tile.dtype, len(tile) // rows.literal_value
+    size = vector.itemsize
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        sums = parts_of(b, arguments[0], len(tile))
+        for row in range(rows.literal_value):
+            start = b.add(load_at(b, I64, arguments[2], row * 8, 8), arguments[3])
+            for v in range(vectors):
+                b.store(sums[row * vectors + v], address_of(b, start, v * vector.lanes * size, vector.ir), align=size)
+        return context.get_dummy_value()
+
+    return types.void(tile, rows, outputs, offset), codegen
+
+
+# Tuples of vectors that lie apart in memory, or hang together otherwise.
+
+
+@intrinsic
+def gather(
+    typing: Any, table: Any, step: Any, offset: Any, count: Any, lanes: Any, itemsize: Any
+) -> tuple[Any, Codegen]:
+    """Return ``count`` vectors, each ``offset`` bytes behind an address; the addresses are ``step`` bytes apart."""
+    vector = Vector(itemsize.literal_value, lanes.literal_value)
+    kind = types.UniTuple(vector, count.literal_value)  # type: ignore[no-untyped-call]
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        place, values = arguments[0], []
+        for _ in range(count.literal_value):
+            values.append(load_at(b, vector.ir, b.add(load_at(b, I64, place, 0, 8), arguments[2]), 0, vector.itemsize))
+            place = b.add(place, arguments[1])
+        return context.make_tuple(b, kind, values)
+
+    return kind(types.int64, types.int64, types.int64, count, lanes, itemsize), codegen
+
+
+@intrinsic
+def load_apart(typing: Any, address: Any, step: Any, count: Any, lanes: Any, itemsize: Any) -> tuple[Any, Codegen]:
+    """Return ``count`` vectors that lie ``step`` bytes apart."""
+    vector = Vector(itemsize.literal_value, lanes.literal_value)
+    kind = types.UniTuple(vector, count.literal_value)  # type: ignore[no-untyped-call]
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        place, values = arguments[0], []
+        for _ in range(count.literal_value):
+            values.append(load_at(b, vector.ir, place, 0, vector.itemsize))
+            place = b.add(place, arguments[1])
+        return context.make_tuple(b, kind, values)
+
+    return kind(types.int64, types.int64, count, lanes, itemsize), codegen
+
+
+@intrinsic
+def save_apart(typing: Any, address: Any, step: Any, tile: Any) -> tuple[Any, Codegen]:
+    """Store vectors ``step`` bytes apart."""
+    vector = tile.dtype
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        place = arguments[0]
+        for value in parts_of(b, arguments[2], len(tile)):
+            b.store(value, address_of(b, place, 0, vector.ir), align=vector.itemsize)
+            place = b.add(place, arguments[1])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, tile), codegen
+
+
+@intrinsic
+def add_doubts(typing: Any, doubts: Any, tile: Any) -> tuple[Any, Codegen]:
+    """Return a vector that becomes NaN where any of the tile's values is NaN or infinite, and stays 0 elsewhere."""
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        total = arguments[0]
+        for value in parts_of(b, arguments[1], len(tile)):
+            total = fused_multiply_add(b, value, ir.Constant(doubts.ir, None), total, doubts)
+        return total
+
+    return doubts(doubts, tile), codegen
+
+
+def linear(matrices: Callable[..., Any]) -> Any:
+    """Return an intrinsic that multiplies a tuple of vectors with a constant matrix, written out term by term.
+
+    Args:
+        matrices: from literal integers to the matrix, rows of numbers.
+    """
+
+    @intrinsic
+    def combine(typing: Any, tile: Any, m: Any, r: Any) -> tuple[Any, Codegen]:
+        """Return ``matrices(m, r) @ tile``."""
+        matrix = matrices(m.literal_value, r.literal_value)
+        kind = types.UniTuple(tile.dtype, len(matrix))  # type: ignore[no-untyped-call]
+
+        def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+            values = parts_of(b, arguments[0], len(tile))
+            return context.make_tuple(b, kind, [_weighted_sum(b, row, values, tile.dtype) for row in matrix])
+
+        return kind(tile, m, r), codegen
+
+    return combine
+
+
+def _weighted_sum(b: Any, weights: Any, values: list[Any], vector: Vector) -> Any:
+    total = None
+    terms = [(float(w), v) for w, v in zip(weights, values, strict=True) if w]
+    for weight, value in sorted(terms, key=lambda term: term[0] != 1):
+        if total is None:
+            total = value if weight == 1 else b.fmul(value, _constant(vector, weight))
+        elif weight == 1:
+            total = b.fadd(total, value)
+        elif weight == -1:
+            total = b.fsub(total, value)
+        else:
+            total = fused_multiply_add(b, value, _constant(vector, weight), total, vector)
+    return ir.Constant(vector.ir, None) if total is None else total
+
+
+def _constant(vector: Vector, value: float) -> Any:
+    return ir.Constant(vector.ir, [value] * vector.lanes)

@@ -1,0 +1,309 @@
+"""``depthwise``: every channel has its own filters, so vectors lie along the channels and nothing is summed across.
+
+A tile is a run of outputs along one row, a vector of channels each, summed in registers. For each row of the filter
+that lies inside the image, every pixel under the tile is loaded once and multiplied with all the taps that meet it
+(as in Zhang, Lo & Lu: High Performance Depthwise and Pointwise Convolutions on Mobile Devices, 2020). Channels are
+the innermost loop, as they are in memory, and then come columns and rows: the image is walked once. One too wide for
+that is walked in strips of columns, so that the rows a filter needs again stay in L2. Under a dilated filter, outputs
+share pixels with those a dilation away, so these make a tile. Rows outside the image are skipped, columns outside it
+are read at the address of a vector of zeros: nothing is copied. Bias, residual and activation are applied in registers.
+
+Ends overlap: the last tile of a row and the last vector of a pixel are moved back until they fit, and do some outputs
+again. In a row shorter than a tile, the tile begins before the row, and its surplus is overwritten by the first
+output. So nothing outside the arrays is touched, and every vector is whole.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numba import types
+
+from convdispatch.arguments import Array
+from convdispatch.backend import Backend, Config, Effort, Kernel, item_bytes
+from convdispatch.backends._epilogue import RELU, RELU6, activate
+from convdispatch.backends._jit import array, integers, njit
+from convdispatch.backends._memory import aligned
+from convdispatch.backends._slide import slide, slide_clipped
+from convdispatch.backends._threads import run_all, split
+from convdispatch.backends._tile import add_to_all, add_to_each, clamp, store, zeros
+from convdispatch.backends._vector import vector_bytes
+from convdispatch.errors import ArgumentError
+from convdispatch.machine import Machine, current
+from convdispatch.problem import Problem, dtype_of
+
+#: Outputs of a tile, by the number of vector registers: sums, one row of taps and an input fit in them.
+_TILES = {32: (14, 7, 4), 16: (7, 4)}
+#: Taps of a row that are done together, held in registers, if the filter's width is a multiple of theirs.
+_TAPS = (7, 5, 3)
+#: A filter up to this width that is no such multiple is done a row at a time; wider ones, and narrow ones, by taps.
+_WIDEST = 31
+#: The rows of a strip that a filter needs again stay in L2 up to this size.
+_CACHED_ROWS = 256 << 10
+
+
+@njit()
+def _inside(start, step, taps, size):  # type: ignore[no-untyped-def]
+    """Return the range of taps that lie inside an axis, the first tap at ``start`` and the others ``step`` apart."""
+    low = (-start + step - 1) // step if start < 0 else 0
+    high = (size - start + step - 1) // step if start < size else 0
+    return low, min(high, taps)
+
+
+@njit()
+def _finish(out, residual, bias, scratch, first, apart, c0, multiplier, member, code, slope):  # type: ignore[no-untyped-def]
+    """Finish a tile value by value: spread filters of one channel, apply what has no instruction."""
+    outputs, lanes = scratch.shape
+    for o in range(outputs):
+        ow = first + o * apart
+        for lane in range(lanes if ow >= 0 else 0):
+            k = (c0 + lane) * multiplier + member
+            if multiplier == 1:
+                total = out[ow, k]
+            else:
+                total = scratch[o, lane]
+                if bias.size:
+                    total += bias[k]
+                if residual.size:
+                    total += residual[ow, k]
+            out[ow, k] = activate(total, code, slope)
+
+
+@functools.cache
+def _compiled(tile: int, taps: int, stride: int, dilated: bool, lanes: int, itemsize: int) -> Callable[..., Any]:  # noqa: C901, PLR0915
+    """Return the kernel of one tile: ``taps`` of a filter's row at a time, whose outputs are ``stride`` pixels apart.
+
+    With one tap at a time any stride and dilation will do, since then outputs share no pixel.
+    What is no dilation is compiled apart: with pixels a variable number of columns apart, the compiler keeps more
+    differences of addresses than there are registers, and the kernel takes half as long again.
+    """
+    span = (tile - 1) * stride + taps
+
+    def convolve(x, w, bias, residual, out, zero, window, strip, code, slope, part):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
+        """Compute rows ``part`` of all images, ``w`` being ``[blocks, multiplier, KH, KW, lanes]``."""
+        kh, kw, top, left, sh, sw, dh, dw = window
+        height, width, channels = x.shape[1:]
+        rows, columns, filters = out.shape[1:]
+        blocks, multiplier = w.shape[:2]
+        pixel, result = channels * itemsize, filters * itemsize
+        apart = dw if dilated else 1
+        jump, phases = apart if taps > 1 else sw, min(apart, columns)
+        residual_offset = residual.ctypes.data - out.ctypes.data
+        table = np.empty(tile, np.int64)
+        places = table.ctypes.data
+        scratch = np.empty((tile, lanes), out.dtype)
+        scratch_table = np.empty(tile, np.int64)
+        for o in range(tile):
+            scratch_table[o] = scratch.ctypes.data + o * lanes * itemsize
+        for begin in range(0, columns, strip):
+            for row in range(part[0], part[1]):
+                n, oh = divmod(row, rows)
+                above = oh * sh - top
+                low, high = _inside(above, dh, kh, height)
+                tiles = (min(strip, columns - begin) + tile * apart - 1) // (tile * apart)
+                for task in range(tiles * phases):
+                    number, phase = divmod(task, phases)
+                    # Negative in a row shorter than a tile.
+                    o0 = min(begin // apart + number * tile, (columns - phase + apart - 1) // apart - tile)
+                    for o in range(tile):
+                        table[o] = out.ctypes.data + (row * columns + phase + max(o0 + o, 0) * apart) * result
+                    ow = phase + o0 * apart
+                    column = ow * sw - left
+                    clipped = column < 0 or column + (span - 1) * jump + (kw - taps) * dw >= width
+                    window_at = x.ctypes.data + ((n * height + above) * width + column) * pixel
+                    for block in range(blocks):
+                        c0 = min(block * lanes, channels - lanes)
+                        for member in range(multiplier):
+                            packed = w.ctypes.data + (block * multiplier + member) * kh * kw * lanes * itemsize
+                            sums = zeros(tile, lanes, itemsize)
+                            for i in range(low, high):
+                                from_row = window_at + i * dh * width * pixel + c0 * itemsize
+                                for j in range(0, kw, taps):
+                                    here = from_row + j * dw * pixel
+                                    weights = packed + (i * kw + j) * lanes * itemsize
+                                    if clipped:
+                                        sums = slide_clipped(
+                                            sums, taps, stride, here, jump * pixel, weights,
+                                            column + j * dw, jump, width, zero.ctypes.data,
+                                        )  # fmt: skip
+                                    else:
+                                        sums = slide(sums, taps, stride, here, jump * pixel, weights)
+                            if multiplier == 1:
+                                if bias.size:
+                                    sums = add_to_all(sums, tile, bias.ctypes.data + c0 * itemsize)
+                                if residual.size:
+                                    sums = add_to_each(sums, tile, places, residual_offset + c0 * itemsize)
+                                if code == RELU:
+                                    sums = clamp(sums, 0.0, math.inf)
+                                elif code == RELU6:
+                                    sums = clamp(sums, 0.0, 6.0)
+                                store(sums, tile, places, c0 * itemsize)
+                                if code <= RELU6:
+                                    continue
+                            else:
+                                store(sums, tile, scratch_table.ctypes.data, 0)
+                            more = residual[n, oh] if residual.size else residual.reshape(0, 0)
+                            _finish(out[n, oh], more, bias, scratch, ow, apart, c0, multiplier, member, code, slope)
+
+    dtype, number = f"float{8 * itemsize}", types.int64
+    return njit(
+        types.void(
+            array(dtype, 4), array(dtype, 5), array(dtype, 1), array(dtype, 4), array(dtype, 4, writable=True),
+            array(dtype, 1), integers(8), number, number, types.float64, integers(2),
+        )
+    )(convolve)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class DepthwiseKernel:
+    """Filters as ``[blocks, multiplier, KH, KW, lanes]``, a block being the channels of a vector."""
+
+    problem: Problem
+    tile: int
+    lanes: int
+    threads: int
+    strip: int
+    parts: tuple[tuple[int, int], ...]
+    filters: Array
+    bias: Array
+    zero: Array
+
+    def __call__(self, input: Array, out: Array, residual: Array | None) -> None:
+        """Convolve ``input`` into ``out``; see ``convdispatch.backend.Kernel``."""
+        p = self.problem
+        added = np.empty((0, 0, 0, 0), out.dtype) if residual is None else residual
+        window = (p.kh, p.kw, p.pads[0], p.pads[2], *p.strides, *p.dilations)
+        convolve = functools.partial(
+            _kernel_of(p, self.tile, self.lanes), input, self.filters, self.bias, added, out, self.zero, window,
+            self.strip, p.epilogue.code, p.epilogue.slope,
+        )  # fmt: skip
+        if len(self.parts) == 1:  # run_all would take longer than a small problem
+            convolve(self.parts[0])
+        else:
+            run_all([functools.partial(convolve, part) for part in self.parts], self.threads)
+
+
+class Depthwise(Backend):
+    """One filter or some for each channel, vectors along the channels; any filter, stride, dilation and padding."""
+
+    name = "depthwise"
+    parallel = True
+    fuses_epilogue = True
+
+    def rejects(self, problem: Problem) -> str | None:
+        """Return None, or why the problem is not depthwise, or that integers are missing."""
+        if problem.is_integer:
+            return "its vectors hold floats, and integer results are exact"
+        if problem.groups == 1:
+            return "it wants as many groups as channels, and there is one group for all"
+        if problem.group_c != 1:
+            return f"a group has {problem.group_c} channels, not 1"
+        return None
+
+    def configs(self, problem: Problem, effort: Effort) -> Sequence[Config]:  # noqa: ARG002  # they are few
+        """Return tiles, the one with the smallest estimate first."""
+        here = current()
+        choices = [Config(columns=columns) for columns in _TILES[_registers()]]
+        return sorted(choices, key=lambda config: self.estimate(problem, config, here))
+
+    def workspace(self, problem: Problem, config: Config) -> int:  # noqa: ARG002
+        """Return the bytes of each thread's addresses and tile."""
+        return config.threads * _tile(config) * (16 + vector_bytes())
+
+    def estimate(self, problem: Problem, config: Config, machine: Machine) -> float:
+        """Return the time of products, loads and stores by tile, or of the traffic if that takes longer."""
+        p, tile = problem, _tile(config)
+        lanes, size = _lanes(p, machine.vector_bytes), item_bytes(p.dtype)
+        tiles = p.n * p.oh * -(-p.ow // tile) * -(-p.c // lanes) * p.group_k
+        taps, stride = _taps(p)
+        loads = p.kw // taps * ((tile - 1) * stride + 2 * taps)
+        row = _FMA_SECONDS_PER_BYTE * lanes * size * tile * p.kw + _LOAD_SECONDS * loads
+        seconds = tiles * (row * _rows_inside(p) + _TILE_SECONDS)
+        if p.group_k > 1 or p.epilogue.code > RELU6:
+            seconds += tiles * tile * lanes * (_VALUE_SECONDS if p.epilogue.code <= RELU6 else 3 * _VALUE_SECONDS)
+        used = min(config.threads, machine.cores, p.n * p.oh)
+        traffic = (math.prod(p.input_shape) + math.prod(p.output_shape)) * size
+        missed = max(0, traffic - machine.caches[2] // 2) / _MEMORY_BYTES_PER_SECOND
+        return (seconds + missed) / (0.9 * used if used > 1 else 1) + 4e-6 + _LAUNCH_SECONDS * (used > 1)
+
+    def prepare(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> Kernel:
+        """Pack the filters by vectors of channels; compile for the tile if that has not been done."""
+        p, tile = problem, _tile(config)
+        if reason := self.rejects(p):  # a kernel that goes by addresses must not be wrong about shapes
+            raise ArgumentError(f"depthwise cannot do {p}: {reason}")
+        lanes = _lanes(p, vector_bytes())
+        by_channel = filters.reshape(p.kh, p.kw, p.c, p.group_k).transpose(2, 3, 0, 1)
+        packed = aligned((-(-p.c // lanes), p.group_k, p.kh, p.kw, lanes), p.dtype)
+        for block, vector in enumerate(packed):
+            c0 = min(block * lanes, p.c - lanes)
+            vector[...] = by_channel[c0 : c0 + lanes].transpose(1, 2, 3, 0)
+        kept = np.empty(0, dtype_of(p.dtype)) if bias is None else np.array(bias)
+        _kernel_of(p, tile, lanes)
+        parts = tuple(split(p.n * p.oh, 1 if config.threads == 1 else _PARTS * config.threads))
+        zero = aligned((lanes,), p.dtype)
+        return DepthwiseKernel(p, tile, lanes, config.threads, _strip(p, tile), parts, packed, kept, zero)
+
+
+_PARTS = 2  # jobs a thread, so that one that comes late finds work left
+_FMA_SECONDS_PER_BYTE = 4.3e-12  # of a vector
+_LOAD_SECONDS = 2e-10
+_TILE_SECONDS = 15e-9
+_VALUE_SECONDS = 1.5e-9  # of an output that is finished by itself
+_MEMORY_BYTES_PER_SECOND = 8e9
+_LAUNCH_SECONDS = 40e-6
+
+
+def _registers() -> int:
+    """Return the vector registers: 16 where vectors are AVX's, 32 with AVX-512 and on arm."""
+    return 16 if vector_bytes() == 32 or ("x86_64" in current().system and vector_bytes() == 16) else 32
+
+
+def _tile(config: Config) -> int:
+    choices = _TILES[_registers()]
+    tile = config.integer("columns", choices[0])
+    if not 1 <= tile <= 2 * choices[0]:
+        raise ArgumentError(
+            f"config columns of depthwise must be sums that fit in registers, such as "
+            f"{' or '.join(map(str, choices))}; got {tile}"
+        )
+    return tile
+
+
+def _taps(problem: Problem) -> tuple[int, int]:
+    """Return the taps done together, and the stride between outputs among the pixels they share."""
+    p, stride = problem, problem.strides[1]
+    if stride > 2 or (stride == 2 and p.dilations[1] > 1):
+        return 1, 1
+    wide = p.kw if _TAPS[0] < p.kw <= _WIDEST else 1
+    taps = next((taps for taps in _TAPS if p.kw % taps == 0), wide)
+    return taps, stride if taps > 1 else 1
+
+
+def _kernel_of(problem: Problem, tile: int, lanes: int) -> Callable[..., Any]:
+    taps, stride = _taps(problem)
+    dilated = taps > 1 and problem.dilations[1] > 1
+    return _compiled(tile, taps, stride, dilated, lanes, item_bytes(problem.dtype))
+
+
+def _lanes(problem: Problem, vector: int) -> int:
+    """Return the lanes for vectors of this many bytes: fewer if there are not as many channels."""
+    return min(vector // item_bytes(problem.dtype), 1 << (problem.c.bit_length() - 1))
+
+
+def _rows_inside(problem: Problem) -> float:
+    """Return how many rows of a filter lie inside the image, on average."""
+    p, total = problem, 0
+    for i in range(p.kh):
+        above = p.pads[0] - i * p.dilations[0]
+        total += max(0, min(p.oh, -(-(above + p.h) // p.strides[0])) - max(0, -(-above // p.strides[0])))
+    return total / p.oh
+
+
+def _strip(problem: Problem, tile: int) -> int:
+    """Return how many columns of output are walked down together: whole tiles."""
+    p = problem
+    whole = tile * p.dilations[1]
+    return max(1, _CACHED_ROWS // (p.kh * p.strides[1] * p.c * item_bytes(p.dtype) * whole)) * whole

@@ -1,0 +1,416 @@
+"""``image_rows``: images of few channels, with neighbouring columns side by side in a vector.
+
+A tile of outputs, some rows times some vectors of columns, is summed in registers. For each column of the filter the
+kernel goes down the rows of the input under the tile: a vector of input is loaded once, shifted by its unaligned
+address, and multiplied with every filter value that meets it in some row of the tile. Tall filters are taken a few
+taps at a time, so that those stay in registers too. (Georganas et al.: Anatomy of High-Performance Deep Learning
+Convolutions on SIMD Architectures, 2018, has such register tiles with vectors of channels; vectors along the columns
+are as old as image processing.)
+
+Where an image has one channel, a small filter reads it where it lies, and only tiles at the border read a copy of
+their window with zeros around it. Otherwise a panel of rows is copied, so that its channels lie apart in planes and
+the border is no special case. Rows dilated by d are d images, each of every d-th row. Nothing is ever written outside
+the output: the last tile of a row or column moves back over its neighbour, and what is smaller than a tile, or has
+to be interleaved with other filters' results, is staged in scratch memory.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numba import types
+
+from convdispatch.arguments import Array
+from convdispatch.backend import Backend, Config, Effort, Kernel, item_bytes
+from convdispatch.backends._epilogue import RELU, RELU6, activate
+from convdispatch.backends._jit import array, integers, njit
+from convdispatch.backends._memory import aligned
+from convdispatch.backends._threads import run_all, split
+from convdispatch.backends._tile import add_to_all, add_to_each, clamp, store, zeros
+from convdispatch.backends._vector import vector_bytes
+from convdispatch.backends._weave import add_rows, unweave, weave
+from convdispatch.errors import ArgumentError
+from convdispatch.machine import Machine, current
+from convdispatch.problem import Problem
+
+#: Beyond these, vectors of filters do better, which need neither planes nor interleaving.
+_CHANNELS, _FILTERS = 16, 16
+#: Tiles, rows x vectors, by the number of vector registers: sums, one row of input and some taps fit in them.
+_TILES = {32: ((8, 2), (12, 1), (4, 4), (4, 2)), 16: ((4, 2), (8, 1), (4, 1))}
+#: Bytes of a panel, and of a stage.
+_PANEL, _STAGE = 192 << 10, 48 << 10
+#: A filter of up to this many values is not worth a copy of what it reads.
+_IN_PLACE = 100
+#: Up to so many channels or filters are taken apart and interleaved in registers.
+_WOVEN = 4
+
+
+@njit()
+def _fill(panel, image, first_row, step, first_column, rows, columns, like):  # type: ignore[no-untyped-def]
+    """Copy a window of an image into planes, zeros where it reaches outside; every ``step``-th row of the image."""
+    height, width, channels = image.shape
+    lanes = like[0].lanes
+    low = min(max(0, -first_column), columns)
+    high = max(low, min(columns, width - first_column))
+    moved = channels * panel.itemsize
+    apart = panel.shape[1] * panel.shape[2] * panel.itemsize
+    for q in range(rows):
+        row = first_row + q * step
+        inside = 0 <= row < height
+        for c in range(channels):
+            panel[c, q, : low if inside else columns] = 0
+            panel[c, q, high:columns] = 0
+        if not inside:
+            continue
+        if 1 < channels <= _WOVEN and high - low >= lanes:
+            target = np.int64(panel.ctypes.data) + q * panel.shape[2] * panel.itemsize
+            source = np.int64(image.ctypes.data) + (row * width + first_column) * moved
+            for i in range(low, high, lanes):
+                o = min(i, high - lanes)
+                if channels == 2:
+                    unweave(target + o * panel.itemsize, source + o * moved, apart, 2, like)
+                elif channels == 3:
+                    unweave(target + o * panel.itemsize, source + o * moved, apart, 3, like)
+                else:
+                    unweave(target + o * panel.itemsize, source + o * moved, apart, 4, like)
+        else:
+            for c in range(channels):
+                part, taken = panel[c, q, low:high], image[row, first_column + low :, c]
+                for i in range(part.size):
+                    part[i] = taken[i]
+
+
+@njit()
+def _weave(line, stage, r, like):  # type: ignore[no-untyped-def]
+    """Interleave the staged results of row ``r``: ``line [columns, K]`` of ``stage [K, rows, columns]``."""
+    columns, filters = line.shape
+    lanes = like[0].lanes
+    if 1 < filters <= _WOVEN and columns >= lanes:
+        target, source = np.int64(line.ctypes.data), np.int64(stage[0, r].ctypes.data)
+        apart, moved = stage.shape[1] * stage.shape[2] * stage.itemsize, filters * stage.itemsize
+        for i in range(0, columns, lanes):
+            o = min(i, columns - lanes)
+            if filters == 2:
+                weave(target + o * moved, source + o * stage.itemsize, apart, 2, like)
+            elif filters == 3:
+                weave(target + o * moved, source + o * stage.itemsize, apart, 3, like)
+            else:
+                weave(target + o * moved, source + o * stage.itemsize, apart, 4, like)
+    else:
+        for k in range(filters):
+            part = stage[k, r, :columns]
+            for i in range(columns):
+                line[i, k] = part[i]
+
+
+@njit()
+def _finish(values, code, slope):  # type: ignore[no-untyped-def]
+    """Apply an activation to values that lie side by side."""
+    if code == RELU:
+        for i in range(values.size):
+            values[i] = max(values[i], 0)
+    elif code:
+        for i in range(values.size):
+            values[i] = activate(values[i], code, slope)
+
+
+@njit()
+def _pieces(length, unit, least):  # type: ignore[no-untyped-def]
+    """Return into how many pieces of ``unit`` a length is cut; the last takes over a rest less than ``least``."""
+    return max(1, length // unit + (length % unit >= least))
+
+
+@functools.cache
+def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> Callable[..., Any]:  # noqa: C901, PLR0915
+    """Return the kernel of one tile that takes a filter's rows ``taps`` at a time, or one fewer."""
+    across = vectors * lanes
+    held = rows * vectors
+    fewer = max(1, taps - 1)
+
+    def convolve(x, w, bias, residual, out, pads, dilations, shape, in_place, code, slope, part):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
+        """Compute the panels of ``rows * shape[0]`` by ``across * shape[1]`` outputs from ``part[0]`` to ``part[1]``.
+
+        ``w`` is ``[K, C // groups, KW, KH]``, ``bias`` is ``[K, across]`` or empty.
+        """
+        filters, group_c, kw, kh = w.shape
+        height, width, channels = x.shape[1:]
+        group_k = filters // (channels // group_c)
+        _, all_rows, columns, _ = out.shape
+        dh, dw = dilations
+        down, along = rows * shape[0], across * shape[1]
+        chunks = (kh + taps - 1) // taps
+        whole = chunks - (chunks * taps - kh)  # so many chunks of all the taps, the others of one fewer
+        strips = _pieces(columns, along, across)
+        phases = min(dh, all_rows)
+        blocks = _pieces(max(1, all_rows // dh), down, rows)  # of the phases with the fewest rows
+        wide, high = (1, 1) if in_place else shape[::-1]
+        planes = np.empty(
+            (channels, min((high + 1) * rows, (all_rows + dh - 1) // dh + rows) + kh - 1,
+             min((wide + 1) * across, columns + across) + (kw - 1) * dw), x.dtype,
+        )  # fmt: skip
+        plane_step, line_step = planes.shape[1] * planes.shape[2] * itemsize, planes.shape[2] * itemsize
+        staged_at_all = filters > 1 or columns < across or all_rows // dh < rows
+        stage = np.empty((filters, rows, min(along + across, columns + across) if staged_at_all else 0), x.dtype)
+        places = np.empty(rows, np.int64)
+        like = zeros(1, lanes, itemsize)
+        # As whole numbers of one kind: an unsigned one and a signed one would make a float.
+        here, there = np.int64(x.ctypes.data), np.int64(out.ctypes.data)
+        more = np.int64(residual.ctypes.data) - there
+        filters_at, bias_at, planes_at = (
+            np.int64(w.ctypes.data),
+            np.int64(bias.ctypes.data),
+            np.int64(planes.ctypes.data),
+        )
+        stage_at, table = np.int64(stage.ctypes.data), places.ctypes.data
+        for task in range(part[0], part[1]):
+            rest, strip = divmod(task, strips)
+            rest, block = divmod(rest, blocks)
+            n, phase = divmod(rest, phases)
+            own = (all_rows - phase + dh - 1) // dh  # rows of this phase
+            top, bottom = block * down, own if block == blocks - 1 else (block + 1) * down
+            left, right = strip * along, columns if strip == strips - 1 else (strip + 1) * along
+            staged = filters > 1 or right - left < across or bottom - top < rows
+            if not in_place:
+                _fill(
+                    planes, x[n], phase - pads[0] + top * dh, dh, left - pads[2],
+                    max(bottom - top, rows) + kh - 1, max(right - left, across) + (kw - 1) * dw, like,
+                )  # fmt: skip
+            for tile_row in range((bottom - top + rows - 1) // rows):
+                oh = top if staged and bottom - top < rows else min(top + tile_row * rows, bottom - rows)
+                ih = phase - pads[0] + oh * dh
+                rows_inside = ih >= 0 and ih + (rows + kh - 2) * dh < height
+                count = min(rows, bottom - oh)
+                for r in range(rows):
+                    if staged:
+                        places[r] = stage_at + r * stage.shape[2] * itemsize
+                    else:
+                        line = (n * all_rows + phase + (oh + r) * dh) * columns + left
+                        places[r] = there + line * itemsize
+                for tile in range((right - left + across - 1) // across):
+                    ow = max(0, min(tile * across, right - left - across))
+                    iw = left + ow - pads[2]
+                    source, step, apart = planes_at, line_step, plane_step
+                    if not in_place:
+                        source += ((oh - top) * planes.shape[2] + ow) * itemsize
+                    elif rows_inside and iw >= 0 and iw + across + (kw - 1) * dw <= width:
+                        source, step = here + ((n * height + ih) * width + iw) * itemsize, dh * width * itemsize
+                    else:
+                        _fill(planes, x[n], ih, dh, iw, rows + kh - 1, across + (kw - 1) * dw, like)
+                    for k in range(filters):
+                        sums = zeros(held, lanes, itemsize)
+                        first_channel = k // group_k * group_c
+                        for c in range(group_c):
+                            packed = filters_at + (k * group_c + c) * kw * kh * itemsize
+                            place = source + (first_channel + c) * apart
+                            for _ in range(whole):
+                                for j in range(kw):
+                                    sums = add_rows(
+                                        sums, rows, place + j * dw * itemsize, step, packed + j * kh * itemsize, taps
+                                    )
+                                packed += taps * itemsize
+                                place += taps * step
+                            for _ in range(chunks - whole):
+                                for j in range(kw):
+                                    sums = add_rows(
+                                        sums, rows, place + j * dw * itemsize, step, packed + j * kh * itemsize, fewer
+                                    )
+                                packed += fewer * itemsize
+                                place += fewer * step
+                        if bias.size:
+                            sums = add_to_all(sums, rows, bias_at + k * across * itemsize)
+                        offset = ow * itemsize
+                        if staged:
+                            store(sums, rows, table, offset + k * rows * stage.shape[2] * itemsize)
+                            continue
+                        if residual.size:
+                            sums = add_to_each(sums, rows, table, more + offset)
+                        if code == RELU:
+                            sums = clamp(sums, 0.0, math.inf)
+                        elif code == RELU6:
+                            sums = clamp(sums, 0.0, 6.0)
+                        store(sums, rows, table, offset)
+                        if code > RELU6:
+                            for r in range(rows):
+                                _finish(out[n, phase + (oh + r) * dh, left + ow : left + ow + across, 0], code, slope)
+                if staged:
+                    for r in range(count):
+                        row = phase + (oh + r) * dh
+                        line = out[n, row, left:right]
+                        _weave(line, stage, r, like)
+                        flat = line.reshape(line.size)
+                        if residual.size:
+                            added = residual[n, row, left:right].reshape(line.size)
+                            for i in range(flat.size):
+                                flat[i] += added[i]
+                        _finish(flat, code, slope)
+
+    dtype = f"float{8 * itemsize}"
+    return njit(
+        types.void(
+            array(dtype, 4), array(dtype, 4), array(dtype, 2), array(dtype, 4), array(dtype, 4, writable=True),
+            integers(4), integers(2), integers(2), types.boolean, types.int64, types.float64, integers(2),
+        )
+    )(convolve)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class ImageRowsKernel:
+    """Filters as ``[K, C // groups, KW, KH]``: the taps of one column side by side."""
+
+    problem: Problem
+    tile: tuple[int, int]
+    lanes: int
+    threads: int
+    filters: Array
+    bias: Array
+
+    def __call__(self, input: Array, out: Array, residual: Array | None) -> None:
+        """Convolve ``input`` into ``out``; see ``convdispatch.backend.Kernel``."""
+        p = self.problem
+        added = np.empty((0, 0, 0, 0), out.dtype) if residual is None else residual
+        cut = _cut(p, self.tile, self.lanes)
+        convolve = functools.partial(
+            _compiled(*self.tile, _taps(p.kh), self.lanes, item_bytes(p.dtype)), input, self.filters, self.bias,
+            added, out, p.pads, p.dilations, cut.shape, cut.in_place, p.epilogue.code, p.epilogue.slope,
+        )  # fmt: skip
+        parts = split(cut.panels, 4 * self.threads if self.threads > 1 else 1)
+        run_all([functools.partial(convolve, part) for part in parts], self.threads)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """How a problem is cut into panels.
+
+    Attributes:
+        in_place: whether the input is read where it lies.
+        shape: tiles of a panel, down and across.
+        panels: how many there are.
+        scratch: bytes of a thread's planes and stage.
+    """
+
+    in_place: bool
+    shape: tuple[int, int]
+    panels: int
+    scratch: int
+
+
+@functools.lru_cache(maxsize=1024)
+def _cut(problem: Problem, tile: tuple[int, int], lanes: int) -> _Cut:
+    p, size = problem, item_bytes(problem.dtype)
+    rows, across = tile[0], tile[1] * lanes
+    own_rows, around = -(-p.oh // p.dilations[0]), (p.kw - 1) * p.dilations[1]
+    in_place = p.c == 1 and p.kh * p.kw <= _IN_PLACE
+    most = -(-p.ow // across)
+    staged = p.k > 1 or p.ow < across or p.oh // p.dilations[0] < rows
+    wide = min(most, max(1, _STAGE // (p.k * rows * across * size))) if staged else most
+    high = 1
+    if not in_place:
+        line = p.c * size
+        wide = max(1, min(wide, (_PANEL // (line * (2 * rows + p.kh - 1)) - around) // across - 1))
+        fitting = _PANEL // (line * ((wide + 1) * across + around)) - p.kh + 1
+        high = max(1, min(-(-own_rows // rows), fitting // rows - 1))
+    panels = p.n * min(p.dilations[0], p.oh)
+    panels *= _pieces(max(1, p.oh // p.dilations[0]), high * rows, rows) * _pieces(p.ow, wide * across, across)
+    copied_rows, copied_columns = (1, 1) if in_place else (high, wide)
+    planes = p.c * (min((copied_rows + 1) * rows, own_rows + rows) + p.kh - 1)
+    planes *= min((copied_columns + 1) * across, p.ow + across) + around
+    stage = p.k * rows * min((wide + 1) * across, p.ow + across) if staged else 0
+    return _Cut(in_place, (high, wide), panels, (planes + stage) * size)
+
+
+class ImageRows(Backend):
+    """Vectors of neighbouring columns, for images of few channels and filters of any size."""
+
+    name = "image_rows"
+    parallel = True
+    fuses_epilogue = True
+
+    def rejects(self, problem: Problem) -> str | None:
+        """Return None, or what about the dtype, the channels or the strides stands against it."""
+        p = problem
+        if p.is_integer:
+            return "its vectors hold floats, and integer results are exact"
+        if p.c > _CHANNELS or p.k > _FILTERS:
+            return f"it is for up to {_CHANNELS} channels and {_FILTERS} filters; here are {p.c} and {p.k}"
+        if p.strides != (1, 1):
+            return "its vectors take neighbouring columns and its tiles neighbouring rows, without strides"
+        return None
+
+    def configs(self, problem: Problem, effort: Effort) -> Sequence[Config]:
+        """Return tiles, the one with the smallest estimate first."""
+        here = current()
+        choices = [Config(rows=rows, vectors=vectors) for rows, vectors in _TILES[_registers()]]
+        choices.sort(key=lambda config: self.estimate(problem, config, here))
+        return choices[: 2 if effort in {"estimate", "measure"} else None]
+
+    def workspace(self, problem: Problem, config: Config) -> int:
+        """Return the bytes of each thread's copy of the input and staged results."""
+        lanes = vector_bytes() // item_bytes(problem.dtype)
+        return config.threads * (_cut(problem, _tile(config), lanes).scratch + 8 * _tile(config)[0])
+
+    def estimate(self, problem: Problem, config: Config, machine: Machine) -> float:
+        """Return products of whole tiles by what is loaded for them; copies in and out of scratch; memory."""
+        p, tile, size = problem, _tile(config), item_bytes(problem.dtype)
+        lanes = machine.vector_bytes // size
+        cut = _cut(p, tile, lanes)
+        rows, across = tile[0], tile[1] * lanes
+        taps, phases = _taps(p.kh), min(p.dilations[0], p.oh)
+        tiles = p.n * phases * -(-p.oh // (phases * rows)) * -(-p.ow // across)
+        steps = tiles * p.k * p.group_c * p.kw
+        # A vector of input that lies across two cache lines takes as long as two products.
+        products = max(rows * p.kh, 2 * (rows + taps - 1) * -(-p.kh // taps)) * tile[1] + 4
+        compute = steps * products * lanes * 2 / (_PEAK_PER_BYTE * machine.vector_bytes * 4 / size) + tiles * 20e-9
+        pixels, outputs = p.n * p.h * p.w * p.c, p.n * p.oh * p.ow * p.k
+        copies = 0.0
+        if not cut.in_place:
+            high = cut.shape[0] * rows
+            copies += pixels * (1 + (p.kh - 1) / high) * (0.1e-9 if p.c <= _WOVEN else 0.4e-9)
+        if p.k > 1 or p.ow < across or p.oh // phases < rows:
+            copies += outputs * (0.25e-9 if p.k <= _WOVEN else 1e-9)
+        copies += outputs * 3e-9 * (p.epilogue.code > RELU6)
+        moved = (pixels + outputs * (2 if p.epilogue.residual else 1)) * size / _BYTES_PER_SECOND
+        used = min(config.threads, machine.cores, cut.panels)
+        launch = _LAUNCH_SECONDS * (used > 1)
+        return (compute + copies + moved) / (0.9 * used if used > 1 else 1) + 8e-6 + launch
+
+    def prepare(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> Kernel:
+        """Reorder the filters; compile for the tile and the filter's height if that has not been done."""
+        p, tile = problem, _tile(config)
+        lanes = vector_bytes() // item_bytes(p.dtype)
+        packed = aligned((p.k, p.group_c, p.kw, p.kh), p.dtype)
+        packed[...] = filters.transpose(3, 2, 1, 0)
+        added = aligned((p.k if bias is not None else 0, tile[1] * lanes), p.dtype)
+        if bias is not None:
+            added[...] = bias[:, np.newaxis]
+        _compiled(*tile, _taps(p.kh), lanes, item_bytes(p.dtype))
+        return ImageRowsKernel(p, tile, lanes, config.threads, packed, added)
+
+
+_MOST_TAPS = 9
+_PEAK_PER_BYTE = 1.8e9  # FLOP/s of one core for each byte of vector width
+_BYTES_PER_SECOND = 4e10
+_LAUNCH_SECONDS = 40e-6
+
+
+def _taps(kh: int) -> int:
+    """Return how many of a filter's rows are taken at a time: as evenly as it goes."""
+    return -(-kh // -(-kh // _MOST_TAPS))
+
+
+def _registers() -> int:
+    """Return the vector registers: 16 where vectors are AVX's, 32 with AVX-512 and on arm."""
+    return 16 if vector_bytes() == 32 or ("x86_64" in current().system and vector_bytes() == 16) else 32
+
+
+def _tile(config: Config) -> tuple[int, int]:
+    default = _TILES[_registers()][0]
+    tile = config.integer("rows", default[0]), config.integer("vectors", default[1])
+    if not (1 <= tile[0] <= 28 and 1 <= tile[1] <= 8 and tile[0] * tile[1] <= 31):
+        raise ArgumentError(
+            f"config rows x vectors of image_rows must be sums that fit in registers, such as "
+            f"{' or '.join(f'{rows}x{vectors}' for rows, vectors in _TILES[_registers()])}; got {tile[0]}x{tile[1]}"
+        )
+    return tile

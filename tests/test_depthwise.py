@@ -1,0 +1,149 @@
+"""Depthwise: channels that fill no vector, rows that fill no tile, filters that reach over the image."""
+
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import Case, numbers
+
+from convdispatch.arguments import Array
+from convdispatch.backend import Config, Effort
+from convdispatch.backends.depthwise import Depthwise
+from convdispatch.epilogue import ACTIVATIONS, Epilogue
+from convdispatch.errors import ArgumentError
+from convdispatch.problem import Problem
+from convdispatch.reference import judge
+
+DEPTHWISE = Depthwise()
+PLAIN = Config(columns=7)
+
+
+def run(case: Case, config: Config) -> Array:
+    """Run a kernel between walls: whoever reads outside the input finds NaN, whoever writes outside is found."""
+    p = case.problem
+    walled = np.full(case.x.size + 256, np.nan, case.x.dtype)
+    x = walled[128:-128].reshape(case.x.shape)
+    x[...] = case.x
+    around = np.full(int(np.prod(p.output_shape)) + 256, 77, case.x.dtype)
+    out = around[128:-128].reshape(p.output_shape)
+    DEPTHWISE.prepare(p, case.w, case.bias, config)(x, out, case.residual)
+    assert (around[:128] == 77).all()
+    assert (around[-128:] == 77).all()
+    return out
+
+
+def check(problem: Problem, config: Config = PLAIN, seed: int = 0) -> None:
+    case = numbers(problem, seed)
+    out = run(case, config)
+    verdict = judge(problem, DEPTHWISE.numerics, config, case.x, case.w, out, case.bias, case.residual)
+    assert verdict.reason is None, f"{problem} with {config}: {verdict.reason}"
+
+
+@pytest.mark.parametrize("channels", [2, 3, 7, 15, 16, 17, 31, 32, 50])
+def test_channels_below_at_and_above_a_vector(channels: int) -> None:
+    check(Problem.parse(f"2x6x9x{channels} * 3x3x1x{channels} SAME +bias +residual +relu6"))
+
+
+@pytest.mark.parametrize("width", [1, 2, 6, 7, 8, 13, 14, 15])
+@pytest.mark.parametrize("text", ["SAME +bias +residual +relu", "pad=1,1,3,0 stride=2 +residual +silu"])
+def test_rows_shorter_and_longer_than_a_tile(width: int, text: str) -> None:
+    check(Problem.parse(f"1x4x{width}x20 * 3x3x1x20 {text}"))
+
+
+@pytest.mark.parametrize("size", ["1x1", "2x4", "3x3", "1x6", "5x5", "7x7", "4x8", "9x9", "3x11"])
+def test_filters_wider_and_higher_than_the_image(size: str) -> None:
+    check(Problem.parse(f"1x3x2x16 * {size}x1x16 SAME"))
+    check(Problem.parse(f"1x2x3x16 * {size}x1x16 pad=7,8,9,6 +bias"))
+
+
+@pytest.mark.parametrize("text", [
+    "stride=2", "stride=3", "dilation=2", "dilation=3", "stride=2 dilation=2", "stride=1x2", "dilation=1x5",
+    "dilation=2x12",
+])  # fmt: skip
+def test_strides_and_dilations(text: str) -> None:
+    check(Problem.parse(f"1x13x23x16 * 3x3x1x16 SAME {text} +bias +gelu"))
+    check(Problem.parse(f"1x9x9x16 * 5x5x1x16 SAME {text}"))
+
+
+@pytest.mark.parametrize("text", ["", "stride=2 +relu", "dilation=2 +bias +residual", "+bias +residual +tanh"])
+@pytest.mark.parametrize("multiplier", [2, 3])
+def test_several_filters_of_a_channel(text: str, multiplier: int) -> None:
+    check(Problem.parse(f"2x5x9x18 * 3x3x1x{18 * multiplier} SAME {text}"))
+
+
+@pytest.mark.parametrize("text", ["1x7x300x700 * 3x3x1x700 SAME", "1x3x90x2048 * 3x3x1x2048 SAME dilation=2"])
+def test_wide_images_are_walked_in_strips(text: str) -> None:
+    check(Problem.parse(text), Config(columns=4))
+
+
+def test_float64() -> None:
+    check(Problem.parse("1x9x9x19 * 3x3x1x19 SAME float64 +bias +residual +relu6"))
+
+
+@st.composite
+def depthwise_problems(draw: st.DrawFn) -> Problem:
+    channels, multiplier = draw(st.integers(16, 40)), draw(st.sampled_from((1, 1, 2)))
+    kernel = draw(st.integers(1, 5)), draw(st.sampled_from((1, 3)))
+    dilations = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    pads = draw(st.tuples(*[st.integers(0, 9)] * 4))
+    least = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+    return Problem(
+        n=draw(st.integers(1, 2)),
+        h=draw(st.integers(max(1, least[0] - pads[0] - pads[1]), 20)),
+        w=draw(st.integers(max(1, least[1] - pads[2] - pads[3]), 40)),
+        c=channels, k=channels * multiplier, kh=kernel[0], kw=kernel[1], pads=pads,
+        strides=(draw(st.integers(1, 3)), draw(st.integers(1, 3))), dilations=dilations, groups=channels,
+        dtype="float32", data_format="NHWC",
+        epilogue=Epilogue(draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from([None, "relu", "hardswish"]))),
+    )  # fmt: skip
+
+
+@given(problem=depthwise_problems(), seed=st.integers(0, 99))
+@settings(max_examples=80, deadline=None)
+def test_any_depthwise_problem_is_right(problem: Problem, seed: int) -> None:
+    check(problem, seed=seed)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_threads_give_the_same_bits_and_kernels_pickle(activation: str) -> None:
+    problem = Problem.parse("3x11x19x37 * 3x3x1x37 SAME")
+    case = numbers(problem.replace(epilogue=Epilogue(bias=True, residual=True, activation=activation)))
+    alone = run(case, PLAIN)
+    for threads in (2, 3, 64):
+        assert run(case, Config(PLAIN, threads=threads)).tobytes() == alone.tobytes()
+    kernel = DEPTHWISE.prepare(case.problem, case.w, case.bias, Config(PLAIN, threads=2))
+    again = np.empty_like(alone)
+    pickle.loads(pickle.dumps(kernel))(case.x, again, case.residual)
+    assert again.tobytes() == alone.tobytes()
+
+
+def test_a_bad_pixel_spoils_only_its_own_channel_and_windows() -> None:
+    case = numbers(Problem.parse("1x9x20x33 * 3x3x1x33 SAME"))
+    case.x[0, 4, 6, 30] = np.nan
+    spoiled = np.zeros((1, 9, 20, 33), bool)
+    spoiled[0, 3:6, 5:8, 30] = True
+    np.testing.assert_array_equal(np.isnan(run(case, PLAIN)), spoiled)
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("1x8x8x16 * 3x3x1x16 SAME int8", "floats"),
+    ("1x8x8x16 * 3x3x16x16 SAME", "one group"),
+    ("1x8x8x16 * 3x3x4x16 SAME", "4 channels"),
+])  # fmt: skip
+def test_what_it_cannot_do_it_says(text: str, words: str) -> None:
+    problem = Problem.parse(text)
+    reason = DEPTHWISE.rejects(problem)
+    assert reason is not None
+    assert words in reason
+    with pytest.raises(ArgumentError, match=words):
+        DEPTHWISE.prepare(problem, np.ones(problem.filter_shape, problem.dtype), None, PLAIN)
+
+
+def test_configs_are_tiles_and_others_are_refused() -> None:
+    problem = Problem.parse("1x7x7x32 * 3x3x1x32 SAME")
+    effort: Effort = "measure"
+    assert DEPTHWISE.configs(problem, effort)[0]["columns"] == 7
+    with pytest.raises(ArgumentError, match="columns"):
+        DEPTHWISE.prepare(problem, np.ones(problem.filter_shape, np.float32), None, Config(columns=0))

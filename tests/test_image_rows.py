@@ -1,0 +1,174 @@
+"""Image rows: right at every size around a tile, the same on any number of threads, honest about its scratch."""
+
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import numbers
+
+from convdispatch.arguments import Array
+from convdispatch.backend import Config, Effort
+from convdispatch.backends import image_rows
+from convdispatch.backends._vector import vector_bytes
+from convdispatch.backends.image_rows import ImageRows
+from convdispatch.errors import ArgumentError
+from convdispatch.machine import current
+from convdispatch.problem import Problem
+from convdispatch.reference import judge
+
+BACKEND = ImageRows()
+LANES = vector_bytes() // 4
+EFFORT: Effort = "exhaustive"
+
+
+def check(problem: Problem, config: Config | None = None, seed: int = 0) -> Array:
+    """Run in the middle of a larger array, judge, and see that nothing around the output has changed."""
+    config = config or Config()
+    case = numbers(problem, seed)
+    around = np.full(np.prod((problem.n, problem.oh, problem.ow, problem.k)) + 256, 77, problem.dtype)
+    out = around[128:-128].reshape(problem.n, problem.oh, problem.ow, problem.k)
+    BACKEND.prepare(problem, case.w, case.bias, config)(case.x, out, case.residual)
+    verdict = judge(problem, BACKEND.numerics, config, case.x, case.w, out, case.bias, case.residual)
+    assert verdict.reason is None, f"{problem} {config}: {verdict.reason}"
+    assert (around[:128] == 77).all()
+    assert (around[-128:] == 77).all()
+    return out
+
+
+@pytest.mark.parametrize("filters", ["3x3x1x1", "3x5x1x2"])
+@pytest.mark.parametrize("width", [1, LANES - 1, LANES, 2 * LANES - 1, 2 * LANES, 2 * LANES + 1, 5 * LANES + 3])
+def test_widths_around_a_tile(filters: str, width: int) -> None:
+    check(Problem.parse(f"1x19x{width}x1 * {filters} SAME +bias +residual +relu"))
+
+
+@pytest.mark.parametrize("height", [1, 2, 7, 8, 9, 15, 16, 17, 31])
+def test_heights_around_a_tile(height: int) -> None:
+    check(Problem.parse(f"2x{height}x{3 * LANES}x1 * 3x3x1x1 SAME +residual +gelu"))
+    check(Problem.parse(f"2x{height}x{3 * LANES}x3 * 3x3x3x3 SAME +bias"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1x9x5x1 * 3x13x1x1 SAME",  # filters wider than the image, and higher ones
+        "1x5x90x1 * 31x31x1x1 SAME",
+        "1x40x70x1 * 31x29x1x1 SAME",
+        "1x40x70x1 * 10x1x1x1 VALID",
+        "1x12x50x1 * 3x3x1x1 pad=5,0,0,7",
+        "1x12x50x2 * 4x2x2x1 pad=0,3,40,1",
+        "1x1x1x1 * 1x1x1x1 pad=9,2,40,1",
+        "2x30x70x1 * 3x3x1x1 SAME dilation=3x2",
+        "1x17x70x1 * 3x3x1x1 SAME dilation=2x1",  # one phase of the rows has a row more than the other
+        "1x9x40x4 * 3x5x4x5 SAME dilation=4 +bias +residual +tanh",
+        "1x3x40x1 * 3x3x1x1 SAME dilation=7",
+        "1x20x70x3 * 5x5x1x3 SAME",  # each channel blurred by itself
+        "1x20x70x4 * 3x3x2x6 SAME float64 +bias +relu6",
+        "1x33x67x1 * 3x3x1x1 SAME float64 +residual",
+        "3x11x37x16 * 3x3x16x16 SAME",
+        "1x6x5000x2 * 15x15x2x1 SAME",  # a row that is cut into several panels
+    ],
+)
+def test_special_shapes(text: str) -> None:
+    check(Problem.parse(text))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("filters", [1, 2, 3, 4, 5])
+def test_few_channels_and_filters(channels: int, filters: int) -> None:
+    check(Problem.parse(f"1x11x{2 * LANES + 5}x{channels} * 3x3x{channels}x{filters} SAME +bias +residual +relu"))
+
+
+@given(
+    size=st.tuples(st.integers(1, 40), st.integers(1, 90)),
+    kernel=st.tuples(st.sampled_from((3, 11)), st.integers(1, 12)),  # few heights: each compiles a kernel
+    dilations=st.sampled_from(((1, 1), (1, 1), (2, 3), (5, 1))),
+    pads=st.tuples(*[st.integers(0, 20)] * 4),
+    channels=st.integers(1, 5),
+    filters=st.integers(1, 5),
+    which=st.integers(0, 1),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=50, deadline=None)
+def test_any_shape_with_any_tile(
+    size: tuple[int, int], kernel: tuple[int, int], dilations: tuple[int, int], pads: tuple[int, int, int, int],
+    channels: int, filters: int, which: int, seed: int,
+) -> None:  # fmt: skip
+    extent = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+    h, w = max(size[0], extent[0] - pads[0] - pads[1]), max(size[1], extent[1] - pads[2] - pads[3])
+    problem = Problem(2, h, w, channels, filters, *kernel, pads=pads, dilations=dilations)
+    configs = BACKEND.configs(problem, EFFORT)
+    check(problem, configs[which % len(configs)], seed)
+
+
+@pytest.mark.parametrize("text", ["1x61x300x1 * 3x5x1x1 SAME", "2x40x90x3 * 11x3x3x2 SAME dilation=2 +bias +silu"])
+def test_threads_tiles_and_pickling_do_not_change_a_bit(text: str) -> None:
+    problem = Problem.parse(text)
+    expected = check(problem).tobytes()
+    for config in BACKEND.configs(problem, "measure"):
+        for threads in (1, 2, 5):
+            assert check(problem, Config(config, threads=threads)).tobytes() == expected
+    case = numbers(problem)
+    kernel = pickle.loads(pickle.dumps(BACKEND.prepare(problem, case.w, case.bias, Config())))
+    out = np.empty((problem.n, problem.oh, problem.ow, problem.k), problem.dtype)
+    kernel(case.x, out, None)
+    assert out.tobytes() == expected
+
+
+@pytest.mark.parametrize("panel", [1, 20_000])
+def test_panels_of_any_size_give_the_same_bits(panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem.parse("1x61x300x2 * 5x5x2x2 SAME")
+    expected = check(problem).tobytes()
+    image_rows._cut.cache_clear()
+    monkeypatch.setattr(image_rows, "_PANEL", panel)
+    monkeypatch.setattr(image_rows, "_STAGE", panel // 4)
+    assert check(problem).tobytes() == expected
+    image_rows._cut.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "text", ["1x1080x1920x1 * 3x3x1x1 SAME", "1x1080x1920x4 * 31x31x4x8 SAME", "1x50x100000x3 * 15x15x3x16 SAME"]
+)
+def test_scratch_does_not_grow_with_the_image(text: str) -> None:
+    problem = Problem.parse(text)
+    for config in BACKEND.configs(problem, EFFORT):
+        one = BACKEND.workspace(problem, config)
+        assert 0 < one <= 1 << 20
+        assert BACKEND.workspace(problem, Config(config, threads=3)) == 3 * one
+
+
+def test_one_bad_pixel_spoils_only_the_windows_over_it() -> None:
+    problem = Problem.parse("1x30x80x1 * 11x3x1x1 SAME")
+    case = numbers(problem)
+    case.x[0, 14, 40, 0] = np.nan
+    out = np.empty((1, 30, 80, 1), np.float32)
+    BACKEND.prepare(problem, case.w, None, Config())(case.x, out, None)
+    expected = np.zeros((30, 80), bool)
+    expected[9:20, 39:42] = True
+    np.testing.assert_array_equal(np.isnan(out[0, :, :, 0]), expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("1x9x9x1 * 3x3x1x1 SAME int32", "integer"),
+        ("1x9x9x17 * 3x3x17x1 SAME", "17 and 1"),
+        ("1x9x9x1 * 3x3x1x64 SAME", "1 and 64"),
+        ("1x9x9x1 * 3x3x1x1 SAME stride=1x2", "strides"),
+        ("1x9x9x1 * 3x3x1x1 SAME stride=2x1", "strides"),
+    ],
+)
+def test_it_says_what_it_does_not_do(text: str, reason: str) -> None:
+    assert reason in (BACKEND.rejects(Problem.parse(text)) or "")
+
+
+def test_a_tile_that_fits_no_registers_is_refused_by_name() -> None:
+    problem = Problem.parse("1x9x9x1 * 3x3x1x1 SAME")
+    with pytest.raises(ArgumentError, match="8x8"):
+        BACKEND.prepare(problem, np.zeros((3, 3, 1, 1), np.float32), None, Config(rows=8, vectors=8))
+
+
+def test_more_work_is_estimated_to_take_longer() -> None:
+    small, large = Problem.parse("1x99x99x1 * 3x3x1x1 SAME"), Problem.parse("1x99x99x1 * 9x9x1x1 SAME")
+    assert BACKEND.estimate(small, Config(), current()) < BACKEND.estimate(large, Config(), current())

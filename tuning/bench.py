@@ -1,0 +1,468 @@
+"""The benchmark: convdispatch and other engines on the same layers, in interleaved rounds, with a verdict.
+
+Every engine has its own process and the same thread count. For each layer every engine builds its best deployment,
+its result is compared with the float64 reference, and then each gives one sample a round, in shuffled order, while
+all the others are stopped. Ratios are of samples of one round: what slows the machine for a while slows both.
+
+A loop in this process runs between the samples. If it had to wait for a core, if its speed varied much, or if
+others used the processors meanwhile, the machine was busy, and what was measured decides nothing.
+"""
+
+import contextlib
+import math
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from convdispatch import settings
+from convdispatch.arguments import Array
+from convdispatch.problem import LOW_PRECISION, Problem
+from convdispatch.reference import conv2d
+from convdispatch.tuning import tuner
+from convdispatch.tuning.engine_worker import EngineLostError, Worker
+from convdispatch.tuning.engines import OWN, Case
+from convdispatch.tuning.workload import Layer, Workload
+
+#: Seconds of one sample.
+SAMPLE = 0.015
+#: An engine whose process was lost this often is not started again.
+_MOST_LOST = 2
+#: Error over the largest exact output from which on a float result is wrong: 3e-4 for float32. The fastest
+#: transforms stay below a third of it, arithmetic in bfloat16 or TF32 does not.
+_ULPS = 2500
+#: Turns of the calibration loop: some milliseconds.
+_LOOP = 100_000
+#: Core seconds below which the system's account is too coarse.
+_ENOUGH = 0.5
+
+
+# Was the machine quiet? ---------------------------------------------------------------------------------------------
+
+#: From which on a machine was busy: spread of the calibrations, part of their time that they waited for a core,
+#: part of the cores' time that other processes used, part that the hypervisor kept.
+LIMITS = {"spread": 0.10, "waiting": 0.05, "others": 0.10, "steal": 0.02}
+_WORDS = {
+    "spread": "a fixed loop's time varied by {:.1%}",
+    "waiting": "it waited for a core for {:.1%} of its time",
+    "others": "other processes used {:.1%} of the cores",
+    "steal": "the hypervisor kept {:.1%} of them",
+}
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the machine was like while a layer was measured, as parts of 1; None where the system does not say.
+
+    Attributes:
+        spread: interquartile range of the calibration loop's times over their median.
+        waiting: part of the loop's time in which this process did not run.
+        others: part of the usable cores' time that processes other than ours used.
+        steal: part of it that the hypervisor gave to others.
+    """
+
+    spread: float
+    waiting: float
+    others: float | None = None
+    steal: float | None = None
+
+    def complaints(self) -> list[str]:
+        """Return in words what says that the machine was busy; nothing if it was quiet."""
+        values = {name: getattr(self, name) for name in LIMITS}
+        return [
+            _WORDS[name].format(value) for name, value in values.items() if value is not None and value > LIMITS[name]
+        ]
+
+
+@dataclass(frozen=True)
+class Ticks:
+    """Seconds of the usable cores since the system started: worked, kept by the hypervisor, in all."""
+
+    worked: float
+    stolen: float
+    total: float
+
+
+class Watch:
+    """Watches the machine from ``start`` to ``stop``; tests replace ``loop`` and ``ticks``."""
+
+    def __init__(self) -> None:
+        self._loops: list[tuple[float, float]] = []
+        self._before: tuple[Ticks | None, float] = (None, 0.0)
+
+    def start(self, workers: float) -> None:
+        """Begin, being told the processor seconds of the workers so far."""
+        self._before = self.ticks(), workers + time.process_time()
+
+    def calibrate(self) -> None:
+        """Run the loop once."""
+        self._loops.append(self.loop())
+
+    def stop(self, workers: float) -> Conditions:
+        """Return what the machine was like."""
+        (before, used), after = self._before, self.ticks()
+        others = steal = None
+        if before is not None and after is not None and (total := after.total - before.total) > _ENOUGH:
+            ours = workers + time.process_time() - used
+            others = max(0.0, after.worked - before.worked - ours) / total
+            steal = (after.stolen - before.stolen) / total
+        walls = [wall for wall, _ in self._loops]
+        if len(walls) < 2:
+            return Conditions(0.0, 0.0, others, steal)
+        low, middle, high = statistics.quantiles(walls, n=4, method="inclusive")
+        waiting = max(0.0, 1 - sum(cpu for _, cpu in self._loops) / sum(walls))
+        return Conditions((high - low) / middle, waiting, others, steal)
+
+    def loop(self) -> tuple[float, float]:
+        """Do a fixed piece of work; return its time by the clock and by the processor."""
+        wall, cpu = time.perf_counter(), time.thread_time()
+        total = 0
+        for number in range(_LOOP):
+            total += number
+        return time.perf_counter() - wall, time.thread_time() - cpu
+
+    def ticks(self) -> Ticks | None:
+        """Read Linux's account of the cores that this process may use; None elsewhere."""
+        try:
+            usable = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+            rows = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+            cores = [[int(value) for value in row[1:9]] for row in rows if row and row[0] in usable]
+            second = os.sysconf("SC_CLK_TCK")
+        except (AttributeError, OSError, ValueError):
+            return None
+        user, nice, system, _, _, irq, soft, steal = (sum(column) / second for column in zip(*cores, strict=True))
+        return Ticks(user + nice + system + irq + soft, steal, sum(map(sum, cores)) / second)
+
+
+# Results ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What an engine did on a layer.
+
+    Attributes:
+        engine: its name.
+        deployment: how it ran.
+        error: largest deviation over the largest exact output; infinite where shapes differ.
+        seconds: of a call: for each round the median of its sample; empty if there is a reason.
+        reason: why it was not timed: cannot do it, wrong result, crashed.
+        wrong: whether its result was.
+        tried: best seconds of each deployment that it chose from.
+        passed_over: deployments that failed, and why.
+    """
+
+    engine: str
+    deployment: str = ""
+    error: float | None = None
+    seconds: tuple[float, ...] = ()
+    reason: str = ""
+    wrong: bool = False
+    tried: Mapping[str, float] = field(default_factory=dict)
+    passed_over: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def median(self) -> float:
+        """Median of the rounds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def best(self) -> float:
+        """The best round's median."""
+        return min(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range of the rounds over their median; 0 for fewer than two."""
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return (high - low) / self.median
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """Every engine on one layer.
+
+    Attributes:
+        layer: the layer.
+        timings: by engine, convdispatch first.
+        conditions: what the machine was like meanwhile.
+    """
+
+    layer: Layer
+    timings: Mapping[str, Timing]
+    conditions: Conditions
+
+    @property
+    def own(self) -> Timing:
+        """What convdispatch did: the first."""
+        return next(iter(self.timings.values()))
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Time of each other engine over that of convdispatch: the median of the rounds' ratios."""
+        return {
+            name: statistics.median(a / b for a, b in zip(timing.seconds, self.own.seconds, strict=False))
+            for name, timing in self.timings.items()
+            if timing is not self.own and timing.seconds and self.own.seconds
+        }
+
+    @property
+    def rival(self) -> str | None:
+        """The best other engine."""
+        ratios = self.ratios
+        return min(ratios, key=lambda name: ratios[name]) if ratios else None
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times faster convdispatch is than the best other engine."""
+        return min(self.ratios.values(), default=None)
+
+
+@dataclass(frozen=True)
+class Report:
+    """A run of the benchmark.
+
+    Attributes:
+        workload: what was run.
+        threads, rounds: how.
+        layers: the results, in the workload's order.
+        versions: of the engines that there are.
+        missing: the engines that there are not, and why.
+        seconds: how long it took.
+    """
+
+    workload: Workload
+    threads: int
+    rounds: int
+    layers: tuple[LayerResult, ...]
+    versions: Mapping[str, str]
+    missing: Mapping[str, str]
+    seconds: float
+
+    @property
+    def busy(self) -> list[str]:
+        """What spoke against a quiet machine, layer by layer; empty if the verdict stands."""
+        return [
+            f"{result.layer.name or result.layer.problem}: {', '.join(said)}"
+            for result in self.layers
+            if (said := result.conditions.complaints())
+        ]
+
+    @property
+    def compared(self) -> list[tuple[LayerResult, float]]:
+        """Layers that have a ratio, with it."""
+        return [(result, ratio) for result in self.layers if (ratio := result.ratio) is not None]
+
+    @property
+    def geometric_mean(self) -> float | None:
+        """Of the layers' ratios, each counted once."""
+        ratios = [ratio for _, ratio in self.compared]
+        return math.exp(statistics.fmean(map(math.log, ratios))) if ratios else None
+
+    @property
+    def pass_ratio(self) -> float | None:
+        """One pass of the workload by the best other engine of each layer over one by convdispatch."""
+        own = [result.layer.count * result.own.median for result, _ in self.compared]
+        others = [seconds * ratio for seconds, (_, ratio) in zip(own, self.compared, strict=True)]
+        return sum(others) / sum(own) if own else None
+
+
+# The run ------------------------------------------------------------------------------------------------------------
+
+
+def bench(
+    load: Workload,
+    against: Sequence[str],
+    *,
+    rounds: int = 9,
+    threads: int | None = None,
+    effort: str | None = "measure",
+    timeout: float = 120.0,
+    sample: float = SAMPLE,
+    attempts: int = 2,
+    own: str = OWN,
+    watch: Callable[[], Watch] = Watch,
+    seed: int = 0,
+    on_progress: Callable[[LayerResult], None] | None = None,
+) -> Report:
+    """Compare convdispatch with other engines.
+
+    Args:
+        load: the layers; equal ones are measured once.
+        against: names from ``engines.PEERS``, or ``module:class`` of an own engine; ``name@python`` runs it in
+            another interpreter, where that has what the engine needs.
+        rounds: samples of each engine on each layer.
+        threads: what every engine may use; the option ``threads`` or all usable cores where None.
+        effort: how hard convdispatch is tuned first where the profile does not know; None to take what it knows.
+        timeout: seconds for each answer of an engine; one that takes longer is lost.
+        sample: seconds of a sample.
+        attempts: how often a layer is measured at most, if the machine is busy.
+        own: the engine that all others are compared with.
+        watch: makes what watches the machine during a layer.
+        seed: decides the order within the rounds.
+        on_progress: called with each layer's result.
+    """
+    started = time.monotonic()
+    load = load.distinct()
+    budget = settings.parse_threads(threads) or tuner.thread_budget(settings.current())
+    if effort is not None:
+        tuner.tune(load, effort=effort, threads=budget, deployments=("plan",))
+    order = random.Random(seed)  # noqa: S311  # shuffling, not secrets
+    with _Field(dict.fromkeys([own, *against]), budget, timeout) as engines:
+        results = []
+        for layer in load.layers:
+            result = _layer(layer, engines, rounds, sample, watch, order)
+            for _ in range(attempts - 1):
+                if result.conditions.complaints():
+                    result = _layer(layer, engines, rounds, sample, watch, order)
+            results.append(result)
+            if on_progress is not None:
+                on_progress(result)
+    elapsed = time.monotonic() - started
+    return Report(load, budget, rounds, tuple(results), engines.versions, engines.missing, elapsed)
+
+
+class _Field:
+    """The engines' workers: started, started again when lost, ended."""
+
+    def __init__(self, names: Mapping[str, object], threads: int, timeout: float) -> None:
+        self.names = list(names)
+        self.versions: dict[str, str] = {}
+        self.missing: dict[str, str] = {}
+        self.workers: dict[str, Worker] = {}
+        self._start: Callable[[str], Worker] = lambda name: Worker(name, threads, timeout, _environment(threads))
+        self._lost = dict.fromkeys(self.names, 0)
+        self._gone = 0.0
+        self._folder = tempfile.TemporaryDirectory(prefix="convdispatch-bench-")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.workers.values():
+            worker.close()
+        self._folder.cleanup()
+
+    def ready(self, name: str) -> str | None:
+        """Start an engine if it does not run; return the reason if it cannot be had."""
+        if name in self.workers or name in self.missing:
+            return self.missing.get(name)
+        try:
+            self.workers[name] = self._start(name)
+        except EngineLostError as error:
+            self.missing[name] = str(error)
+            return str(error)
+        self.versions[name] = self.workers[name].version
+        return None
+
+    def ask(self, name: str, **request: Any) -> dict[str, Any]:
+        """Return an engine's answer; the loss of its process is a reason like any other."""
+        try:
+            return self.workers[name].ask(**request)
+        except EngineLostError as error:
+            self._gone += self.workers.pop(name).cpu_seconds()
+            self._lost[name] += 1
+            if self._lost[name] >= _MOST_LOST:
+                self.missing[name] = f"{error}; not started again"
+            return {"reason": str(error)}
+
+    def build(self, name: str, problem: Problem) -> tuple[dict[str, Any], Array | None]:
+        """Have an engine build its best deployment; return its answer and its result's first and last image."""
+        file = Path(self._folder.name) / "result.npy"
+        with contextlib.suppress(FileNotFoundError):
+            file.unlink()  # another engine's
+        if reason := self.ready(name):
+            return {"reason": reason}, None
+        reply = self.ask(name, do="build", problem=problem.text, output=str(file))
+        return reply, None if "reason" in reply else np.load(file)
+
+    def cpu_seconds(self) -> float:
+        """Return the processor time of all workers so far."""
+        return self._gone + sum(worker.cpu_seconds() for worker in self.workers.values())
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """Return what the workers' environment adds, so that convdispatch there finds what was tuned here."""
+    given = {"THREADS": str(threads)}
+    if path := settings.current().profile:
+        given["PROFILE"] = str(path)
+    return {settings.PREFIX + name: value for name, value in given.items()}
+
+
+def _layer(
+    layer: Layer,
+    engines: _Field,
+    rounds: int,
+    sample: float,
+    watch: Callable[[], Watch],
+    order: random.Random,
+) -> LayerResult:
+    exact = _exact(layer.problem)
+    built = {name: _judged(name, *engines.build(name, layer.problem), layer.problem, exact) for name in engines.names}
+    live = [name for name, timing in built.items() if not timing.reason]
+    taken: dict[str, list[float]] = {name: [] for name in live}
+    watching = watch()
+    watching.start(engines.cpu_seconds())
+    for name in _turns(live, rounds, order):
+        watching.calibrate()
+        reply = engines.ask(name, do="sample", seconds=sample)
+        if "reason" in reply:
+            built[name] = Timing(name, built[name].deployment, built[name].error, reason=reply["reason"])
+            live.remove(name)
+        else:
+            taken[name].append(reply["seconds"])
+    conditions = watching.stop(engines.cpu_seconds())
+    timings = {
+        name: Timing(**{**vars(timing), "seconds": tuple(taken[name])}) if name in live else timing
+        for name, timing in built.items()
+    }
+    return LayerResult(layer, timings, conditions)
+
+
+def _turns(live: list[str], rounds: int, order: random.Random) -> Iterator[str]:
+    """Yield who is next, round by round; who leaves ``live`` has no more turns."""
+    for _ in range(rounds):
+        turn = list(live)
+        order.shuffle(turn)
+        yield from (name for name in turn if name in live)
+
+
+def _exact(problem: Problem) -> Array:
+    """Return the reference's result for the first and the last image, NHWC, float64 or exact integers."""
+    case = Case.of(problem)
+    images = sorted({0, problem.n - 1})
+    few = problem.replace(n=len(images), dtype=problem.dtype if problem.is_integer else "float64")
+    return conv2d(few, case.x[images], case.w, case.bias, None if case.residual is None else case.residual[images])
+
+
+def _judged(name: str, reply: Mapping[str, Any], result: Array | None, problem: Problem, exact: Array) -> Timing:
+    """Return a timing without samples: how the engine would run, or why it does not take part."""
+    if result is None:
+        return Timing(name, reason=reply["reason"])
+    made = Timing(name, reply["deployment"], tried=reply["tried"], passed_over=reply["passed_over"])
+    if result.shape != exact.shape:
+        error, reason = math.inf, f"wrong result: shape {result.shape} instead of {exact.shape}"
+    else:
+        error = _error(result, exact)
+        limit = 0.0 if problem.is_integer else _ULPS * float(np.finfo(problem.sum_dtype).eps)
+        limit += 2.0**-7 if problem.dtype in LOW_PRECISION else 0.0
+        reason = "" if error <= limit else f"wrong result: error {error:.2g} of the largest output"
+    return Timing(**{**vars(made), "error": error, "reason": reason, "wrong": bool(reason)})
+
+
+def _error(result: Array, exact: Array) -> float:
+    """Return the largest deviation over the largest exact value; infinite if anything is not a number."""
+    if not exact.size:
+        return 0.0
+    wide = exact.astype(np.float64)
+    deviation = float(np.abs(result.astype(np.float64) - wide).max())
+    return deviation / max(float(np.abs(wide).max()), np.finfo(np.float64).tiny) if deviation >= 0 else math.inf

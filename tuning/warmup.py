@@ -1,0 +1,50 @@
+"""Compiling ahead: every kernel that a workload may need, so that no call has to wait for a compiler."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from convdispatch import heuristic, settings
+from convdispatch.backend import Candidate
+from convdispatch.errors import BackendError
+from convdispatch.problem import Problem
+from convdispatch.tuning import workload as workloads
+from convdispatch.tuning.gate import Trial
+from convdispatch.tuning.tuner import thread_budget
+from convdispatch.tuning.workload import Layer, Workload
+
+
+def warm_up(
+    workload: str | Path | Problem | Workload | Sequence[Any],
+    *,
+    on_progress: Callable[[Layer, Sequence[Candidate]], None] | None = None,
+) -> int:
+    """Compile the kernels of every candidate that ``tune`` would measure, and keep them on disk.
+
+    Args:
+        workload: as in ``tune``.
+        on_progress: called with each layer and the candidates made ready for it.
+
+    Returns:
+        How many candidates were made ready.
+
+    Raises:
+        WorkloadError: if the workload cannot be understood.
+        BackendError: if a backend fails to prepare what it does not reject.
+    """
+    options, total = settings.current(), 0
+    for layer in workloads.load(workload).distinct().layers:
+        usable, _ = heuristic.usable(layer.problem, options)
+        ranked = heuristic.rank(layer.problem, usable.values(), thread_budget(options), "measure")
+        candidates, _ = heuristic.worth_measuring(ranked, "measure")
+        # A batch of one has the same kernels, and smaller arrays.
+        arrays = Trial.random(layer.problem.replace(n=min(1, layer.problem.n)))
+        for candidate in candidates:
+            try:
+                arrays.plan(candidate)
+            except Exception as error:
+                raise BackendError(f"{candidate} failed to prepare {layer.problem}: {error}") from error
+        total += len(candidates)
+        if on_progress is not None:
+            on_progress(layer, candidates)
+    return total
