@@ -183,8 +183,9 @@ ROWS: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
     "winograd with a stride": (
         {"backend": "winograd", "strides": 2}, BackendRejectedError, ("'winograd'", "strides", "stride=2")
     ),
-    "winograd with 5x5 filters": (
-        {"backend": "winograd", "filters": ones(5, 5, 4, 8)}, BackendRejectedError, ("'winograd'", "5x5", "not 3x3")
+    "winograd with 7x7 filters": (
+        {"backend": "winograd", "filters": ones(7, 7, 4, 8), "padding": 3}, BackendRejectedError,
+        ("'winograd'", "7x7", "not 3x3"),
     ),
     "fft with integers": (
         {"backend": "fft", "input": X.astype(np.int16), "filters": W.astype(np.int16)},

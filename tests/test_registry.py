@@ -25,7 +25,7 @@ from convdispatch.problem import Problem
 from convdispatch.registry import FunctionBackend, register, restore, unregister
 from convdispatch.tuning import tuner
 
-BUILT_IN = ("direct", "fft", "im2col", "numba", "winograd")
+BUILT_IN = ("depthwise", "direct", "fft", "im2col", "image_rows", "implicit_gemm", "numba", "winograd")
 INPUT = np.ones(PROBLEM.input_shape, "f4")
 FILTERS = np.ones(PROBLEM.filter_shape, "f4")
 
@@ -211,7 +211,7 @@ def test_every_change_is_a_new_generation() -> None:
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("winogard", "did you mean 'winograd'?"), ("zzz", "there are direct, fft, im2col, numba, winograd")],
+    [("winogard", "did you mean 'winograd'?"), ("zzz", "there are depthwise, direct, fft, im2col")],
 )
 def test_an_unknown_name_gets_a_suggestion(name: str, hint: str) -> None:
     with pytest.raises(UnknownBackendError, match=r"no backend is called '\w+'; ") as told:
