@@ -106,3 +106,15 @@ def test_split_covers_everything_once_in_even_pieces(count: int, parts: int) -> 
     assert [number for start, end in pieces for number in range(start, end)] == list(range(count))
     sizes = [end - start for start, end in pieces]
     assert not sizes or (len(sizes) <= parts and max(sizes) - min(sizes) <= 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be told their cores here")
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="there is one core")
+def test_the_teams_threads_keep_off_the_callers_core_and_the_caller_stays_free() -> None:
+    before = os.sched_getaffinity(0)
+    _threads.run_all([lambda: None] * 4, 2)
+    assert os.sched_getaffinity(0) == before
+    avoided = _threads._team._avoided
+    assert avoided in before
+    for thread in _threads._team._threads:
+        assert avoided not in os.sched_getaffinity(thread)
