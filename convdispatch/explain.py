@@ -155,7 +155,8 @@ def explain_problem(problem: Problem, deployment: str = "plan", backend: Any = N
     refusal = ""
     decision: Decision | None = None
     try:
-        decision = dispatch.decide(problem, deployment, dispatch.parse_forced(backend))
+        with settings.options(tuning="off"):  # to explain is to look, not to measure
+            decision = dispatch.decide(problem, deployment, dispatch.parse_forced(backend))
     except BackendRejectedError as error:
         refusal = str(error)
     key = dispatch.key_for(problem, deployment, options)

@@ -654,3 +654,11 @@ def test_times_are_written_for_people(seconds: float | None, text: str) -> None:
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1023, "1.02e+03 B"), (1536, "1.5 KiB"), (3 << 30, "3 GiB")])
 def test_sizes_are_written_for_people(count: int, text: str) -> None:
     assert bytes_text(count) == text
+
+
+def test_explaining_measures_nothing(clock: FakeClock) -> None:
+    backend = Scripted("only", clock)
+    only(backend)
+    with settings.options(tuning="on-miss"):
+        assert explain_problem(PROBLEM).evidence.source == "estimate"
+    assert backend.calls == 0
