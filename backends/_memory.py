@@ -19,3 +19,13 @@ def aligned(shape: tuple[int, ...], dtype: str | np.dtype[Any], *, zero: bool = 
     raw = (np.zeros if zero else np.empty)(size + CACHE_LINE, np.uint8)
     start = -raw.ctypes.data % CACHE_LINE
     return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def by_blocks(values: Array, block: int) -> Array:
+    """Return ``[groups, ..., K]`` as ``[groups, blocks, ..., block]``, aligned, the last block filled up with zeros."""
+    groups, *between, k = values.shape
+    packed = aligned((groups, -(-k // block), *between, block), values.dtype)
+    for number in range(packed.shape[1]):
+        part = values[..., number * block : (number + 1) * block]
+        packed[:, number, ..., : part.shape[-1]] = part
+    return packed

@@ -20,13 +20,13 @@ from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config, Effort, Kernel, item_bytes
 from convdispatch.backends._epilogue import RELU, RELU6, activate
 from convdispatch.backends._jit import array, integers, njit
-from convdispatch.backends._memory import aligned
+from convdispatch.backends._memory import aligned, by_blocks
 from convdispatch.backends._threads import run_all, split
 from convdispatch.backends._tile import add_to_all, add_to_each, clamp, multiply_add, register_tiles, store, zeros
 from convdispatch.backends._vector import vector_bytes
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine, current
-from convdispatch.problem import Problem, dtype_of
+from convdispatch.problem import Problem
 
 #: Filters up to this size stay in a core's L2 cache while it walks over the pixels.
 _CACHED_FILTERS = 768 << 10
@@ -255,18 +255,12 @@ class ImplicitGemm(Backend):
         p, tile = problem, _tile(config)
         lanes = vector_bytes() // item_bytes(p.dtype)
         block = tile[1] * lanes
-        count = -(-p.group_k // block)
-        packed = aligned((p.groups, count, p.kh, p.kw, p.group_c, block), p.dtype)
         grouped = filters.reshape(p.kh, p.kw, p.group_c, p.groups, p.group_k)
-        padded = np.zeros((*grouped.shape[:4], count * block), p.dtype)
-        padded[..., : p.group_k] = grouped
-        packed[...] = padded.reshape(*grouped.shape[:4], count, block).transpose(3, 4, 0, 1, 2, 5)
-        added = np.zeros((p.groups, count * block if bias is not None else 0), dtype_of(p.dtype))
-        if bias is not None:
-            added[:, : p.group_k] = bias.reshape(p.groups, p.group_k)
+        packed = by_blocks(grouped.transpose(3, 0, 1, 2, 4), block)
+        added = np.empty(0, p.dtype) if bias is None else by_blocks(bias.reshape(p.groups, p.group_k), block)
         _compiled(*tile, lanes, item_bytes(p.dtype))
         zero = aligned((p.c + lanes,), p.dtype)
-        outer, parts = _parts(p, tile[0], p.groups * count, config.threads)
+        outer, parts = _parts(p, tile[0], p.groups * packed.shape[1], config.threads)
         nothing = np.empty((0, 0, 0, 0), p.dtype)
         return ImplicitGemmKernel(
             p, tile, lanes, config.threads, outer, parts, packed, added.reshape(-1), zero, nothing

@@ -20,7 +20,7 @@ import numpy as np
 
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config, Effort, Kernel, Numerics, item_bytes
-from convdispatch.backends._memory import aligned
+from convdispatch.backends._memory import aligned, by_blocks
 from convdispatch.backends._threads import run_all, split
 from convdispatch.backends._tile import register_tiles
 from convdispatch.backends._toomcook import amplification, roundings, transforms
@@ -28,7 +28,7 @@ from convdispatch.backends._vector import vector_bytes
 from convdispatch.backends._winograd import compiled
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine, current
-from convdispatch.problem import Problem, dtype_of
+from convdispatch.problem import Problem
 
 #: Sides of output tiles by the filters' side.
 SIZES = {3: (2, 4, 6), 5: (2, 4)}
@@ -192,17 +192,11 @@ class Winograd(Backend):
         p, m, tile = problem, _size(problem, config), _tile(problem)
         lanes = vector_bytes() // item_bytes(p.dtype)
         block = tile[1] * lanes
-        count, points = -(-p.group_k // block), (m + p.kh - 1) ** 2
         g = np.array(transforms(m, p.kh).g, np.float64)
         split_up = np.asarray(filters, np.float64).reshape(p.kh, p.kw, p.group_c, p.groups, p.group_k)
-        u = np.einsum("ip,pqcgk,jq->gijck", g, split_up, g, optimize=True).reshape(p.groups, points, p.group_c, -1)
-        packed = aligned((p.groups, count, points, p.group_c, block), p.dtype)
-        padded = np.zeros((p.groups, points, p.group_c, count * block), p.dtype)
-        padded[..., : p.group_k] = u
-        packed[...] = padded.reshape(p.groups, points, p.group_c, count, block).transpose(0, 3, 1, 2, 4)
-        added = np.zeros((p.groups, count * block if bias is not None else 0), dtype_of(p.dtype))
-        if bias is not None:
-            added[:, : p.group_k] = bias.reshape(p.groups, p.group_k)
+        u = np.einsum("ip,pqcgk,jq->gijck", g, split_up, g, optimize=True)
+        packed = by_blocks(u.reshape(p.groups, -1, p.group_c, p.group_k).astype(p.dtype), block)
+        added = np.empty(0, p.dtype) if bias is None else by_blocks(bias.reshape(p.groups, p.group_k), block)
         compiled(m, p.kh, *tile, lanes, item_bytes(p.dtype))
         zero = aligned((p.c + lanes,), p.dtype)
         return WinogradKernel(p, m, tile, lanes, config.threads, packed, added.reshape(-1), zero)

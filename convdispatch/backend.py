@@ -190,6 +190,11 @@ def seen_by(backend: Backend, problem: Problem) -> Problem:
     return problem.replace(**changes) if changes else problem
 
 
+def candidate_name(backend: str, config: Config) -> str:
+    """Return a candidate as people write it: the backend's name, with the config in brackets if there is any."""
+    return f"{backend}({config})" if config else backend
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A backend with one of its configs: what is timed, chosen and stored."""
@@ -200,7 +205,7 @@ class Candidate:
     @property
     def name(self) -> str:
         """The candidate as people write it, e.g. ``winograd(m=4, threads=2)``."""
-        return f"{self.backend.name}({self.config})" if self.config else self.backend.name
+        return candidate_name(self.backend.name, self.config)
 
     def __str__(self) -> str:
         return self.name

@@ -4,7 +4,7 @@ import difflib
 import functools
 import threading
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from convdispatch import arguments, heuristic, machine, profile, registry, settings
@@ -71,11 +71,7 @@ def _decide(
 
 def key_for(problem: Problem, deployment: str, options: Options) -> Key:
     """Return the profile's key for a problem on this machine under these options."""
-    return Key(problem, deployment, _threads(options), machine.current().id)
-
-
-def _threads(options: Options) -> int:
-    return options.threads or machine.usable_cores()
+    return Key(problem, deployment, heuristic.thread_budget(options), machine.current().id)
 
 
 def _forced(problem: Problem, deployment: str, forced: tuple[str, Config | None], options: Options) -> Decision:
@@ -85,14 +81,16 @@ def _forced(problem: Problem, deployment: str, forced: tuple[str, Config | None]
         raise BackendRejectedError(f"backend {name!r} cannot do {problem}: {reason}")
     if config is not None:
         _check_keys(backend, problem, config)
-        given = {"threads": _threads(options)} if backend.parallel else {}
+        given = {"threads": heuristic.thread_budget(options)} if backend.parallel else {}
         return Decision(
             Candidate(backend, Config({**given, **config})),
             Evidence("forced", f"backend={name!r} with its config"),
         )
-    only = Options(**{**vars(options), "forbid": tuple(n for n in registry.names() if n != name)})
+    only = replace(options, forbid=tuple(n for n in registry.names() if n != name))
     found = _from_profile(problem, deployment, only)
-    candidate = found.candidate if found else heuristic.rank(problem, [backend], _threads(options))[0].candidate
+    candidate = (
+        found.candidate if found else heuristic.rank(problem, [backend], heuristic.thread_budget(options))[0].candidate
+    )
     by = f"its config from {found.evidence}" if found else "its config estimated"
     return Decision(candidate, Evidence("forced", f"backend={name!r}, {by}"))
 
@@ -162,7 +160,7 @@ def _tuned(problem: Problem, deployment: str, options: Options) -> Decision | No
 def _estimated(problem: Problem, options: Options) -> Decision:
     usable, refused = heuristic.usable(problem, options)
     allowed = [backend for backend in usable.values() if heuristic.accurate_by_kind(backend, options)]
-    for estimate in heuristic.rank(problem, allowed, _threads(options)):
+    for estimate in heuristic.rank(problem, allowed, heuristic.thread_budget(options)):
         if estimate.seconds is None:
             break  # unknown ones come last, and nothing unknown is chosen unmeasured
         if heuristic.fits_memory(estimate.candidate.workspace(problem), options):

@@ -27,6 +27,11 @@ class Estimate:
     seconds: float | None
 
 
+def thread_budget(options: Options) -> int:
+    """Return the most threads that a call may use under these options."""
+    return options.threads or machine.usable_cores()
+
+
 def thread_counts(threads: int) -> tuple[int, ...]:
     """Return the thread counts worth trying: the budget, powers of two below it, and one."""
     counts = {1, threads} | {1 << bit for bit in range(threads.bit_length()) if 1 << bit < threads}

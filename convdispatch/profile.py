@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from convdispatch import safe_yaml, settings
-from convdispatch.backend import Config
+from convdispatch.backend import Config, candidate_name
 from convdispatch.errors import ConvDispatchError, ProfileError, ProfileWarning
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem
@@ -98,7 +98,7 @@ class Result:
     @property
     def name(self) -> str:
         """The candidate as people write it."""
-        return f"{self.backend}({self.config})" if self.config else self.backend
+        return candidate_name(self.backend, self.config)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Failure:
     @property
     def name(self) -> str:
         """The candidate as people write it."""
-        return f"{self.backend}({self.config})" if self.config else self.backend
+        return candidate_name(self.backend, self.config)
 
 
 @dataclass(frozen=True)

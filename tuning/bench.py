@@ -22,7 +22,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from convdispatch import settings
+from convdispatch import heuristic, settings
 from convdispatch.arguments import Array
 from convdispatch.problem import LOW_PRECISION, Problem
 from convdispatch.reference import conv2d
@@ -313,7 +313,7 @@ def bench(
     """
     started = time.monotonic()
     load = load.distinct()
-    budget = settings.parse_threads(threads) or tuner.thread_budget(settings.current())
+    budget = settings.parse_threads(threads) or heuristic.thread_budget(settings.current())
     if effort is not None:
         tuner.tune(load, effort=effort, threads=budget, deployments=("plan",))
     order = random.Random(seed)  # noqa: S311  # shuffling, not secrets

@@ -5,7 +5,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,7 +16,7 @@ from convdispatch.errors import ArgumentError, BackendError, ProfileError, Profi
 from convdispatch.plan import Plan
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Failure, Key, Result
-from convdispatch.settings import EFFORTS, Options
+from convdispatch.settings import EFFORTS
 from convdispatch.tuning import workload as workloads
 from convdispatch.tuning.clock import Clock, system_clock
 from convdispatch.tuning.gate import Trial, trial
@@ -118,7 +118,7 @@ def tune(
     for deployment in deployments:
         if deployment not in profile.DEPLOYMENTS:
             raise ArgumentError(f"deployments must be of {', '.join(profile.DEPLOYMENTS)}; got {deployment!r}")
-    budget = settings.parse_threads(threads) or thread_budget(settings.current())
+    budget = settings.parse_threads(threads) or heuristic.thread_budget(settings.current())
     path = profile.writable_path()
     profile.write(path, (), machine.current())  # better to learn now than after a long run that it cannot be written
     chosen = _chosen(backends)
@@ -148,11 +148,6 @@ def _chosen(names: Sequence[str] | None) -> dict[str, Backend]:
     if isinstance(names, str) or not names:
         raise ArgumentError(f"backends must be a list of names; got {names!r}")
     return {name: registry.get(name) for name in names}
-
-
-def thread_budget(options: Options) -> int:
-    """Return the most threads that a call may use under these options."""
-    return options.threads or machine.usable_cores()
 
 
 def _tune_layer(
@@ -216,8 +211,7 @@ class Outcome:
 
 def _entrants(key: Key, effort: Effort, backends: dict[str, Backend]) -> tuple[list[Candidate], tuple[str, ...]]:
     """Return the candidates to measure, and the names of those estimated hopelessly slow."""
-    everything = settings.current()
-    free = Options(**{**vars(everything), "forbid": (), "accuracy": "fast", "memory_limit": None})
+    free = replace(settings.current(), forbid=(), accuracy="fast", memory_limit=None)
     fit = [b for name, b in heuristic.usable(key.problem, free)[0].items() if name in backends]
     raced, hopeless = heuristic.worth_measuring(heuristic.rank(key.problem, fit, key.threads, effort), effort)
     return raced, tuple(estimate.candidate.name for estimate in hopeless)
@@ -254,7 +248,7 @@ def tune_problem(
     entrants += [old for old in _still_there(incumbent) if incumbent and old.name == incumbent.winner.name]
     rules = rules or RULES[effort]
     if seconds is not None:
-        rules = Rules(**{**vars(rules), "race_seconds": min(rules.race_seconds, seconds)})
+        rules = replace(rules, race_seconds=min(rules.race_seconds, seconds))
     # Two races at once would time each other; and a backend may itself convolve, which must not start a race.
     with _one_at_a_time, settings.options(tuning="off"):
         results, failures = _measure(key, entrants, rules, clock)

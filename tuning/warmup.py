@@ -10,7 +10,6 @@ from convdispatch.errors import BackendError
 from convdispatch.problem import Problem
 from convdispatch.tuning import workload as workloads
 from convdispatch.tuning.gate import Trial
-from convdispatch.tuning.tuner import thread_budget
 from convdispatch.tuning.workload import Layer, Workload
 
 
@@ -35,7 +34,7 @@ def warm_up(
     options, total = settings.current(), 0
     for layer in workloads.load(workload).distinct().layers:
         usable, _ = heuristic.usable(layer.problem, options)
-        ranked = heuristic.rank(layer.problem, usable.values(), thread_budget(options), "measure")
+        ranked = heuristic.rank(layer.problem, usable.values(), heuristic.thread_budget(options), "measure")
         candidates, _ = heuristic.worth_measuring(ranked, "measure")
         # A batch of one has the same kernels, and smaller arrays.
         arrays = Trial.random(layer.problem.replace(n=min(1, layer.problem.n)))
