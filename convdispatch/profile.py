@@ -84,6 +84,7 @@ class Result:
         rounds: how many rounds of the race it ran in.
         error: largest deviation from the reference, over the largest exact output.
         workspace: scratch bytes.
+        interval: seconds between which the median lies with 95 % confidence, where there were rounds enough to tell.
     """
 
     backend: str
@@ -94,6 +95,7 @@ class Result:
     rounds: int
     error: float
     workspace: int
+    interval: tuple[float, float] | None = None
 
     @property
     def name(self) -> str:
@@ -126,6 +128,7 @@ class Entry:
         failures: candidates that may not win.
         effort: how hard was looked.
         tuned: when, as ISO 8601 in UTC.
+        flags: what is doubtful about the measurement, in single words such as ``"busy"``; empty for a good one.
     """
 
     key: Key
@@ -133,6 +136,7 @@ class Entry:
     failures: tuple[Failure, ...] = ()
     effort: str = "measure"
     tuned: str = field(default_factory=lambda: dt.datetime.now(dt.UTC).isoformat(timespec="seconds"))
+    flags: tuple[str, ...] = ()
 
     @property
     def winner(self) -> Result:
@@ -161,7 +165,10 @@ def _line(name: str, text: str) -> str:
 
 def _dump_entry(entry: Entry) -> str:
     lines = [f"{entry.key}:", f"  {_line('winner', entry.winner.name)}", f"  effort: {entry.effort}"]
-    lines += [f"  tuned: {entry.tuned}", "  results:"]
+    lines.append(f"  tuned: {entry.tuned}")
+    if entry.flags:
+        lines.append(f"  flags: [{', '.join(entry.flags)}]")
+    lines.append("  results:")
     for result in entry.results:
         row = {
             "backend": result.backend, "version": result.version, "config": dict(result.config),
@@ -169,6 +176,8 @@ def _dump_entry(entry: Entry) -> str:
             "median_us": _rounded(result.median * 1e6), "spread": _rounded(result.spread), "rounds": result.rounds,
             "error": _rounded(result.error), "workspace": result.workspace,
         }  # fmt: skip
+        if result.interval is not None:
+            row["interval_us"] = [_rounded(seconds * 1e6) for seconds in result.interval]
         lines.append(f"  - {_flow(row)}")
     if entry.failures:
         lines.append("  failures:")
@@ -216,6 +225,26 @@ def _number(data: Any, name: str) -> float:
     return value
 
 
+def _interval(data: Any) -> tuple[float, float] | None:
+    if "interval_us" not in data:
+        return None
+    ends = _take(data, "interval_us", list)
+    if (
+        len(ends) != 2
+        or not all(isinstance(end, int | float) for end in ends)
+        or not 0 <= ends[0] <= ends[1] < math.inf
+    ):
+        raise ProfileError(f"interval_us must be two numbers, the smaller first; got {ends!r:.60}")
+    return ends[0] / 1e6, ends[1] / 1e6
+
+
+def _flags(data: Any) -> tuple[str, ...]:
+    flags = data.get("flags") or []
+    if not isinstance(flags, list) or not all(isinstance(flag, str) and flag.isidentifier() for flag in flags):
+        raise ProfileError(f"flags must be a list of words; got {flags!r:.60}")
+    return tuple(flags)
+
+
 def _candidate_fields(data: Any, key: Key) -> tuple[str, int, Config]:
     values = _take(data, "config", dict)
     for name, value in values.items():
@@ -236,7 +265,7 @@ def _parse_entry(key: Key, data: Any) -> Entry:
         results.append(
             Result(
                 backend, version, config, _number(row, "median_us") / 1e6, _number(row, "spread"),
-                int(_number(row, "rounds")), _number(row, "error"), int(_number(row, "workspace")),
+                int(_number(row, "rounds")), _number(row, "error"), int(_number(row, "workspace")), _interval(row),
             )
         )  # fmt: skip
     failures = []
@@ -253,7 +282,7 @@ def _parse_entry(key: Key, data: Any) -> Entry:
     tuned = data.get("tuned", "")
     when = tuned.isoformat() if isinstance(tuned, dt.datetime | dt.date) else str(tuned)
     others = sorted((result for result in results if result is not chosen), key=lambda result: result.median)
-    return Entry(key, (chosen, *others), tuple(failures), effort, when)
+    return Entry(key, (chosen, *others), tuple(failures), effort, when, _flags(data))
 
 
 def parse_key(text: str) -> Key:

@@ -74,23 +74,27 @@ configs = st.builds(
 positive = st.floats(0, 1e6)
 problems = st.sampled_from([PROBLEM, OTHER, PROBLEM.replace(data_format="NCHW", dtype="bfloat16")])
 keys = st.builds(Key, problems, st.sampled_from(profile.DEPLOYMENTS), st.integers(2, 9999), st.just("zen4-2c-1f3a99c0"))
+intervals = st.none() | st.tuples(positive, positive).map(lambda ends: (min(ends), max(ends)))
+counts = st.integers(0, 99)
 results = st.builds(
-    Result, names, st.integers(0, 99), configs, positive, positive, st.integers(0, 99), positive, st.integers(0, 2**40)
+    Result, names, counts, configs, positive, positive, counts, positive, st.integers(0, 2**40), intervals
 )
 failures = st.builds(Failure, names, st.integers(0, 99), configs, texts)
 entries = st.builds(
-    lambda about, results, failures, effort: Entry(
-        about, (results[0], *sorted(results[1:], key=lambda one: one.median)), tuple(failures), effort
+    lambda about, results, failures, effort, flags: Entry(
+        about, (results[0], *sorted(results[1:], key=lambda one: one.median)), tuple(failures), effort, flags=flags
     ),
     keys,
     st.lists(results, min_size=1, max_size=4, unique_by=lambda one: one.name),
     st.lists(failures, max_size=2),
     st.sampled_from(settings.EFFORTS),
+    st.sampled_from([(), ("busy",), ("busy", "soft")]),
 )
 
 
 def rounded(one: Result) -> tuple[Any, ...]:
-    numbers = (float(f"{value:.4g}") for value in (one.median * 1e6, one.spread, one.error))
+    ends = [seconds * 1e6 for seconds in one.interval or ()]
+    numbers = (float(f"{value:.4g}") for value in (one.median * 1e6, one.spread, one.error, *ends))
     return (one.backend, one.version, one.config, *numbers, one.rounds, one.workspace)
 
 
@@ -102,7 +106,7 @@ def test_every_entry_survives_the_file_to_four_digits(one: Entry) -> None:
     assert rounded(again.winner) == rounded(one.winner)
     assert sorted(map(repr, map(rounded, again.results))) == sorted(map(repr, map(rounded, one.results)))
     assert again.failures == one.failures
-    assert (again.key, again.effort, again.tuned) == (one.key, one.effort, one.tuned)
+    assert (again.key, again.effort, again.tuned, again.flags) == (one.key, one.effort, one.tuned, one.flags)
 
 
 @given(st.lists(entries, max_size=4, unique_by=lambda one: one.key))
@@ -114,6 +118,20 @@ def test_a_written_profile_is_one_yaml_mapping_of_all_that_was_written(many: lis
     found = Profile(text, "some.yaml").entries()
     assert [one.key for one in found] == [one.key for one in many]
     assert [one.winner.name for one in found] == [one.winner.name for one in many]
+
+
+@pytest.mark.parametrize("bad", ["3", "[1]", "[2, 1]", "[1, .inf]", "[a, b]", "[1, 2, 3]"])
+def test_an_interval_that_is_none_makes_the_entry_a_miss(bad: str) -> None:
+    text = FORM + profile._dump_entry(entry(None, result(interval=(9e-4, 2e-3))))
+    assert quiet(text) is not None
+    assert quiet(re.sub(r"interval_us: \[.*?\]", f"interval_us: {bad}", text)) is None
+
+
+@pytest.mark.parametrize("bad", ["busy", "[1]", "[two words]", "{a: b}"])
+def test_flags_that_are_no_words_make_the_entry_a_miss(bad: str) -> None:
+    text = FORM + profile._dump_entry(entry(flags=("busy",)))
+    assert quiet(text) is not None
+    assert quiet(text.replace("flags: [busy]", f"flags: {bad}")) is None
 
 
 def test_a_key_reads_as_it_is_written() -> None:
