@@ -1,15 +1,12 @@
-"""Threads: one team for every backend, and BLAS kept from using its own."""
+"""Threads for jobs of Python and NumPy, and BLAS kept from using its own; compiled kernels have ``_team``."""
 
 import contextlib
-import ctypes
 import functools
 import itertools
 import os
 import queue
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
 
 import numpy as np
 import threadpoolctl
@@ -65,75 +62,29 @@ def _one_blas_thread() -> Iterator[None]:
         _scope.leave()
 
 
-def _find_current_core() -> Callable[[], int]:
-    """Return the C library's ``sched_getcpu`` where threads can be told which cores to use, else what knows nothing."""
-    if hasattr(os, "sched_setaffinity"):
-        with contextlib.suppress(OSError, AttributeError):
-            return cast("Callable[[], int]", ctypes.PyDLL(None).sched_getcpu)
-    return lambda: -1
-
-
-_current_core = _find_current_core()
-
-
 class _Team:
-    """Threads that wait for work: alert for a moment after a call, then asleep, so that none holds a core for long."""
+    """Threads that wait for work."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._size = 0
         self._offers: queue.SimpleQueue[_Work] = queue.SimpleQueue()
-        self._count = np.zeros(1, np.int64)
-        self._spin: Callable[..., None] | None = None
-        self._threads: list[int] = []
-        self._avoided = -1
 
     def offer(self, work: "_Work", places: int) -> None:
         """Let up to this many threads join some work, if they come while it lasts."""
         if self._size < places:
-            self._grow(places)
-        self._keep_off_the_callers_core()
+            with self._lock:
+                while self._size < places:
+                    threading.Thread(target=self._wait_for_work, name="convdispatch", daemon=True).start()
+                    self._size += 1
         for _ in range(places):
             self._offers.put(work)
-        self._count[0] += 1
-
-    def _grow(self, size: int) -> None:
-        if "numba" in sys.modules:  # compiled kernels are in use, and calls may be short
-            from convdispatch.backends import _spin  # noqa: PLC0415
-
-            self._spin = _spin.spin
-        with self._lock:
-            while self._size < size:
-                thread = threading.Thread(target=self._wait_for_work, name="convdispatch", daemon=True)
-                thread.start()
-                if thread.native_id is not None:
-                    self._threads.append(thread.native_id)
-                self._size += 1
-            self._avoided = -1
-
-    def _keep_off_the_callers_core(self) -> None:
-        """Let the team's threads run on any core but this one.
-
-        A scheduler may wake a thread on the core of who woke it, though another is idle; there it would wait until
-        the caller has done all the work.
-        """
-        here = _current_core()
-        if here == self._avoided or here < 0:
-            return
-        self._avoided = here
-        others = os.sched_getaffinity(0) - {here}
-        for thread in self._threads if others else ():
-            with contextlib.suppress(OSError):
-                os.sched_setaffinity(thread, others)
 
     def _wait_for_work(self) -> None:
         while True:
             work = self._offers.get()
-            seen = self._count[0]
             work.help()
             del work  # and with it the caller's arrays
-            if self._spin is not None:
-                self._spin(self._count, seen)
 
 
 class _Work:

@@ -26,7 +26,7 @@ from convdispatch.backends._vector import (
 )
 
 #: Tiles, rows x vectors, by the number of vector registers: sums, one input and the filters' vectors fit in them.
-_TILES = {32: ((6, 4), (14, 2), (8, 3), (28, 1)), 16: ((6, 2), (4, 3), (12, 1))}
+_TILES = {32: ((6, 4), (5, 4), (14, 2), (8, 3), (28, 1)), 16: ((6, 2), (4, 3), (12, 1))}
 
 
 def register_tiles() -> tuple[tuple[int, int], ...]:
@@ -36,15 +36,15 @@ def register_tiles() -> tuple[tuple[int, int], ...]:
 
 
 @intrinsic
-def zeros(typing: Any, count: Any, lanes: Any, itemsize: Any) -> tuple[Any, Codegen]:
-    """Return a tuple of ``count`` zero vectors."""
-    vector = Vector(itemsize.literal_value, lanes.literal_value)
-    kind = types.UniTuple(vector, count.literal_value)  # type: ignore[no-untyped-call]
+def zeros(typing: Any, rows: Any, vectors: Any, lanes: Any, itemsize: Any) -> tuple[Any, Codegen]:
+    """Return a tile of ``rows * vectors`` zero vectors."""
+    vector, count = Vector(itemsize.literal_value, lanes.literal_value), rows.literal_value * vectors.literal_value
+    kind = types.UniTuple(vector, count)  # type: ignore[no-untyped-call]
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        return context.make_tuple(b, kind, [ir.Constant(vector.ir, None)] * count.literal_value)
+        return context.make_tuple(b, kind, [ir.Constant(vector.ir, None)] * count)
 
-    return kind(count, lanes, itemsize), codegen
+    return kind(rows, vectors, lanes, itemsize), codegen
 
 
 @intrinsic
@@ -211,16 +211,16 @@ def linear(matrices: Callable[..., Any]) -> Any:
     """
 
     @intrinsic
-    def combine(typing: Any, tile: Any, m: Any, r: Any) -> tuple[Any, Codegen]:
-        """Return ``matrices(m, r) @ tile``."""
-        matrix = matrices(m.literal_value, r.literal_value)
+    def combine(typing: Any, tile: Any, m: Any, r: Any, stride: Any) -> tuple[Any, Codegen]:
+        """Return ``matrices(m, r, stride) @ tile``."""
+        matrix = matrices(m.literal_value, r.literal_value, stride.literal_value)
         kind = types.UniTuple(tile.dtype, len(matrix))  # type: ignore[no-untyped-call]
 
         def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
             values = parts_of(b, arguments[0], len(tile))
             return context.make_tuple(b, kind, [_weighted_sum(b, row, values, tile.dtype) for row in matrix])
 
-        return kind(tile, m, r), codegen
+        return kind(tile, m, r, stride), codegen
 
     return combine
 

@@ -97,7 +97,41 @@ def transforms(m: int, r: int, points: tuple[Fraction, ...] | None = None) -> Tr
 
 
 @functools.cache
-def amplification(m: int, r: int) -> float:
+def strided(m: int, r: int, stride: int) -> Transforms:
+    """Return matrices for m outputs ``stride`` inputs apart: those of each phase of the input, side by side.
+
+    Inputs and taps that are ``stride`` apart belong together: a phase q has the taps ``q, q + stride, ...`` and is a
+    problem of unit stride, F(m, taps of the phase); the phases' outputs are summed. A phase with one tap needs no
+    transform. In all there are as many products as inputs, ``stride * (m - 1) + r``: for 3 taps of stride 2 and
+    m = 4, 9 where the definition takes 12.
+    """
+    if stride == 1:
+        return transforms(m, r)
+    n = stride * (m - 1) + r
+    at: list[tuple[Fraction, ...]] = []
+    g: list[tuple[Fraction, ...]] = []
+    bt: list[tuple[Fraction, ...]] = []
+    for phase in range(min(stride, r)):
+        taps = range(phase, r, stride)
+        part = transforms(m, len(taps)) if len(taps) > 1 else _identity(m)
+        inputs = [phase + stride * i for i in range(m + len(taps) - 1)]
+        for row in part.bt:
+            placed = dict(zip(inputs, row, strict=True))
+            bt.append(tuple(placed.get(i, Fraction(0)) for i in range(n)))
+        for row in part.g:
+            placed = dict(zip(taps, row, strict=True))
+            g.append(tuple(placed.get(j, Fraction(0)) for j in range(r)))
+        at += zip(*part.at, strict=True)
+    return Transforms(at=tuple(zip(*at, strict=True)), g=tuple(g), bt=tuple(bt))
+
+
+def _identity(m: int) -> Transforms:
+    one = tuple(tuple(Fraction(i == j) for j in range(m)) for i in range(m))
+    return Transforms(at=one, g=((Fraction(1),),) * m, bt=one)
+
+
+@functools.cache
+def amplification(m: int, r: int, stride: int = 1) -> float:
     """Return how much the two-dimensional F(m x m, r x r) can enlarge relative rounding errors, normwise.
 
     Rounding anywhere on the way changes output i by at most a count of roundings times the sum over the products p
@@ -105,17 +139,17 @@ def amplification(m: int, r: int) -> float:
     is the factor before ``||g|| ||d||`` (Barabasz et al., theorem 1, without splitting that norm into three). Two
     dimensions are the Kronecker product of one with itself, so its norm is the square.
     """
-    at, g, bt = (np.abs(matrix) for matrix in transforms(m, r).arrays("float64"))
+    at, g, bt = (np.abs(matrix) for matrix in strided(m, r, stride).arrays("float64"))
     forms = np.einsum("ip,ps,pt->ist", at, g, bt)
     return float(np.linalg.norm(forms, ord=2, axis=(1, 2)).max()) ** 2
 
 
-def roundings(m: int, r: int) -> int:
+def roundings(m: int, r: int, stride: int = 1) -> int:
     """Return how many roundings one value meets in the three two-dimensional transforms, products' sums aside.
 
     A sum of t products rounds each term t times at most; each transform is two such sums in a row. One rounding
     more is G's own, a side, and one the storing of the transformed filter.
     """
-    matrices = transforms(m, r)
+    matrices = strided(m, r, stride)
     longest = [max(sum(x != 0 for x in row) for row in rows) for rows in (matrices.at, matrices.g, matrices.bt)]
     return 2 * sum(longest) + 3

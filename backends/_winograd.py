@@ -1,21 +1,21 @@
 """The kernel of ``winograd``: transform some tiles, multiply, transform back, all while they are in cache.
 
-A tile is n x n input pixels and m x m outputs, n = m + r - 1. Its transformed values are ``[n * n, tiles, C]``; for
-each of the n * n frequencies they are multiplied with the transformed filters ``[C, block]`` by the register tile of
-``implicit_gemm``, and the products ``[n * n, tiles, block]`` of one block of filters are transformed back before the
-next block's are made.
+A tile is n x n input pixels and m x m outputs, n = stride * (m - 1) + r. Its transformed values are
+``[n * n, tiles, C]``; for each of the n * n points they are multiplied with the transformed filters ``[C, block]`` by
+the register tiles of ``implicit_gemm``, and the products ``[n * n, tiles, block]`` of one block of filters are
+transformed back before the next block's are made.
 """
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-from numba import literally, types  # type: ignore[attr-defined]  # its stubs forgot one
+from numba import literally  # type: ignore[attr-defined]  # its stubs forgot one
 
+from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
+from convdispatch.backends._atomics import write
 from convdispatch.backends._epilogue import RELU, RELU6, activate
-from convdispatch.backends._jit import array, integers, njit
+from convdispatch.backends._jit import njit
 from convdispatch.backends._tile import (
     add_doubts,
     add_to_all,
@@ -28,11 +28,11 @@ from convdispatch.backends._tile import (
     store,
     zeros,
 )
-from convdispatch.backends._toomcook import transforms
-from convdispatch.backends._vector import save, splat
+from convdispatch.backends._toomcook import strided
+from convdispatch.backends._vector import load, save
 
-transform_input = linear(lambda m, r: transforms(m, r).bt)
-transform_output = linear(lambda m, r: transforms(m, r).at)
+transform_input = linear(lambda m, r, stride: strided(m, r, stride).bt)
+transform_output = linear(lambda m, r, stride: strided(m, r, stride).at)
 
 
 @njit()
@@ -50,13 +50,13 @@ def _place(tile, shape, m, dilations):  # type: ignore[no-untyped-def]
 
 
 @njit()
-def _find_pixels(tile, x, shape, m, n, pads, dilations, itemsize, zero, pixels):  # type: ignore[no-untyped-def]
+def _find_pixels(tile, x, shape, m, n, stride, pads, dilations, itemsize, zero, pixels):  # type: ignore[no-untyped-def]
     """Fill the table with the addresses of a tile's n x n input pixels, of zeros where there is padding."""
     image, oh, ow = _place(tile, shape, m, dilations)
     for i in range(n):
-        ih = oh - pads[0] + i * dilations[0]
+        ih = oh * stride - pads[0] + i * dilations[0]
         for j in range(n):
-            iw = ow - pads[1] + j * dilations[1]
+            iw = ow * stride - pads[1] + j * dilations[1]
             inside = 0 <= ih < x[2] and 0 <= iw < x[3]
             pixels[i * n + j] = x[0] + ((image * x[2] + ih) * x[3] + iw) * x[4] * itemsize if inside else zero
 
@@ -74,9 +74,9 @@ def _copy_last_channels(pixels, x, start, first, count, edge, itemsize):  # type
 
 
 @njit()
-def _enter(x, flat, shape, pads, dilations, zero, channels, first, count, values, m, r, n, lanes, itemsize):  # type: ignore[no-untyped-def]
+def _enter(x, flat, shape, pads, dilations, zero, channels, first, count, values, m, r, stride, n, lanes, itemsize):  # type: ignore[no-untyped-def]
     """Transform tiles ``first`` on, of channels ``channels[0]`` on, into ``values [points, count, padded]``."""
-    literally(m), literally(r), literally(n), literally(lanes), literally(itemsize)
+    literally(m), literally(r), literally(stride), literally(n), literally(lanes), literally(itemsize)
     points, lane_bytes, padded = n * n, lanes * itemsize, values.shape[2]
     pixels, edge_table = np.empty(points, np.int64), np.empty(points, np.int64)
     edge, half = np.zeros((points, lanes), values.dtype), np.empty(points * lanes, values.dtype)
@@ -84,7 +84,7 @@ def _enter(x, flat, shape, pads, dilations, zero, channels, first, count, values
         edge_table[p] = edge.ctypes.data + p * lane_bytes
     between = count * padded * itemsize
     for t in range(count):
-        _find_pixels(first + t, x, shape, m, n, pads, dilations, itemsize, zero, pixels)
+        _find_pixels(first + t, x, shape, m, n, stride, pads, dilations, itemsize, zero, pixels)
         for c in range(0, padded, lanes):
             table, offset = pixels.ctypes.data, (channels[0] + c) * itemsize
             if c + lanes > channels[1]:
@@ -92,31 +92,53 @@ def _enter(x, flat, shape, pads, dilations, zero, channels, first, count, values
                 table, offset = edge_table.ctypes.data, 0
             for j in range(n):
                 column = gather(table + j * 8, n * 8, offset, n, lanes, itemsize)
-                save_apart(half.ctypes.data + j * lane_bytes, n * lane_bytes, transform_input(column, m, r))
+                save_apart(half.ctypes.data + j * lane_bytes, n * lane_bytes, transform_input(column, m, r, stride))
             to = values.ctypes.data + (t * padded + c) * itemsize
             for i in range(n):
                 line = load_apart(half.ctypes.data + i * n * lane_bytes, lane_bytes, n, lanes, itemsize)
-                save_apart(to + i * n * between, between, transform_input(line, m, r))
+                save_apart(to + i * n * between, between, transform_input(line, m, r, stride))
 
 
 @njit()
-def _multiply(values, packed, group_c, products, rows, held, lanes, itemsize):  # type: ignore[no-untyped-def]
-    """Store ``values [points, count, padded] @ packed [points, group_c, block]`` in ``products``."""
-    literally(rows), literally(held), literally(lanes), literally(itemsize)
+def _pass(inputs, offset, weights, group_c, outputs, behind, rows, vectors, lanes, itemsize):  # type: ignore[no-untyped-def]
+    """Store the products of some tiles at one point: those whose addresses are at ``inputs`` and ``outputs``."""
+    literally(rows), literally(vectors), literally(lanes), literally(itemsize)
+    sums = zeros(rows, vectors, lanes, itemsize)
+    for c in range(group_c):
+        sums = multiply_add(sums, rows, inputs, offset + c * itemsize, weights)
+        weights += vectors * lanes * itemsize
+    store(sums, rows, outputs, behind)
+
+
+@njit()
+def _multiply(values, packed, group_c, products, rows, less, least, vectors, lanes, itemsize):  # type: ignore[no-untyped-def]
+    """Store ``values [points, count, padded] @ packed [points, group_c, block]`` in ``products``.
+
+    The tiles are shared out evenly among passes of at most ``rows``, each by the register tile that wastes least.
+    """
+    literally(rows), literally(less), literally(least), literally(vectors), literally(lanes), literally(itemsize)
     points, count, padded = values.shape
     step = products.shape[2] * itemsize
-    table = np.empty((2, rows), np.int64)
-    for first in range(0, count, rows):
-        for row in range(rows):  # beyond the last tile, the last one again
-            tile = min(first + row, count - 1)
-            table[0, row] = values.ctypes.data + tile * padded * itemsize
-            table[1, row] = products.ctypes.data + tile * step
-        for point in range(points):
-            sums = zeros(held, lanes, itemsize)
-            weights, offset = packed + point * group_c * step, point * count * padded * itemsize
-            for c in range(group_c):
-                sums = multiply_add(sums, rows, table.ctypes.data, offset + c * itemsize, weights + c * step)
-            store(sums, rows, table.ctypes.data + rows * 8, point * count * step)
+    passes = -(-count // rows)
+    table = np.empty((2, count + rows), np.int64)
+    for row in range(count + rows):  # beyond the last tile, the last one again
+        tile = min(row, count - 1)
+        table[0, row] = values.ctypes.data + tile * padded * itemsize
+        table[1, row] = products.ctypes.data + tile * step
+    inputs, outputs = table.ctypes.data, table.ctypes.data + (count + rows) * 8
+    for point in range(points):  # the filters of a point come from a far cache once, and stay for the other passes
+        weights, behind = packed + point * group_c * step, point * count * step
+        offset = point * count * padded * itemsize
+        for number in range(passes):
+            first = number * count // passes
+            now = (number + 1) * count // passes - first
+            x, y = inputs + first * 8, outputs + first * 8
+            if now > less:
+                _pass(x, offset, weights, group_c, y, behind, rows, vectors, lanes, itemsize)
+            elif now > least:
+                _pass(x, offset, weights, group_c, y, behind, less, vectors, lanes, itemsize)
+            else:
+                _pass(x, offset, weights, group_c, y, behind, least, vectors, lanes, itemsize)
 
 
 @njit()
@@ -132,9 +154,11 @@ def _finish(sums, out, residual, bias, image, a, b, k0, count, code, slope):  # 
 
 
 @njit()
-def _leave(products, first, out, residual, bias, k0, valid, dilations, code, slope, doubts, m, r, n, lanes, itemsize):  # type: ignore[no-untyped-def]
+def _leave(  # type: ignore[no-untyped-def]
+    products, first, out, residual, bias, k0, valid, dilations, code, slope, doubts, m, r, stride, n, lanes, itemsize
+):
     """Transform products back, finish them and store ``valid`` filters from ``k0`` on; return the doubts."""
-    literally(m), literally(r), literally(n), literally(lanes), literally(itemsize)
+    literally(m), literally(r), literally(stride), literally(n), literally(lanes), literally(itemsize)
     count, step, lane_bytes = products.shape[1], products.shape[2] * itemsize, lanes * itemsize
     half, done = np.empty(n * m * lanes, out.dtype), np.empty((m * m, lanes), out.dtype)
     for t in range(count):
@@ -143,10 +167,10 @@ def _leave(products, first, out, residual, bias, k0, valid, dilations, code, slo
             start = products.ctypes.data + t * step + k * itemsize
             for j in range(n):
                 column = load_apart(start + j * count * step, n * count * step, n, lanes, itemsize)
-                save_apart(half.ctypes.data + j * lane_bytes, n * lane_bytes, transform_output(column, m, r))
+                save_apart(half.ctypes.data + j * lane_bytes, n * lane_bytes, transform_output(column, m, r, stride))
             for i in range(m):
                 line = load_apart(half.ctypes.data + i * n * lane_bytes, lane_bytes, n, lanes, itemsize)
-                sums = transform_output(line, m, r)
+                sums = transform_output(line, m, r, stride)
                 doubts = add_doubts(doubts, sums)
                 save_apart(done.ctypes.data + i * m * lane_bytes, lane_bytes, sums)
             for i in range(min(m, -(-(out.shape[1] - oh) // dilations[0]))):
@@ -170,56 +194,59 @@ def _leave(products, first, out, residual, bias, k0, valid, dilations, code, slo
     return doubts
 
 
+#: ``filters`` is ``[groups, blocks of a group, points, C // groups, block]``, filled up with zeros, ``bias`` alike.
+ARGUMENTS = Arguments(
+    input=array_of(4), filters=array_of(5), bias=array_of(1), residual=array_of(4), out=array_of(4), zero=array_of(1),
+    pads=integers_of(2), dilations=integers_of(2), groups=INTEGER, code=INTEGER, slope=FLOAT,
+    parts=array_of(2, "int64"), spoiled=INTEGER,
+)  # fmt: skip
+unpack = ARGUMENTS.unpack
+_SPOILED_AT = 8 * ARGUMENTS.at["spoiled"]
+
+
 @functools.cache
-def compiled(m: int, r: int, rows: int, vectors: int, lanes: int, itemsize: int) -> Callable[..., Any]:
-    """Return the kernel for F(m x m, r x r) with a register tile of rows x vectors."""
-    n, held, block = m + r - 1, rows * vectors, vectors * lanes
+def compiled(m: int, r: int, stride: int, rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKernel:
+    """Return the kernel for F(m x m, r x r) with register tiles of up to rows x vectors."""
+    n, block = stride * (m - 1) + r, vectors * lanes
     points, step = n * n, block * itemsize
+    less, least = rows - 1, max(1, rows - 2)
 
-    def convolve(x, u, bias, residual, out, zero, pads, dilations, groups, code, slope, part, scratch, spoiled):  # type: ignore[no-untyped-def]
-        """Compute the tiles ``part[1:3]`` for the blocks of filters ``part[3:5]``; report to ``spoiled[part[0]]``.
-
-        ``u`` is ``[groups, blocks of a group, points, C // groups, block]``, ``bias`` is padded like it;
-        ``scratch`` holds the part's transformed tiles and products.
-        """
-        _, first, last, first_block, last_block = part
+    def convolve(arguments, number):  # type: ignore[no-untyped-def]
+        """Compute the tiles ``part[0:2]`` for the blocks of filters ``part[2:4]``."""
+        x, u, bias, residual, out, zero, pads, dilations, groups, code, slope, parts, _ = unpack(arguments, itemsize)
+        first, last, first_block, last_block = parts[number]
         group_c, group_k, per_group = x.shape[3] // groups, out.shape[3] // groups, u.shape[1]
         here = (x.ctypes.data, x.shape[0], x.shape[1], x.shape[2], x.shape[3])
         padded = -(-group_c // lanes) * lanes
         count = last - first
-        values = scratch[: points * count * padded].reshape(points, count, padded)
-        products = scratch[values.size : values.size + points * count * block].reshape(points, count, block)
-        check = np.empty(lanes, x.dtype)
-        save_apart(check.ctypes.data, 0, zeros(1, lanes, itemsize))
-        doubts = splat(check.ctypes.data, lanes, itemsize)
+        scratch = np.empty(points * count * (padded + block) + lanes, x.dtype)
+        start = (-scratch.ctypes.data // itemsize) % lanes  # or every vector lies across two cache lines
+        middle = start + points * count * padded
+        values = scratch[start:middle].reshape(points, count, padded)
+        products = scratch[middle : middle + points * count * block].reshape(points, count, block)
+        check = np.zeros(lanes, x.dtype)
+        doubts = load(check.ctypes.data, lanes, itemsize)
         entered = -1
-        for number in range(first_block, last_block):
-            group, member = divmod(number, per_group)
+        for task in range(first_block, last_block):
+            group, member = divmod(task, per_group)
             if group != entered:
                 channels = (group * group_c, group_c)
                 _enter(
                     here, x.reshape(x.size), out.shape, pads, dilations, zero.ctypes.data, channels, first,
-                    count, values, m, r, n, lanes, itemsize,
+                    count, values, m, r, stride, n, lanes, itemsize,
                 )  # fmt: skip
                 entered = group
-            packed = u.ctypes.data + number * points * group_c * step
-            _multiply(values, packed, group_c, products, rows, held, lanes, itemsize)
-            added = bias[number * block : (number + 1) * block] if bias.size else bias
+            packed = u.ctypes.data + task * points * group_c * step
+            _multiply(values, packed, group_c, products, rows, less, least, vectors, lanes, itemsize)
+            added = bias[task * block : (task + 1) * block]
             valid = min(block, group_k - member * block)
             doubts = _leave(
                 products, first, out, residual, added, group * group_k + member * block, valid, dilations, code, slope,
-                doubts, m, r, n, lanes, itemsize,
+                doubts, m, r, stride, n, lanes, itemsize,
             )  # fmt: skip
         save(check.ctypes.data, doubts)
         for lane in range(lanes):
             if check[lane] != 0:
-                spoiled[part[0]] = True
+                write(arguments + _SPOILED_AT, 1)
 
-    dtype, number = f"float{8 * itemsize}", types.int64
-    return njit(
-        types.void(
-            array(dtype, 4), array(dtype, 5), array(dtype, 1), array(dtype, 4), array(dtype, 4, writable=True),
-            array(dtype, 1), integers(2), integers(2), number, number, types.float64, integers(5),
-            array(dtype, 1, writable=True), array("bool", 1, writable=True),
-        )
-    )(convolve)  # fmt: skip
+    return CompiledKernel(convolve, ARGUMENTS)

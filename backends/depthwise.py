@@ -15,20 +15,19 @@ output. So nothing outside the arrays is touched, and every vector is whole.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
-from numba import types
 
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config, Effort, Kernel, item_bytes
+from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._epilogue import RELU, RELU6, activate
-from convdispatch.backends._jit import array, integers, njit
+from convdispatch.backends._jit import njit
+from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import aligned
 from convdispatch.backends._slide import slide, slide_clipped
-from convdispatch.backends._threads import run_all, split
+from convdispatch.backends._threads import split
 from convdispatch.backends._tile import add_to_all, add_to_each, clamp, store, zeros
 from convdispatch.backends._vector import vector_bytes
 from convdispatch.errors import ArgumentError
@@ -72,8 +71,16 @@ def _finish(out, residual, bias, scratch, first, apart, c0, multiplier, member, 
             out[ow, k] = activate(total, code, slope)
 
 
+#: ``filters`` is ``[blocks, multiplier, KH, KW, lanes]``, a block being the channels of a vector.
+_ARGUMENTS = Arguments(
+    input=array_of(4), filters=array_of(5), bias=array_of(1), residual=array_of(4), out=array_of(4), zero=array_of(1),
+    window=integers_of(8), strip=INTEGER, code=INTEGER, slope=FLOAT, parts=array_of(2, "int64"),
+)  # fmt: skip
+unpack = _ARGUMENTS.unpack
+
+
 @functools.cache
-def _compiled(tile: int, taps: int, stride: int, dilated: bool, lanes: int, itemsize: int) -> Callable[..., Any]:  # noqa: C901, PLR0915
+def _compiled(tile: int, taps: int, stride: int, dilated: bool, lanes: int, itemsize: int) -> CompiledKernel:  # noqa: C901, PLR0915
     """Return the kernel of one tile: ``taps`` of a filter's row at a time, whose outputs are ``stride`` pixels apart.
 
     With one tap at a time any stride and dilation will do, since then outputs share no pixel.
@@ -82,8 +89,10 @@ def _compiled(tile: int, taps: int, stride: int, dilated: bool, lanes: int, item
     """
     span = (tile - 1) * stride + taps
 
-    def convolve(x, w, bias, residual, out, zero, window, strip, code, slope, part):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
-        """Compute rows ``part`` of all images, ``w`` being ``[blocks, multiplier, KH, KW, lanes]``."""
+    def convolve(arguments, job):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
+        """Compute rows ``part[0]`` to ``part[1]`` of all images."""
+        x, w, bias, residual, out, zero, window, strip, code, slope, parts = unpack(arguments, itemsize)
+        part = parts[job]
         kh, kw, top, left, sh, sw, dh, dw = window
         height, width, channels = x.shape[1:]
         rows, columns, filters = out.shape[1:]
@@ -118,7 +127,7 @@ def _compiled(tile: int, taps: int, stride: int, dilated: bool, lanes: int, item
                         c0 = min(block * lanes, channels - lanes)
                         for member in range(multiplier):
                             packed = w.ctypes.data + (block * multiplier + member) * kh * kw * lanes * itemsize
-                            sums = zeros(tile, lanes, itemsize)
+                            sums = zeros(tile, 1, lanes, itemsize)
                             for i in range(low, high):
                                 from_row = window_at + i * dh * width * pixel + c0 * itemsize
                                 for j in range(0, kw, taps):
@@ -148,42 +157,7 @@ def _compiled(tile: int, taps: int, stride: int, dilated: bool, lanes: int, item
                             more = residual[n, oh] if residual.size else residual.reshape(0, 0)
                             _finish(out[n, oh], more, bias, scratch, ow, apart, c0, multiplier, member, code, slope)
 
-    dtype, number = f"float{8 * itemsize}", types.int64
-    return njit(
-        types.void(
-            array(dtype, 4), array(dtype, 5), array(dtype, 1), array(dtype, 4), array(dtype, 4, writable=True),
-            array(dtype, 1), integers(8), number, number, types.float64, integers(2),
-        )
-    )(convolve)  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class DepthwiseKernel:
-    """Filters as ``[blocks, multiplier, KH, KW, lanes]``, a block being the channels of a vector."""
-
-    problem: Problem
-    tile: int
-    lanes: int
-    threads: int
-    strip: int
-    parts: tuple[tuple[int, int], ...]
-    filters: Array
-    bias: Array
-    zero: Array
-
-    def __call__(self, input: Array, out: Array, residual: Array | None) -> None:
-        """Convolve ``input`` into ``out``; see ``convdispatch.backend.Kernel``."""
-        p = self.problem
-        added = np.empty((0, 0, 0, 0), out.dtype) if residual is None else residual
-        window = (p.kh, p.kw, p.pads[0], p.pads[2], *p.strides, *p.dilations)
-        convolve = functools.partial(
-            _kernel_of(p, self.tile, self.lanes), input, self.filters, self.bias, added, out, self.zero, window,
-            self.strip, p.epilogue.code, p.epilogue.slope,
-        )  # fmt: skip
-        if len(self.parts) == 1:  # run_all would take longer than a small problem
-            convolve(self.parts[0])
-        else:
-            run_all([functools.partial(convolve, part) for part in self.parts], self.threads)
+    return CompiledKernel(convolve, _ARGUMENTS)
 
 
 class Depthwise(Backend):
@@ -241,10 +215,13 @@ class Depthwise(Backend):
             c0 = min(block * lanes, p.c - lanes)
             vector[...] = by_channel[c0 : c0 + lanes].transpose(1, 2, 3, 0)
         kept = np.empty(0, dtype_of(p.dtype)) if bias is None else np.array(bias)
-        _kernel_of(p, tile, lanes)
-        parts = tuple(split(p.n * p.oh, 1 if config.threads == 1 else _PARTS * config.threads))
-        zero = aligned((lanes,), p.dtype)
-        return DepthwiseKernel(p, tile, lanes, config.threads, _strip(p, tile), parts, packed, kept, zero)
+        parts = split(p.n * p.oh, 1 if config.threads == 1 else _PARTS * config.threads)
+        values = {
+            "filters": packed, "bias": kept, "zero": aligned((lanes,), p.dtype),
+            "window": (p.kh, p.kw, p.pads[0], p.pads[2], *p.strides, *p.dilations), "strip": _strip(p, tile),
+            "code": p.epilogue.code, "slope": p.epilogue.slope, "parts": np.array(parts, np.int64),
+        }  # fmt: skip
+        return PackedKernel(functools.partial(_kernel_of, p, tile, lanes), p, values, len(parts), config.threads)
 
 
 _PARTS = 2  # jobs a thread, so that one that comes late finds work left
@@ -282,7 +259,7 @@ def _taps(problem: Problem) -> tuple[int, int]:
     return taps, stride if taps > 1 else 1
 
 
-def _kernel_of(problem: Problem, tile: int, lanes: int) -> Callable[..., Any]:
+def _kernel_of(problem: Problem, tile: int, lanes: int) -> CompiledKernel:
     taps, stride = _taps(problem)
     dilated = taps > 1 and problem.dilations[1] > 1
     return _compiled(tile, taps, stride, dilated, lanes, item_bytes(problem.dtype))

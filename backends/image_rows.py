@@ -16,19 +16,19 @@ to be interleaved with other filters' results, is staged in scratch memory.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numba import types
 
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config, Effort, Kernel, item_bytes
+from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._epilogue import RELU, RELU6, activate
-from convdispatch.backends._jit import array, integers, njit
+from convdispatch.backends._jit import njit
+from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import aligned
-from convdispatch.backends._threads import run_all, split
+from convdispatch.backends._threads import split
 from convdispatch.backends._tile import add_to_all, add_to_each, clamp, store, zeros
 from convdispatch.backends._vector import vector_bytes
 from convdispatch.backends._weave import add_rows, unweave, weave
@@ -123,18 +123,27 @@ def _pieces(length, unit, least):  # type: ignore[no-untyped-def]
     return max(1, length // unit + (length % unit >= least))
 
 
+#: ``filters`` is ``[K, C // groups, KW, KH]``, the taps of one column side by side; ``bias`` ``[K, across]`` or empty.
+_ARGUMENTS = Arguments(
+    input=array_of(4), filters=array_of(4), bias=array_of(2), residual=array_of(4), out=array_of(4),
+    pads=integers_of(4), dilations=integers_of(2), shape=integers_of(2), in_place=INTEGER, code=INTEGER, slope=FLOAT,
+    parts=array_of(2, "int64"),
+)  # fmt: skip
+unpack = _ARGUMENTS.unpack
+
+
 @functools.cache
-def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> Callable[..., Any]:  # noqa: C901, PLR0915
+def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> CompiledKernel:  # noqa: C901, PLR0915
     """Return the kernel of one tile that takes a filter's rows ``taps`` at a time, or one fewer."""
     across = vectors * lanes
-    held = rows * vectors
     fewer = max(1, taps - 1)
 
-    def convolve(x, w, bias, residual, out, pads, dilations, shape, in_place, code, slope, part):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
-        """Compute the panels of ``rows * shape[0]`` by ``across * shape[1]`` outputs from ``part[0]`` to ``part[1]``.
-
-        ``w`` is ``[K, C // groups, KW, KH]``, ``bias`` is ``[K, across]`` or empty.
-        """
+    def convolve(arguments, number):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
+        """Compute the panels from ``part[0]`` to ``part[1]``: ``rows * shape[0]`` by ``across * shape[1]`` outputs."""
+        (
+            x, w, bias, residual, out, pads, dilations, shape, in_place, code, slope, parts,
+        ) = unpack(arguments, itemsize)  # fmt: skip
+        part = parts[number]
         filters, group_c, kw, kh = w.shape
         height, width, channels = x.shape[1:]
         group_k = filters // (channels // group_c)
@@ -155,7 +164,7 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
         staged_at_all = filters > 1 or columns < across or all_rows // dh < rows
         stage = np.empty((filters, rows, min(along + across, columns + across) if staged_at_all else 0), x.dtype)
         places = np.empty(rows, np.int64)
-        like = zeros(1, lanes, itemsize)
+        like = zeros(1, 1, lanes, itemsize)
         # As whole numbers of one kind: an unsigned one and a signed one would make a float.
         here, there = np.int64(x.ctypes.data), np.int64(out.ctypes.data)
         more = np.int64(residual.ctypes.data) - there
@@ -200,7 +209,7 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
                     else:
                         _fill(planes, x[n], ih, dh, iw, rows + kh - 1, across + (kw - 1) * dw, like)
                     for k in range(filters):
-                        sums = zeros(held, lanes, itemsize)
+                        sums = zeros(rows, vectors, lanes, itemsize)
                         first_channel = k // group_k * group_c
                         for c in range(group_c):
                             packed = filters_at + (k * group_c + c) * kw * kh * itemsize
@@ -247,37 +256,7 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
                                 flat[i] += added[i]
                         _finish(flat, code, slope)
 
-    dtype = f"float{8 * itemsize}"
-    return njit(
-        types.void(
-            array(dtype, 4), array(dtype, 4), array(dtype, 2), array(dtype, 4), array(dtype, 4, writable=True),
-            integers(4), integers(2), integers(2), types.boolean, types.int64, types.float64, integers(2),
-        )
-    )(convolve)  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class ImageRowsKernel:
-    """Filters as ``[K, C // groups, KW, KH]``: the taps of one column side by side."""
-
-    problem: Problem
-    tile: tuple[int, int]
-    lanes: int
-    threads: int
-    filters: Array
-    bias: Array
-
-    def __call__(self, input: Array, out: Array, residual: Array | None) -> None:
-        """Convolve ``input`` into ``out``; see ``convdispatch.backend.Kernel``."""
-        p = self.problem
-        added = np.empty((0, 0, 0, 0), out.dtype) if residual is None else residual
-        cut = _cut(p, self.tile, self.lanes)
-        convolve = functools.partial(
-            _compiled(*self.tile, _taps(p.kh), self.lanes, item_bytes(p.dtype)), input, self.filters, self.bias,
-            added, out, p.pads, p.dilations, cut.shape, cut.in_place, p.epilogue.code, p.epilogue.slope,
-        )  # fmt: skip
-        parts = split(cut.panels, 4 * self.threads if self.threads > 1 else 1)
-        run_all([functools.partial(convolve, part) for part in parts], self.threads)
+    return CompiledKernel(convolve, _ARGUMENTS)
 
 
 @dataclass(frozen=True)
@@ -385,8 +364,15 @@ class ImageRows(Backend):
         added = aligned((p.k if bias is not None else 0, tile[1] * lanes), p.dtype)
         if bias is not None:
             added[...] = bias[:, np.newaxis]
-        _compiled(*tile, _taps(p.kh), lanes, item_bytes(p.dtype))
-        return ImageRowsKernel(p, tile, lanes, config.threads, packed, added)
+        cut = _cut(p, tile, lanes)
+        parts = split(cut.panels, 4 * config.threads if config.threads > 1 else 1)
+        values = {
+            "filters": packed, "bias": added, "pads": p.pads, "dilations": p.dilations, "shape": cut.shape,
+            "in_place": cut.in_place, "code": p.epilogue.code, "slope": p.epilogue.slope,
+            "parts": np.array(parts, np.int64),
+        }  # fmt: skip
+        compiled = functools.partial(_compiled, *tile, _taps(p.kh), lanes, item_bytes(p.dtype))
+        return PackedKernel(compiled, p, values, len(parts), config.threads)
 
 
 _MOST_TAPS = 9

@@ -9,19 +9,18 @@ kernel, nothing is copied, and bias, residual and activation are applied before 
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
-from numba import types
 
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config, Effort, Kernel, item_bytes
+from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._epilogue import RELU, RELU6, activate
-from convdispatch.backends._jit import array, integers, njit
+from convdispatch.backends._jit import njit
+from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import aligned, by_blocks
-from convdispatch.backends._threads import run_all, split
+from convdispatch.backends._threads import split
 from convdispatch.backends._tile import add_to_all, add_to_each, clamp, multiply_add, register_tiles, store, zeros
 from convdispatch.backends._vector import vector_bytes
 from convdispatch.errors import ArgumentError
@@ -76,19 +75,24 @@ def _finish(out, residual, scratch, partial, first, pixels, k0, count, code, slo
             out[first + r, k0 + k] = activate(total, code, slope)
 
 
+#: ``filters`` is ``[groups, blocks of a group, KH, KW, C // groups, block]``, filled up with zeros, ``bias`` alike.
+_ARGUMENTS = Arguments(
+    input=array_of(4), filters=array_of(6), bias=array_of(1), residual=array_of(4), out=array_of(4), zero=array_of(1),
+    window=integers_of(8), groups=INTEGER, outer=INTEGER, code=INTEGER, slope=FLOAT, parts=array_of(2, "int64"),
+)  # fmt: skip
+unpack = _ARGUMENTS.unpack
+
+
 @functools.cache
-def _compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> Callable[..., Any]:  # noqa: C901, PLR0915
+def _compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKernel:  # noqa: C901, PLR0915
     """Return the kernel of one tile."""
     block = vectors * lanes
     step = block * itemsize
-    held = rows * vectors
 
-    def convolve(x, w, bias, residual, out, zero, window, groups, outer, code, slope, part):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
-        """Compute the tiles of pixels ``part[0:2]`` for the blocks of filters ``part[2:4]``.
-
-        ``w`` is ``[groups, blocks of a group, KH, KW, C // groups, block]``, ``bias`` is padded like it.
-        """
-        first_tile, last_tile, first_block, last_block = part
+    def convolve(arguments, number):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
+        """Compute the tiles of pixels ``part[0:2]`` for the blocks of filters ``part[2:4]``."""
+        x, w, bias, residual, out, zero, window, groups, outer, code, slope, parts = unpack(arguments, itemsize)
+        first_tile, last_tile, first_block, last_block = parts[number]
         kh, kw, _, _, _, _, dh, dw = window
         channels, filters = x.shape[3], out.shape[3]
         group_c, group_k, per_group = channels // groups, filters // groups, w.shape[1]
@@ -118,7 +122,7 @@ def _compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> Callable[..
             k0, count = group * group_k + member * block, min(block, group_k - member * block)
             packed = w.ctypes.data + number * kh * kw * group_c * step
             behind = group * group_c * itemsize
-            sums = zeros(held, lanes, itemsize)
+            sums = zeros(rows, vectors, lanes, itemsize)
             if inside:
                 for s in range(segments):
                     gap = s * dh * here[3] if joined else s // kw * dh * here[3] + s % kw * dw
@@ -150,44 +154,7 @@ def _compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> Callable[..
                 flat, more, scratch, count < block, tile * rows, min(rows, pixels - tile * rows), k0, count, code, slope
             )
 
-    dtype, number = f"float{8 * itemsize}", types.int64
-    return njit(
-        types.void(
-            array(dtype, 4), array(dtype, 6), array(dtype, 1), array(dtype, 4), array(dtype, 4, writable=True),
-            array(dtype, 1), integers(8), number, types.boolean, number, types.float64, integers(4),
-        )
-    )(convolve)  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class ImplicitGemmKernel:
-    """Filters as ``[groups, blocks of a group, KH, KW, C // groups, block]``, filled up with zeros."""
-
-    problem: Problem
-    tile: tuple[int, int]
-    lanes: int
-    threads: int
-    outer: bool
-    parts: list[tuple[int, int, int, int]]
-    filters: Array
-    bias: Array
-    zero: Array
-    nothing: Array
-
-    def __call__(self, input: Array, out: Array, residual: Array | None) -> None:
-        """Convolve ``input`` into ``out``; see ``convdispatch.backend.Kernel``."""
-        p = self.problem
-        added = self.nothing if residual is None else residual
-        convolve = _compiled(*self.tile, self.lanes, self.zero.itemsize)
-        window = (p.kh, p.kw, p.pads[0], p.pads[2], *p.strides, *p.dilations)
-        fixed = (
-            input, self.filters, self.bias, added, out, self.zero, window, p.groups, self.outer, p.epilogue.code,
-            p.epilogue.slope,
-        )  # fmt: skip
-        if len(self.parts) == 1:
-            convolve(*fixed, self.parts[0])
-        else:
-            run_all([functools.partial(convolve, *fixed, part) for part in self.parts], self.threads)
+    return CompiledKernel(convolve, _ARGUMENTS)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -258,13 +225,14 @@ class ImplicitGemm(Backend):
         grouped = filters.reshape(p.kh, p.kw, p.group_c, p.groups, p.group_k)
         packed = by_blocks(grouped.transpose(3, 0, 1, 2, 4), block)
         added = np.empty(0, p.dtype) if bias is None else by_blocks(bias.reshape(p.groups, p.group_k), block)
-        _compiled(*tile, lanes, item_bytes(p.dtype))
-        zero = aligned((p.c + lanes,), p.dtype)
         outer, parts = _parts(p, tile[0], p.groups * packed.shape[1], config.threads)
-        nothing = np.empty((0, 0, 0, 0), p.dtype)
-        return ImplicitGemmKernel(
-            p, tile, lanes, config.threads, outer, parts, packed, added.reshape(-1), zero, nothing
-        )
+        values = {
+            "filters": packed, "bias": added.reshape(-1), "zero": aligned((p.c + lanes,), p.dtype),
+            "window": (p.kh, p.kw, p.pads[0], p.pads[2], *p.strides, *p.dilations), "groups": p.groups, "outer": outer,
+            "code": p.epilogue.code, "slope": p.epilogue.slope, "parts": np.array(parts, np.int64),
+        }  # fmt: skip
+        compiled = functools.partial(_compiled, *tile, lanes, item_bytes(p.dtype))
+        return PackedKernel(compiled, p, values, len(parts), config.threads)
 
 
 _PEAK_PER_BYTE = 1.8e9  # FLOP/s of one core for each byte of vector width

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import convdispatch
-from convdispatch.backends import _threads
+from convdispatch.backends import _arguments, _team, _threads
 
 BACKENDS = ("implicit_gemm", "winograd", "im2col", "fft", "numba")
 
@@ -112,9 +112,50 @@ def test_split_covers_everything_once_in_even_pieces(count: int, parts: int) -> 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="there is one core")
 def test_the_teams_threads_keep_off_the_callers_core_and_the_caller_stays_free() -> None:
     before = os.sched_getaffinity(0)
-    _threads.run_all([lambda: None] * 4, 2)
+    plan = convdispatch.plan((1, 20, 20, 16), np.ones((3, 3, 16, 32), "f4"), backend=("implicit_gemm", {"threads": 2}))
+    plan(np.ones((1, 20, 20, 16), np.float32))
     assert os.sched_getaffinity(0) == before
-    avoided = _threads._team._avoided
+    avoided = _team._team._avoided
     assert avoided in before
-    for thread in _threads._team._threads:
+    for thread in _team._team._threads:
         assert avoided not in os.sched_getaffinity(thread)
+
+
+def _note(arguments, number):  # type: ignore[no-untyped-def]
+    done, value = unpack(arguments, 4)
+    done[number] += value
+
+
+_NOTES = _arguments.Arguments(done=_arguments.array_of(1, "int64"), value=_arguments.INTEGER)
+unpack = _NOTES.unpack
+
+
+def test_every_part_is_run_once_however_many_call_and_help() -> None:
+    kernel = _arguments.CompiledKernel(_note, _NOTES)
+    wrong: list[str] = []
+
+    def call(threads: int) -> None:
+        for count in (0, 1, 2, 3, 100):
+            for _ in range(100):
+                done = np.zeros(count, np.int64)
+                block = _NOTES.pack(done=done, value=7)
+                _team.run_parts(kernel.address, block.ctypes.data, count, threads)
+                if not (done == 7).all():
+                    wrong.append(f"{count} parts on {threads} threads: {done}")
+
+    callers = [threading.Thread(target=call, args=(1 + number % 4,)) for number in range(8)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(60)
+        assert not caller.is_alive()
+    assert wrong == []
+
+
+def test_without_a_way_to_sleep_the_parts_are_run_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = _arguments.CompiledKernel(_note, _NOTES)
+    monkeypatch.setattr(_team, "CAN_SLEEP", False)
+    done = np.zeros(50, np.int64)
+    block = _NOTES.pack(done=done, value=3)
+    _team.run_parts(kernel.address, block.ctypes.data, 50, 3)
+    assert (done == 3).all()

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from convdispatch import machine
 from convdispatch.arguments import Array
 from convdispatch.backend import Config
-from convdispatch.backends._toomcook import POINTS, Matrix, amplification, transforms
+from convdispatch.backends._toomcook import POINTS, Matrix, amplification, strided, transforms
 from convdispatch.backends.winograd import BLOCK_BYTES, Winograd
-from convdispatch.backends.winograd import SIZES as SIZES_BY_TAPS
+from convdispatch.backends.winograd import SIZES as ALL_SIZES
 from convdispatch.errors import ArgumentError
 from convdispatch.problem import Problem
 from convdispatch.reference import judge
 
 WINOGRAD = Winograd()
-SIZES = SIZES_BY_TAPS[3]
+SIZES = ALL_SIZES[3, 1]
 Row = tuple[Fraction, ...]
 
 
@@ -100,22 +100,38 @@ def problems(draw: st.DrawFn) -> Problem:
     c, k = (groups * draw(st.integers(start, 9)) for start in (low, 1))
     pads = draw(st.tuples(*[st.integers(0, 7)] * 4))
     taps = draw(st.sampled_from([3, 3, 5]))
-    dilations = draw(st.sampled_from([(1, 1), (1, 1), (2, 1), (3, 2)]))
+    stride = draw(st.sampled_from([1, 1, 2]))
+    dilations = draw(st.sampled_from([(1, 1), (1, 1), (2, 1), (3, 2)])) if stride == 1 else (1, 1)
     reach = [(taps - 1) * d + 1 for d in dilations]
     sides = zip(reach, (pads[:2], pads[2:]), strict=True)
     h, w = (draw(st.integers(max(1, least - sum(pair)), 14 + least)) for least, pair in sides)
     n, dtype = draw(st.integers(1, 3)), draw(st.sampled_from(["float32", "float64"]))
     return Problem(
-        n=n, h=h, w=w, c=c, k=k, kh=taps, kw=taps, pads=pads, dilations=dilations, groups=groups, dtype=dtype
-    )
+        n=n, h=h, w=w, c=c, k=k, kh=taps, kw=taps, pads=pads, strides=(stride, stride), dilations=dilations,
+        groups=groups, dtype=dtype,
+    )  # fmt: skip
 
 
 @settings(max_examples=150, deadline=None)
 @given(problems(), st.data(), st.integers(1, 3), st.integers(0, 99))
 def test_any_problem_is_within_the_bound(problem: Problem, data: st.DataObject, threads: int, seed: int) -> None:
     assert WINOGRAD.rejects(problem) is None
-    m = data.draw(st.sampled_from(SIZES_BY_TAPS[problem.kh]))
+    m = data.draw(st.sampled_from(ALL_SIZES[problem.kh, problem.strides[0]]))
     check(problem, Config(m=m, threads=threads), seed)
+
+
+@pytest.mark.parametrize("stride", [2, 3])
+@pytest.mark.parametrize("m", [1, 2, 4, 6])
+@pytest.mark.parametrize("r", [2, 3, 5, 7])
+def test_strided_transforms_correlate_exactly(m: int, r: int, stride: int) -> None:
+    random = np.random.default_rng(m * r)
+    t = strided(m, r, stride)
+    n = stride * (m - 1) + r
+    g, d = (tuple(Fraction(int(a), 7) for a in random.integers(-99, 99, size)) for size in (r, n))
+    products = tuple(a * b for a, b in zip(times(t.g, g), times(t.bt, d), strict=True))
+    assert len(products) <= n
+    direct = tuple(sum((g[s] * d[stride * i + s] for s in range(r)), Fraction(0)) for i in range(m))
+    assert times(t.at, products) == direct
 
 
 @pytest.mark.parametrize("m", SIZES)

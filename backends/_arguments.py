@@ -1,0 +1,151 @@
+"""A kernel's arguments as one block of whole numbers, so that any thread can call any kernel by two of them.
+
+A kernel is compiled as ``kernel(block, number)``: the address of its arguments, and which part of the work to do. So a
+team of threads can run it without the interpreter (``_team``), and Python fills in a few addresses instead of taking
+five arrays apart in every call. An array is its address and its shape; it is C-contiguous, and empty where the
+address is 0. A float is its bits.
+"""
+
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.np import arrayobj
+
+from convdispatch.arguments import Array
+from convdispatch.backends._jit import array, integers, njit
+from convdispatch.backends._vector import I64, Codegen, intrinsic
+
+_SIGNATURE = types.void(types.int64, types.int64)
+
+
+@dataclass(frozen=True)
+class Field:
+    """One argument: an array of ``ndim`` dimensions, a tuple of ``count`` whole numbers, a number, or a float.
+
+    Attributes:
+        ndim: dimensions of an array; 0 for what is none.
+        count: how many whole numbers a tuple has; 0 for a single number.
+        dtype: NumPy's name of an array's dtype; None for the floats that the kernel computes with.
+        floating: whether a single number is a float.
+    """
+
+    ndim: int = 0
+    count: int = 0
+    dtype: str | None = None
+    floating: bool = False
+
+    @property
+    def words(self) -> int:
+        """How many whole numbers of a block it takes."""
+        return 1 + self.ndim if self.ndim else max(1, self.count)
+
+    def numba_type(self, itemsize: int) -> Any:
+        """Return what kernels see it as."""
+        if self.ndim:
+            return array(self.dtype or f"float{8 * itemsize}", self.ndim, writable=True)
+        if self.count:
+            return integers(self.count)
+        return types.float64 if self.floating else types.int64
+
+
+class Arguments:
+    """The arguments of one kind of kernel, by name."""
+
+    def __init__(self, **fields: Field) -> None:
+        """Lay out a block; the order is the order in which kernels take them."""
+        self.fields: Mapping[str, Field] = fields
+        self.at: dict[str, int] = {}
+        self.words = 0
+        for name, field in fields.items():
+            self.at[name] = self.words
+            self.words += field.words
+        self.unpack = _unpacker(tuple(fields.values()))
+
+    def pack(self, **values: Any) -> Array:
+        """Return a block with these values; arrays are not kept alive by it, and those left out are empty."""
+        block = np.zeros(self.words, np.int64)
+        for name, value in values.items():
+            self.put(block, name, value)
+        return block
+
+    def put(self, block: Array, name: str, value: Any) -> None:
+        """Set one value of a block."""
+        at, field = self.at[name], self.fields[name]
+        if field.ndim:
+            block[at] = value.ctypes.data if value.size else 0
+            block[at + 1 : at + 1 + field.ndim] = value.shape
+        elif field.count:
+            block[at : at + field.count] = value
+        elif field.floating:
+            block[at] = struct.unpack("q", struct.pack("d", value))[0]
+        else:
+            block[at] = value
+
+
+def _unpacker(fields: tuple[Field, ...]) -> Any:
+    @intrinsic
+    def unpack(typing: Any, block: Any, itemsize: Any) -> tuple[Any, Codegen]:
+        """Return the tuple of arguments that a block holds."""
+        kinds = [field.numba_type(itemsize.literal_value) for field in fields]
+
+        def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+            words = b.inttoptr(arguments[0], ir.PointerType(I64))
+            values, at = [], 0
+            for field, kind in zip(fields, kinds, strict=True):
+                taken = [b.load(b.gep(words, [ir.Constant(I64, at + i)]), align=8) for i in range(field.words)]
+                at += field.words
+                if field.ndim:
+                    values.append(_array(context, b, kind, taken[0], taken[1:]))
+                elif field.count:
+                    values.append(context.make_tuple(b, kind, taken))
+                else:
+                    values.append(b.bitcast(taken[0], ir.DoubleType()) if field.floating else taken[0])
+            return context.make_tuple(b, signature.return_type, values)
+
+        return types.Tuple(kinds)(block, itemsize), codegen  # type: ignore[no-untyped-call]
+
+    return unpack
+
+
+def _array(context: Any, b: Any, kind: Any, address: Any, shape: list[Any]) -> Any:
+    size = context.get_abi_sizeof(context.get_data_type(kind.dtype))
+    strides = [ir.Constant(I64, size)]
+    for length in reversed(shape[1:]):
+        strides.insert(0, b.mul(strides[0], length))
+    made: Any = arrayobj.make_array(kind)(context, b)  # type: ignore[no-untyped-call]
+    pointer = b.inttoptr(address, context.get_data_type(kind.dtype).as_pointer())
+    arrayobj.populate_array(  # type: ignore[no-untyped-call]
+        made, data=pointer, shape=shape, strides=strides, itemsize=ir.Constant(I64, size), meminfo=None
+    )
+    return made._getvalue()  # noqa: SLF001  # how Numba's own code takes a structure's value
+
+
+class CompiledKernel:
+    """A compiled kernel, called by its address, and what arguments it takes."""
+
+    def __init__(self, function: Callable[..., Any], arguments: Arguments) -> None:
+        """Compile ``function(block, number)``, kept on disk where some folder is writable."""
+        dispatcher: Any = njit(_SIGNATURE)(function)
+        self._keep = dispatcher  # or the code would go
+        result = dispatcher.overloads[_SIGNATURE.args]
+        self.address: int = result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
+        self.arguments = arguments
+
+
+def array_of(ndim: int, dtype: str | None = None) -> Field:
+    """Return a field for an array, of the kernel's floats unless a dtype is named."""
+    return Field(ndim=ndim, dtype=dtype)
+
+
+def integers_of(count: int) -> Field:
+    """Return a field for a tuple of whole numbers."""
+    return Field(count=count)
+
+
+INTEGER = Field()
+FLOAT = Field(floating=True)

@@ -1,0 +1,129 @@
+"""Words of memory that several threads change, and sleeping until one changes: for ``_team``'s compiled code."""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from convdispatch import machine
+from convdispatch.backends._vector import I32, I64, Codegen, intrinsic
+
+_SYSTEM = machine.current().system
+_X86 = any(name in _SYSTEM for name in ("x86_64", "AMD64"))
+#: Linux's number for the system call that sleeps on a word of memory, where this file knows it.
+_FUTEX = {"Linux x86_64": 202, "Linux aarch64": 98}.get(_SYSTEM)
+_WAIT, _WAKE = 128, 129  # between threads of one process
+
+CAN_SLEEP = _FUTEX is not None
+
+
+def _word(b: Any, address: Any) -> Any:
+    return b.inttoptr(address, ir.PointerType(I64))
+
+
+@intrinsic
+def read(typing: Any, address: Any) -> tuple[Any, Codegen]:
+    """Return a word as it is now."""
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        return b.load_atomic(_word(b, arguments[0]), "seq_cst", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def write(typing: Any, address: Any, value: Any) -> tuple[Any, Codegen]:
+    """Store a word, for all threads to see, after everything that was stored before."""
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        b.store_atomic(arguments[1], _word(b, arguments[0]), "seq_cst", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def add(typing: Any, address: Any, value: Any) -> tuple[Any, Codegen]:
+    """Add to a word, and return what it was before."""
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        return b.atomic_rmw("add", _word(b, arguments[0]), arguments[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def exchange_if(typing: Any, address: Any, expected: Any, value: Any) -> tuple[Any, Codegen]:
+    """Store a word if it is as expected; return whether it was."""
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        done = b.cmpxchg(_word(b, arguments[0]), arguments[1], arguments[2], "seq_cst", "seq_cst")
+        return b.extract_value(done, 1)
+
+    return types.boolean(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def pause(typing: Any) -> tuple[Any, Codegen]:
+    """Let the processor rest for a moment in a loop that waits."""
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        if _X86:
+            kind = ir.FunctionType(ir.VoidType(), [])
+            b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.x86.sse2.pause"), [])  # type: ignore[no-untyped-call]
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def yield_core(typing: Any) -> tuple[Any, Codegen]:
+    """Let another thread have this core, if one wants it."""
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(I32, [])
+        b.call(cgutils.get_or_insert_function(b.module, kind, "sched_yield"), [])  # type: ignore[no-untyped-call]
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+def _futex(context: Any, b: Any, address: Any, operation: int, value: Any) -> Any:
+    kind = ir.FunctionType(I64, [I64] * 7)
+    call = cgutils.get_or_insert_function(b.module, kind, "syscall")  # type: ignore[no-untyped-call]
+    zero = ir.Constant(I64, 0)
+    b.call(call, [ir.Constant(I64, _FUTEX or 0), address, ir.Constant(I64, operation), value, zero, zero, zero])
+    return context.get_dummy_value()
+
+
+@intrinsic
+def sleep_while(typing: Any, address: Any, value: Any) -> tuple[Any, Codegen]:
+    """Sleep until woken, but only if the lower half of a word is still that of ``value``; may wake for no reason."""
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        return _futex(context, b, arguments[0], _WAIT, arguments[1])
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def wake(typing: Any, address: Any, count: Any) -> tuple[Any, Codegen]:
+    """Wake up to ``count`` threads that sleep on a word."""
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        return _futex(context, b, arguments[0], _WAKE, arguments[1])
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def call_kernel(typing: Any, function: Any, block: Any, number: Any) -> tuple[Any, Codegen]:
+    """Call a compiled kernel by its address."""
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [I64, I64])
+        b.call(b.inttoptr(arguments[0], ir.PointerType(kind)), arguments[1:])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen

@@ -1,0 +1,58 @@
+"""The kernel that a plan keeps of what ``_arguments`` compiles: packed filters, and all but a call's arrays."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from convdispatch.arguments import Array
+from convdispatch.backends._arguments import CompiledKernel
+from convdispatch.backends._team import run_parts
+from convdispatch.problem import Problem
+
+
+class PackedKernel:
+    """A compiled kernel with its arguments; see ``convdispatch.backend.Kernel``.
+
+    The kernel's arguments must have the arrays ``input``, ``out`` and ``residual``. If they have a number ``spoiled``,
+    the kernel sets it where a sum is not finite, and calls return whether it did.
+    """
+
+    def __init__(
+        self,
+        compiled: Callable[[], CompiledKernel],
+        problem: Problem,
+        values: Mapping[str, Any],
+        count: int,
+        threads: int,
+    ) -> None:
+        """Fill in what is the same in every call.
+
+        Args:
+            compiled: returns the compiled kernel; a pickle has this in place of machine code.
+            problem: what is computed, as the backend sees it.
+            values: the kernel's arguments by name, except for the arrays of a call.
+            count: parts of the work.
+            threads: most threads to use.
+        """
+        self._recipe = compiled, problem, values, count, threads
+        self._kernel, self._count, self._threads = compiled(), count, threads
+        arguments, p = self._kernel.arguments, problem
+        self._block = arguments.pack(**values)
+        self._at = tuple(arguments.at[name] for name in ("input", "out", "residual"))
+        for at, shape in zip(self._at, ((p.n, p.h, p.w, p.c), *2 * ((p.n, p.oh, p.ow, p.k),)), strict=True):
+            self._block[at + 1 : at + 5] = shape
+        if not p.epilogue.residual:
+            self._block[self._at[2] + 1 : self._at[2] + 5] = 0
+        self._spoiled = arguments.at.get("spoiled")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PackedKernel, self._recipe
+
+    def __call__(self, input: Array, out: Array, residual: Array | None) -> bool | None:
+        """Convolve ``input`` into ``out``."""
+        block = self._block.copy()
+        at = self._at
+        block[at[0]], block[at[1]] = input.ctypes.data, out.ctypes.data
+        if residual is not None:
+            block[at[2]] = residual.ctypes.data
+        run_parts(self._kernel.address, block.ctypes.data, self._count, self._threads)
+        return None if self._spoiled is None else bool(block[self._spoiled])

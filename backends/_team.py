@@ -1,0 +1,190 @@
+"""A team of threads for compiled kernels: a call is shared out without the interpreter.
+
+Waking a sleeping thread takes tens of microseconds, and so does handing it Python's lock: as long as a small layer.
+Here a helper waits in compiled code, watching memory for about a twentieth of a millisecond after it has worked, then
+asleep; who calls takes parts of the work too, and waits only for helpers that came. One call at a time is shared out;
+whoever calls meanwhile does its work alone, so nobody waits for a lock.
+"""
+
+import contextlib
+import ctypes
+import functools
+import os
+import threading
+from collections.abc import Callable
+from typing import cast
+
+from numba import types
+
+from convdispatch.backends._atomics import (
+    CAN_SLEEP,
+    add,
+    call_kernel,
+    exchange_if,
+    pause,
+    read,
+    sleep_while,
+    wake,
+    write,
+    yield_core,
+)
+from convdispatch.backends._jit import njit
+from convdispatch.backends._memory import aligned
+from convdispatch.backends._threads import run_all
+
+#: Looks at memory before a helper falls asleep; each takes some 20 ns where the processor has an instruction to pause.
+_ALERT_TURNS = 2500
+_TURNS_BEFORE_YIELDING = 2000
+_CLOSED = 1 << 30
+
+# The words of a team, those that different threads change on cache lines of their own: bytes from its address.
+_LOCK, _GENERATION, _PLACES, _NEXT, _LEFT, _SLEEPERS = (64 * line for line in range(6))
+_FUNCTION, _BLOCK, _COUNT = (64 * 6 + 8 * word for word in range(3))
+_WORDS = 7 * 8
+
+
+@njit()
+def _take_parts(team, function, block, count):  # type: ignore[no-untyped-def]
+    number = add(team + _NEXT, 1)
+    while number < count:
+        call_kernel(function, block, number)
+        number = add(team + _NEXT, 1)
+
+
+@njit(types.void(types.int64))
+def _serve(team):  # type: ignore[no-untyped-def]
+    """Help whoever calls, for ever."""
+    while True:
+        seen = read(team + _GENERATION)
+        places = read(team + _PLACES)
+        if places > 0 and read(team + _NEXT) < read(team + _COUNT):
+            if exchange_if(team + _PLACES, places, places - 1):
+                # From here to the end of its part the caller waits, and its words stay as they are.
+                _take_parts(team, read(team + _FUNCTION), read(team + _BLOCK), read(team + _COUNT))
+                add(team + _LEFT, 1)
+            continue
+        turns = 0
+        while read(team + _GENERATION) == seen and turns < _ALERT_TURNS:
+            pause()
+            turns += 1
+        if turns == _ALERT_TURNS:
+            add(team + _SLEEPERS, 1)
+            sleep_while(team + _GENERATION, seen)
+            add(team + _SLEEPERS, -1)
+
+
+@njit(types.void(types.int64, types.int64, types.int64, types.int64))
+def _alone(function, block, first, last):  # type: ignore[no-untyped-def]
+    for number in range(first, last):
+        call_kernel(function, block, number)
+
+
+@njit(types.void(types.int64, types.int64, types.int64, types.int64, types.int64))
+def _share(team, function, block, count, places):  # type: ignore[no-untyped-def]
+    """Run all parts of a kernel's work together with up to ``places`` helpers."""
+    if not exchange_if(team + _LOCK, 0, 1):
+        for number in range(count):
+            call_kernel(function, block, number)
+        return
+    write(team + _FUNCTION, function)
+    write(team + _BLOCK, block)
+    write(team + _COUNT, count)
+    write(team + _NEXT, 0)
+    write(team + _LEFT, 0)
+    write(team + _PLACES, places)
+    add(team + _GENERATION, 1)
+    if read(team + _SLEEPERS) > 0:
+        wake(team + _GENERATION, places)
+    _take_parts(team, function, block, count)
+    came = places - add(team + _PLACES, -_CLOSED)
+    turns = 0
+    while read(team + _LEFT) < came:
+        pause()
+        turns += 1
+        if turns > _TURNS_BEFORE_YIELDING:
+            yield_core()
+    write(team + _LOCK, 0)
+
+
+def _find_current_core() -> Callable[[], int]:
+    """Return the C library's ``sched_getcpu`` where threads can be told which cores to use, else what knows nothing."""
+    if hasattr(os, "sched_setaffinity"):
+        with contextlib.suppress(OSError, AttributeError):
+            return cast("Callable[[], int]", ctypes.PyDLL(None).sched_getcpu)
+    return lambda: -1
+
+
+_current_core = _find_current_core()
+
+
+class _Team:
+    """The helpers of this process, and the memory through which they are told what to do."""
+
+    def __init__(self) -> None:
+        self._words = aligned((_WORDS,), "int64")
+        self.address: int = self._words.ctypes.data
+        self._size = 0
+        self._lock = threading.Lock()
+        self._threads: list[int] = []
+        self._avoided = -1
+
+    def grow(self, size: int) -> None:
+        """Have at least this many helpers."""
+        if self._size >= size:
+            return
+        with self._lock:
+            while self._size < size:
+                helper = threading.Thread(target=_serve, args=(self.address,), name="convdispatch", daemon=True)
+                helper.start()
+                if helper.native_id is not None:
+                    self._threads.append(helper.native_id)
+                self._size += 1
+            self._avoided = -1
+
+    def keep_off_the_callers_core(self) -> None:
+        """Let the helpers run on any core but this one.
+
+        A scheduler may wake a thread on the core of who woke it, though another is idle; there it would wait until
+        the caller has done all the work.
+        """
+        here = _current_core()
+        if here == self._avoided or here < 0:
+            return
+        self._avoided = here
+        others = os.sched_getaffinity(0) - {here}
+        for thread in self._threads if others else ():
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(thread, others)
+
+
+_team = _Team()
+
+
+def _after_fork() -> None:
+    global _team  # noqa: PLW0603  # a child has none of its parent's threads
+    _team = _Team()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def run_parts(kernel: int, block: int, count: int, threads: int) -> None:
+    """Run the parts 0 to ``count`` of a kernel's work on up to this many threads, this one among them.
+
+    Args:
+        kernel: address of the compiled kernel.
+        block: address of its packed arguments; the arrays they mean must be alive.
+        count: how many parts there are.
+        threads: most threads to use.
+    """
+    threads = min(threads, count)
+    if threads <= 1:
+        _alone(kernel, block, 0, count)
+    elif CAN_SLEEP:
+        team = _team
+        team.grow(threads - 1)
+        team.keep_off_the_callers_core()
+        _share(team.address, kernel, block, count, threads - 1)
+    else:
+        run_all([functools.partial(_alone, kernel, block, number, number + 1) for number in range(count)], threads)
