@@ -1,8 +1,12 @@
 """A window that slides along a row, for ``depthwise``: vectors of channels, and a tile that is a run of outputs."""
 
+from dataclasses import dataclass
 from typing import Any
 
+from llvmlite import ir
+
 from convdispatch.backends._vector import (
+    I32,
     Codegen,
     fused_multiply_add,
     intrinsic,
@@ -11,53 +15,86 @@ from convdispatch.backends._vector import (
 )
 
 
-def _slide(b: Any, tile: Any, arguments: Any, taps: int, stride: int) -> list[Any]:
-    values, _, _, address, step, filters, *clip = arguments
-    vector, count = tile.dtype, len(tile)
+@dataclass(frozen=True)
+class _Window:
+    """The integers that an intrinsic is compiled for."""
+
+    taps: int
+    stride: int
+    channels: int
+    filters: int
+
+    @classmethod
+    def of(cls, *literals: Any) -> "_Window":
+        return cls(*(literal.literal_value for literal in literals))
+
+
+def _slide(b: Any, tile: Any, window: _Window, values: Any, address: Any, step: Any, filters: Any, *clip: Any) -> Any:
+    vector, count, taps, channels = tile.dtype, len(tile), window.taps, window.channels
+    size, groups = vector.itemsize, vector.lanes // window.filters
     sums = parts_of(b, values, count)
-    weights = [load_at(b, vector.ir, filters, j * vector.lanes * vector.itemsize, vector.itemsize) for j in range(taps)]
+    weights = [load_at(b, vector.ir, filters, i * vector.lanes * size, size) for i in range(taps * channels)]
+    pixel = ir.VectorType(vector.ir.element, groups * channels)
     column, jump, width, zero = clip or [None] * 4
-    for p in range((count - 1) * stride + taps):
-        users = [o for o in range(count) if 0 <= p - o * stride < taps]
+    for p in range((count - 1) * window.stride + taps):
+        users = [o for o in range(count) if 0 <= p - o * window.stride < taps]
         if users:
             # As unsigned, -1 is large.
             place = b.select(b.icmp_unsigned("<", column, width), address, zero) if clip else address
-            x = load_at(b, vector.ir, place, 0, vector.itemsize)
-            for o in users:
-                sums[o] = fused_multiply_add(b, x, weights[p - o * stride], sums[o], vector)
+            loaded = load_at(b, pixel, place, 0, size)
+            for c in range(channels):
+                x = _spread(b, loaded, groups, channels, window.filters, c)
+                for o in users:
+                    sums[o] = fused_multiply_add(b, x, weights[(p - o * window.stride) * channels + c], sums[o], vector)
         address = b.add(address, step)
         column = b.add(column, jump) if clip else None
     return sums
 
 
+def _spread(b: Any, pixel: Any, groups: int, channels: int, filters: int, c: int) -> Any:
+    """Return each group's channel ``c`` in the lanes of all the group's filters."""
+    if channels == filters == 1:
+        return pixel
+    lanes = [group * channels + c for group in range(groups) for _ in range(filters)]
+    undefined = ir.Constant(pixel.type, ir.Undefined)
+    return b.shuffle_vector(pixel, undefined, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+
+
 @intrinsic
-def slide(typing: Any, tile: Any, taps: Any, stride: Any, inputs: Any, step: Any, filters: Any) -> tuple[Any, Codegen]:
+def slide(
+    typing: Any,
+    tile: Any, taps: Any, stride: Any, channels: Any, filters: Any, inputs: Any, step: Any, weights: Any,
+) -> tuple[Any, Codegen]:  # fmt: skip
     """Return a run of outputs plus one row of a filter: output ``o`` gains tap ``j`` times pixel ``o * stride + j``.
 
-    Pixels are the vectors ``step`` bytes apart from ``inputs`` on, each loaded once for all who need it; taps lie side
-    by side at ``filters``.
+    A vector holds the outputs of whole groups of ``filters`` filters each, every group with its own ``channels``
+    channels. Pixels are ``step`` bytes apart from ``inputs`` on, each loaded once for all who need it; ``weights`` are
+    ``[taps, channels, lanes]``.
     """
+    window = _Window.of(taps, stride, channels, filters)
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        sums = _slide(b, tile, arguments, taps.literal_value, stride.literal_value)
+        sums = _slide(b, tile, window, arguments[0], *arguments[5:])
         return context.make_tuple(b, signature.return_type, sums)
 
-    return tile(tile, taps, stride, inputs, step, filters), codegen
+    return tile(tile, taps, stride, channels, filters, inputs, step, weights), codegen
 
 
 @intrinsic
 def slide_clipped(
     typing: Any,
-    tile: Any, taps: Any, stride: Any, inputs: Any, step: Any, filters: Any,
+    tile: Any, taps: Any, stride: Any, channels: Any, filters: Any, inputs: Any, step: Any, weights: Any,
     column: Any, jump: Any, width: Any, zero: Any,
 ) -> tuple[Any, Codegen]:  # fmt: skip
     """Do as ``slide`` does where pixels may lie outside the image: these are read at the address ``zero`` instead.
 
     Pixel ``p`` is in column ``column + p * jump`` of ``width`` columns.
     """
+    window = _Window.of(taps, stride, channels, filters)
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        sums = _slide(b, tile, arguments, taps.literal_value, stride.literal_value)
+        sums = _slide(b, tile, window, arguments[0], *arguments[5:])
         return context.make_tuple(b, signature.return_type, sums)
 
-    return tile(tile, taps, stride, inputs, step, filters, column, jump, width, zero), codegen
+    kinds = (tile, taps, stride, channels, filters, inputs, step, weights, column, jump, width, zero)
+    return tile(*kinds), codegen

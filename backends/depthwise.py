@@ -1,12 +1,14 @@
-"""``depthwise``: every channel has its own filters, so vectors lie along the channels and nothing is summed across.
+"""``depthwise``: every channel, or every few, have their own filters, so vectors lie along the channels.
 
 A tile is a run of outputs along one row, a vector of channels each, summed in registers. For each row of the filter
 that lies inside the image, every pixel under the tile is loaded once and multiplied with all the taps that meet it
 (as in Zhang, Lo & Lu: High Performance Depthwise and Pointwise Convolutions on Mobile Devices, 2020). Channels are
 the innermost loop, as they are in memory, and then come columns and rows: the image is walked once. One too wide for
-that is walked in strips of columns, so that the rows a filter needs again stay in L2. Under a dilated filter, outputs
-share pixels with those a dilation away, so these make a tile. Rows outside the image are skipped, columns outside it
-are read at the address of a vector of zeros: nothing is copied. Bias, residual and activation are applied in registers.
+that is walked in strips of columns, so that the rows a filter needs again stay in L2. Groups of a few channels share
+vectors: a pixel's channels are spread so that each meets the lanes of all its group's filters. Under a dilated
+filter, outputs share pixels with those a dilation away, so these make a tile. Rows outside the image are skipped,
+columns outside it are read at the address of a vector of zeros: nothing is copied. Bias, residual and activation are
+applied in registers.
 
 Ends overlap: the last tile of a row and the last vector of a pixel are moved back until they fit, and do some outputs
 again. In a row shorter than a tile, the tile begins before the row, and its surplus is overwritten by the first
@@ -40,6 +42,8 @@ _TILES = {32: (14, 7, 4), 16: (7, 4)}
 _TAPS = (7, 5, 3)
 #: A filter up to this width that is no such multiple is done a row at a time; wider ones, and narrow ones, by taps.
 _WIDEST = 31
+#: Channels of a group, each written out as code.
+_CHANNELS = 16
 #: The rows of a strip that a filter needs again stay in L2 up to this size.
 _CACHED_ROWS = 256 << 10
 
@@ -53,14 +57,14 @@ def _inside(start, step, taps, size):  # type: ignore[no-untyped-def]
 
 
 @njit()
-def _finish(out, residual, bias, scratch, first, apart, c0, multiplier, member, code, slope):  # type: ignore[no-untyped-def]
+def _finish(out, residual, bias, scratch, first, apart, k0, members, member, code, slope):  # type: ignore[no-untyped-def]
     """Finish a tile value by value: spread filters of one channel, apply what has no instruction."""
     outputs, lanes = scratch.shape
     for o in range(outputs):
         ow = first + o * apart
         for lane in range(lanes if ow >= 0 else 0):
-            k = (c0 + lane) * multiplier + member
-            if multiplier == 1:
+            k = (k0 + lane) * members + member
+            if members == 1:
                 total = out[ow, k]
             else:
                 total = scratch[o, lane]
@@ -71,19 +75,23 @@ def _finish(out, residual, bias, scratch, first, apart, c0, multiplier, member, 
             out[ow, k] = activate(total, code, slope)
 
 
-#: ``filters`` is ``[blocks, multiplier, KH, KW, lanes]``, a block being the channels of a vector.
+#: ``filters`` is ``[blocks, members, KH, KW, C // groups, lanes]``, a block being what a vector of outputs needs.
 _ARGUMENTS = Arguments(
-    input=array_of(4), filters=array_of(5), bias=array_of(1), residual=array_of(4), out=array_of(4), zero=array_of(1),
+    input=array_of(4), filters=array_of(6), bias=array_of(1), residual=array_of(4), out=array_of(4), zero=array_of(1),
     window=integers_of(8), strip=INTEGER, code=INTEGER, slope=FLOAT, parts=array_of(2, "int64"),
 )  # fmt: skip
 unpack = _ARGUMENTS.unpack
 
 
 @functools.cache
-def _compiled(tile: int, taps: int, stride: int, dilated: bool, lanes: int, itemsize: int) -> CompiledKernel:  # noqa: C901, PLR0915
+def _compiled(  # noqa: C901, PLR0915
+    tile: int, taps: int, stride: int, dilated: bool, group_c: int, group_k: int, lanes: int, itemsize: int
+) -> CompiledKernel:
     """Return the kernel of one tile: ``taps`` of a filter's row at a time, whose outputs are ``stride`` pixels apart.
 
-    With one tap at a time any stride and dilation will do, since then outputs share no pixel.
+    With one tap at a time any stride and dilation will do, since then outputs share no pixel. A vector holds whole
+    groups of ``group_k`` filters, each group with ``group_c`` channels; or, if both are 1, one filter each of
+    neighbouring channels.
     What is no dilation is compiled apart: with pixels a variable number of columns apart, the compiler keeps more
     differences of addresses than there are registers, and the kernel takes half as long again.
     """
@@ -96,8 +104,8 @@ def _compiled(tile: int, taps: int, stride: int, dilated: bool, lanes: int, item
         kh, kw, top, left, sh, sw, dh, dw = window
         height, width, channels = x.shape[1:]
         rows, columns, filters = out.shape[1:]
-        blocks, multiplier = w.shape[:2]
-        pixel, result = channels * itemsize, filters * itemsize
+        blocks, members = w.shape[:2]
+        pixel, result, tap_bytes = channels * itemsize, filters * itemsize, group_c * lanes * itemsize
         apart = dw if dilated else 1
         jump, phases = apart if taps > 1 else sw, min(apart, columns)
         residual_offset = residual.ctypes.data - out.ctypes.data
@@ -124,46 +132,48 @@ def _compiled(tile: int, taps: int, stride: int, dilated: bool, lanes: int, item
                     clipped = column < 0 or column + (span - 1) * jump + (kw - taps) * dw >= width
                     window_at = x.ctypes.data + ((n * height + above) * width + column) * pixel
                     for block in range(blocks):
-                        c0 = min(block * lanes, channels - lanes)
-                        for member in range(multiplier):
-                            packed = w.ctypes.data + (block * multiplier + member) * kh * kw * lanes * itemsize
+                        k0 = min(block * lanes, filters // members - lanes)
+                        c0 = k0 // group_k * group_c
+                        for member in range(members):
+                            packed = w.ctypes.data + (block * members + member) * kh * kw * tap_bytes
                             sums = zeros(tile, 1, lanes, itemsize)
                             for i in range(low, high):
                                 from_row = window_at + i * dh * width * pixel + c0 * itemsize
                                 for j in range(0, kw, taps):
                                     here = from_row + j * dw * pixel
-                                    weights = packed + (i * kw + j) * lanes * itemsize
+                                    weights = packed + (i * kw + j) * tap_bytes
                                     if clipped:
                                         sums = slide_clipped(
-                                            sums, taps, stride, here, jump * pixel, weights,
+                                            sums, taps, stride, group_c, group_k, here, jump * pixel, weights,
                                             column + j * dw, jump, width, zero.ctypes.data,
                                         )  # fmt: skip
                                     else:
-                                        sums = slide(sums, taps, stride, here, jump * pixel, weights)
-                            if multiplier == 1:
+                                        sums = slide(sums, taps, stride, group_c, group_k, here, jump * pixel, weights)
+                            if members == 1:
                                 if bias.size:
-                                    sums = add_to_all(sums, tile, bias.ctypes.data + c0 * itemsize)
+                                    sums = add_to_all(sums, tile, bias.ctypes.data + k0 * itemsize)
                                 if residual.size:
-                                    sums = add_to_each(sums, tile, places, residual_offset + c0 * itemsize)
+                                    sums = add_to_each(sums, tile, places, residual_offset + k0 * itemsize)
                                 if code == RELU:
                                     sums = clamp(sums, 0.0, math.inf)
                                 elif code == RELU6:
                                     sums = clamp(sums, 0.0, 6.0)
-                                store(sums, tile, places, c0 * itemsize)
+                                store(sums, tile, places, k0 * itemsize)
                                 if code <= RELU6:
                                     continue
                             else:
                                 store(sums, tile, scratch_table.ctypes.data, 0)
                             more = residual[n, oh] if residual.size else residual.reshape(0, 0)
-                            _finish(out[n, oh], more, bias, scratch, ow, apart, c0, multiplier, member, code, slope)
+                            _finish(out[n, oh], more, bias, scratch, ow, apart, k0, members, member, code, slope)
 
     return CompiledKernel(convolve, _ARGUMENTS)
 
 
 class Depthwise(Backend):
-    """One filter or some for each channel, vectors along the channels; any filter, stride, dilation and padding."""
+    """Vectors along the channels, each of a group of few or of its own; any filter, stride, dilation and padding."""
 
     name = "depthwise"
+    version = 2
     parallel = True
     fuses_epilogue = True
 
@@ -172,9 +182,9 @@ class Depthwise(Backend):
         if problem.is_integer:
             return "its vectors hold floats, and integer results are exact"
         if problem.groups == 1:
-            return "it wants as many groups as channels, and there is one group for all"
-        if problem.group_c != 1:
-            return f"a group has {problem.group_c} channels, not 1"
+            return "it wants groups, and there is one for all"
+        if not _shares_vectors(problem) and problem.group_c != 1:
+            return f"groups of {problem.group_c} channels and {problem.group_k} filters do not share vectors well"
         return None
 
     def configs(self, problem: Problem, effort: Effort) -> Sequence[Config]:  # noqa: ARG002  # they are few
@@ -191,12 +201,12 @@ class Depthwise(Backend):
         """Return the time of products, loads and stores by tile, or of the traffic if that takes longer."""
         p, tile = problem, _tile(config)
         lanes, size = _lanes(p, machine.vector_bytes), item_bytes(p.dtype)
-        tiles = p.n * p.oh * -(-p.ow // tile) * -(-p.c // lanes) * p.group_k
+        tiles = p.n * p.oh * -(-p.ow // tile) * -(-p.k // lanes)
         taps, stride = _taps(p)
         loads = p.kw // taps * ((tile - 1) * stride + 2 * taps)
-        row = _FMA_SECONDS_PER_BYTE * lanes * size * tile * p.kw + _LOAD_SECONDS * loads
+        row = (_FMA_SECONDS_PER_BYTE * lanes * size * tile * p.kw + _LOAD_SECONDS * loads) * p.group_c
         seconds = tiles * (row * _rows_inside(p) + _TILE_SECONDS)
-        if p.group_k > 1 or p.epilogue.code > RELU6:
+        if not _shares_vectors(p) or p.epilogue.code > RELU6:
             seconds += tiles * tile * lanes * (_VALUE_SECONDS if p.epilogue.code <= RELU6 else 3 * _VALUE_SECONDS)
         used = min(config.threads, machine.cores, p.n * p.oh)
         traffic = (math.prod(p.input_shape) + math.prod(p.output_shape)) * size
@@ -209,15 +219,16 @@ class Depthwise(Backend):
         if reason := self.rejects(p):  # a kernel that goes by addresses must not be wrong about shapes
             raise ArgumentError(f"depthwise cannot do {p}: {reason}")
         lanes = _lanes(p, vector_bytes())
-        by_channel = filters.reshape(p.kh, p.kw, p.c, p.group_k).transpose(2, 3, 0, 1)
-        packed = aligned((-(-p.c // lanes), p.group_k, p.kh, p.kw, lanes), p.dtype)
-        for block, vector in enumerate(packed):
-            c0 = min(block * lanes, p.c - lanes)
-            vector[...] = by_channel[c0 : c0 + lanes].transpose(1, 2, 3, 0)
+        members = 1 if _shares_vectors(p) else p.group_k
+        by_member = filters.reshape(p.kh, p.kw, p.group_c, p.k // members, members).transpose(4, 0, 1, 2, 3)
+        packed = aligned((-(-p.k // (members * lanes)), members, p.kh, p.kw, p.group_c, lanes), p.dtype)
+        for block, vectors in enumerate(packed):
+            k0 = min(block * lanes, p.k // members - lanes)
+            vectors[...] = by_member[..., k0 : k0 + lanes]
         kept = np.empty(0, dtype_of(p.dtype)) if bias is None else np.array(bias)
         parts = split(p.n * p.oh, 1 if config.threads == 1 else _PARTS * config.threads)
         values = {
-            "filters": packed, "bias": kept, "zero": aligned((lanes,), p.dtype),
+            "filters": packed, "bias": kept, "zero": aligned((2 * lanes,), p.dtype),
             "window": (p.kh, p.kw, p.pads[0], p.pads[2], *p.strides, *p.dilations), "strip": _strip(p, tile),
             "code": p.epilogue.code, "slope": p.epilogue.slope, "parts": np.array(parts, np.int64),
         }  # fmt: skip
@@ -262,12 +273,20 @@ def _taps(problem: Problem) -> tuple[int, int]:
 def _kernel_of(problem: Problem, tile: int, lanes: int) -> CompiledKernel:
     taps, stride = _taps(problem)
     dilated = taps > 1 and problem.dilations[1] > 1
-    return _compiled(tile, taps, stride, dilated, lanes, item_bytes(problem.dtype))
+    group = (problem.group_c, problem.group_k) if _shares_vectors(problem) else (1, 1)
+    return _compiled(tile, taps, stride, dilated, *group, lanes, item_bytes(problem.dtype))
+
+
+def _shares_vectors(problem: Problem) -> bool:
+    """Return whether whole groups of filters fill a vector, and their channels two at most."""
+    p, lanes = problem, vector_bytes() // item_bytes(problem.dtype)
+    return p.group_k & (p.group_k - 1) == 0 and p.group_k <= lanes and p.group_c <= min(2 * p.group_k, _CHANNELS)
 
 
 def _lanes(problem: Problem, vector: int) -> int:
-    """Return the lanes for vectors of this many bytes: fewer if there are not as many channels."""
-    return min(vector // item_bytes(problem.dtype), 1 << (problem.c.bit_length() - 1))
+    """Return the lanes for vectors of this many bytes: fewer if there are not as many outputs."""
+    wide = problem.k if _shares_vectors(problem) else problem.c
+    return min(vector // item_bytes(problem.dtype), 1 << (wide.bit_length() - 1))
 
 
 def _rows_inside(problem: Problem) -> float:

@@ -73,6 +73,14 @@ def test_several_filters_of_a_channel(text: str, multiplier: int) -> None:
     check(Problem.parse(f"2x5x9x18 * 3x3x1x{18 * multiplier} SAME {text}"))
 
 
+@pytest.mark.parametrize("text", ["", "stride=2 +relu", "dilation=2 +bias +residual", "+bias +residual +tanh"])
+@pytest.mark.parametrize(("group_c", "group_k"), [(4, 4), (8, 8), (16, 16), (2, 4), (8, 4), (3, 2), (1, 16)])
+def test_groups_that_share_a_vector(text: str, group_c: int, group_k: int) -> None:
+    for groups in (2, 5, 32 // group_k + 1):
+        shapes = f"{groups * group_c} * 3x3x{group_c}x{groups * group_k}"
+        check(Problem.parse(f"2x5x9x{shapes} SAME {text}"))
+
+
 @pytest.mark.parametrize("text", ["1x7x300x700 * 3x3x1x700 SAME", "1x3x90x2048 * 3x3x1x2048 SAME dilation=2"])
 def test_wide_images_are_walked_in_strips(text: str) -> None:
     check(Problem.parse(text), Config(columns=4))
@@ -84,7 +92,12 @@ def test_float64() -> None:
 
 @st.composite
 def depthwise_problems(draw: st.DrawFn) -> Problem:
-    channels, multiplier = draw(st.integers(16, 40)), draw(st.sampled_from((1, 1, 2)))
+    groups, group_c, group_k = draw(
+        st.one_of(
+            st.tuples(st.integers(16, 40), st.just(1), st.sampled_from((1, 1, 2, 3))),
+            st.tuples(st.integers(2, 9), st.just(4), st.just(4)),
+        )
+    )
     kernel = draw(st.integers(1, 5)), draw(st.sampled_from((1, 3)))
     dilations = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     pads = draw(st.tuples(*[st.integers(0, 9)] * 4))
@@ -93,8 +106,8 @@ def depthwise_problems(draw: st.DrawFn) -> Problem:
         n=draw(st.integers(1, 2)),
         h=draw(st.integers(max(1, least[0] - pads[0] - pads[1]), 20)),
         w=draw(st.integers(max(1, least[1] - pads[2] - pads[3]), 40)),
-        c=channels, k=channels * multiplier, kh=kernel[0], kw=kernel[1], pads=pads,
-        strides=(draw(st.integers(1, 3)), draw(st.integers(1, 3))), dilations=dilations, groups=channels,
+        c=groups * group_c, k=groups * group_k, kh=kernel[0], kw=kernel[1], pads=pads,
+        strides=(draw(st.integers(1, 3)), draw(st.integers(1, 3))), dilations=dilations, groups=groups,
         dtype="float32", data_format="NHWC",
         epilogue=Epilogue(draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from([None, "relu", "hardswish"]))),
     )  # fmt: skip
@@ -127,10 +140,19 @@ def test_a_bad_pixel_spoils_only_its_own_channel_and_windows() -> None:
     np.testing.assert_array_equal(np.isnan(run(case, PLAIN)), spoiled)
 
 
+def test_a_bad_pixel_spoils_only_its_own_group() -> None:
+    case = numbers(Problem.parse("1x9x20x36 * 3x3x4x36 SAME"))
+    case.x[0, 4, 6, 30] = np.inf
+    spoiled = np.zeros((1, 9, 20, 36), bool)
+    spoiled[0, 3:6, 5:8, 28:32] = True
+    np.testing.assert_array_equal(~np.isfinite(run(case, PLAIN)), spoiled)
+
+
 @pytest.mark.parametrize(("text", "words"), [
     ("1x8x8x16 * 3x3x1x16 SAME int8", "floats"),
-    ("1x8x8x16 * 3x3x16x16 SAME", "one group"),
-    ("1x8x8x16 * 3x3x4x16 SAME", "4 channels"),
+    ("1x8x8x16 * 3x3x16x16 SAME", "one for all"),
+    ("1x8x8x64 * 3x3x32x64 SAME", "32 channels"),
+    ("1x8x8x16 * 3x3x4x12 SAME", "3 filters"),
 ])  # fmt: skip
 def test_what_it_cannot_do_it_says(text: str, words: str) -> None:
     problem = Problem.parse(text)
