@@ -14,6 +14,13 @@ class PackedKernel:
 
     The kernel's arguments must have the arrays ``input``, ``out`` and ``residual``. If they have a number ``spoiled``,
     the kernel sets it where a sum is not finite, and calls return whether it did.
+
+    Attributes:
+        address: the compiled kernel's.
+        block: its packed arguments, but for the addresses of a call's arrays.
+        places: where in the block the addresses of input, out and residual go.
+        spoiled_at: where in the block it reports sums that are not finite, None if it does not.
+        count: parts of its work.
     """
 
     def __init__(
@@ -34,25 +41,26 @@ class PackedKernel:
             threads: most threads to use.
         """
         self._recipe = compiled, problem, values, count, threads
-        self._kernel, self._count, self._threads = compiled(), count, threads
-        arguments, p = self._kernel.arguments, problem
-        self._block = arguments.pack(**values)
-        self._at = tuple(arguments.at[name] for name in ("input", "out", "residual"))
-        for at, shape in zip(self._at, ((p.n, p.h, p.w, p.c), *2 * ((p.n, p.oh, p.ow, p.k),)), strict=True):
-            self._block[at + 1 : at + 5] = shape
+        self.count, self._threads = count, threads
+        self._kernel, p = compiled(), problem
+        self.address, arguments = self._kernel.address, self._kernel.arguments
+        self.block = arguments.pack(**values)
+        self.places = tuple(arguments.at[name] for name in ("input", "out", "residual"))
+        for at, shape in zip(self.places, ((p.n, p.h, p.w, p.c), *2 * ((p.n, p.oh, p.ow, p.k),)), strict=True):
+            self.block[at + 1 : at + 5] = shape
         if not p.epilogue.residual:
-            self._block[self._at[2] + 1 : self._at[2] + 5] = 0
-        self._spoiled = arguments.at.get("spoiled")
+            self.block[self.places[2] + 1 : self.places[2] + 5] = 0
+        self.spoiled_at = arguments.at.get("spoiled")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PackedKernel, self._recipe
 
     def __call__(self, input: Array, out: Array, residual: Array | None) -> bool | None:
         """Convolve ``input`` into ``out``."""
-        block = self._block.copy()
-        at = self._at
+        block = self.block.copy()
+        at = self.places
         block[at[0]], block[at[1]] = input.ctypes.data, out.ctypes.data
         if residual is not None:
             block[at[2]] = residual.ctypes.data
-        run_parts(self._kernel.address, block.ctypes.data, self._count, self._threads)
-        return None if self._spoiled is None else bool(block[self._spoiled])
+        run_parts(self.address, block.ctypes.data, self.count, self._threads)
+        return None if self.spoiled_at is None else bool(block[self.spoiled_at])

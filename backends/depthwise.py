@@ -22,12 +22,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from convdispatch.arguments import Array
-from convdispatch.backend import Backend, Config, Effort, Kernel, item_bytes
+from convdispatch.backend import Config, Effort, item_bytes
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._epilogue import RELU, RELU6, activate
 from convdispatch.backends._jit import njit
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import aligned
+from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._slide import slide, slide_clipped
 from convdispatch.backends._threads import split
 from convdispatch.backends._tile import add_to_all, add_to_each, clamp, store, zeros
@@ -169,15 +170,13 @@ def _compiled(  # noqa: C901, PLR0915
     return CompiledKernel(convolve, _ARGUMENTS)
 
 
-class Depthwise(Backend):
+class Depthwise(PackedBackend):
     """Vectors along the channels, each of a group of few or of its own; any filter, stride, dilation and padding."""
 
     name = "depthwise"
     version = 2
-    parallel = True
-    fuses_epilogue = True
 
-    def rejects(self, problem: Problem) -> str | None:
+    def rejects_plain(self, problem: Problem) -> str | None:
         """Return None, or why the problem is not depthwise, or that integers are missing."""
         if problem.is_integer:
             return "its vectors hold floats, and integer results are exact"
@@ -187,17 +186,17 @@ class Depthwise(Backend):
             return f"groups of {problem.group_c} channels and {problem.group_k} filters do not share vectors well"
         return None
 
-    def configs(self, problem: Problem, effort: Effort) -> Sequence[Config]:  # noqa: ARG002  # they are few
+    def configs_plain(self, problem: Problem, effort: Effort) -> Sequence[Config]:  # noqa: ARG002  # they are few
         """Return tiles, the one with the smallest estimate first."""
         here = current()
         choices = [Config(columns=columns) for columns in _TILES[_registers()]]
-        return sorted(choices, key=lambda config: self.estimate(problem, config, here))
+        return sorted(choices, key=lambda config: self.estimate_plain(problem, config, here))
 
-    def workspace(self, problem: Problem, config: Config) -> int:  # noqa: ARG002
+    def workspace_plain(self, problem: Problem, config: Config) -> int:  # noqa: ARG002
         """Return the bytes of each thread's addresses and tile."""
         return config.threads * _tile(config) * (16 + vector_bytes())
 
-    def estimate(self, problem: Problem, config: Config, machine: Machine) -> float:
+    def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return the time of products, loads and stores by tile, or of the traffic if that takes longer."""
         p, tile = problem, _tile(config)
         lanes, size = _lanes(p, machine.vector_bytes), item_bytes(p.dtype)
@@ -213,10 +212,10 @@ class Depthwise(Backend):
         missed = max(0, traffic - machine.caches[2] // 2) / _MEMORY_BYTES_PER_SECOND
         return (seconds + missed) / (0.9 * used if used > 1 else 1) + 4e-6 + _LAUNCH_SECONDS * (used > 1)
 
-    def prepare(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> Kernel:
+    def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Pack the filters by vectors of channels; compile for the tile if that has not been done."""
         p, tile = problem, _tile(config)
-        if reason := self.rejects(p):  # a kernel that goes by addresses must not be wrong about shapes
+        if reason := self.rejects_plain(p):  # a kernel that goes by addresses must not be wrong about shapes
             raise ArgumentError(f"depthwise cannot do {p}: {reason}")
         lanes = _lanes(p, vector_bytes())
         members = 1 if _shares_vectors(p) else p.group_k

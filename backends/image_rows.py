@@ -22,12 +22,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from convdispatch.arguments import Array
-from convdispatch.backend import Backend, Config, Effort, Kernel, item_bytes
+from convdispatch.backend import Config, Effort, item_bytes
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._epilogue import RELU, RELU6, activate
 from convdispatch.backends._jit import njit
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import aligned
+from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._threads import split
 from convdispatch.backends._tile import add_to_all, add_to_each, clamp, store, zeros
 from convdispatch.backends._vector import vector_bytes
@@ -300,14 +301,12 @@ def _cut(problem: Problem, tile: tuple[int, int], lanes: int) -> _Cut:
     return _Cut(in_place, (high, wide), panels, (planes + stage) * size)
 
 
-class ImageRows(Backend):
+class ImageRows(PackedBackend):
     """Vectors of neighbouring columns, for images of few channels and filters of any size."""
 
     name = "image_rows"
-    parallel = True
-    fuses_epilogue = True
 
-    def rejects(self, problem: Problem) -> str | None:
+    def rejects_plain(self, problem: Problem) -> str | None:
         """Return None, or what about the dtype, the channels or the strides stands against it."""
         p = problem
         if p.is_integer:
@@ -318,19 +317,19 @@ class ImageRows(Backend):
             return "its vectors take neighbouring columns and its tiles neighbouring rows, without strides"
         return None
 
-    def configs(self, problem: Problem, effort: Effort) -> Sequence[Config]:
+    def configs_plain(self, problem: Problem, effort: Effort) -> Sequence[Config]:
         """Return tiles, the one with the smallest estimate first."""
         here = current()
         choices = [Config(rows=rows, vectors=vectors) for rows, vectors in _TILES[_registers()]]
-        choices.sort(key=lambda config: self.estimate(problem, config, here))
+        choices.sort(key=lambda config: self.estimate_plain(problem, config, here))
         return choices[: 2 if effort in {"estimate", "measure"} else None]
 
-    def workspace(self, problem: Problem, config: Config) -> int:
+    def workspace_plain(self, problem: Problem, config: Config) -> int:
         """Return the bytes of each thread's copy of the input and staged results."""
         lanes = vector_bytes() // item_bytes(problem.dtype)
         return config.threads * (_cut(problem, _tile(config), lanes).scratch + 8 * _tile(config)[0])
 
-    def estimate(self, problem: Problem, config: Config, machine: Machine) -> float:
+    def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return products of whole tiles by what is loaded for them; copies in and out of scratch; memory."""
         p, tile, size = problem, _tile(config), item_bytes(problem.dtype)
         lanes = machine.vector_bytes // size
@@ -355,7 +354,7 @@ class ImageRows(Backend):
         launch = _LAUNCH_SECONDS * (used > 1)
         return (compute + copies + moved) / (0.9 * used if used > 1 else 1) + 8e-6 + launch
 
-    def prepare(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> Kernel:
+    def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Reorder the filters; compile for the tile and the filter's height if that has not been done."""
         p, tile = problem, _tile(config)
         lanes = vector_bytes() // item_bytes(p.dtype)

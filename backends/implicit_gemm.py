@@ -14,12 +14,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from convdispatch.arguments import Array
-from convdispatch.backend import Backend, Config, Effort, Kernel, item_bytes
+from convdispatch.backend import Config, Effort, item_bytes
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._epilogue import RELU, RELU6, activate
 from convdispatch.backends._jit import njit
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import aligned, by_blocks
+from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._threads import split
 from convdispatch.backends._tile import add_to_all, add_to_each, clamp, multiply_add, register_tiles, store, zeros
 from convdispatch.backends._vector import vector_bytes
@@ -174,32 +175,30 @@ def _parts(problem: Problem, rows: int, blocks: int, threads: int) -> tuple[bool
     return outer, [(*tile, *block) for tile in split(tiles, down) for block in split(blocks, across)]
 
 
-class ImplicitGemm(Backend):
+class ImplicitGemm(PackedBackend):
     """Tiles of outputs summed in registers, the input read where it lies; any filter, stride and padding."""
 
     name = "implicit_gemm"
-    parallel = True
-    fuses_epilogue = True
 
-    def rejects(self, problem: Problem) -> str | None:
+    def rejects_plain(self, problem: Problem) -> str | None:
         """Return None, or that integers or filters are missing."""
         if problem.is_integer:
             return "its vectors hold floats, and integer results are exact"
         return None
 
-    def configs(self, problem: Problem, effort: Effort) -> Sequence[Config]:
+    def configs_plain(self, problem: Problem, effort: Effort) -> Sequence[Config]:
         """Return tiles, the one with the smallest estimate first."""
         here = current()
         choices = [Config(rows=rows, vectors=vectors) for rows, vectors in _tiles(problem)]
-        choices.sort(key=lambda config: self.estimate(problem, config, here))
+        choices.sort(key=lambda config: self.estimate_plain(problem, config, here))
         return choices[: 3 if effort in {"estimate", "measure"} else None]
 
-    def workspace(self, problem: Problem, config: Config) -> int:
+    def workspace_plain(self, problem: Problem, config: Config) -> int:
         """Return the bytes of each thread's table and tile."""
         rows, vectors = _tile(config)
         return config.threads * rows * ((2 + problem.kh * problem.kw) * 8 + vectors * vector_bytes())
 
-    def estimate(self, problem: Problem, config: Config, machine: Machine) -> float:
+    def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return products, those with padding included, by what a tile loads for each; tables; filters' traffic."""
         p, (rows, vectors) = problem, _tile(config)
         block = vectors * machine.vector_bytes // item_bytes(p.dtype)
@@ -217,7 +216,7 @@ class ImplicitGemm(Backend):
         used = min(config.threads, machine.cores, len(parts))
         return (compute + each + traffic) / (0.95 * used if used > 1 else 1) + 8e-6 + _LAUNCH_SECONDS * (used > 1)
 
-    def prepare(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> Kernel:
+    def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Pack the filters by blocks; compile for the tile if that has not been done."""
         p, tile = problem, _tile(config)
         lanes = vector_bytes() // item_bytes(p.dtype)

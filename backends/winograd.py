@@ -20,9 +20,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from convdispatch.arguments import Array
-from convdispatch.backend import Backend, Config, Effort, Kernel, Numerics, item_bytes
+from convdispatch.backend import Config, Effort, Numerics, item_bytes
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import aligned, by_blocks
+from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._threads import split
 from convdispatch.backends._tile import register_tiles
 from convdispatch.backends._toomcook import amplification, roundings, strided
@@ -105,16 +106,14 @@ def _tile(problem: Problem) -> tuple[int, int]:
     return next((t for t in tiles if t[1] * lanes <= max(lanes, problem.group_k)), min(tiles, key=lambda t: t[1]))
 
 
-class Winograd(Backend):
+class Winograd(PackedBackend):
     """Minimal filtering, F(2x2) to F(6x6), for 3x3 and 5x5 filters of stride 1, any dilation, and of stride 2."""
 
     name = "winograd"
     version = 3
     numerics = Numerics("transform", growth=_growth)
-    parallel = True
-    fuses_epilogue = True
 
-    def rejects(self, problem: Problem) -> str | None:
+    def rejects_plain(self, problem: Problem) -> str | None:
         """Return the first thing about the problem that the algorithm has no answer to."""
         kh, kw, strides = problem.kh, problem.kw, problem.strides
         checks = (
@@ -130,13 +129,17 @@ class Winograd(Backend):
         )
         return next((reason for bad, reason in checks if bad), None)
 
-    def configs(self, problem: Problem, effort: Effort) -> Sequence[Config]:  # noqa: ARG002
+    def configs_plain(self, problem: Problem, effort: Effort) -> Sequence[Config]:  # noqa: ARG002
         """Return the tile sizes, first the one with the smallest estimate here."""
         here = current()
         sizes = (Config(m=m) for m in SIZES[problem.kh, problem.strides[0]])
-        return sorted(sizes, key=lambda config: self.estimate(problem, config, here))
+        return sorted(sizes, key=lambda config: self.estimate_plain(problem, config, here))
 
-    def workspace(self, problem: Problem, config: Config) -> int:
+    def step(self, problem: Problem, config: Config) -> int:
+        """Return the rows of a tile."""
+        return _size(problem, config)
+
+    def workspace_plain(self, problem: Problem, config: Config) -> int:
         """Return the bytes of the transformed tiles and products of the jobs under way."""
         m, tile = _size(problem, config), _tile(problem)
         block = tile[1] * vector_bytes() // item_bytes(problem.dtype)
@@ -144,7 +147,7 @@ class Winograd(Backend):
         largest = max(_scratch(problem, m, tile, part) for part in parts)
         return min(config.threads, len(parts)) * largest * item_bytes(problem.dtype)
 
-    def estimate(self, problem: Problem, config: Config, machine: Machine) -> float:
+    def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return the seconds of the products, the transforms, and the filters' traffic."""
         p, m, tile, size = problem, _size(problem, config), _tile(problem), item_bytes(problem.dtype)
         n, width = _side(p, m), machine.vector_bytes / 64 * 4 / size
@@ -163,7 +166,7 @@ class Winograd(Backend):
         used = min(config.threads, machine.cores, len(parts))
         return work / (0.92 * used if used > 1 else 1) + 10e-6 + _LAUNCH_SECONDS * (used > 1)
 
-    def prepare(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> Kernel:
+    def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Transform the filters in float64 and round them once."""
         p, m, tile = problem, _size(problem, config), _tile(problem)
         lanes = vector_bytes() // item_bytes(p.dtype)

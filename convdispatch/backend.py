@@ -114,8 +114,8 @@ class Kernel(Protocol):
         """Convolve ``input`` ``[N, H, W, C]`` into ``out`` ``[N, OH, OW, K]``.
 
         ``residual`` is of ``out``'s shape and present only if the problem's epilogue says so. Arrays are
-        C-contiguous NHWC of the problem's dtypes unless the backend declared ``strided``; then they are
-        NHWC views of any strides.
+        C-contiguous, in the problem's data format (of those that the backend declared) and dtypes; those of a
+        ``strided`` backend are NHWC views of any strides.
         """
         ...
 
@@ -131,6 +131,7 @@ class Backend(ABC):
         strided: whether its kernels read and write NHWC views of any strides (NCHW arrays among them).
         fuses_epilogue: whether its kernels apply bias, residual and activation themselves. The kernels of a
             transform that does so return whether any sum was NaN or infinite, since an activation can hide it.
+        formats: the data formats its kernels load and store themselves; the plan converts others to NHWC.
         native_dtypes: the dtypes its kernels load themselves. The plan turns others into the problem's
             ``sum_dtype``: float16 and bfloat16 into float32, small integers into int32.
     """
@@ -141,6 +142,7 @@ class Backend(ABC):
     parallel: ClassVar[bool] = False
     strided: ClassVar[bool] = False
     fuses_epilogue: ClassVar[bool] = False
+    formats: ClassVar[frozenset[str]] = frozenset(("NHWC",))
     native_dtypes: ClassVar[frozenset[str]] = frozenset(("float32", "float64", "int32", "int64"))
 
     @abstractmethod
@@ -181,7 +183,7 @@ class Backend(ABC):
 def seen_by(backend: Backend, problem: Problem) -> Problem:
     """Return the problem with what the backend leaves to the plan taken out of it."""
     changes: dict[str, Any] = {}
-    if problem.data_format != "NHWC":
+    if problem.data_format not in backend.formats:
         changes["data_format"] = "NHWC"
     if problem.dtype not in backend.native_dtypes:
         changes["dtype"] = problem.sum_dtype
@@ -245,7 +247,7 @@ def item_bytes(dtype: str) -> int:
 
 def _conversion_bytes(backend: Backend, problem: Problem, seen: Problem) -> int:
     """Return the bytes of the copies a plan makes around a kernel: other layout, other dtype."""
-    relayout = problem.data_format != "NHWC" and not backend.strided
+    relayout = problem.data_format != seen.data_format and not backend.strided
     total = 0
     if relayout or seen.dtype != problem.dtype:
         total += math.prod(seen.input_shape) * item_bytes(seen.dtype)

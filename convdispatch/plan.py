@@ -242,7 +242,7 @@ class Plan:
 
     def _can_store_directly(self) -> bool:
         """Return whether the kernel's output is the result, or needs another layout or dtype."""
-        relayout = self.problem.data_format != "NHWC" and not self.candidate.backend.strided
+        relayout = self.problem.data_format != self._seen.data_format and not self.candidate.backend.strided
         return not relayout and self._seen.result_dtype == self.problem.result_dtype
 
     def _run(self, x: Array, residual: Array | None, target: Array) -> None:
@@ -252,7 +252,7 @@ class Plan:
         if p.is_empty:
             return
         sums = result if self._direct_store else np.empty((p.n, p.oh, p.ow, p.k), self._sums)
-        if residual is not None and residual.dtype != self._sums:
+        if residual is not None and self._seen.result_dtype != p.result_dtype:
             residual = residual.astype(self._sums)
         if self._kernel is None:
             sums[...] = 0
@@ -271,11 +271,13 @@ class Plan:
         seen = dtype_of(self._seen.dtype)
         if x.dtype != seen:
             x = x.astype(seen, order="C")
+        added = residual if self._seen.epilogue else None
+        if self._seen.data_format == "NCHW":
+            x, sums = x.transpose(0, 3, 1, 2), sums.transpose(0, 3, 1, 2)
+            added = None if added is None else added.transpose(0, 3, 1, 2)
         if not backend.strided:
             x = np.ascontiguousarray(x)
-            if residual is not None and self._seen.epilogue:
-                residual = np.ascontiguousarray(residual)
-        added = residual if self._seen.epilogue else None
+            added = None if added is None else np.ascontiguousarray(added)
         told = kernel(x, sums, added)
         if self._filters is None:
             return

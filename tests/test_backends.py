@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from strategies import FLOAT_DTYPES, USABLE_DTYPES, Case, cases, from_format, numbers, problems, written
+from strategies import FLOAT_DTYPES, USABLE_DTYPES, Case, cases, from_format, numbers, problems, to_format, written
 
 import convdispatch
 from convdispatch import reference, registry
@@ -98,13 +98,14 @@ def test_every_config_is_within_the_bound_of_the_reference(backend: Backend, cas
     x, w = (array.astype(dtype_of(p.dtype)) for array in (case.x, case.w))
     values = p.epilogue and case.bias is not None
     bias = case.bias.astype(dtype_of(p.sum_dtype)) if values and case.bias is not None else None
-    added = case.residual.astype(dtype_of(p.sum_dtype)) if p.epilogue and case.residual is not None else None
-    x.flags.writeable = False
+    added = case.residual.astype(dtype_of(p.result_dtype)) if p.epilogue and case.residual is not None else None
+    given_x, given_added = to_format(p, x), None if added is None else to_format(p, added)
+    given_x.flags.writeable = False
     for config in configs_of(backend, p):
         kernel = backend.prepare(p, w, bias, config)
-        out = np.full((p.n, p.oh, p.ow, p.k), 77, dtype_of(p.sum_dtype))
-        kernel(x, out, added)
-        verdict = reference.judge(p, backend.numerics, config, x, w, out, bias, added)
+        out = np.full(p.output_shape, 77, dtype_of(p.result_dtype))
+        kernel(given_x, out, given_added)
+        verdict = reference.judge(p, backend.numerics, config, x, w, from_format(p, out), bias, added)
         assert verdict.reason is None, config
 
 

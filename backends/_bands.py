@@ -1,0 +1,263 @@
+"""NCHW images and 16-bit floats for kernels that compute NHWC float32: converted on the way, by bands of rows.
+
+A band of output rows and the input rows it needs are small enough for a core's own cache: a thread copies the input's
+rows into the kernel's layout and dtype, runs the kernel on them as on a small image, and copies the result out. Rows
+outside the image become rows of zeros. The last band is moved back until it fits. An image too small to be cut is
+converted whole, by all threads, before and after the kernel.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+
+from convdispatch.arguments import Array
+from convdispatch.backend import Config, Kernel, item_bytes
+from convdispatch.backends._arguments import INTEGER, Arguments, CompiledKernel, array_of, integers_of
+from convdispatch.backends._atomics import call_kernel, write
+from convdispatch.backends._kernel import PackedKernel
+from convdispatch.backends._layout import SAME, STORAGES, stage, unstage
+from convdispatch.backends._memory import CACHE_LINE, aligned
+from convdispatch.backends._team import run_parts
+from convdispatch.backends._threads import split
+from convdispatch.backends._vector import vector_bytes
+from convdispatch.problem import Problem
+
+#: Bytes of a band: most of a second-level cache, whose rest is for what the kernel needs.
+_BAND_BYTES = 768 << 10
+#: Rows that are computed twice or in vain by bands cost time; with more than this part, the image is converted whole.
+_WASTE = 0.06
+
+_ARGUMENTS = Arguments(
+    input=array_of(4), residual=array_of(4), out=array_of(4), template=array_of(1, "int64"), places=integers_of(3),
+    kernel=INTEGER, parts=INTEGER, spoiled_at=INTEGER, inner=integers_of(3), outer=integers_of(3), rows=integers_of(4),
+    planar=INTEGER, spoiled=INTEGER,
+)  # fmt: skip
+unpack = _ARGUMENTS.unpack
+_SPOILED_AT = 8 * _ARGUMENTS.at["spoiled"]
+
+
+@functools.cache
+def _by_bands(lanes: int, itemsize: int, storage: int) -> CompiledKernel:
+    """Return the kernel that runs another kernel on one band."""
+
+    def convolve(arguments, number):  # type: ignore[no-untyped-def]
+        (
+            x, residual, out, template, places, kernel, parts, spoiled_at, inner, outer, rows, planar, _,
+        ) = unpack(arguments, itemsize)  # fmt: skip
+        taken, made, step, top = rows
+        bands = (outer[0] + made - 1) // made
+        image, band = divmod(number, bands)
+        first = min(band * made, outer[0] - made)
+        stored = 2 if storage else itemsize
+        wide, deep = inner[1] * inner[2], outer[1] * outer[2]
+        taken_bytes, made_bytes = (taken * wide + lanes) * itemsize, (made * deep + lanes) * itemsize
+        scratch = np.empty(taken_bytes + (2 if residual.size else 1) * made_bytes + 3 * CACHE_LINE, np.uint8)
+        source = -(-scratch.ctypes.data // CACHE_LINE) * CACHE_LINE
+        result = -(-(source + taken_bytes) // CACHE_LINE) * CACHE_LINE
+        added = -(-(result + made_bytes) // CACHE_LINE) * CACHE_LINE
+        at_input = x.ctypes.data + image * inner[0] * wide * stored
+        at_out = out.ctypes.data + image * outer[0] * deep * stored
+        stage(at_input, source, first * step - top, taken, inner, planar, lanes, itemsize, storage)
+        block = template.copy()
+        block[places[0]], block[places[1]] = source, result
+        if residual.size:
+            at_residual = residual.ctypes.data + image * outer[0] * deep * stored
+            stage(at_residual, added, first, made, outer, planar, lanes, itemsize, storage)
+            block[places[2]] = added
+        for part in range(parts):
+            call_kernel(kernel, block.ctypes.data, part)
+        if spoiled_at >= 0 and block[spoiled_at]:
+            write(arguments + _SPOILED_AT, 1)
+        unstage(result, at_out, first, made, outer, planar, lanes, itemsize, storage)
+        scratch[0] = 0  # known by its address only, it would have been freed long ago
+
+    return CompiledKernel(convolve, _ARGUMENTS)
+
+
+_COPY = Arguments(
+    source=INTEGER, target=INTEGER, shape=integers_of(3), planar=INTEGER, back=INTEGER, parts=array_of(2, "int64")
+)
+unpack_copy = _COPY.unpack
+
+
+@functools.cache
+def _by_rows(lanes: int, itemsize: int, storage: int) -> CompiledKernel:
+    """Return the kernel that converts rows ``part[1]`` to ``part[2]`` of image ``part[0]``, or turns them back."""
+
+    def convert(arguments, number):  # type: ignore[no-untyped-def]
+        source, target, shape, planar, back, parts = unpack_copy(arguments, itemsize)
+        image, first, last = parts[number]
+        size, line = shape[0] * shape[1] * shape[2], shape[1] * shape[2]
+        stored, computed = image * size * (2 if storage else itemsize), (image * size + first * line) * itemsize
+        if back:
+            unstage(source + computed, target + stored, first, last - first, shape, planar, lanes, itemsize, storage)
+        else:
+            stage(source + stored, target + computed, first, last - first, shape, planar, lanes, itemsize, storage)
+
+    return CompiledKernel(convert, _COPY)
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """How a problem's arrays lie in memory, and what the kernels that convert them are compiled for."""
+
+    planar: bool
+    lanes: int
+    itemsize: int
+    code: int
+
+    @classmethod
+    def of(cls, problem: Problem) -> "_Storage":
+        size = item_bytes(problem.sum_dtype)
+        return cls(problem.data_format == "NCHW", vector_bytes() // size, size, STORAGES.get(problem.dtype, SAME))
+
+    @property
+    def constants(self) -> tuple[int, int, int]:
+        return self.lanes, self.itemsize, self.code
+
+
+def convertible() -> frozenset[str]:
+    """Return the 16-bit dtypes that compiled code can convert here: float16 needs instructions of its own."""
+    told: Any = numba.config
+    known = not told.CPU_FEATURES or "+f16c" in told.CPU_FEATURES
+    return frozenset(("bfloat16", "float16") if vector_bytes() >= 32 and known else ("bfloat16",))
+
+
+def is_plain(problem: Problem) -> bool:
+    """Return whether arrays lie in memory as kernels want them; with one channel, formats are the same."""
+    same = problem.data_format == "NHWC" or problem.c == problem.k == 1
+    return same and problem.dtype not in STORAGES
+
+
+def plain(problem: Problem) -> Problem:
+    """Return the problem with its arrays as kernels want them: NHWC, in the dtype of its sums."""
+    as_computed = problem.data_format == "NHWC" and problem.dtype == problem.sum_dtype
+    return problem if as_computed else problem.replace(data_format="NHWC", dtype=problem.sum_dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def band_rows(problem: Problem, step: int, threads: int) -> int | None:
+    """Return how many output rows a band has, a multiple of ``step`` where it can; None to convert the image whole."""
+    p, size = problem, item_bytes(problem.sum_dtype)
+    best, least = None, 1 + _WASTE
+    for rows in range(1, p.oh + 1):
+        bands = -(-p.oh // rows)
+        scratch = _taken(p, rows) * p.w * p.c + rows * p.ow * p.k * (2 if p.epilogue.residual else 1)
+        if scratch * size > _BAND_BYTES or p.n * bands < 2 * threads - (threads == 1):
+            continue
+        again = bands * _taken(p, rows) * p.w * p.c / max(1, p.h * p.w * p.c) - 1
+        waste = bands * -(-rows // step) * step / (-(-p.oh // step) * step) + 0.03 * max(0.0, again)
+        if waste < least:
+            best, least = rows, waste
+    return best
+
+
+def _taken(problem: Problem, rows: int) -> int:
+    """Return how many rows of input some rows of output are made of."""
+    return (rows - 1) * problem.strides[0] + (problem.kh - 1) * problem.dilations[0] + 1
+
+
+def band(problem: Problem, rows: int) -> Problem:
+    """Return the problem of one band."""
+    return plain(problem).replace(n=1, h=_taken(problem, rows), pads=(0, 0, *problem.pads[2:]))
+
+
+def scratch_bytes(problem: Problem, rows: int | None) -> int:
+    """Return the bytes of the copies: of one thread's band, or of the whole images."""
+    p, size = problem, item_bytes(problem.sum_dtype)
+    made = p.ow * p.k * (2 if p.epilogue.residual else 1)
+    if rows is None:
+        return p.n * (p.h * p.w * p.c + p.oh * made) * size
+    return (_taken(p, rows) * p.w * p.c + rows * made) * size
+
+
+class BandedKernel:
+    """A kernel that runs another on every band."""
+
+    def __init__(self, inner: PackedKernel, problem: Problem, rows: int, threads: int) -> None:
+        """Tell the kernel of the bands about the one inside, whose problem is ``band(problem, rows)``."""
+        self._recipe = inner, problem, rows, threads
+        p, form = problem, _Storage.of(problem)
+        values = {
+            "template": inner.block, "places": inner.places, "kernel": inner.address, "parts": inner.count,
+            "spoiled_at": -1 if inner.spoiled_at is None else inner.spoiled_at, "inner": (p.h, p.w, p.c),
+            "outer": (p.oh, p.ow, p.k), "rows": (_taken(p, rows), rows, p.strides[0], p.pads[0]),
+            "planar": form.planar,
+        }  # fmt: skip
+        compiled = functools.partial(_by_bands, *form.constants)
+        self._bands = PackedKernel(compiled, p, values, p.n * -(-p.oh // rows), threads)
+        self._reports = inner.spoiled_at is not None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BandedKernel, self._recipe
+
+    def __call__(self, input: Array, out: Array, residual: Array | None) -> bool | None:
+        """Convolve ``input`` into ``out``; see ``convdispatch.backend.Kernel``."""
+        told = self._bands(input, out, residual)
+        return told if self._reports else None
+
+
+class ConvertedKernel:
+    """A kernel whose arrays are converted whole, before and after."""
+
+    def __init__(self, inner: Kernel, problem: Problem, threads: int) -> None:
+        """Wrap the kernel of ``plain(problem)``."""
+        self._recipe = inner, problem, threads
+        self._inner, self._problem, self._threads = inner, problem, threads
+        self._kernel = _by_rows(*_Storage.of(problem).constants)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ConvertedKernel, self._recipe
+
+    def __call__(self, input: Array, out: Array, residual: Array | None) -> bool | None:
+        """Convolve ``input`` into ``out``; see ``convdispatch.backend.Kernel``."""
+        p = self._problem
+        shape = p.oh, p.ow, p.k
+        x = self._convert(input, (p.h, p.w, p.c))
+        added = None if residual is None else self._convert(residual, shape)
+        sums = _room((p.n, *shape), p.sum_dtype)
+        told = self._inner(x, sums, added)
+        self._run(sums, out, shape, back=True)
+        return told
+
+    def _convert(self, source: Array, shape: tuple[int, int, int]) -> Array:
+        target = _room((self._problem.n, *shape), self._problem.sum_dtype)
+        self._run(source, target, shape, back=False)
+        return target
+
+    def _run(self, source: Array, target: Array, shape: tuple[int, int, int], *, back: bool) -> None:
+        form, images = _Storage.of(self._problem), range(self._problem.n)
+        # With fewer channels than lanes a part's last pixel has a surplus, which would fall into another's first.
+        cut = 1 if form.planar and shape[2] < form.lanes and not back else self._threads
+        parts = np.array([(n, *rows) for n in images for rows in split(shape[0], cut)], np.int64)
+        block = _COPY.pack(
+            source=source.ctypes.data, target=target.ctypes.data, shape=shape, planar=form.planar, back=back,
+            parts=parts,
+        )  # fmt: skip
+        run_parts(self._kernel.address, block.ctypes.data, len(parts), 1 if cut == 1 else self._threads)
+
+
+def _room(shape: tuple[int, ...], dtype: str) -> Array:
+    """Return an array with room for some vectors behind it."""
+    size = math.prod(shape)
+    return aligned((size + 2 * CACHE_LINE,), dtype, zero=False)[:size].reshape(shape)
+
+
+def prepare(problem: Problem, step: int, config: Config, inside: Callable[[Problem, Config], PackedKernel]) -> Kernel:
+    """Return a kernel for arrays that are not plain.
+
+    Args:
+        problem: what is computed.
+        step: the bands' rows should be a multiple of this.
+        config: the backend's choice.
+        inside: makes the kernel of a plain problem.
+    """
+    rows = band_rows(problem, step, config.threads)
+    if rows is None:
+        return ConvertedKernel(inside(plain(problem), config), problem, config.threads)
+    return BandedKernel(inside(band(problem, rows), Config(config, threads=1)), problem, rows, config.threads)

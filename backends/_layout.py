@@ -1,0 +1,258 @@
+"""Rows of images from one layout and dtype to another: what lies as NCHW, or as 16-bit floats, and kernels' own NHWC.
+
+Channels and pixels change places by squares of vectors that are transposed in registers. Ends overlap: the last
+square is moved back until it fits.
+"""
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import literally, types  # type: ignore[attr-defined]  # its stubs forgot one
+
+from convdispatch.backends._jit import njit
+from convdispatch.backends._vector import (
+    I32,
+    Codegen,
+    Vector,
+    address_of,
+    intrinsic,
+    load_at,
+    parts_of,
+)
+
+#: How floats lie in memory: as the kernel computes with them, or in 16 bits.
+SAME, FLOAT16, BFLOAT16 = 0, 1, 2
+STORAGES = {"float16": FLOAT16, "bfloat16": BFLOAT16}
+
+
+def _decoded(b: Any, vector: Vector, storage: int, address: Any, size: int) -> Any:
+    if storage == SAME:
+        return load_at(b, vector.ir, address, 0, vector.itemsize)
+    if storage == FLOAT16:
+        return b.fpext(load_at(b, ir.VectorType(ir.HalfType(), size), address, 0, 2), vector.ir)
+    wide = b.zext(load_at(b, ir.VectorType(ir.IntType(16), size), address, 0, 2), ir.VectorType(I32, size))
+    return b.bitcast(b.shl(wide, _all(wide.type, 16)), vector.ir)
+
+
+def _encoded(b: Any, vector: Vector, storage: int, value: Any) -> Any:
+    """Return a vector rounded to nearest, to even between two; NaN stays NaN."""
+    if storage == SAME:
+        return value
+    if storage == FLOAT16:
+        return b.fptrunc(value, ir.VectorType(ir.HalfType(), vector.lanes))
+    bits = b.bitcast(value, ir.VectorType(I32, vector.lanes))
+    odd = b.and_(b.lshr(bits, _all(bits.type, 16)), _all(bits.type, 1))
+    rounded = b.add(b.add(bits, _all(bits.type, 0x7FFF)), odd)
+    quiet = b.or_(bits, _all(bits.type, 1 << 22))
+    kept = b.select(b.fcmp_unordered("uno", value, value), quiet, rounded)
+    return b.trunc(b.lshr(kept, _all(bits.type, 16)), ir.VectorType(ir.IntType(16), vector.lanes))
+
+
+def _all(kind: Any, value: int) -> Any:
+    return ir.Constant(kind, [value] * kind.count)
+
+
+@intrinsic
+def decode(
+    typing: Any, address: Any, step: Any, count: Any, lanes: Any, itemsize: Any, storage: Any
+) -> tuple[Any, Codegen]:
+    """Return ``count`` vectors that lie ``step`` bytes apart in some storage."""
+    vector = Vector(itemsize.literal_value, lanes.literal_value)
+    kind = types.UniTuple(vector, count.literal_value)  # type: ignore[no-untyped-call]
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        place, values = arguments[0], []
+        for _ in range(count.literal_value):
+            values.append(_decoded(b, vector, storage.literal_value, place, vector.lanes))
+            place = b.add(place, arguments[1])
+        return context.make_tuple(b, kind, values)
+
+    return kind(types.int64, types.int64, count, lanes, itemsize, storage), codegen
+
+
+@intrinsic
+def encode(typing: Any, address: Any, step: Any, tile: Any, storage: Any) -> tuple[Any, Codegen]:
+    """Store vectors ``step`` bytes apart in some storage."""
+    vector = tile.dtype
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        place = arguments[0]
+        for value in parts_of(b, arguments[2], len(tile)):
+            stored = _encoded(b, vector, storage.literal_value, value)
+            b.store(stored, address_of(b, place, 0, stored.type), align=2 if storage.literal_value else vector.itemsize)
+            place = b.add(place, arguments[1])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, tile, storage), codegen
+
+
+@intrinsic
+def transposed(typing: Any, tile: Any) -> tuple[Any, Codegen]:
+    """Return as many vectors as they have lanes with rows and columns exchanged."""
+    lanes = tile.dtype.lanes
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        values, half = parts_of(b, arguments[0], lanes), lanes // 2
+        while half:  # exchange the squares of this size that lie off the diagonal of larger ones
+            upper = [lane if not lane & half else lanes + lane - half for lane in range(lanes)]
+            lower = [lane + half if not lane & half else lanes + lane for lane in range(lanes)]
+            for row in range(lanes):
+                if not row & half:
+                    pair = values[row], values[row + half]
+                    for place, mask in ((row, upper), (row + half, lower)):
+                        values[place] = b.shuffle_vector(*pair, ir.Constant(ir.VectorType(I32, lanes), mask))
+            half //= 2
+        return context.make_tuple(b, tile, values)
+
+    return tile(tile), codegen
+
+
+@njit()
+def _convert(source, target, count, into, lanes, itemsize, storage):  # type: ignore[no-untyped-def]
+    """Copy ``count`` floats that lie side by side, from storage (``into`` is false) or into it."""
+    literally(into), literally(lanes), literally(itemsize), literally(storage)
+    stored = 2 if storage else itemsize
+    for i in range(0, count, lanes):
+        if count >= lanes:
+            at = min(i, count - lanes)
+            if into:
+                encode(target + at * stored, 0, decode(source + at * itemsize, 0, 1, lanes, itemsize, 0), storage)
+            else:
+                encode(target + at * itemsize, 0, decode(source + at * stored, 0, 1, lanes, itemsize, storage), 0)
+        else:
+            for at in range(count):
+                if into:
+                    encode(target + at * stored, 0, decode(source + at * itemsize, 0, 1, 1, itemsize, 0), storage)
+                else:
+                    encode(target + at * itemsize, 0, decode(source + at * stored, 0, 1, 1, itemsize, storage), 0)
+
+
+@njit()
+def _gather_planes(source, plane, target, channels, pixels, lanes, itemsize, storage):  # type: ignore[no-untyped-def]
+    """Copy ``pixels`` of planes ``plane`` bytes apart to ``[pixels, channels]``.
+
+    With fewer channels than lanes, each pixel's vector is stored whole and the next covers its surplus; the target has
+    room for the last one's.
+    """
+    literally(lanes), literally(itemsize), literally(storage)
+    stored = 2 if storage else itemsize
+    if pixels < lanes:
+        for p in range(pixels):
+            for c in range(channels):
+                value = decode(source + c * plane + p * stored, 0, 1, 1, itemsize, storage)
+                encode(target + (p * channels + c) * itemsize, 0, value, 0)
+        return
+    for i in range(0, pixels, lanes):
+        p = min(i, pixels - lanes)
+        for j in range(0, channels, lanes):
+            c = max(0, min(j, channels - lanes))
+            if channels >= lanes:
+                square = decode(source + c * plane + p * stored, plane, lanes, lanes, itemsize, storage)
+            else:
+                square = _few_planes(source + p * stored, plane, channels, lanes, itemsize, storage)
+            encode(target + (p * channels + c) * itemsize, channels * itemsize, transposed(square), 0)
+
+
+@intrinsic
+def _few_planes(
+    typing: Any, address: Any, step: Any, planes: Any, lanes: Any, itemsize: Any, storage: Any
+) -> tuple[Any, Codegen]:
+    """Return as many vectors as they have lanes, from planes that are fewer: the last one again and again."""
+    vector = Vector(itemsize.literal_value, lanes.literal_value)
+    kind = types.UniTuple(vector, vector.lanes)  # type: ignore[no-untyped-call]
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        values, last = [], b.sub(arguments[2], ir.Constant(arguments[2].type, 1))
+        for number in range(vector.lanes):
+            which = ir.Constant(last.type, number)
+            plane = b.select(b.icmp_signed("<", which, last), which, last)
+            place = b.add(arguments[0], b.mul(plane, arguments[1]))
+            values.append(_decoded(b, vector, storage.literal_value, place, vector.lanes))
+        return context.make_tuple(b, kind, values)
+
+    return kind(types.int64, types.int64, types.int64, lanes, itemsize, storage), codegen
+
+
+@njit()
+def _scatter_planes(source, target, plane, channels, pixels, lanes, itemsize, storage):  # type: ignore[no-untyped-def]
+    """Undo ``_gather_planes``; a vector may be read beyond the last pixel, where the source has room for it."""
+    literally(lanes), literally(itemsize), literally(storage)
+    stored = 2 if storage else itemsize
+    if pixels < lanes:
+        for p in range(pixels):
+            for c in range(channels):
+                value = decode(source + (p * channels + c) * itemsize, 0, 1, 1, itemsize, 0)
+                encode(target + c * plane + p * stored, 0, value, storage)
+        return
+    some = np.empty(lanes * lanes * itemsize, np.uint8)
+    for i in range(0, pixels, lanes):
+        p = min(i, pixels - lanes)
+        for j in range(0, channels, lanes):
+            c = max(0, min(j, channels - lanes))
+            square = decode(source + (p * channels + c) * itemsize, channels * itemsize, lanes, lanes, itemsize, 0)
+            if channels >= lanes:
+                encode(target + c * plane + p * stored, plane, transposed(square), storage)
+            else:
+                encode(some.ctypes.data, lanes * itemsize, transposed(square), 0)
+                for k in range(channels):
+                    row = decode(some.ctypes.data + k * lanes * itemsize, 0, 1, lanes, itemsize, 0)
+                    encode(target + k * plane + p * stored, 0, row, storage)
+
+
+@njit()
+def stage(source, target, first, rows, shape, planar, lanes, itemsize, storage):  # type: ignore[no-untyped-def]
+    """Copy rows of an image to NHWC: ``rows`` of them from ``first`` on, zeros where these lie outside.
+
+    Args:
+        source: address of the image in its own layout.
+        target: address of ``[rows, width, channels]``, with room for a vector more.
+        first: the first row, which may be negative.
+        rows: how many.
+        shape: height, width and channels of the image.
+        planar: whether its layout is CHW and not HWC.
+        lanes, itemsize, storage: literal; see ``decode``.
+    """
+    literally(lanes), literally(itemsize), literally(storage)
+    height, width, channels = shape
+    stored = 2 if storage else itemsize
+    line = width * channels * itemsize
+    low, high = max(0, -first), min(rows, height - first)
+    if high > low:
+        if planar:
+            at = source + (first + low) * width * stored
+            plane = height * width * stored
+            _gather_planes(at, plane, target + low * line, channels, (high - low) * width, lanes, itemsize, storage)
+        else:
+            at = source + (first + low) * width * channels * stored
+            _convert(at, target + low * line, (high - low) * width * channels, False, lanes, itemsize, storage)
+    _clear(target, min(low, rows) * line)
+    if high < rows:
+        _clear(target + max(high, 0) * line, (rows - max(high, 0)) * line)
+
+
+@njit()
+def unstage(source, target, first, rows, shape, planar, lanes, itemsize, storage):  # type: ignore[no-untyped-def]
+    """Undo ``stage`` for rows that lie inside: from ``[rows, width, channels]`` to the image's layout."""
+    literally(lanes), literally(itemsize), literally(storage)
+    height, width, channels = shape
+    stored = 2 if storage else itemsize
+    if planar:
+        at = target + first * width * stored
+        _scatter_planes(source, at, height * width * stored, channels, rows * width, lanes, itemsize, storage)
+    else:
+        at = target + first * width * channels * stored
+        _convert(source, at, rows * width * channels, True, lanes, itemsize, storage)
+
+
+@intrinsic
+def _clear(typing: Any, address: Any, count: Any) -> tuple[Any, Codegen]:
+    """Set bytes to zero."""
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        pointer = address_of(b, arguments[0], 0, ir.IntType(8))
+        memset = b.module.declare_intrinsic("llvm.memset", [pointer.type, ir.IntType(64)])
+        b.call(memset, [pointer, ir.Constant(ir.IntType(8), 0), arguments[1], ir.Constant(ir.IntType(1), 0)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen

@@ -1,0 +1,85 @@
+"""What the backends compiled by ``_arguments`` have in common: NCHW and 16-bit floats are converted on the way."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+from convdispatch.arguments import Array
+from convdispatch.backend import Backend, Config, Effort, Kernel
+from convdispatch.backends import _bands
+from convdispatch.backends._kernel import PackedKernel
+from convdispatch.machine import Machine
+from convdispatch.problem import Problem
+
+_CONVERTED_BYTES_PER_SECOND = 1.2e10  # of one core, in cache
+
+
+class PackedBackend(Backend):
+    """A backend whose kernels are ``PackedKernel``; its methods see plain problems: NHWC of float32 or float64."""
+
+    parallel = True
+    fuses_epilogue = True
+    formats = frozenset(("NHWC", "NCHW"))
+    native_dtypes: ClassVar[frozenset[str]] = Backend.native_dtypes | _bands.convertible()
+
+    def rejects(self, problem: Problem) -> str | None:
+        """Return None, or why the problem cannot be done."""
+        return self.rejects_plain(_bands.plain(problem))
+
+    def configs(self, problem: Problem, effort: Effort) -> Sequence[Config]:
+        """Return the configs worth trying, the one with the smallest estimate first."""
+        return self.configs_plain(_bands.plain(problem), effort)
+
+    def workspace(self, problem: Problem, config: Config) -> int:
+        """Return the bytes of scratch memory of a call, conversions included."""
+        if _bands.is_plain(problem):
+            return self.workspace_plain(_bands.plain(problem), config)
+        rows = _bands.band_rows(problem, self.step(problem, config), config.threads)
+        copies = _bands.scratch_bytes(problem, rows)
+        if rows is None:
+            return copies + self.workspace_plain(_bands.plain(problem), config)
+        alone = Config(config, threads=1)
+        return config.threads * (copies + self.workspace_plain(_bands.band(problem, rows), alone))
+
+    def estimate(self, problem: Problem, config: Config, machine: Machine) -> float:
+        """Return the predicted seconds of a call, conversions included."""
+        seconds = self.estimate_plain(_bands.plain(problem), config, machine)
+        if _bands.is_plain(problem):
+            return seconds
+        moved = _bands.scratch_bytes(problem, None) / _CONVERTED_BYTES_PER_SECOND
+        return seconds + moved / min(config.threads, machine.cores)
+
+    def prepare(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> Kernel:
+        """Pack the filters and return a kernel."""
+        weights = filters.astype(problem.sum_dtype, copy=False)
+
+        def inside(part: Problem, choice: Config) -> PackedKernel:
+            return self.prepare_plain(part, weights, bias, choice)
+
+        if _bands.is_plain(problem):
+            return inside(_bands.plain(problem), config)
+        return _bands.prepare(problem, self.step(problem, config), config, inside)
+
+    def step(self, problem: Problem, config: Config) -> int:  # noqa: ARG002
+        """Return of how many rows of output a band should be a multiple."""
+        return 1
+
+    @abstractmethod
+    def rejects_plain(self, problem: Problem) -> str | None:
+        """Do as ``rejects`` for a plain problem."""
+
+    @abstractmethod
+    def configs_plain(self, problem: Problem, effort: Effort) -> Sequence[Config]:
+        """Do as ``configs`` for a plain problem."""
+
+    @abstractmethod
+    def workspace_plain(self, problem: Problem, config: Config) -> int:
+        """Do as ``workspace`` for a plain problem."""
+
+    @abstractmethod
+    def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
+        """Do as ``estimate`` for a plain problem."""
+
+    @abstractmethod
+    def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
+        """Do as ``prepare`` for a plain problem."""

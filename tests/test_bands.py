@@ -1,0 +1,156 @@
+"""Layouts and storages: every bit as NumPy converts it, nothing outside touched, and bands that cover an image once."""
+
+import functools
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import FLOAT_DTYPES, USABLE_DTYPES, numbers
+
+import convdispatch
+from convdispatch import reference
+from convdispatch.backend import Config
+from convdispatch.backends import _bands
+from convdispatch.backends._jit import njit
+from convdispatch.backends._layout import SAME, STORAGES, stage, unstage
+from convdispatch.backends._packed import PackedBackend
+from convdispatch.backends._vector import vector_bytes
+from convdispatch.problem import Problem, dtype_of
+
+DTYPES = [
+    name for name in FLOAT_DTYPES if name in USABLE_DTYPES and name in (*_bands.convertible(), "float32", "float64")
+]
+PACKED = [backend for backend in convdispatch.registry.available().values() if isinstance(backend, PackedBackend)]
+WALL = 64
+
+
+@functools.cache
+def copies(dtype: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return ``stage`` and ``unstage`` for a dtype."""
+    size = 8 if dtype == "float64" else 4
+    lanes, code = vector_bytes() // size, STORAGES.get(dtype, SAME)
+
+    @njit()
+    def into(source, target, first, rows, shape, planar):  # type: ignore[no-untyped-def]
+        stage(source, target, first, rows, shape, planar, lanes, size, code)
+
+    @njit()
+    def back(source, target, first, rows, shape, planar):  # type: ignore[no-untyped-def]
+        unstage(source, target, first, rows, shape, planar, lanes, size, code)
+
+    return into, back
+
+
+shapes = st.tuples(st.integers(1, 9), st.integers(1, 12), st.integers(1, 40))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("planar", [False, True])
+@given(shape=shapes, first=st.integers(-6, 12), rows=st.integers(1, 14))
+@settings(max_examples=60, deadline=None)
+def test_rows_arrive_as_numpy_would_convert_them(
+    dtype: str, planar: bool, shape: tuple[int, int, int], first: int, rows: int
+) -> None:
+    height, width, channels = shape
+    kind, sums = dtype_of(dtype), dtype_of("float64" if dtype == "float64" else "float32")
+    image = np.random.default_rng(0).standard_normal(shape).astype(kind)
+    source = np.ascontiguousarray(image.transpose(2, 0, 1)) if planar else image
+    target = np.full(WALL + rows * width * channels + WALL, 7, sums)
+    inner = target[WALL:]
+    copies(dtype)[0](source.ctypes.data, inner.ctypes.data, first, rows, shape, planar)
+    expected = np.zeros((rows, width, channels), sums)
+    for row in range(rows):
+        if 0 <= first + row < height:
+            expected[row] = image[first + row]
+    np.testing.assert_array_equal(inner[:-WALL].reshape(expected.shape), expected)
+    assert (target[:WALL] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("planar", [False, True])
+@given(shape=shapes, data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_rows_go_back_rounded_once_and_nothing_else_is_written(
+    dtype: str, planar: bool, shape: tuple[int, int, int], data: st.DataObject
+) -> None:
+    height, width, channels = shape
+    first = data.draw(st.integers(0, height - 1))
+    rows = data.draw(st.integers(1, height - first))
+    kind, sums = dtype_of(dtype), dtype_of("float64" if dtype == "float64" else "float32")
+    made = np.random.default_rng(1).standard_normal((rows, width, channels)).astype(sums)
+    made.flat[0], made.flat[-1] = np.nan, np.inf
+    source = np.concatenate([made.ravel(), np.full(WALL, 5, sums)])
+    target = np.full(WALL + height * width * channels + WALL, 7, kind)
+    inner = target[WALL:-WALL].reshape((channels, height, width) if planar else shape)
+    copies(dtype)[1](source.ctypes.data, inner.ctypes.data, first, rows, shape, planar)
+    expected = np.full(shape, 7, kind)
+    expected[first : first + rows] = made.astype(kind)
+    np.testing.assert_array_equal(inner.transpose(1, 2, 0) if planar else inner, expected)
+    assert (target[:WALL] == kind.type(7)).all()
+    assert (target[-WALL:] == kind.type(7)).all()
+
+
+@pytest.mark.parametrize("dtype", [name for name in ("float16", "bfloat16") if name in DTYPES])
+def test_all_roundings_to_sixteen_bits_are_numpys(dtype: str) -> None:
+    exponents = np.arange(2**16, dtype=np.uint32) << 16
+    bits = np.concatenate([exponents + low for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF, 0x1000, 0x0FFF, 0x1001)])
+    values = bits.astype(np.uint32).view(np.float32)
+    target = np.empty(values.size, dtype_of(dtype))
+    copies(dtype)[1](values.ctypes.data, target.ctypes.data, 0, 1, (1, values.size, 1), False)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(target.astype("f4"), values.astype(dtype_of(dtype)).astype("f4"))
+
+
+TEXTS = [
+    "2x3x64x40 NCHW * 3x3x3x20 SAME +bias +residual +relu",
+    "1x16x90x31 NCHW * 5x5x16x17 pad=3,0,1,2 +silu",
+    "1x20x64x64 NCHW * 3x3x20x32 SAME stride=2 +residual",
+    "1x32x90x40 NCHW * 3x3x1x32 SAME stride=2x1 +bias",
+    "1x32x64x40 NCHW * 3x3x4x32 SAME dilation=2 +relu6",
+    "2x1x90x130 NCHW * 7x7x1x3 SAME",
+    "1x1x90x130 NCHW * 7x7x1x1 SAME +bias",
+    "3x7x7x40 * 1x1x40x9 VALID +residual",
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("backend", PACKED, ids=lambda backend: backend.name)
+def test_banded_and_whole_images_are_right_and_pickle(backend: PackedBackend, text: str, dtype: str) -> None:
+    problem = Problem.parse(text).replace(dtype=dtype)
+    if backend.rejects(problem):
+        return
+    case = numbers(problem)
+    out = []
+    for threads in (1, 2, 5):
+        config = Config(backend.configs(problem, "measure")[0], threads=threads)
+        kernel = backend.prepare(
+            problem, case.w, None if case.bias is None else case.bias.astype(problem.sum_dtype), config
+        )
+        for one in (kernel, pickle.loads(pickle.dumps(kernel))):
+            y = np.zeros(problem.output_shape, dtype_of(dtype))
+            one(case.input, y, case.addend)
+            out.append(y)
+        nhwc = y.transpose(0, 2, 3, 1) if problem.data_format == "NCHW" else y
+        found = reference.judge(problem, backend.numerics, config, case.x, case.w, nhwc, case.bias, case.residual)
+        assert found.reason is None, f"{config}: {found.reason}"
+
+
+@given(
+    h=st.integers(1, 300), w=st.integers(1, 64), c=st.integers(1, 64), stride=st.integers(1, 3),
+    step=st.sampled_from([1, 2, 4, 6]), threads=st.integers(1, 4),
+)  # fmt: skip
+def test_bands_fit_and_are_enough(h: int, w: int, c: int, stride: int, step: int, threads: int) -> None:
+    problem = Problem.parse(f"1x{c}x{h}x{w} NCHW * 3x3x{c}x{c} SAME stride={stride}")
+    rows = _bands.band_rows(problem, step, threads)
+    if rows is None:
+        return
+    part = _bands.band(problem, rows)
+    assert (part.oh, part.ow) == (rows, problem.ow)
+    assert 1 <= rows <= problem.oh
+    assert _bands.scratch_bytes(problem, rows) <= _bands._BAND_BYTES
+    assert -(-problem.oh // rows) >= threads
