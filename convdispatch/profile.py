@@ -32,7 +32,7 @@ import math
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -405,11 +405,11 @@ class Profile:
             self._parsed[text] = self._parse(key, text)
         return self._parsed[text]
 
-    def entries(self) -> list[Entry]:
-        """Return every entry that can be read, in the order of the file."""
+    def entries(self, skip: Container[str] = ()) -> list[Entry]:
+        """Return every entry that can be read, in the order of the file, but for the keys to skip."""
         found = []
         for text, places in self._places.items():
-            if not self._chunks[places[-1]].is_entry:
+            if text in skip or not self._chunks[places[-1]].is_entry:
                 continue
             try:
                 key = parse_key(text)
@@ -443,9 +443,9 @@ class Profile:
         return len(self._places[key]) > 1 and len(set(self._texts(key))) > 1
 
     def _complaint(self, key: str) -> str:
-        if self._chunks[self._places[key][-1]].is_entry:
+        if self._chunks[self._places[key][-1]].is_entry and self._parsed.get(key) is None:
             try:
-                self._read(parse_key(key), key)
+                self._parsed[key] = self._read(parse_key(key), key)
             except Exception as error:  # noqa: BLE001  # as in _parse
                 return f"line {self._lines(key)[-1]}: {' '.join(str(error).split())}"
         return ""
@@ -631,6 +631,21 @@ def edit(path: Path, change: Callable[[Profile], Mapping[str, str | None]]) -> N
             changes = change(old)
             _keep_broken(place, old, changes)
             safe_file.replace(place, old.changed(changes).encode(errors="surrogateescape"))
+    except OSError as error:
+        raise ProfileError(f"{path} cannot be written: {error}") from error
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a profile's whole text to a file, in place of what is there.
+
+    Raises:
+        ProfileError: if it cannot be written.
+    """
+    place = safe_file.real(path)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with safe_file.exclusive(place):
+            safe_file.replace(place, text.encode(errors="surrogateescape"))
     except OSError as error:
         raise ProfileError(f"{path} cannot be written: {error}") from error
 

@@ -47,8 +47,8 @@ def exclusive(path: Path, seconds: float = _SECONDS_TO_WAIT) -> Iterator[None]:
     try:
         held.acquire()
     except filelock.Timeout:
-        if before is None or _stamp(marker) != before:
-            raise  # others come and go: it is only crowded
+        if before is None or _stamp(marker) != before or _is_of_this_machine(marker):
+            raise  # others come and go, or one is slow: it is only crowded
         _take_away(marker, before)
         held.acquire()
     try:
@@ -79,6 +79,16 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_ino, status.st_mtime_ns
+
+
+def _is_of_this_machine(marker: Path) -> bool:
+    """Return whether a marker's holder is on this machine, and alive: else filelock would have taken it away."""
+    import socket  # noqa: PLC0415  # needed only in this rare case
+
+    try:
+        return socket.gethostname() in marker.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeError):
+        return False
 
 
 def _take_away(marker: Path, stamp: tuple[int, int]) -> None:
