@@ -5,73 +5,37 @@ could do some problem, 130 interrupted.
 """
 
 import contextlib
-import functools
 import itertools
-import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import click
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 import convdispatch
-from convdispatch import machine, profile, registry, report, settings
+from convdispatch import machine, registry, report
 from convdispatch.cli_bench import bench
-from convdispatch.errors import ConvDispatchError
-from convdispatch.explain import bytes_text, cells, explain_problem, time_text
+from convdispatch.cli_profile import profile_group
+from convdispatch.explain import cells, explain_problem, time_text
 from convdispatch.problem import Problem
-from convdispatch.profile import DEPLOYMENTS, Entry
+from convdispatch.profile import DEPLOYMENTS
+from convdispatch.terminal import (
+    console,
+    explained,
+    json_option,
+    print_json,
+    profile_option,
+    scope,
+    table,
+    threads_option,
+)
 from convdispatch.tuning import tuner, workload
 from convdispatch.tuning.race import RULES
 from convdispatch.tuning.tuner import LayerReport, TuneReport
 from convdispatch.tuning.warmup import warm_up
 
-LEFT, FAILED, INTERRUPTED = 3, 4, 130
-_WIDE = 10_000
-
-Command = Callable[..., None]
-
-
-def _console(*, stderr: bool = False) -> Console:
-    """Return a console that cuts nothing off where output is not a terminal."""
-    console = Console(stderr=stderr, highlight=False, soft_wrap=True)
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=_WIDE)
-
-
-def _explained(command: Command) -> Command:
-    """Turn errors into a line on stderr and an exit code."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except ConvDispatchError as error:
-            click.echo(f"convdispatch: {error}", err=True)
-            sys.exit(1)
-        except KeyboardInterrupt:
-            click.echo("convdispatch: interrupted; what was measured is kept, and the same command goes on", err=True)
-            sys.exit(INTERRUPTED)
-
-    return run
-
-
-def _scope(threads: int | None, file: Path | None) -> contextlib.AbstractContextManager[object]:
-    given: dict[str, Any] = {}
-    if threads is not None:
-        given["threads"] = threads
-    if file is not None:
-        given["profile"] = file
-    return settings.options(**given)
-
-
-_threads = click.option("--threads", type=click.IntRange(min=1), help="Most threads a candidate may use.")
-_profile = click.option("--profile", "file", type=click.Path(path_type=Path), help="Profile file to read and write.")
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+LEFT, FAILED = 3, 4
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -81,6 +45,7 @@ def main() -> None:
 
 
 main.add_command(bench)
+main.add_command(profile_group)
 
 # tune -----------------------------------------------------------------------------------------------------------
 
@@ -91,7 +56,7 @@ main.add_command(bench)
     "--effort", type=click.Choice(list(RULES)), default="measure", show_default=True, help="How hard to look."
 )
 @click.option("--time-limit", type=click.FloatRange(min=0), metavar="SECONDS", help="Most time for the whole run.")
-@_threads
+@threads_option
 @click.option("--backends", metavar="NAME,...", help="Only these backends take part.")
 @click.option(
     "--deployment",
@@ -102,9 +67,9 @@ main.add_command(bench)
 )
 @click.option("--batch", type=click.IntRange(min=1), metavar="N", help="Images a call, instead of the workload's.")
 @click.option("--retune", is_flag=True, help="Measure again what the profile knows.")
-@_profile
-@_json
-@_explained
+@profile_option
+@json_option
+@explained
 def tune(
     what: str,
     effort: str,
@@ -127,7 +92,7 @@ def tune(
         load = load.with_batch(batch)
     load = load.distinct()
     deployments = DEPLOYMENTS if deployment == "both" else (deployment,)
-    with _scope(threads, file), _progress(len(load.layers) * len(deployments), load.name) as show:
+    with scope(threads, file), _progress(len(load.layers) * len(deployments), load.name) as show:
         result = tuner.tune(
             load,
             effort=effort,
@@ -139,7 +104,7 @@ def tune(
             on_progress=show,
         )
     if as_json:
-        click.echo(json.dumps(report.tune_data(result), indent=2))
+        print_json(report.tune_data(result))
     else:
         _print_tune(result)
     if any(layer.status == "failed" for layer in result.layers):
@@ -158,13 +123,13 @@ def _progress(total: int, name: str) -> Iterator[Callable[[LayerReport], None]]:
 @contextlib.contextmanager
 def _bar(total: int, doing: str, name: str) -> Iterator[Callable[[str], None]]:
     """Yield what to call with a line about each step that is done."""
-    console = _console(stderr=True)
-    if not console.is_terminal:
+    out = console(stderr=True)
+    if not out.is_terminal:
         numbers = itertools.count(1)
         yield lambda said: click.echo(f"[{next(numbers)}/{total}] {said}", err=True)
         return
     columns = (TextColumn(f"{doing} {name}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.description}"), console=console, transient=True) as bar:
+    with Progress(*columns, TextColumn("{task.description}"), console=out, transient=True) as bar:
         task = bar.add_task("...", total=total)
         yield lambda said: bar.update(task, advance=1, description=said)
 
@@ -178,22 +143,22 @@ def _said(layer: LayerReport) -> str:
 
 
 def _print_tune(result: TuneReport) -> None:
-    console = _console()
+    out = console()
     here = machine.current()
-    console.print(f"[bold]{result.workload.title or result.workload.name}[/bold]")
-    console.print(f"{here.cpu}, {result.threads} of {here.cores} cores' threads, machine {result.machine}")
+    out.print(f"[bold]{result.workload.title or result.workload.name}[/bold]")
+    out.print(f"{here.cpu}, {result.threads} of {here.cores} cores' threads, machine {result.machine}")
     for deployment in dict.fromkeys(layer.deployment for layer in result.layers):
         layers = [layer for layer in result.layers if layer.deployment == deployment]
         packed = "packed before" if deployment == "plan" else "packed in every call"
-        table = _table(
+        rows = table(
             f"{deployment}: filters {packed}",
             ("layer", "count", "problem", "winner", "time", "GFLOP/s", "vs worst", "vs direct"),
             right=("count", "time", "GFLOP/s", "vs worst", "vs direct"),
         )
         for layer in layers:
-            table.add_row(*report.tune_cells(layer))
-        console.print(table)
-        console.print(report.total_line(layers))
+            rows.add_row(*report.tune_cells(layer))
+        out.print(rows)
+        out.print(report.total_line(layers))
     said = {
         "tuned": "measured now",
         "known": "known from the profile",
@@ -201,33 +166,26 @@ def _print_tune(result: TuneReport) -> None:
         "failed": "that no backend could do",
     }
     counts = {status: sum(layer.status == status for layer in result.layers) for status in said}
-    console.print(", ".join(f"{count} {said[status]}" for status, count in counts.items() if count), end="")
-    console.print(f", in {result.seconds:.0f} s. Profile: {result.profile}")
+    out.print(", ".join(f"{count} {said[status]}" for status, count in counts.items() if count), end="")
+    out.print(f", in {result.seconds:.0f} s. Profile: {result.profile}")
     for layer in result.layers:
         if layer.status == "failed":
-            console.print(f"failed: {layer.layer.problem} ({layer.deployment}): {layer.reason}", markup=False)
+            out.print(f"failed: {layer.layer.problem} ({layer.deployment}): {layer.reason}", markup=False)
         for failure in layer.entry.failures if layer.entry else ():
-            console.print(f"passed over: {failure.name} for {layer.layer.problem}: {failure.reason}", markup=False)
-
-
-def _table(title: str, columns: Sequence[str], right: Sequence[str] = ()) -> Table:
-    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
-    for name in columns:
-        table.add_column(name, justify="right" if name in right else "left", no_wrap=True, overflow="fold")
-    return table
+            out.print(f"passed over: {failure.name} for {layer.layer.problem}: {failure.reason}", markup=False)
 
 
 @main.command()
 @click.argument("what")
-@_threads
-@_explained
+@threads_option
+@explained
 def warmup(what: str, threads: int | None) -> None:
     """Compile every kernel that WHAT may need, so that no call waits for a compiler.
 
     WHAT is written as in tune. Compiled kernels are kept on disk and serve every shape.
     """
     load = workload.load(what).distinct()
-    with _scope(threads, None), _bar(len(load.layers), "compiling", load.name) as advance:
+    with scope(threads, None), _bar(len(load.layers), "compiling", load.name) as advance:
         count = warm_up(load, on_progress=lambda layer, _: advance(str(layer.problem)))
     click.echo(f"{count} candidates for the {len(load.layers)} problems of {load.name} are ready")
 
@@ -238,32 +196,32 @@ def warmup(what: str, threads: int | None) -> None:
 @main.command()
 @click.argument("problem")
 @click.option("--deployment", type=click.Choice(DEPLOYMENTS), default="plan", show_default=True, help="As in tune.")
-@_threads
-@_profile
-@_json
-@_explained
+@threads_option
+@profile_option
+@json_option
+@explained
 def explain(problem: str, deployment: str, threads: int | None, file: Path | None, as_json: bool) -> None:
     """Show which backend PROBLEM would get and why, and how every other backend stands.
 
     PROBLEM is written like "1x56x56x64 * 3x3x64x64 SAME stride=2": input, filters, padding, what is not the default.
     """
-    with _scope(threads, file):
+    with scope(threads, file):
         found = explain_problem(Problem.parse(problem), deployment)
     if as_json:
-        click.echo(json.dumps(report.explanation_data(found), indent=2))
+        print_json(report.explanation_data(found))
         return
-    console = _console()
-    console.print(f"{found.problem}  ({found.deployment}, {found.threads} threads, {found.machine})", markup=False)
-    console.print(f"chosen: [bold]{found.chosen or 'none'}[/bold], {found.evidence}")
-    table = _table("", ("backend", "candidate", "measured", "spread", "estimate", "error", "workspace", "reason"))
+    out = console()
+    out.print(f"{found.problem}  ({found.deployment}, {found.threads} threads, {found.machine})", markup=False)
+    out.print(f"chosen: [bold]{found.chosen or 'none'}[/bold], {found.evidence}")
+    rows = table("", ("backend", "candidate", "measured", "spread", "estimate", "error", "workspace", "reason"))
     for row in found.rows:
-        table.add_row(*cells(row))
-    console.print(table)
+        rows.add_row(*cells(row))
+    out.print(rows)
 
 
 @main.command()
-@_json
-@_explained
+@json_option
+@explained
 def backends(as_json: bool) -> None:
     """List the backends: built in and installed, with why any is unavailable."""
     found = registry.available()
@@ -273,85 +231,11 @@ def backends(as_json: bool) -> None:
             {"name": name, "version": b.version, "numerics": b.numerics.kind, "summary": report.summary(b)}
             for name, b in found.items()
         ]
-        click.echo(json.dumps({"available": data, "unavailable": missing}, indent=2))
+        print_json({"available": data, "unavailable": missing})
         return
-    table = _table("", ("backend", "version", "numerics", "what it is"))
+    rows = table("", ("backend", "version", "numerics", "what it is"))
     for name, backend in found.items():
-        table.add_row(name, str(backend.version), backend.numerics.kind, report.summary(backend))
+        rows.add_row(name, str(backend.version), backend.numerics.kind, report.summary(backend))
     for name, reason in missing.items():
-        table.add_row(name, "-", "-", f"unavailable: {reason}")
-    _console().print(table)
-
-
-# profile --------------------------------------------------------------------------------------------------------
-
-
-@main.group("profile")
-def profile_group() -> None:
-    """Look at what tuning learnt."""
-
-
-@profile_group.command("path")
-@click.option("--all", "every", is_flag=True, help="Every layer's file, those that win first.")
-@_profile
-@_json
-@_explained
-def path(every: bool, file: Path | None, as_json: bool) -> None:
-    """Print the file that tuning writes."""
-    with _scope(None, file):
-        rows = [
-            {"layer": layer, "path": str(place), "exists": place.exists(), "written": place == profile.writable_path()}
-            for layer, place in profile.layers()
-        ]
-        if as_json:
-            click.echo(json.dumps(rows, indent=2))
-        elif every:
-            for row in rows:
-                notes = ["exists" if row["exists"] else "not there"] + ["written by tune"] * bool(row["written"])
-                click.echo(f"{row['layer']:9} {row['path']} ({', '.join(notes)})")
-        else:
-            click.echo(profile.writable_path())
-
-
-@profile_group.command("show")
-@click.argument("containing", default="")
-@_profile
-@_json
-@_explained
-def show(containing: str, file: Path | None, as_json: bool) -> None:
-    """Show the profile's entries whose key contains CONTAINING: what won, and by how much."""
-    with _scope(None, file):
-        place = profile.writable_path()
-    entries = [entry for entry in profile.read(place).entries() if containing in str(entry.key)]
-    if as_json:
-        click.echo(json.dumps([_entry_data(entry) for entry in entries], indent=2))
-        return
-    if not entries:
-        matching = f" whose key contains {containing!r}" if containing else ""
-        click.echo(f"{place} has no entries{matching}; convdispatch tune WORKLOAD makes some")
-        return
-    right = ("threads", "time", "spread", "GFLOP/s", "next best")
-    columns = ("problem", "for", "threads", "winner", "time", "spread", "GFLOP/s", "error", "workspace", "next best")
-    table = _table(str(place), (*columns, "machine"), right)
-    for entry in entries:
-        table.add_row(*_entry_cells(entry))
-    _console().print(table)
-
-
-def _entry_cells(entry: Entry) -> tuple[str, ...]:
-    key, winner = entry.key, entry.winner
-    other = next((result for result in entry.results if result.backend != winner.backend), None)
-    rival = "-" if other is None else f"{other.backend} {other.median / winner.median:.2f}x"
-    return (
-        str(key.problem), key.deployment, str(key.threads), winner.name, time_text(winner.median),
-        f"{winner.spread:.1%}", report.rate_text(key.problem, winner.median), f"{winner.error:.1e}",
-        bytes_text(winner.workspace), rival, key.machine,
-    )  # fmt: skip
-
-
-def _entry_data(entry: Entry) -> Mapping[str, Any]:
-    key = {"problem": str(entry.key.problem), "deployment": entry.key.deployment}
-    key |= {"threads": entry.key.threads, "machine": entry.key.machine}  # type: ignore[dict-item]
-    rows = [{**asdict(result), "config": dict(result.config)} for result in entry.results]
-    failures = [{**asdict(failure), "config": dict(failure.config)} for failure in entry.failures]
-    return {**key, "effort": entry.effort, "tuned": entry.tuned, "results": rows, "failures": failures}
+        rows.add_row(name, "-", "-", f"unavailable: {reason}")
+    console().print(rows)

@@ -5,7 +5,6 @@ there is no verdict, 4 convdispatch failed on some layer, or there was nothing t
 """
 
 import fnmatch
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -14,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
-from convdispatch import machine, report, settings
-from convdispatch.errors import ArgumentError, ConvDispatchError
+from convdispatch import machine, report
+from convdispatch.errors import ArgumentError
 from convdispatch.explain import time_text
+from convdispatch.terminal import console, explained, json_option, print_json, profile_option, scope, table
 from convdispatch.tuning import workload
 from convdispatch.tuning.bench import SAMPLE, LayerResult, Report, Timing
 from convdispatch.tuning.bench import bench as run_bench
@@ -27,8 +26,7 @@ from convdispatch.tuning.engines import PEERS
 from convdispatch.tuning.race import RULES
 from convdispatch.tuning.workload import Workload
 
-BUSY, FAILED, INTERRUPTED = 3, 4, 130
-_WIDE = 10_000
+BUSY, FAILED = 3, 4
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -55,9 +53,10 @@ _WIDE = 10_000
     help="An engine that does not answer for so long is given up.",
 )  # fmt: skip
 @click.option("--allow-busy", is_flag=True, help="Give a verdict, marked, even if the machine was busy.")
-@click.option("--profile", "file", type=click.Path(path_type=Path), help="Profile file to read and write.")
+@profile_option
 @click.option("--verbose", "-v", is_flag=True, help="Every engine of every layer: how it ran, or why not.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@json_option
+@explained
 def bench(
     what: str,
     more: Sequence[str],
@@ -82,29 +81,21 @@ def bench(
     fastest deployment, is checked against the float64 reference, and takes turns with the others in every round.
     Ratios are the best other engine's time over convdispatch's. There is no verdict if the machine was busy.
     """
-    given = {"threads": threads, "profile": file}
-    try:
-        with settings.options(**{name: value for name, value in given.items() if value is not None}):
-            load = _chosen(what, batch, layers)
-            found = run_bench(
-                load,
-                _engines(against, more),
-                rounds=rounds,
-                threads=threads,
-                effort=None if no_tune else effort,
-                timeout=timeout,
-                sample=sample,
-                attempts=1 if allow_busy else 2,
-                on_progress=_said(len(load.layers)),
-            )
-    except ConvDispatchError as error:
-        click.echo(f"convdispatch: {error}", err=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        click.echo("convdispatch: interrupted", err=True)
-        sys.exit(INTERRUPTED)
+    with scope(threads, file):
+        load = _chosen(what, batch, layers)
+        found = run_bench(
+            load,
+            _engines(against, more),
+            rounds=rounds,
+            threads=threads,
+            effort=None if no_tune else effort,
+            timeout=timeout,
+            sample=sample,
+            attempts=1 if allow_busy else 2,
+            on_progress=_said(len(load.layers)),
+        )
     if as_json:
-        click.echo(json.dumps(data(found, allow_busy=allow_busy), indent=2))
+        print_json(data(found, allow_busy=allow_busy))
     else:
         _print(found, allow_busy=allow_busy, verbose=verbose)
     sys.exit(_exit_code(found, allow_busy=allow_busy))
@@ -182,38 +173,36 @@ def _ratio_text(result: LayerResult, *, allow_busy: bool) -> str:
 
 
 def _print(found: Report, *, allow_busy: bool, verbose: bool) -> None:
-    out = Console(highlight=False, soft_wrap=True)
-    console = out if out.is_terminal else Console(highlight=False, width=_WIDE)
+    out = console()
     here = machine.current()
-    console.print(f"[bold]{found.workload.title or found.workload.name}[/bold]")
-    console.print(f"{here.cpu}, {found.threads} of {here.cores} cores' threads, {found.rounds} rounds", markup=False)
+    out.print(f"[bold]{found.workload.title or found.workload.name}[/bold]")
+    out.print(f"{here.cpu}, {found.threads} of {here.cores} cores' threads, {found.rounds} rounds", markup=False)
     versions = [f"{_label(name)} {version}" for name, version in found.versions.items()]
-    console.print(", ".join(versions), markup=False)
+    out.print(", ".join(versions), markup=False)
     engines = [name for name in found.layers[0].timings if name in found.versions]
-    table = _table("GFLOP/s of each engine's best round ± half the spread of its rounds")
-    for name in ("layer", "count", "problem", "time", *map(_label, engines), "best other", "ratio"):
-        left = name in {"layer", "problem", "best other"}
-        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+    rows = table(
+        "GFLOP/s of each engine's best round ± half the spread of its rounds",
+        ("layer", "count", "problem", "time", *map(_label, engines), "best other", "ratio"),
+        right=("count", "time", *map(_label, engines), "ratio"),
+    )
     for result in found.layers:
         own = time_text(result.own.median) if result.own.seconds else "-"
         rates = [_rate(result, result.timings[name]) for name in engines]
         head = result.layer.name, str(result.layer.count), str(result.layer.problem), own
-        table.add_row(*head, *rates, _label(result.rival or "-"), _ratio_text(result, allow_busy=allow_busy))
-    console.print(table)
+        rows.add_row(*head, *rates, _label(result.rival or "-"), _ratio_text(result, allow_busy=allow_busy))
+    out.print(rows)
     if verbose:
-        console.print(_details(found))
+        out.print(_details(found))
     for line in _lines(found, allow_busy=allow_busy, verbose=verbose):
-        console.print(line, markup=False)
-
-
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+        out.print(line, markup=False)
 
 
 def _details(found: Report) -> Table:
-    table = _table("each engine: median of the rounds, the best round, and how it ran or why not")
-    for name in ("problem", "engine", "median", "best", "spread", "GFLOP/s", "error", "how"):
-        table.add_column(name, justify="left" if name in {"problem", "engine", "how"} else "right", no_wrap=True)
+    rows = table(
+        "each engine: median of the rounds, the best round, and how it ran or why not",
+        ("problem", "engine", "median", "best", "spread", "GFLOP/s", "error", "how"),
+        right=("median", "best", "spread", "GFLOP/s", "error"),
+    )
     for result in found.layers:
         for timing in result.timings.values():
             error = "-" if timing.error is None else f"{timing.error:.1e}"
@@ -223,8 +212,8 @@ def _details(found: Report) -> Table:
             else:
                 times = ("-",) * 4
             how = timing.reason or timing.deployment
-            table.add_row(str(result.layer.problem), _label(timing.engine), *times, error, how)
-    return table
+            rows.add_row(str(result.layer.problem), _label(timing.engine), *times, error, how)
+    return rows
 
 
 def _lines(found: Report, *, allow_busy: bool, verbose: bool) -> list[str]:

@@ -63,8 +63,9 @@ def _decide(
     if forced is not None:
         return _forced(problem, deployment, forced, options)
     return (
-        _from_profile(problem, deployment, options)
+        _from_profile(problem, deployment, options, exact=True)
         or _tuned(problem, deployment, options)
+        or _from_profile(problem, deployment, options)
         or _estimated(problem, options)
     )
 
@@ -107,13 +108,17 @@ def _check_keys(backend: Backend, problem: Problem, config: Config) -> None:
             raise ArgumentError(f"backend {backend.name!r} has no config {key!r}; {hint}")
 
 
-def _from_profile(problem: Problem, deployment: str, options: Options) -> Decision | None:
-    for layer, entry in profile.find(key_for(problem, deployment, options)):
+def _from_profile(problem: Problem, deployment: str, options: Options, *, exact: bool = False) -> Decision | None:
+    for found in profile.find(key_for(problem, deployment, options)):
+        entry = found.entry
         result = entry.best(lambda result: _allows(result, problem, options))
-        if result is None:
+        if result is None or (exact and not found.exact):
             continue
         rank = "winner" if result is entry.winner else "best allowed"
-        detail = f"{rank} of {len(entry.results)} in the {layer} profile, {result.median * 1e6:.4g} us, {entry.tuned}"
+        where = f"{rank} of {len(entry.results)} in the {found.layer} profile"
+        detail = f"{where}, {result.median * 1e6:.4g} us, {entry.tuned}"
+        if found.differences:
+            detail += f", measured with {' and '.join(found.differences)}"
         return Decision(Candidate(registry.get(result.backend), result.config), Evidence("profile", detail))
     return None
 
@@ -144,17 +149,21 @@ def _tuned(problem: Problem, deployment: str, options: Options) -> Decision | No
     key = key_for(problem, deployment, options)
     everyone = registry.available()
     with _one_miss_at_a_time:
-        if any(tuner.suffices(entry, cast("Effort", effort), everyone) for _, entry in profile.find(key)):
+        known = profile.find(key)
+        if any(found.exact and tuner.suffices(found.entry, cast("Effort", effort), everyone) for found in known):
             # Another thread has measured it meanwhile; or nothing measured is allowed, and doing so again is no use.
-            return _from_profile(problem, deployment, options)
+            return _from_profile(problem, deployment, options, exact=True)
         try:
-            outcome = tuner.tune_problem(key, effort=cast("Effort", effort), seconds=options.time_limit)
+            old = known[0].entry if known else None
+            outcome = tuner.tune_problem(
+                key, effort=cast("Effort", effort), seconds=options.time_limit, incumbent=old, sparing=True
+            )
         except BackendError as error:
             warnings.warn(f"tuning {problem} failed: {error}", ProfileWarning, stacklevel=2)
             return None
         tuner.keep(outcome.entry)
-    found = _from_profile(problem, deployment, options)
-    return found and Decision(found.candidate, Evidence("tuned", found.evidence.detail))
+    now = _from_profile(problem, deployment, options, exact=True)
+    return now and Decision(now.candidate, Evidence("tuned", now.evidence.detail))
 
 
 def _estimated(problem: Problem, options: Options) -> Decision:

@@ -161,7 +161,7 @@ def explain_problem(problem: Problem, deployment: str = "plan", backend: Any = N
         refusal = str(error)
     key = dispatch.key_for(problem, deployment, options)
     found = profile.find(key)
-    layer, entry = found[0] if found else (None, None)
+    layer, entry = (found[0].layer, found[0].entry) if found else (None, None)
     return Explanation(
         problem, deployment, key.threads, machine.current().id,
         decision.candidate.name if decision else None,

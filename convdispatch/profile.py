@@ -19,23 +19,26 @@ entry is a top-level key that says what was measured where, for example::
 
 Writing another candidate of ``results`` behind ``winner`` makes it the choice. Entries are cut out of the text by
 their first column and parsed one by one, when asked for: a broken entry is a warning and a miss, the rest stays.
+When a broken one is measured anew, its old text goes to ``PROFILE.broken``.
+
+An entry counts fully on the machine it was measured on. On one that is much like it (``fingerprint``) it is used,
+with evidence that says what differs, until that problem is tuned there.
 """
 
 import contextlib
 import datetime as dt
+import itertools
 import math
-import os
 import re
-import shutil
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from convdispatch import safe_yaml, settings
+from convdispatch import fingerprint, machine, safe_file, safe_yaml, settings
 from convdispatch.backend import Config, candidate_name
 from convdispatch.errors import ConvDispatchError, ProfileError, ProfileWarning
 from convdispatch.machine import Machine
@@ -49,8 +52,8 @@ _HEADER = (
     "# largest output. To choose by hand, write another candidate of `results` behind `winner`.\n"
 )
 _MACHINE = "machine "
+_QUARANTINE = "quarantine "
 _LARGEST_FILE = 256 << 20
-_SECONDS_TO_WAIT = 30.0
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,8 @@ class Entry:
         effort: how hard was looked.
         tuned: when, as ISO 8601 in UTC.
         flags: what is doubtful about the measurement, in single words such as ``"busy"``; empty for a good one.
+        lost_before: backends with versions that were not measured, since they had lost to the winner on a machine
+            much like this one.
     """
 
     key: Key
@@ -137,6 +142,7 @@ class Entry:
     effort: str = "measure"
     tuned: str = field(default_factory=lambda: dt.datetime.now(dt.UTC).isoformat(timespec="seconds"))
     flags: tuple[str, ...] = ()
+    lost_before: tuple[tuple[str, int], ...] = ()
 
     @property
     def winner(self) -> Result:
@@ -163,11 +169,14 @@ def _line(name: str, text: str) -> str:
     return str(yaml.safe_dump({name: text}, width=math.inf)).strip()
 
 
-def _dump_entry(entry: Entry) -> str:
+def dump_entry(entry: Entry) -> str:
+    """Return the text of an entry."""
     lines = [f"{entry.key}:", f"  {_line('winner', entry.winner.name)}", f"  effort: {entry.effort}"]
     lines.append(f"  tuned: {entry.tuned}")
     if entry.flags:
         lines.append(f"  flags: [{', '.join(entry.flags)}]")
+    if entry.lost_before:
+        lines.append(f"  lost_before: {_flow(dict(entry.lost_before))}")
     lines.append("  results:")
     for result in entry.results:
         row = {
@@ -187,9 +196,10 @@ def _dump_entry(entry: Entry) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _dump_machine(machine: Machine) -> str:
-    lines = [f"{_MACHINE}{machine.id}:"]
-    for name, value in machine.describe().items():
+def dump_machine(machine_id: str, fields: Mapping[str, Any]) -> str:
+    """Return the text of a machine's section."""
+    lines = [f"{_MACHINE}{machine_id}:"]
+    for name, value in fields.items():
         lines.append(f"  {_flow({name: value})[1:-1]}")
     return "\n".join(lines) + "\n"
 
@@ -198,15 +208,49 @@ def _rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _chunks(text: str) -> Iterator[tuple[str, int, str]]:
-    """Cut a profile's text at its top-level keys: key, line number, text."""
-    line = 1
-    for chunk in re.split(r"^(?=[^\s#\-])", text, flags=re.MULTILINE):
-        head = chunk.split("\n", 1)[0].rstrip()
+class Chunk(NamedTuple):
+    """One top-level key of a profile's text: the key as written, and the span of the text up to the next key."""
+
+    key: str
+    start: int
+    end: int
+
+    @property
+    def is_entry(self) -> bool:
+        """Whether this should be an entry."""
+        return not self.key.startswith((_MACHINE, _QUARANTINE))
+
+
+_BEFORE_A_KEY = re.compile(r"\n(?=[^\s#\-])")
+
+
+def _chunks(text: str) -> Iterator[Chunk]:
+    """Cut a profile's text at its top-level keys."""
+    starts = [0, *(match.end() for match in _BEFORE_A_KEY.finditer(text)), len(text)]
+    for start, end in itertools.pairwise(starts):
+        line_end = text.find("\n", start, end)
+        head = text[start : end if line_end < 0 else line_end].rstrip()
         if head and not head.startswith("#"):
             key = head if head.startswith("format:") else head.partition(": ")[0].removesuffix(":")
-            yield key.strip().strip("'\""), line, chunk
-        line += chunk.count("\n")
+            yield Chunk(key.strip().strip("'\""), start, end)
+
+
+def _behind(text: str) -> str:
+    """Return the comments and empty lines that end an entry's text: they are about what comes next."""
+    lines = text.split("\n")
+    end = len(lines)
+    while end > 1 and (not lines[end - 1].strip() or lines[end - 1].startswith("#")):
+        end -= 1
+    return "\n".join(lines[end:])
+
+
+_SIGNATURE = re.compile(r"\s*([\dx]+)[^*|]*\*\s*([\dx]+)[^|]*\|\s*(\w+)\s*\|\s*(\d+)[^|]*\|\s*(\S*)")
+
+
+def _signature(key: str) -> tuple[str, ...]:
+    """Return what all ways to write one key have in common, quickly: shapes, deployment, threads, machine."""
+    match = _SIGNATURE.match(key)
+    return match.groups() if match else ()
 
 
 def _take(data: Any, name: str, kind: type | tuple[type, ...], where: str = "") -> Any:
@@ -243,6 +287,13 @@ def _flags(data: Any) -> tuple[str, ...]:
     if not isinstance(flags, list) or not all(isinstance(flag, str) and flag.isidentifier() for flag in flags):
         raise ProfileError(f"flags must be a list of words; got {flags!r:.60}")
     return tuple(flags)
+
+
+def _lost_before(data: Any) -> tuple[tuple[str, int], ...]:
+    lost = data.get("lost_before") or {}
+    if not isinstance(lost, dict) or not all(isinstance(n, str) and type(v) is int for n, v in lost.items()):
+        raise ProfileError(f"lost_before must map backends to versions; got {lost!r:.60}")
+    return tuple(lost.items())
 
 
 def _candidate_fields(data: Any, key: Key) -> tuple[str, int, Config]:
@@ -282,7 +333,7 @@ def _parse_entry(key: Key, data: Any) -> Entry:
     tuned = data.get("tuned", "")
     when = tuned.isoformat() if isinstance(tuned, dt.datetime | dt.date) else str(tuned)
     others = sorted((result for result in results if result is not chosen), key=lambda result: result.median)
-    return Entry(key, (chosen, *others), tuple(failures), effort, when, _flags(data))
+    return Entry(key, (chosen, *others), tuple(failures), effort, when, _flags(data), _lost_before(data))
 
 
 def parse_key(text: str) -> Key:
@@ -321,68 +372,173 @@ class Profile:
         """
         self.name = name
         self._parsed: dict[str, Entry | None] = {}
-        self._raw: dict[str, tuple[int, str]] = {}
-        self._by_key: dict[Key, str] | None = None
-        self.head = re.match(r"(?:#.*\n|[ \t]*\n)*", text)[0]  # type: ignore[index]  # matches the empty text too
-        form = None
-        for key, line, chunk in _chunks(text):
-            if key.startswith("format:"):
-                form = key.removeprefix("format:").partition("#")[0].strip()
-            elif key not in {"---", "..."}:
-                self._raw[key] = line, chunk
-        if form != str(FORMAT) and text.strip():
+        self._spellings: dict[tuple[str, ...], list[str]] | None = None
+        self._machines: dict[str, dict[str, Any]] | None = None
+        self._text = text
+        self._chunks: list[Chunk] = []
+        self._places: dict[str, list[int]] = {}
+        self._format: Chunk | None = None
+        self._end_marks: list[Chunk] = []
+        for chunk in _chunks(text):
+            if chunk.key.startswith("format:"):
+                self._format = chunk
+            elif chunk.key == "...":
+                self._end_marks.append(chunk)
+            elif chunk.key != "---":
+                self._places.setdefault(chunk.key, []).append(len(self._chunks))
+                self._chunks.append(chunk)
+        form = self._format and self._format.key.removeprefix("format:").partition("#")[0].strip()
+        if form != str(FORMAT) and (self._format or self._chunks):  # but comments alone are an empty profile
             found = "no format" if form is None else f"format {form}"
             raise ProfileError(f"{name} is not a profile of format {FORMAT} (it has {found})")
 
     def chunks(self) -> dict[str, str]:
-        """Return every top-level key with its text, machines too."""
-        return {key: chunk for key, (_, chunk) in self._raw.items()}
+        """Return every top-level key with its text, machines too; of a key that stands twice, the last."""
+        return {chunk.key: self._text[chunk.start : chunk.end] for chunk in self._chunks}
 
     def get(self, key: Key) -> Entry | None:
         """Return the entry of a key, or None; a broken one is warned of once and missing."""
-        text = str(key)
-        if text not in self._raw:
-            text = self._spelt_otherwise().get(key, text)
+        text = self.spelling(key)
+        if text is None:
+            return None
         if text not in self._parsed:
             self._parsed[text] = self._parse(key, text)
         return self._parsed[text]
 
-    def entries(self) -> list[Entry]:
-        """Return every entry that can be read, in the order of the file."""
+    def entries(self, skip: Container[str] = ()) -> list[Entry]:
+        """Return every entry that can be read, in the order of the file, but for the keys to skip."""
         found = []
-        for text in self._raw:
-            if text.startswith(_MACHINE):
+        for text, places in self._places.items():
+            if text in skip or not self._chunks[places[-1]].is_entry:
                 continue
             try:
                 key = parse_key(text)
             except ConvDispatchError as error:
                 self._warn(text, error)
                 continue
-            if (entry := self.get(key)) is not None:
+            if self.spelling(key) == text and (entry := self.get(key)) is not None:
                 found.append(entry)
         return found
 
-    def _spelt_otherwise(self) -> dict[Key, str]:
-        """Return the entries whose keys a person wrote, in words or spaces that differ from ours."""
-        if self._by_key is None:
-            self._by_key = {}
-            for text in self._raw:
-                with contextlib.suppress(ConvDispatchError):
-                    self._by_key[parse_key(text)] = text
-        return self._by_key
+    def broken(self) -> dict[str, str]:
+        """Return the keys of what should be entries and cannot be read, with where and why; nothing is warned of."""
+        return {key: said for key in self._places if (said := self._complaint(key))}
+
+    def doubled(self) -> dict[str, tuple[int, ...]]:
+        """Return the keys that stand more than once with different texts, and the lines where; the last counts."""
+        return {key: self._lines(key) for key in self._places if self._is_doubled(key)}
+
+    def is_doubtful(self, key: str) -> bool:
+        """Return whether what stands under a key is a broken entry, or several."""
+        return key in self._places and (self._is_doubled(key) or bool(self._complaint(key)))
+
+    def _lines(self, key: str) -> tuple[int, ...]:
+        return tuple(self._text.count("\n", 0, self._chunks[place].start) + 1 for place in self._places[key])
+
+    def _texts(self, key: str) -> list[str]:
+        spans = (self._chunks[place] for place in self._places.get(key, ()))
+        return [self._text[chunk.start : chunk.end].rstrip() + "\n" for chunk in spans]
+
+    def _is_doubled(self, key: str) -> bool:
+        return len(self._places[key]) > 1 and len(set(self._texts(key))) > 1
+
+    def _complaint(self, key: str) -> str:
+        if self._chunks[self._places[key][-1]].is_entry and self._parsed.get(key) is None:
+            try:
+                self._parsed[key] = self._read(parse_key(key), key)
+            except Exception as error:  # noqa: BLE001  # as in _parse
+                return f"line {self._lines(key)[-1]}: {' '.join(str(error).split())}"
+        return ""
+
+    def machines(self) -> dict[str, dict[str, Any]]:
+        """Return each machine that the file describes: its id, and its fields as in ``Machine.describe``."""
+        if self._machines is None:
+            self._machines = {}
+            for key in self._places:
+                if key.startswith(_MACHINE):
+                    try:
+                        fields = next(iter(safe_yaml.load(self._texts(key)[-1]).values()))
+                        self._machines[key.removeprefix(_MACHINE).strip()] = dict(fields)
+                    except Exception as error:  # noqa: BLE001  # as in _parse
+                        self._warn(key, error)
+        return self._machines
+
+    def alike(self, key: Key, here: Machine) -> list[tuple[Entry, tuple[str, ...]]]:
+        """Return the entries of a key from machines much like this one, each with what differs in words."""
+        found = []
+        for machine_id, fields in self.machines().items():
+            if machine_id != key.machine and self.spelling(there := replace(key, machine=machine_id)) is not None:
+                likeness = fingerprint.compare(fields, here, key.threads)
+                if likeness.grade != "hard" and (entry := self.get(there)) is not None:
+                    found.append((entry, likeness.soft or ("the machine's id",)))
+        return found
+
+    def spelling(self, key: Key) -> str | None:
+        """Return how the file writes a key, in our words and spaces or others; None if it is not there."""
+        text = str(key)
+        if text in self._places:
+            return text
+        if self._spellings is None:
+            self._spellings = {}
+            for chunk in self._chunks:
+                if chunk.is_entry:
+                    self._spellings.setdefault(_signature(chunk.key), []).append(chunk.key)
+        for other in self._spellings.get(_signature(text), ()):
+            with contextlib.suppress(ConvDispatchError):
+                if parse_key(other) == key:
+                    return other
+        return None
+
+    def changed(self, changes: Mapping[str, str | None]) -> str:
+        """Return the file's text with some keys' texts replaced, added or, where None, taken out; the rest verbatim."""
+        text, head_end = self._text, self._format.end if self._format else 0
+        if not head_end:  # there is nothing yet, or comments
+            text = f"{text.rstrip() or _HEADER.rstrip()}\nformat: {FORMAT}\n"
+        edits: list[tuple[int, int, str]] = [(chunk.start, chunk.end, "") for chunk in self._end_marks]
+        added = []
+        for key, new in changes.items():
+            chunks = [self._chunks[place] for place in self._places.get(key, ())]
+            for chunk in chunks:
+                behind = _behind(text[chunk.start : chunk.end])
+                if new is not None and chunk is chunks[-1]:
+                    edits.append((chunk.start, chunk.end, f"{new.rstrip()}\n{behind}"))
+                else:
+                    edits.append((chunk.start, chunk.end, behind.lstrip() if "#" in behind else ""))
+            if new is not None and not chunks:
+                if key.startswith(_MACHINE) and 0 < head_end < len(text):
+                    edits.append((head_end, head_end, f"{new.rstrip()}\n\n"))
+                else:
+                    added.append(new.rstrip())
+        pieces, position = [], 0
+        for start, end, new_text in sorted(edits, key=lambda edit: edit[0]):
+            pieces += [text[position:start], new_text]
+            position = end
+        pieces.append(text[position:])
+        while pieces and not (last := pieces.pop().rstrip()):
+            pass
+        return "".join((*pieces, "\n\n".join((last, *added)), "\n"))
+
+    def text(self, key: str) -> str:
+        """Return all that stands under a key of the file, as written; nothing if it is not there."""
+        return "\n".join(self._texts(key))
+
+    def _read(self, key: Key, text: str) -> Entry:
+        data = safe_yaml.load(self._texts(text)[-1])
+        return _parse_entry(key, next(iter(data.values())) if isinstance(data, dict) else data)
 
     def _parse(self, key: Key, text: str) -> Entry | None:
-        if text not in self._raw:
-            return None
+        if self._is_doubled(text):
+            *before, last = self._lines(text)
+            said = f"entry {text!r:.120} stands at lines {', '.join(map(str, before))} and {last}: the last counts"
+            warnings.warn(f"{self.name}: {said}", ProfileWarning, stacklevel=2)
         try:
-            data = safe_yaml.load(self._raw[text][1])
-            return _parse_entry(key, next(iter(data.values())) if isinstance(data, dict) else data)
+            return self._read(key, text)
         except Exception as error:  # noqa: BLE001  # whatever a hand-made or hostile text brings about is a miss
             self._warn(text, error)
             return None
 
     def _warn(self, text: str, error: Exception) -> None:
-        line = self._raw[text][0]
+        line = self._lines(text)[-1]
         said = " ".join(str(error).split())
         warnings.warn(f"{self.name}, line {line}: entry {text!r:.120} is ignored: {said}", ProfileWarning, stacklevel=2)
 
@@ -426,18 +582,17 @@ def read(path: Path) -> Profile:
     try:
         if path.stat().st_size > _LARGEST_FILE:
             raise ProfileError(f"{path} is larger than {_LARGEST_FILE >> 20} MiB, which no profile is")
-        text = path.read_text(encoding="utf-8-sig")  # some editors put a mark first
+        # Some editors put a mark first; and a byte that is no UTF-8 spoils its own entry, not the file.
+        text = path.read_text(encoding="utf-8", errors="surrogateescape").removeprefix("\ufeff")
     except FileNotFoundError:
         text = ""
-    except (OSError, UnicodeError) as error:
+    except OSError as error:
         raise ProfileError(f"{path} cannot be read as a profile: {error}") from error
     return Profile(text, str(path))
 
 
 def write(path: Path, entries: Iterable[Entry], machine: Machine) -> None:
     """Add entries to a profile file, in place of older ones of the same keys; everything else stays as it is.
-
-    Safe between processes: the file is locked, and replaced as a whole.
 
     Args:
         path: the file; it and its folder are made if need be.
@@ -447,36 +602,59 @@ def write(path: Path, entries: Iterable[Entry], machine: Machine) -> None:
     Raises:
         ProfileError: if the file is there and is no profile, or cannot be written. Nothing is changed then.
     """
-    import filelock  # noqa: PLC0415
+    new = list(entries)
 
+    def add(old: Profile) -> Mapping[str, str | None]:
+        changes: dict[str, str | None] = {_MACHINE + machine.id: dump_machine(machine.id, machine.describe())}
+        changes |= {other: None for entry in new if (other := old.spelling(entry.key)) is not None}
+        return {**changes, **{str(entry.key): dump_entry(entry) for entry in new}}
+
+    edit(path, add)
+
+
+def edit(path: Path, change: Callable[[Profile], Mapping[str, str | None]]) -> None:
+    """Change a profile file: one process at a time, and as a whole or not at all.
+
+    Args:
+        path: the file; it and its folder are made if need be.
+        change: given the file's profile, returns the new text of each top-level key to change; None takes it out.
+            Old text that was broken, or that stood twice and differed, is added to ``PATH.broken``.
+
+    Raises:
+        ProfileError: if the file is there and is no profile, or cannot be written. Nothing is changed then.
+    """
+    place = safe_file.real(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(path.with_name(path.name + ".lock"), timeout=_SECONDS_TO_WAIT):
-            old = read(path)
-            chunks = old.chunks()
-            chunks[_MACHINE + machine.id] = _dump_machine(machine)
-            chunks.update({str(entry.key): _dump_entry(entry) for entry in entries})
-            ordered = sorted(chunks.items(), key=lambda item: not item[0].startswith(_MACHINE))
-            body = "\n".join(chunk.rstrip() + "\n" for _, chunk in ordered)
-            _replace(path.resolve(), f"{old.head or _HEADER}format: {FORMAT}\n\n{body}")
-    except (OSError, filelock.Timeout) as error:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with safe_file.exclusive(place):
+            old = read(place)
+            changes = change(old)
+            _keep_broken(place, old, changes)
+            safe_file.replace(place, old.changed(changes).encode(errors="surrogateescape"))
+    except OSError as error:
         raise ProfileError(f"{path} cannot be written: {error}") from error
 
 
-def _replace(path: Path, text: str) -> None:
-    # Not by tempfile: its files are for their owner only, and a profile may be everyone's.
-    beside = path.with_name(f".{path.name}-{os.getpid()}.tmp")
+def replace_file(path: Path, text: str) -> None:
+    """Write a profile's whole text to a file, in place of what is there.
+
+    Raises:
+        ProfileError: if it cannot be written.
+    """
+    place = safe_file.real(path)
     try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, beside)
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with safe_file.exclusive(place):
+            safe_file.replace(place, text.encode(errors="surrogateescape"))
+    except OSError as error:
+        raise ProfileError(f"{path} cannot be written: {error}") from error
+
+
+def _keep_broken(path: Path, old: Profile, changes: Mapping[str, str | None]) -> None:
+    lost = [old.text(key) for key in changes if old.is_doubtful(key)]
+    if lost:
+        with path.with_name(path.name + ".broken").open("ab") as file:
+            file.write("\n".join(lost).encode(errors="surrogateescape"))
 
 
 # The layers together --------------------------------------------------------------------------------------------
@@ -489,13 +667,13 @@ class _Store:
         self.lock = threading.Lock()
         self.generation = 0
         self.own: dict[Key, Entry] = {}
-        self.files: dict[Path, tuple[tuple[int, int] | None, Profile]] = {}
+        self.files: dict[Path, tuple[tuple[int, int, int] | None, Profile]] = {}
 
     def file(self, path: Path) -> Profile:
         """Return the file's profile, read again if it has changed; a bad file is warned of and empty."""
         try:
             status = path.stat()
-            stamp = status.st_mtime_ns, status.st_size
+            stamp = status.st_mtime_ns, status.st_size, status.st_ino
         except OSError:
             stamp = None
         known = self.files.get(path)
@@ -513,14 +691,54 @@ class _Store:
 _store = _Store()
 
 
-def find(key: Key) -> list[tuple[str, Entry]]:
-    """Return the entries of a key with the layer each is from, those that win first."""
+@dataclass(frozen=True)
+class Found:
+    """An entry that answers for a key.
+
+    Attributes:
+        layer: where it is from.
+        entry: what was measured.
+        differences: in words, how the machine it was measured on differs from this one; empty for an exact match.
+    """
+
+    layer: str
+    entry: Entry
+    differences: tuple[str, ...] = ()
+
+    @property
+    def exact(self) -> bool:
+        """Whether it was measured for just this key."""
+        return not self.differences
+
+
+def find(key: Key) -> list[Found]:
+    """Return the entries of a key, those that win first: exact ones by layer, then soft ones by how much differs."""
     with _store.lock:
-        found = [("in-process", _store.own[key])] if key in _store.own else []
+        exact = [Found("in-process", _store.own[key])] if key in _store.own else []
+        soft: list[Found] = []
         for layer, path in layers():
-            if (entry := _store.file(path).get(key)) is not None:
-                found.append((layer, entry))
-    return found
+            exact += _exact(layer, path, key)
+            soft += _soft(layer, path, key)
+    return exact + sorted(soft, key=lambda found: len(found.differences))
+
+
+def find_in(path: Path, key: Key) -> list[Found]:
+    """Return the entries of a key in one file, ordered as by ``find``."""
+    with _store.lock:
+        soft = sorted(_soft(str(path), path, key), key=lambda found: len(found.differences))
+        return _exact(str(path), path, key) + soft
+
+
+def _exact(layer: str, path: Path, key: Key) -> list[Found]:
+    entry = _store.file(path).get(key)
+    return [] if entry is None else [Found(layer, entry)]
+
+
+def _soft(layer: str, path: Path, key: Key) -> list[Found]:
+    here = machine.current()
+    if key.machine != here.id:  # somebody else's question, which nothing here is like
+        return []
+    return [Found(layer, entry, differences) for entry, differences in _store.file(path).alike(key, here)]
 
 
 def remember(entry: Entry) -> None:

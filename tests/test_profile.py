@@ -100,7 +100,7 @@ def rounded(one: Result) -> tuple[Any, ...]:
 
 @given(entries)
 def test_every_entry_survives_the_file_to_four_digits(one: Entry) -> None:
-    text = FORM + profile._dump_entry(one)
+    text = FORM + profile.dump_entry(one)
     again = Profile(text, "some.yaml").get(one.key)
     assert again is not None
     assert rounded(again.winner) == rounded(one.winner)
@@ -111,7 +111,7 @@ def test_every_entry_survives_the_file_to_four_digits(one: Entry) -> None:
 
 @given(st.lists(entries, max_size=4, unique_by=lambda one: one.key))
 def test_a_written_profile_is_one_yaml_mapping_of_all_that_was_written(many: list[Entry]) -> None:
-    chunks = [profile._dump_machine(HERE), *map(profile._dump_entry, many)]
+    chunks = [profile.dump_machine(HERE.id, HERE.describe()), *map(profile.dump_entry, many)]
     text = FORM + "\n".join(chunks)
     data = safe_yaml.load(text)
     assert list(data) == ["format", f"machine {HERE.id}", *(str(one.key) for one in many)]
@@ -122,14 +122,14 @@ def test_a_written_profile_is_one_yaml_mapping_of_all_that_was_written(many: lis
 
 @pytest.mark.parametrize("bad", ["3", "[1]", "[2, 1]", "[1, .inf]", "[a, b]", "[1, 2, 3]"])
 def test_an_interval_that_is_none_makes_the_entry_a_miss(bad: str) -> None:
-    text = FORM + profile._dump_entry(entry(None, result(interval=(9e-4, 2e-3))))
+    text = FORM + profile.dump_entry(entry(None, result(interval=(9e-4, 2e-3))))
     assert quiet(text) is not None
     assert quiet(re.sub(r"interval_us: \[.*?\]", f"interval_us: {bad}", text)) is None
 
 
 @pytest.mark.parametrize("bad", ["busy", "[1]", "[two words]", "{a: b}"])
 def test_flags_that_are_no_words_make_the_entry_a_miss(bad: str) -> None:
-    text = FORM + profile._dump_entry(entry(flags=("busy",)))
+    text = FORM + profile.dump_entry(entry(flags=("busy",)))
     assert quiet(text) is not None
     assert quiet(text.replace("flags: [busy]", f"flags: {bad}")) is None
 
@@ -309,7 +309,7 @@ def damaged(text: str) -> Iterator[tuple[str, str]]:
     yield "a tab", text.replace("  effort:", "\teffort:", 1)
 
 
-GOOD = FORM + profile._dump_entry(entry()) + "\n" + profile._dump_entry(entry(key(OTHER)))
+GOOD = FORM + profile.dump_entry(entry()) + "\n" + profile.dump_entry(entry(key(OTHER)))
 DAMAGED = dict(damaged(GOOD))
 
 
@@ -532,7 +532,7 @@ def test_layers_are_asked_in_order(path: Path) -> None:
 
 
 def layers_and_winners() -> list[tuple[str, str]]:
-    return [(layer, one.winner.backend) for layer, one in profile.find(key())]
+    return [(found.layer, found.entry.winner.backend) for found in profile.find(key())]
 
 
 def test_the_environment_names_the_projects_profile(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -464,6 +465,163 @@ def test_a_raised_version_leads_to_measuring_again(clock: FakeClock) -> None:
     report = tune(PROBLEM)
     assert statuses(report) == ["tuned", "tuned"]
     assert all(layer.entry and layer.entry.winner.backend == "b" for layer in report.layers)
+
+
+def test_a_new_backend_races_against_the_old_winner_and_nobody_else(clock: FakeClock) -> None:
+    winner, loser, wrong = Scripted("winner", clock), Scripted("loser", clock, 1.2), Scripted("wrong", clock, off=1.0)
+    only(winner, loser, wrong)
+    tuned_entry()
+    calls = winner.calls, loser.calls, wrong.calls
+    registry.register(Scripted("new", clock, 1.1))
+    entry = tuned_entry()
+    assert names_of(entry) == ["winner", "new", "loser"]
+    assert reasons(entry).keys() == {"wrong"}
+    assert winner.calls > calls[0]
+    assert (loser.calls, wrong.calls) == calls[1:]
+    assert statuses(tune(PROBLEM, deployments=["plan"], threads=1)) == ["known"]
+
+
+def test_a_new_version_of_the_winner_races_against_the_best_of_the_others(clock: FakeClock) -> None:
+    second, third = Scripted("second", clock, 1.2), Scripted("third", clock, 1.3)
+    only(Scripted("first", clock), second, third)
+    tuned_entry()
+    calls = second.calls, third.calls
+    registry.register(Scripted("first", clock, 5.0, version=2), replace=True)
+    entry = tuned_entry()
+    assert names_of(entry) == ["second", "third", "first"]
+    assert second.calls > calls[0]
+    assert third.calls == calls[1]
+
+
+def test_when_the_old_winner_fails_everybody_races_again(clock: FakeClock) -> None:
+    winner, loser = Scripted("winner", clock), Scripted("loser", clock, 1.2)
+    only(winner, loser)
+    tuned_entry()
+    calls = loser.calls
+    winner.off = 1.0
+    registry.register(Scripted("new", clock, 1.4))
+    entry = tuned_entry()
+    assert names_of(entry) == ["loser", "new"]
+    assert reasons(entry).keys() == {"winner"}
+    assert loser.calls > calls
+
+
+def test_a_flagged_entry_settles_nothing(clock: FakeClock) -> None:
+    old, other = Scripted("old", clock), Scripted("other", clock, 1.2)
+    only(old, other)
+    tuned_entry()
+    doubtful = replace(next(iter(stored().values())), flags=("busy",))
+    profile.write(profile.user_path(), [doubtful], machine.current())
+    calls = other.calls
+    registry.register(Scripted("new", clock, 1.4))
+    tuned_entry()
+    assert other.calls > calls
+
+
+# Machines much like this one --------------------------------------------------------------------------------------
+
+
+def tuned_entry(**more: Any) -> Entry:
+    (report,) = tune(PROBLEM, deployments=["plan"], threads=1, **more).layers
+    assert report.status == "tuned"
+    assert report.entry is not None
+    return report.entry
+
+
+def move_to_a_like_machine() -> str:
+    """Make what is stored that of a machine with another NumPy; return what differs in words."""
+    path, here = profile.user_path(), machine.current()
+    version = here.libraries[0].split()[1]
+    text = path.read_text().replace(here.id, "like-machine").replace(f"numpy {version}", "numpy 1.0")
+    path.write_text(text)
+    profile.forget()
+    return f"numpy 1.0 instead of {version}"
+
+
+@pytest.fixture
+def three(clock: FakeClock) -> dict[str, Scripted]:
+    """An old winner, the estimate's pick, and one who lost; tuned on a machine much like this one."""
+    backends = Scripted("winner", clock, 1.0, expected=2.0), Scripted("pick", clock, 1.1), Scripted("loser", clock, 1.5,
+        expected=3.0)  # fmt: skip
+    only(*backends)
+    tuned_entry()
+    move_to_a_like_machine()
+    for backend in backends:
+        backend.calls = 0
+    return {backend.name: backend for backend in backends}
+
+
+def test_what_a_like_machine_measured_is_used_and_says_so(three: dict[str, Scripted]) -> None:
+    difference = f"measured with numpy 1.0 instead of {machine.current().libraries[0].split()[1]}"
+    with settings.options(threads=1):
+        plan = convdispatch.plan(PROBLEM.input_shape, np.ones(PROBLEM.filter_shape, "f4"))
+        assert plan.candidate.backend.name == "winner"
+        assert plan.evidence.source == "profile"
+        assert plan.evidence.detail.endswith(difference)
+        assert difference in str(convdispatch.explain(PROBLEM.input_shape, PROBLEM.filter_shape))
+    assert three["loser"].calls == 0
+
+
+def test_tune_races_the_old_winner_against_the_estimates_pick_alone(three: dict[str, Scripted]) -> None:
+    entry = tuned_entry()
+    assert names_of(entry) == ["winner", "pick"]
+    assert entry.lost_before == (("loser", 1),)
+    assert three["loser"].calls == 0
+    assert entry.key.machine == machine.current().id
+    assert statuses(tune(PROBLEM, deployments=["plan"], threads=1)) == ["known"]
+    assert stored()[entry.key].lost_before == entry.lost_before
+    assert len(stored()) == 2  # the other machine keeps its own
+
+
+def test_a_tuned_choice_is_never_worse_than_the_estimates_pick(three: dict[str, Scripted]) -> None:
+    three["winner"].seconds = 4.0
+    assert names_of(tuned_entry()) == ["pick", "winner"]
+
+
+def test_who_is_new_or_has_changed_races_too_and_who_lost_before_only_when_changed(
+    three: dict[str, Scripted], clock: FakeClock
+) -> None:
+    registry.register(Scripted("new", clock, 1.2))
+    assert names_of(tuned_entry()) == ["winner", "pick", "new"]
+    assert three["loser"].calls == 0
+    registry.register(Scripted("loser", clock, 0.5, version=2), replace=True)
+    entry = tuned_entry()
+    assert names_of(entry) == ["loser", "winner", "pick", "new"]
+    assert entry.lost_before == ()
+
+
+def test_who_failed_on_the_like_machine_is_tried_here(clock: FakeClock) -> None:
+    wrong = Scripted("wrong", clock, 0.5, off=1.0)
+    only(Scripted("winner", clock), wrong)
+    tuned_entry()
+    move_to_a_like_machine()
+    wrong.off = 0.0
+    assert names_of(tuned_entry()) == ["wrong", "winner"]
+
+
+def test_when_the_like_machines_winner_fails_here_everybody_races(three: dict[str, Scripted]) -> None:
+    three["winner"].off = 1.0
+    entry = tuned_entry()
+    assert names_of(entry) == ["pick", "loser"]
+    assert entry.lost_before == ()
+
+
+@pytest.mark.parametrize("more", [{"effort": "patient"}, {"retune": True}], ids=["a higher effort", "retune"])
+def test_what_a_like_machine_measured_does_not_spare_who_asks_for_more(
+    three: dict[str, Scripted], more: dict[str, Any]
+) -> None:
+    entry = tuned_entry(**more)
+    assert names_of(entry) == ["winner", "pick", "loser"]
+    assert entry.lost_before == ()
+
+
+def test_on_miss_tuning_races_anew_what_only_a_like_machine_measured(three: dict[str, Scripted]) -> None:
+    filters = np.ones(PROBLEM.filter_shape, "f4")
+    with settings.options(threads=1, tuning="on-miss"):
+        plan = convdispatch.plan(PROBLEM.input_shape, filters)
+        assert (plan.candidate.backend.name, plan.evidence.source) == ("winner", "tuned")
+    assert three["loser"].calls == 0
+    assert {entry.key.machine for entry in stored().values()} == {machine.current().id, "like-machine"}
 
 
 def test_a_failure_is_not_tried_again_until_its_version_is_raised(clock: FakeClock) -> None:

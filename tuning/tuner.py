@@ -15,12 +15,13 @@ from convdispatch.backend import Backend, Candidate, Effort
 from convdispatch.errors import ArgumentError, BackendError, ProfileError, ProfileWarning
 from convdispatch.plan import Plan
 from convdispatch.problem import Problem
-from convdispatch.profile import Entry, Failure, Key, Result
+from convdispatch.profile import Entry, Failure, Found, Key, Result
 from convdispatch.settings import EFFORTS
 from convdispatch.tuning import workload as workloads
 from convdispatch.tuning.clock import Clock, system_clock
 from convdispatch.tuning.gate import Trial, trial
 from convdispatch.tuning.race import RULES, Rules, Run, comparable_seconds, race
+from convdispatch.tuning.rematch import carried, known_versions, rematch, still_there
 from convdispatch.tuning.workload import Layer, Workload
 
 Status = Literal["tuned", "known", "left", "failed"]
@@ -160,13 +161,16 @@ def _tune_layer(
     *,
     retune: bool,
 ) -> LayerReport:
-    known = _known(key, path)
-    if known is not None and not retune and suffices(known, effort, backends):
+    found = _known(key, path)
+    known = found.entry if found is not None else None
+    if found is not None and found.exact and not retune and suffices(found.entry, effort, backends):
         return LayerReport(layer, key.deployment, "known", known)
     if seconds is not None and seconds <= 0:
         return LayerReport(layer, key.deployment, "left", known)
     try:
-        outcome = tune_problem(key, effort=effort, seconds=seconds, backends=backends, incumbent=known)
+        outcome = tune_problem(
+            key, effort=effort, seconds=seconds, backends=backends, incumbent=known, sparing=not retune
+        )
     except BackendError as error:
         return LayerReport(layer, key.deployment, "failed", known, reason=str(error))
     profile.remember(outcome.entry)
@@ -174,20 +178,15 @@ def _tune_layer(
     return LayerReport(layer, key.deployment, "tuned", outcome.entry, outcome.left_out)
 
 
-def _known(key: Key, path: Path) -> Entry | None:
-    try:
-        return profile.read(path).get(key)
-    except ProfileError:
-        return None
+def _known(key: Key, path: Path) -> Found | None:
+    return next(iter(profile.find_in(path, key)), None)
 
 
 def suffices(entry: Entry, effort: Effort, backends: dict[str, Backend]) -> bool:
     """Return whether an old entry answers the question: same effort or higher, every backend as it is now."""
     if EFFORTS.index(entry.effort) < EFFORTS.index(effort):
         return False
-    versions = {row.backend: row.version for row in entry.results} | {
-        row.backend: row.version for row in entry.failures
-    }
+    versions = known_versions(entry)
     return all(
         versions.get(name, backend.version) == backend.version
         and (name in versions or not _would_race(backend, entry.key, effort))
@@ -224,6 +223,7 @@ def tune_problem(
     seconds: float | None = None,
     backends: dict[str, Backend] | None = None,
     incumbent: Entry | None = None,
+    sparing: bool = False,
     clock: Clock = system_clock,
     rules: Rules | None = None,
 ) -> Outcome:
@@ -235,6 +235,7 @@ def tune_problem(
         seconds: most time the race may take.
         backends: who takes part; all available ones where None.
         incumbent: the old entry, whose winner takes part too, and is preferred in a tie.
+        sparing: whether those may stay out who lost in the old entry, where that still means something.
         clock: tells the time; tests pass their own.
         rules: how to race; those of the effort where None.
 
@@ -245,32 +246,29 @@ def tune_problem(
         BackendError: if no candidate was right.
     """
     entrants, left_out = _entrants(key, effort, registry.available() if backends is None else backends)
-    entrants += [old for old in _still_there(incumbent) if incumbent and old.name == incumbent.winner.name]
+    again = rematch(key, effort, entrants, incumbent) if sparing else None
+    entrants += [old for old in still_there(incumbent) if incumbent and old.name == incumbent.winner.name]
     rules = rules or RULES[effort]
     if seconds is not None:
         rules = replace(rules, race_seconds=min(rules.race_seconds, seconds))
     # Two races at once would time each other; and a backend may itself convolve, which must not start a race.
     with _one_at_a_time, settings.options(tuning="off"):
-        results, failures = _measure(key, entrants, rules, clock)
+        results, failures = _measure(key, entrants if again is None else again.entrants, rules, clock)
+        if again is not None and not again.holds(results):
+            again = None
+            results, failures = _measure(key, entrants, rules, clock)
     if not results:
         said = "; ".join(f"{failure.name}: {failure.reason}" for failure in failures) or "no backend takes it"
         raise BackendError(f"no candidate could do {key.problem}: {said}")
     ordered = order_by_preference(results, incumbent.winner.name if incumbent else None)
-    if backends is not None and incumbent is not None:  # those who did not take part keep what they have
-        there = {old.name for old in _still_there(incumbent)}
-        seen = {result.name for result in results} | {failure.name for failure in failures}
-        ordered += [result for result in incumbent.results if result.name in there - seen]
-    return Outcome(Entry(key, tuple(ordered), tuple(failures), effort), left_out)
-
-
-def _still_there(entry: Entry | None) -> list[Candidate]:
-    """Return an old entry's candidates whose backends are as they were when measured."""
-    now = registry.available()
-    return [
-        Candidate(now[row.backend], row.config)
-        for row in (entry.results if entry else ())
-        if row.backend in now and now[row.backend].version == row.version
-    ]
+    lost_before: tuple[tuple[str, int], ...] = ()
+    if (backends is not None or again is not None) and incumbent is not None:
+        kept, failed, lost_before = carried(key, incumbent, results, failures)
+        ordered = [ordered[0], *sorted((*ordered[1:], *kept), key=lambda result: result.median)]
+        failures += failed
+        if again is None and incumbent.key != key:
+            lost_before = ()
+    return Outcome(Entry(key, tuple(ordered), tuple(failures), effort, lost_before=lost_before), left_out)
 
 
 def _measure(key: Key, entrants: Sequence[Candidate], rules: Rules, clock: Clock) -> tuple[list[Result], list[Failure]]:

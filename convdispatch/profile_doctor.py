@@ -1,0 +1,146 @@
+"""What is wrong with the profiles that are in force here, and the command that mends each thing."""
+
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from convdispatch import fingerprint, profile, profile_tools, registry
+from convdispatch.errors import ProfileError
+from convdispatch.machine import Machine
+from convdispatch.profile import Entry, Key, Profile
+from convdispatch.profile_tools import Quarantine
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a person may want to know of a profile.
+
+    Attributes:
+        kind: what sort of thing, e.g. ``"stale"``.
+        layer, path: where.
+        about: the entry, backend or machine in question.
+        reason: what is the matter with it.
+        command: what mends it, as typed into a shell.
+        wrong: whether it needs mending; else it is only said.
+    """
+
+    kind: str
+    layer: str
+    path: str
+    about: str
+    reason: str
+    command: str
+    wrong: bool = True
+
+
+def examine(layers: Sequence[tuple[str, Path]], writable: Path, here: Machine) -> list[Finding]:
+    """Look through profile files.
+
+    Args:
+        layers: names and files, those that win first; an entry hides those of its key in the layers after it.
+        writable: the file that tuning writes.
+        here: this machine.
+    """
+    found = list(_unwritable(writable))
+    seen: set[Key] = set()
+    for layer, path in layers:
+        try:
+            contents = profile.read(path)
+        except ProfileError as error:
+            aside = shlex.join(["mv", str(path), f"{path}.aside"])
+            found.append(Finding("unreadable file", layer, str(path), str(path), str(error), aside))
+            continue
+        found += _Layer(layer, path, writable, here).findings(contents, seen)
+        kept = path.with_name(path.name + ".broken")
+        if kept.exists():
+            said = "holds what was broken in the profile and has been taken out of it"
+            command = shlex.join(["rm", str(kept)])
+            found.append(Finding("broken text", layer, str(path), str(kept), said, command, wrong=False))
+    return found
+
+
+def _unwritable(path: Path) -> Iterator[Finding]:
+    place = path
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    folder = path.parent if path.exists() else place
+    if not folder.is_dir():
+        reason, command = f"{folder} is no folder", ["mv", str(folder), f"{folder}.aside"]
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        reason, command = f"nothing may be written in {folder}", ["chmod", "u+wx", str(folder)]
+    else:
+        return
+    yield Finding("unwritable file", "written by tune", str(path), str(path), reason, shlex.join(command))
+
+
+@dataclass(frozen=True)
+class _Layer:
+    name: str
+    path: Path
+    writable: Path
+    here: Machine
+
+    def finding(self, kind: str, about: str, reason: str, command: Sequence[str], *, wrong: bool = True) -> Finding:
+        return Finding(kind, self.name, str(self.path), about, reason, shlex.join(command), wrong)
+
+    def prune(self, *words: str) -> list[str]:
+        return ["convdispatch", "profile", "prune", *words, "--profile", str(self.path)]
+
+    def tune(self, key: Key, *words: str) -> list[str]:
+        where = [] if self.writable == profile.user_path() else ["--profile", str(self.writable)]
+        how = ["--deployment", key.deployment, "--threads", str(key.threads)]
+        return ["convdispatch", "tune", str(key.problem), *how, *words, *where]
+
+    def findings(self, contents: Profile, seen: set[Key]) -> Iterator[Finding]:
+        broken = contents.broken()
+        for key, reason in broken.items():
+            yield self.finding("unreadable", ascii(key)[1:-1], reason, self.prune("--broken"))
+        for key, lines in contents.doubled().items():
+            said = f"stands at lines {', '.join(map(str, lines))} and differs; the last counts"
+            yield self.finding("doubled", key, said, self.prune("--broken"))
+        elsewhere: dict[str, list[Key]] = {}
+        for entry in contents.entries(skip=broken):
+            if entry.key.machine != self.here.id:
+                elsewhere.setdefault(entry.key.machine, []).append(entry.key)
+            elif entry.key not in seen:
+                seen.add(entry.key)
+                yield from self._own(entry)
+        for machine_id, keys in elsewhere.items():
+            yield self._foreign(contents, machine_id, keys)
+        for one in profile_tools.quarantines(contents):
+            yield self._quarantined(one)
+
+    def _own(self, entry: Entry) -> Iterator[Finding]:
+        about, winner = str(entry.key), entry.winner.backend
+        if winner not in registry.available():
+            why = registry.unavailable().get(winner, "there is no such backend here")
+            yield self.finding("unknown backend", about, f"won by {winner}: {why}", self.tune(entry.key))
+        if stale := profile_tools.stale_reason(entry, profile_tools.versions):
+            yield self.finding("stale", about, stale, self.tune(entry.key))
+        if entry.flags:
+            command = self.tune(entry.key, "--retune")
+            yield self.finding("flagged", about, ", ".join(entry.flags), command)
+
+    def _foreign(self, contents: Profile, machine_id: str, keys: Sequence[Key]) -> Finding:
+        count = f"{len(keys)} {'entry' if len(keys) == 1 else 'entries'}"
+        fields = contents.machines().get(machine_id)
+        command = self.prune("--machine", machine_id)
+        if fields is None:
+            said = f"{count} of a machine that the file does not describe are not used here"
+            return self.finding("other machine", machine_id, said, command, wrong=False)
+        likenesses = [fingerprint.compare(fields, self.here, key.threads) for key in keys]
+        if all(likeness.hard for likeness in likenesses):
+            said = f"{count} not used here: {'; '.join(likenesses[0].hard)}"
+            return self.finding("other machine", machine_id, said, command, wrong=False)
+        first = next(key for key, likeness in zip(keys, likenesses, strict=True) if not likeness.hard)
+        said = f"{count} used where this machine has none of its own: {'; '.join(likenesses[0].soft)}"
+        return self.finding("like machine", machine_id, said, self.tune(first), wrong=False)
+
+    def _quarantined(self, one: Quarantine) -> Finding:
+        about = f"{one.backend} version {one.version} on {one.machine}"
+        now = registry.available().get(one.backend)
+        matters = one.machine == self.here.id and now is not None and str(now.version) == one.version
+        reason = f"{one.reason or 'no reason given'}{f' ({one.when})' if one.when else ''}"
+        return self.finding("quarantined", about, reason, self.prune("--quarantined"), wrong=matters)

@@ -1,0 +1,365 @@
+"""What people do with whole profiles: compare, join, ship and tidy them. Nothing here writes; ``profile.edit`` does."""
+
+import datetime as dt
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from convdispatch import fingerprint, profile, registry, safe_yaml, settings
+from convdispatch.fingerprint import Grade
+from convdispatch.machine import Machine
+from convdispatch.profile import Entry, Key, Profile
+
+MACHINE, QUARANTINE = "machine ", "quarantine "
+
+
+def grade(where: Profile, key: Key, here: Machine) -> Grade:
+    """Return how much an entry of a profile counts on this machine."""
+    if key.machine == here.id:
+        return "exact"
+    fields = where.machines().get(key.machine)
+    if fields is None:
+        return "hard"
+    return "hard" if fingerprint.compare(fields, here, key.threads).hard else "soft"
+
+
+def versions(entry: Entry) -> dict[str, int]:
+    """Return the version of every backend that was measured."""
+    return {row.backend: row.version for row in entry.failures} | {row.backend: row.version for row in entry.results}
+
+
+@dataclass(frozen=True)
+class Quarantine:
+    """A backend that may not run on a machine, as it stands in a profile.
+
+    Attributes:
+        key: its key in the file.
+        backend, version, machine: which one and where.
+        reason, when: why and since when, as written.
+    """
+
+    key: str
+    backend: str
+    version: str
+    machine: str
+    reason: str
+    when: str
+
+
+def quarantines(where: Profile) -> list[Quarantine]:
+    """Return the quarantined backends of a profile; what cannot be read of one is left empty."""
+    found = []
+    for key, text in where.chunks().items():
+        if not key.startswith(QUARANTINE):
+            continue
+        about, _, machine = key.removeprefix(QUARANTINE).partition("|")
+        name, _, version = about.partition(" version ")
+        try:
+            data = next(iter(safe_yaml.load(text).values()))
+        except Exception:  # noqa: BLE001  # a person may have written anything
+            data = {}
+        fields = data if isinstance(data, dict) else {}
+        said = [" ".join(str(fields.get(field, "")).split()) for field in ("reason", "when")]
+        found.append(Quarantine(key, name.strip(), version.strip(), machine.strip(), *said))
+    return found
+
+
+# Compare ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key whose winner differs between two profiles.
+
+    Attributes:
+        first, second: the entries.
+        ratio: the second winner's time over the first's.
+        cost: what the second's winner took in the first profile, over the first's winner there; None if it was not
+            measured there. Near 1 it is a tie that fell the other way.
+    """
+
+    first: Entry
+    second: Entry
+
+    @property
+    def ratio(self) -> float:  # noqa: D102  # an attribute to its users
+        return _ratio(self.second.winner.median, self.first.winner.median)
+
+    @property
+    def cost(self) -> float | None:  # noqa: D102
+        name = self.second.winner.name
+        times = [row.median for row in self.first.results if row.name == name]
+        return _ratio(times[0], self.first.winner.median) if times else None
+
+
+def _ratio(above: float, below: float) -> float:
+    return above / below if below else math.inf if above else 1.0
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What two profiles say differently: entries of one only, keys whose winner differs, and keys where it agrees."""
+
+    only_first: tuple[Entry, ...]
+    only_second: tuple[Entry, ...]
+    changed: tuple[Change, ...]
+    same: tuple[Key, ...]
+
+
+def diff(first: Profile, second: Profile, *, across: bool = False) -> Difference:
+    """Compare two profiles key by key.
+
+    Args:
+        first, second: the profiles.
+        across: whether entries of different machines are compared too, by problem, deployment and threads.
+    """
+
+    def same_question(key: Key) -> Key:
+        return replace(key, machine="") if across else key
+
+    one, two = ({same_question(entry.key): entry for entry in each.entries()} for each in (first, second))
+    both = [key for key in one if key in two]
+    return Difference(
+        tuple(entry for key, entry in one.items() if key not in two),
+        tuple(entry for key, entry in two.items() if key not in one),
+        tuple(Change(one[key], two[key]) for key in both if one[key].winner.name != two[key].winner.name),
+        tuple(key for key in both if one[key].winner.name == two[key].winner.name),
+    )
+
+
+# Join -------------------------------------------------------------------------------------------------------------
+
+
+def width(entry: Entry) -> float:
+    """Return the width of the winner's interval over its median; infinite where there is no interval."""
+    ends, median = entry.winner.interval, entry.winner.median
+    return (ends[1] - ends[0]) / median if ends is not None and median else math.inf
+
+
+def choose(entries: Sequence[Entry]) -> Entry:
+    """Return the entry to trust of several for one key, whatever their order.
+
+    Measurements of the newest versions of the backends come first, then those without flags, then the tighter
+    interval of the winner, the higher effort, the newer date.
+    """
+    newest: dict[str, int] = {}
+    for entry in entries:
+        for name, version in versions(entry).items():
+            newest[name] = max(version, newest.get(name, version))
+
+    def rank(entry: Entry) -> tuple[bool, bool, float, int, float, str]:
+        old = any(newest[name] != version for name, version in versions(entry).items())
+        when = _when(entry.tuned)
+        effort = settings.EFFORTS.index(entry.effort)
+        # The text decides only between entries that are equal in all that matters, so that order never does.
+        return old, bool(entry.flags), width(entry), -effort, -(when.timestamp() if when else 0), repr(entry)
+
+    return min(entries, key=rank)
+
+
+def _when(text: str) -> dt.datetime | None:
+    try:
+        when = dt.datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return when if when.tzinfo else when.replace(tzinfo=dt.UTC)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What joining profiles into one does.
+
+    Attributes:
+        changes: the new texts by key, for ``profile.edit``.
+        new: keys that were not there.
+        better: keys whose entry gives way to a better one.
+        kept: keys whose entry stays.
+        refused: what cannot be read of the sources, and why.
+        grades: how many of the sources' entries match this machine exactly, softly or not at all.
+    """
+
+    changes: Mapping[str, str | None]
+    new: tuple[Key, ...]
+    better: tuple[Key, ...]
+    kept: tuple[Key, ...]
+    refused: Mapping[str, str]
+    grades: Mapping[Grade, int]
+
+
+def join(target: Profile, sources: Sequence[Profile], here: Machine) -> Joined:
+    """Add what other profiles know to one: new keys, and better entries for keys that it has."""
+    groups: dict[Key, list[Entry]] = {}
+    refused: dict[str, str] = {}
+    counts: Counter[Grade] = Counter()
+    others: dict[str, str] = {}
+    for source in sources:
+        bad = source.broken()
+        bad |= {key: f"line {n[0]}: line {n[-1]} has it too" for key, n in source.doubled().items() if key not in bad}
+        refused |= {f"{source.name}: {key}": reason for key, reason in bad.items()}
+        for entry in _readable(source):
+            groups.setdefault(entry.key, []).append(entry)
+            counts[grade(source, entry.key, here)] += 1
+        others |= {
+            key: text
+            for key, text in source.chunks().items()
+            if key.startswith((MACHINE, QUARANTINE)) and key not in others
+        }
+    there, broken = target.chunks(), target.broken()
+    changes: dict[str, str | None] = {}
+    sorted_keys: dict[str, list[Key]] = {"new": [], "better": [], "kept": []}
+    for key, group in groups.items():
+        old = None if target.spelling(key) in broken else target.get(key)
+        best = choose(group if old is None else [old, *group])
+        sorted_keys["new" if old is None else "kept" if best == old else "better"].append(key)
+        if best != old:
+            changes |= {spelt: None for spelt in (target.spelling(key),) if spelt is not None}
+            changes[str(key)] = profile.dump_entry(best)
+    used = {f"{MACHINE}{key.machine}" for key in groups}
+    changes |= {
+        key: text for key, text in others.items() if key not in there and (key in used or key.startswith(QUARANTINE))
+    }
+    keys = {name: tuple(found) for name, found in sorted_keys.items()}
+    return Joined(changes, keys["new"], keys["better"], keys["kept"], refused, counts)
+
+
+def _readable(source: Profile) -> list[Entry]:
+    """Return the entries that can be read, without a warning of those that cannot."""
+    return source.entries(skip=source.broken())
+
+
+# Ship -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A profile to be given away: its text, how many entries it has, and which were left out and why."""
+
+    text: str
+    entries: int
+    left_out: Mapping[str, str]
+
+
+def export(source: Profile, *, portable: bool) -> Exported:
+    """Return a clean copy of a profile: its machines, its quarantines and every entry that can be read.
+
+    Args:
+        source: the profile.
+        portable: whether to leave out what tells one machine from others of its kind, so that all of these use the
+            entries, softly: processor model, cores, caches, library versions. Flagged entries stay behind then, and
+            of several machines of one kind the best entry is taken.
+    """
+    left_out = dict(source.broken())
+    changes: dict[str, str | None] = {}
+    groups: dict[Key, list[Entry]] = {}
+    for entry in _readable(source):
+        key = entry.key
+        fields = source.machines().get(key.machine)
+        if portable:
+            if entry.flags or fields is None:
+                left_out[str(key)] = (
+                    f"flagged {', '.join(entry.flags)}" if entry.flags else "its machine is not described"
+                )
+                continue
+            fields = fingerprint.portable(fields)
+            digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:8]
+            key = replace(key, machine=f"{fields['cpu'].strip('()') or 'cpu'}-portable-{digest}")
+        if fields is not None:
+            changes[MACHINE + key.machine] = profile.dump_machine(key.machine, fields)
+        groups.setdefault(key, []).append(replace(entry, key=key))
+    changes |= {str(key): profile.dump_entry(choose(group)) for key, group in groups.items()}
+    if not portable:
+        changes |= {key: text for key, text in source.chunks().items() if key.startswith(QUARANTINE)}
+    return Exported(Profile("", "").changed(changes), len(groups), left_out)
+
+
+# Tidy -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What ``prune`` takes out: any of the kinds, of those that the rest selects; all of these if no kind is named.
+
+    Attributes:
+        stale: the winner's backend was older than the one that is installed.
+        flagged: the measurement is marked as doubtful.
+        broken: cannot be read; and the earlier of two entries with one key.
+        quarantined: quarantines, so that the backends are tried again.
+        machine: only what was measured there.
+        older_than: only what is older than so many days.
+    """
+
+    stale: bool = False
+    flagged: bool = False
+    broken: bool = False
+    quarantined: bool = False
+    machine: str | None = None
+    older_than: float | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is selected."""
+        return self == Selection()
+
+    @property
+    def any_kind(self) -> bool:
+        """Whether no kind is named."""
+        return not (self.stale or self.flagged or self.broken or self.quarantined)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What is to go: the changes for ``profile.edit``, and each key with the reason."""
+
+    changes: Mapping[str, str | None]
+    reasons: Mapping[str, str]
+
+
+def prune(source: Profile, what: Selection, now: dt.datetime | None = None) -> Pruned:
+    """Return what a selection takes out of a profile."""
+    limit = None if what.older_than is None else (now or dt.datetime.now(dt.UTC)) - dt.timedelta(days=what.older_than)
+
+    def selected(machine: str, when: str) -> bool:
+        date = _when(when)
+        old = limit is None or (date is not None and date < limit)
+        return what.machine in {None, machine} and old
+
+    reasons: dict[str, str] = {}
+    for entry in _readable(source):
+        reason = "selected" if what.any_kind else stale_reason(entry) if what.stale else ""
+        if what.flagged and entry.flags:
+            reason = reason or f"flagged {', '.join(entry.flags)}"
+        if reason and selected(entry.key.machine, entry.tuned):
+            reasons[source.spelling(entry.key) or str(entry.key)] = reason
+    if what.quarantined or what.any_kind:
+        reasons |= {q.key: "quarantined" for q in quarantines(source) if selected(q.machine, q.when)}
+    changes: dict[str, str | None] = dict.fromkeys(reasons)
+    if what.broken and what.older_than is None:
+        for key, reason in source.broken().items():
+            if what.machine is None or key.endswith(f"| {what.machine}"):
+                reasons[key], changes[key] = reason, None
+        for key, lines in source.doubled().items():
+            if key not in changes and what.machine is None:
+                reasons[key], changes[key] = f"doubled, line {lines[0]}", source.chunks()[key]
+    if what.any_kind and what.machine is not None and what.older_than is None:
+        section = MACHINE + what.machine
+        changes |= {section: None} if section in source.chunks() else {}
+    return Pruned(changes, reasons)
+
+
+def stale_reason(entry: Entry, rows: Callable[[Entry], Mapping[str, int]] | None = None) -> str:
+    """Return which backend has a newer version than an entry's winner was measured with, or nothing.
+
+    Args:
+        entry: the entry.
+        rows: which backends matter; the winner's alone where None.
+    """
+    measured = rows(entry) if rows else {entry.winner.backend: entry.winner.version}
+    now = registry.available()
+    return ", ".join(
+        f"{name} was version {version}, is {now[name].version}"
+        for name, version in measured.items()
+        if name in now and version < now[name].version
+    )

@@ -1,0 +1,124 @@
+"""Changing a file that other processes change too: one at a time, and as a whole or not at all."""
+
+import contextlib
+import errno
+import glob
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+#: Nobody holds a file for a tenth of this; who seems to is gone, or on a machine that is.
+_SECONDS_TO_WAIT = 30.0
+_SECONDS_BETWEEN_TRIES = 0.01
+_HELD_BY_ANOTHER = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES}
+
+
+def real(path: Path) -> Path:
+    """Return the file behind a path and its links, so that all who change it take turns at one place."""
+    return Path(os.path.realpath(path))
+
+
+@contextlib.contextmanager
+def exclusive(path: Path, seconds: float = _SECONDS_TO_WAIT) -> Iterator[None]:
+    """Hold the sole right to change a file, among all processes that ask for it this way.
+
+    The lock is on ``PATH.lock``, an empty file that stays. On a filesystem that has no locks, it is that
+    ``PATH.held`` exists; one that a killed process left behind is taken away by the next who wants it, at once if
+    that was on this machine, else when it has stood unchanged for the whole wait.
+
+    Args:
+        path: the file, which need not exist; its folder must.
+        seconds: how long to wait for others.
+
+    Raises:
+        OSError: if it cannot be locked; ``TimeoutError``, which is one, if others hold it for so long.
+    """
+    import filelock  # noqa: PLC0415  # needed only where something is written
+
+    lock = path.with_name(path.name + ".lock")
+    if _can_lock(lock):
+        with filelock.FileLock(lock, timeout=seconds, poll_interval=_SECONDS_BETWEEN_TRIES):
+            yield
+        return
+    marker = path.with_name(path.name + ".held")
+    held = filelock.SoftFileLock(marker, timeout=seconds, poll_interval=_SECONDS_BETWEEN_TRIES)
+    before = _stamp(marker)
+    try:
+        held.acquire()
+    except filelock.Timeout:
+        if before is None or _stamp(marker) != before or _is_of_this_machine(marker):
+            raise  # others come and go, or one is slow: it is only crowded
+        _take_away(marker, before)
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def _can_lock(lock: Path) -> bool:
+    """Return whether the filesystem has locks; makes the lock's file."""
+    try:
+        import fcntl  # noqa: PLC0415  # Windows has no such module, and its filesystems have locks
+    except ImportError:
+        return True
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in _HELD_BY_ANOTHER
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _is_of_this_machine(marker: Path) -> bool:
+    """Return whether a marker's holder is on this machine, and alive: else filelock would have taken it away."""
+    import socket  # noqa: PLC0415  # needed only in this rare case
+
+    try:
+        return socket.gethostname() in marker.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeError):
+        return False
+
+
+def _take_away(marker: Path, stamp: tuple[int, int]) -> None:
+    """Remove a marker that nobody holds, and no other one that came in its place meanwhile."""
+    aside = marker.with_name(f".{marker.name}-{os.getpid()}.tmp")
+    with contextlib.suppress(OSError):
+        marker.rename(aside)
+        if _stamp(aside) != stamp:
+            marker.hardlink_to(aside)  # back again, unless there is yet another one
+        aside.unlink()
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Replace a file's content at one stroke; to be called by who holds it. Readers see the old file or the new.
+
+    Raises:
+        OSError: if that is impossible; the old file is unchanged then, and nothing else is left.
+    """
+    # Not by tempfile: its files are for their owner only, and this one may be everyone's.
+    beside = path.with_name(f".{path.name}-{os.getpid()}.tmp")
+    for stale in path.parent.glob(f".{glob.escape(path.name)}-*.tmp"):
+        stale.unlink(missing_ok=True)  # a killed process's: the living do this one at a time
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, beside)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise

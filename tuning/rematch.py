@@ -1,0 +1,99 @@
+"""Who must race when a problem was measured before: the old winner against those who are new, and nobody else.
+
+An old entry settles most of the question. Where it was measured on this very machine, only backends that it does
+not know in their present version are open. Where it was measured on a machine much like this one (other library
+versions, say), who lost by measurement there is taken to lose here; its winner must show that it still wins, against
+the estimate's own pick too, so that a tuned choice is never worse than an untuned one.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from convdispatch import registry
+from convdispatch.backend import Candidate, Effort
+from convdispatch.profile import Entry, Failure, Key, Result
+from convdispatch.settings import EFFORTS
+
+
+def known_versions(entry: Entry) -> dict[str, int]:
+    """Return the backends that an entry says something of, each with the version it was when measured."""
+    rows: tuple[Result | Failure, ...] = (*entry.results, *entry.failures)
+    return dict(entry.lost_before) | {row.backend: row.version for row in rows}
+
+
+def still_there(entry: Entry | None) -> list[Candidate]:
+    """Return an old entry's candidates whose backends are as they were when measured, the best first."""
+    now = registry.available()
+    return [
+        Candidate(now[row.backend], row.config)
+        for row in (entry.results if entry else ())
+        if row.backend in now and now[row.backend].version == row.version
+    ]
+
+
+@dataclass(frozen=True)
+class Rematch:
+    """A race in which only some take part.
+
+    Attributes:
+        entrants: those who race.
+        champion: the one of them by whom all who stay out were beaten; unless it finishes, everybody must race.
+    """
+
+    entrants: tuple[Candidate, ...]
+    champion: str
+
+    def holds(self, results: Iterable[Result]) -> bool:
+        """Return whether the champion finished, so that those who stayed out need not race."""
+        return any(result.name == self.champion for result in results)
+
+
+def rematch(key: Key, effort: Effort, everyone: Sequence[Candidate], incumbent: Entry | None) -> Rematch | None:
+    """Return who must race again, or None if the old entry settles nothing and everybody must.
+
+    Args:
+        key: what is to be measured.
+        effort: how hard.
+        everyone: the candidates of a full race, the one that is estimated fastest first.
+        incumbent: what was measured before, here or on a machine much like this one.
+    """
+    if incumbent is None or incumbent.flags or EFFORTS.index(incumbent.effort) < EFFORTS.index(effort):
+        return None
+    there = still_there(incumbent)
+    if not there:
+        return None
+    champion, exact = there[0], incumbent.key == key
+    settled = known_versions(incumbent)
+    if not exact:  # what failed elsewhere may be right here
+        settled = {name: v for name, v in settled.items() if name not in {row.backend for row in incumbent.failures}}
+    raced = [candidate for candidate in everyone if settled.get(candidate.backend.name) != candidate.backend.version]
+    if exact and not raced:
+        return None
+    if not exact:
+        raced += everyone[:1]
+    named = {candidate.name: candidate for candidate in (champion, *raced)}
+    return Rematch(tuple(named.values()), champion.name)
+
+
+def carried(
+    key: Key, incumbent: Entry, results: Sequence[Result], failures: Sequence[Failure]
+) -> tuple[list[Result], list[Failure], tuple[tuple[str, int], ...]]:
+    """Return what an old entry still tells of those who stayed out of a race.
+
+    Returns:
+        Its results and failures, if it was measured for this very key; and the backends that lost before.
+    """
+    now = registry.available()
+    rows: tuple[Result | Failure, ...] = (*results, *failures)
+    raced, raced_backends = {row.name for row in rows}, {row.backend for row in rows}
+    current = {name: v for name, v in known_versions(incumbent).items() if name in now and now[name].version == v}
+    if incumbent.key == key:
+        there = {old.name for old in still_there(incumbent)}
+        kept = [row for row in incumbent.results if row.name in there - raced]
+        failed = [
+            row for row in incumbent.failures if current.get(row.backend) == row.version and row.name not in raced
+        ]
+        known = raced_backends | {row.backend for row in kept} | {row.backend for row in failed}
+    else:
+        kept, failed, known = [], [], raced_backends | {row.backend for row in incumbent.failures}
+    return kept, failed, tuple((name, version) for name, version in current.items() if name not in known)
