@@ -5,6 +5,7 @@ from typing import Any
 
 from convdispatch.arguments import Array
 from convdispatch.backends._arguments import CompiledKernel
+from convdispatch.backends._memory import address
 from convdispatch.backends._team import run_parts
 from convdispatch.problem import Problem
 
@@ -59,8 +60,8 @@ class PackedKernel:
         """Convolve ``input`` into ``out``."""
         block = self.block.copy()
         at = self.places
-        block[at[0]], block[at[1]] = input.ctypes.data, out.ctypes.data
+        block[at[0]], block[at[1]] = address(input), address(out)
         if residual is not None:
-            block[at[2]] = residual.ctypes.data
-        run_parts(self.address, block.ctypes.data, self.count, self._threads)
+            block[at[2]] = address(residual)
+        run_parts(self.address, address(block), self.count, self._threads)
         return None if self.spoiled_at is None else bool(block[self.spoiled_at])

@@ -1,5 +1,6 @@
 """Arrays that vectors load well."""
 
+import ctypes
 import math
 from typing import Any
 
@@ -19,6 +20,29 @@ def aligned(shape: tuple[int, ...], dtype: str | np.dtype[Any], *, zero: bool = 
     raw = (np.zeros if zero else np.empty)(size + CACHE_LINE, np.uint8)
     start = -raw.ctypes.data % CACHE_LINE
     return raw[start : start + size].view(dtype).reshape(shape)
+
+
+_HEAD = object.__basicsize__
+_word_at = ctypes.c_size_t.from_address
+
+
+def _is_first_field() -> bool:
+    """Return whether an array's address is the first thing behind its object's head, as in CPython with NumPy."""
+    known = np.empty(1)
+    return _word_at(id(known) + _HEAD).value == known.ctypes.data
+
+
+def _address(array: Array) -> int:
+    """Return where an array's elements lie."""
+    return array.ctypes.data
+
+
+def _address_behind_head(array: Array) -> int:
+    return _word_at(id(array) + _HEAD).value
+
+
+#: Return where an array's elements lie; NumPy's own way takes a microsecond, as long as a tiny convolution.
+address = _address_behind_head if _is_first_field() else _address
 
 
 def by_blocks(values: Array, block: int) -> Array:

@@ -9,9 +9,11 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 
 from convdispatch import machine
 from convdispatch.backends._vector import (
+    I32,
     I64,
     SCALARS,
     Codegen,
@@ -26,7 +28,7 @@ from convdispatch.backends._vector import (
 )
 
 #: Tiles, rows x vectors, by the number of vector registers: sums, one input and the filters' vectors fit in them.
-_TILES = {32: ((6, 4), (5, 4), (14, 2), (8, 3), (28, 1)), 16: ((6, 2), (4, 3), (12, 1))}
+_TILES = {32: ((6, 4), (5, 4), (14, 2), (8, 2), (8, 3), (10, 1)), 16: ((6, 2), (4, 3), (12, 1))}
 
 
 def register_tiles() -> tuple[tuple[int, int], ...]:
@@ -136,6 +138,63 @@ def store(typing: Any, tile: Any, rows: Any, outputs: Any, offset: Any) -> tuple
         return context.get_dummy_value()
 
     return types.void(tile, rows, outputs, offset), codegen
+
+
+@intrinsic
+def store_some(typing: Any, tile: Any, rows: Any, outputs: Any, offset: Any, count: Any) -> tuple[Any, Codegen]:
+    """Do as ``store`` does for the first ``count`` values of each row only."""
+    vector, vectors = tile.dtype, len(tile) // rows.literal_value
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        values, _, table, behind, valid = arguments
+        sums, masks = parts_of(b, values, len(tile)), _masks(b, vector, vectors, valid)
+        for row in range(rows.literal_value):
+            start = b.add(load_at(b, I64, table, row * 8, 8), behind)
+            for v in range(vectors):
+                at = address_of(b, start, v * vector.lanes * vector.itemsize, vector.ir)
+                align = ir.Constant(I32, vector.itemsize)
+                b.call(_masked(b, "store", vector, at), [sums[row * vectors + v], at, align, masks[v]])
+        return context.get_dummy_value()
+
+    return types.void(tile, rows, outputs, offset, types.int64), codegen
+
+
+@intrinsic
+def add_some_to_each(typing: Any, tile: Any, rows: Any, outputs: Any, offset: Any, count: Any) -> tuple[Any, Codegen]:
+    """Do as ``add_to_each`` does for the first ``count`` values of each row only."""
+    vector, vectors = tile.dtype, len(tile) // rows.literal_value
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        values, _, table, behind, valid = arguments
+        sums, masks = parts_of(b, values, len(tile)), _masks(b, vector, vectors, valid)
+        for row in range(rows.literal_value):
+            start = b.add(load_at(b, I64, table, row * 8, 8), behind)
+            for v in range(vectors):
+                at = address_of(b, start, v * vector.lanes * vector.itemsize, vector.ir)
+                align, none = ir.Constant(I32, vector.itemsize), ir.Constant(vector.ir, None)
+                more = b.call(_masked(b, "load", vector, at), [at, align, masks[v], none])
+                sums[row * vectors + v] = b.fadd(sums[row * vectors + v], more)
+        return context.make_tuple(b, signature.return_type, sums)
+
+    return tile(tile, rows, outputs, offset, types.int64), codegen
+
+
+def _masks(b: Any, vector: Vector, vectors: int, count: Any) -> list[Any]:
+    """Return for each vector of a row which of its lanes are among the first ``count`` values."""
+    limit = broadcast(b, b.trunc(count, I32), vector.lanes)
+    lanes = ir.VectorType(I32, vector.lanes)
+    numbers = [[v * vector.lanes + lane for lane in range(vector.lanes)] for v in range(vectors)]
+    return [b.icmp_signed("<", ir.Constant(lanes, each), limit) for each in numbers]
+
+
+def _masked(b: Any, what: str, vector: Vector, pointer: Any) -> Any:
+    mask = ir.VectorType(ir.IntType(1), vector.lanes)
+    name = f"llvm.masked.{what}.v{vector.lanes}{SCALARS[vector.itemsize][2]}.p0"
+    if what == "store":
+        kind = ir.FunctionType(ir.VoidType(), [vector.ir, pointer.type, I32, mask])
+    else:
+        kind = ir.FunctionType(vector.ir, [pointer.type, I32, mask, vector.ir])
+    return cgutils.get_or_insert_function(b.module, kind, name)  # type: ignore[no-untyped-call]
 
 
 # Tuples of vectors that lie apart in memory, or hang together otherwise.

@@ -22,15 +22,25 @@ from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import aligned, by_blocks
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._threads import split
-from convdispatch.backends._tile import add_to_all, add_to_each, clamp, multiply_add, register_tiles, store, zeros
+from convdispatch.backends._tile import (
+    add_some_to_each,
+    add_to_all,
+    add_to_each,
+    clamp,
+    multiply_add,
+    register_tiles,
+    store,
+    store_some,
+    zeros,
+)
 from convdispatch.backends._vector import vector_bytes
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine, current
 from convdispatch.problem import Problem
 
-#: Filters up to this size stay in a core's L2 cache while it walks over the pixels.
-_CACHED_FILTERS = 768 << 10
-_CACHED_INPUT = 448 << 10
+#: Bytes of a job's input, and of its tables of addresses, that stay in a core's L2 cache.
+_CACHED_INPUT = 384 << 10
+_CACHED_TABLE = 96 << 10
 
 
 @njit()
@@ -87,20 +97,17 @@ def _next(image, oh, ow, rows, columns):  # type: ignore[no-untyped-def]
 
 
 @njit()
-def _finish(out, residual, scratch, partial, first, pixels, k0, count, code, slope):  # type: ignore[no-untyped-def]
-    """Finish a tile value by value: move what is no whole block from scratch memory, apply what has no instruction."""
-    for r in range(pixels):
-        for k in range(count):
-            total = scratch[r, k] if partial else out[first + r, k0 + k]
-            if partial and residual.size:
-                total += residual[first + r, k0 + k]
-            out[first + r, k0 + k] = activate(total, code, slope)
+def _finish(values, code, slope):  # type: ignore[no-untyped-def]
+    """Apply to a tile what has no instruction, value by value."""
+    for r in range(values.shape[0]):
+        for k in range(values.shape[1]):
+            values[r, k] = activate(values[r, k], code, slope)
 
 
 #: ``filters`` is ``[groups, blocks of a group, KH, KW, C // groups, block]``, filled up with zeros, ``bias`` alike.
 _ARGUMENTS = Arguments(
     input=array_of(4), filters=array_of(6), bias=array_of(1), residual=array_of(4), out=array_of(4), zero=array_of(1),
-    window=integers_of(8), groups=INTEGER, outer=INTEGER, code=INTEGER, slope=FLOAT, parts=array_of(2, "int64"),
+    window=integers_of(8), groups=INTEGER, code=INTEGER, slope=FLOAT, parts=array_of(2, "int64"),
 )  # fmt: skip
 unpack = _ARGUMENTS.unpack
 
@@ -113,7 +120,7 @@ def _compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKer
 
     def convolve(arguments, number):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
         """Compute the tiles of pixels ``part[0:2]`` for the blocks of filters ``part[2:4]``."""
-        x, w, bias, residual, out, zero, window, groups, outer, code, slope, parts = unpack(arguments, itemsize)
+        x, w, bias, residual, out, zero, window, groups, code, slope, parts = unpack(arguments, itemsize)
         first_tile, last_tile, first_block, last_block = parts[number]
         kh, kw, _, _, _, _, dh, dw = window
         channels, filters = x.shape[3], out.shape[3]
@@ -122,78 +129,79 @@ def _compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKer
         here = (x.ctypes.data, x.shape[0], x.shape[1], x.shape[2], x.shape[3])
         there = (out.ctypes.data, out.shape[0], out.shape[1], out.shape[2], out.shape[3])
         residual_offset = residual.ctypes.data - out.ctypes.data
-        table = np.empty((2 + kh * kw, rows), np.int64)
-        table_address, row_bytes = table.ctypes.data, rows * 8
-        scratch = np.empty((rows, block), out.dtype)
-        scratch_table = np.empty(rows, np.int64)
-        for r in range(rows):
-            scratch_table[r] = scratch.ctypes.data + r * step
-        flat, more = out.reshape(pixels, filters), residual.reshape(pixels if residual.size else 0, filters)
+        flat = out.reshape(pixels, filters)
+        tiles = last_tile - first_tile
+        table, inside = np.empty((tiles, 2 + kh * kw, rows), np.int64), np.empty(tiles, np.bool_)
+        for t in range(tiles):
+            inside[t] = _locate(
+                (first_tile + t) * rows, pixels, here, itemsize, there, zero.ctypes.data, window, table[t]
+            )  # fmt: skip
         # Taps of one row are one run through memory, if nothing lies between them.
         joined = dw == 1 and groups == 1
         segments, run = (kh, kw * group_c) if joined else (kh * kw, group_c)
-        tiles, blocks = last_tile - first_tile, last_block - first_block
-        inside = False
-        for task in range(tiles * blocks):
-            # Large filters: all tiles for one block, then the next block. Small ones: all blocks for one tile.
-            tile = first_tile + (task % tiles if outer else task // blocks)
-            number = first_block + (task // tiles if outer else task % blocks)
-            if outer or number == first_block:
-                inside = _locate(tile * rows, pixels, here, itemsize, there, zero.ctypes.data, window, table)
+        for task in range(tiles * (last_block - first_block)):
+            block_number, t = divmod(task, tiles)
+            number = first_block + block_number
             group, member = divmod(number, per_group)
             k0, count = group * group_k + member * block, min(block, group_k - member * block)
             packed = w.ctypes.data + number * kh * kw * group_c * step
-            behind = group * group_c * itemsize
+            outputs = table.ctypes.data + t * (2 + kh * kw) * rows * 8
+            inputs, behind = outputs + rows * 8, group * group_c * itemsize
             sums = zeros(rows, vectors, lanes, itemsize)
-            if inside:
+            if inside[t]:
                 for s in range(segments):
                     gap = s * dh * here[3] if joined else s // kw * dh * here[3] + s % kw * dw
                     offset = behind + gap * channels * itemsize
                     for c in range(run):
-                        sums = multiply_add(sums, rows, table_address + row_bytes, offset + c * itemsize, packed)
+                        sums = multiply_add(sums, rows, inputs, offset + c * itemsize, packed)
                         packed += step
             else:
                 for tap in range(kh * kw):
-                    taps = table_address + (2 + tap) * row_bytes
+                    taps = inputs + (1 + tap) * rows * 8
                     for c in range(group_c):
                         sums = multiply_add(sums, rows, taps, behind + c * itemsize, packed)
                         packed += step
             if bias.size:
                 sums = add_to_all(sums, rows, bias.ctypes.data + number * step)
+            if residual.size:
+                if count == block:
+                    sums = add_to_each(sums, rows, outputs, residual_offset + k0 * itemsize)
+                else:
+                    sums = add_some_to_each(sums, rows, outputs, residual_offset + k0 * itemsize, count)
+            if code == RELU:
+                sums = clamp(sums, 0.0, math.inf)
+            elif code == RELU6:
+                sums = clamp(sums, 0.0, 6.0)
             if count == block:
-                if residual.size:
-                    sums = add_to_each(sums, rows, table_address, residual_offset + k0 * itemsize)
-                if code == RELU:
-                    sums = clamp(sums, 0.0, math.inf)
-                elif code == RELU6:
-                    sums = clamp(sums, 0.0, 6.0)
-                store(sums, rows, table_address, k0 * itemsize)
-                if code <= RELU6:
-                    continue
+                store(sums, rows, outputs, k0 * itemsize)
             else:
-                store(sums, rows, scratch_table.ctypes.data, 0)
-            _finish(
-                flat, more, scratch, count < block, tile * rows, min(rows, pixels - tile * rows), k0, count, code, slope
-            )
+                store_some(sums, rows, outputs, k0 * itemsize, count)
+            if code > RELU6:
+                first = (first_tile + t) * rows
+                _finish(flat[first : min(first + rows, pixels), k0 : k0 + count], code, slope)
 
     return CompiledKernel(convolve, _ARGUMENTS)
 
 
 @functools.lru_cache(maxsize=1024)
-def _parts(problem: Problem, rows: int, blocks: int, threads: int) -> tuple[bool, list[tuple[int, int, int, int]]]:
-    """Return whether blocks of filters are the outer loop, and the jobs: ranges of tiles and of blocks."""
+def _parts(problem: Problem, rows: int, blocks: int, threads: int) -> list[tuple[int, int, int, int]]:
+    """Return the jobs: ranges of tiles and of blocks of filters.
+
+    A job takes one block of filters after another through its tiles, so that the block is in L1 and the tiles' input,
+    read again for every block, in L2.
+    """
     p, size = problem, item_bytes(problem.dtype)
     tiles = -(-p.n * p.oh * p.ow // rows)
-    outer = p.taps * p.k * size > _CACHED_FILTERS
+    each = max(1, p.n * p.h * p.w * p.c * size // tiles)
+    most = max(1, min(_CACHED_INPUT // each, _CACHED_TABLE // ((2 + p.kh * p.kw) * rows * 8)))
     wanted = 1 if threads == 1 else 4 * threads
-    if outer:  # the input of a job stays in cache while the filters pass by
-        down = min(tiles, -(-p.n * p.h * p.w * p.c * size // _CACHED_INPUT))
-        if down % threads and down > 1:
-            down = min(tiles, down + threads - down % threads)
-    else:
-        down = min(tiles, wanted)
+    down = -(-tiles // most)
+    if down >= wanted or p.k * p.taps * size < p.n * p.h * p.w * p.c * size:  # cut the larger of input and filters
+        down = min(tiles, max(down, wanted))
+    elif down > 1 and down % threads:
+        down = min(tiles, down + threads - down % threads)
     across = min(blocks, -(-wanted // down))
-    return outer, [(*tile, *block) for tile in split(tiles, down) for block in split(blocks, across)]
+    return [(*tile, *block) for tile in split(tiles, down) for block in split(blocks, across)]
 
 
 class ImplicitGemm(PackedBackend):
@@ -218,7 +226,10 @@ class ImplicitGemm(PackedBackend):
     def workspace_plain(self, problem: Problem, config: Config) -> int:
         """Return the bytes of each thread's table and tile."""
         rows, vectors = _tile(config)
-        return config.threads * rows * ((2 + problem.kh * problem.kw) * 8 + vectors * vector_bytes())
+        blocks = problem.groups * -(-problem.group_k * item_bytes(problem.dtype) // (vectors * vector_bytes()))
+        parts = _parts(problem, rows, blocks, config.threads)
+        most = max(last - first for first, last, *_ in parts)
+        return min(config.threads, len(parts)) * most * (1 + rows * (2 + problem.kh * problem.kw) * 8)
 
     def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return products, those with padding included, by what a tile loads for each; tables; filters' traffic."""
@@ -231,10 +242,8 @@ class ImplicitGemm(PackedBackend):
         compute = 2 * tiles * rows * blocks * block * p.taps / peak * loads
         each = tiles * (blocks * 15e-9 + rows * (4e-9 + _border(p) * p.kh * p.kw * 2e-9))
         traffic = blocks * block * p.taps * item_bytes(p.dtype) / _FILTER_BYTES_PER_SECOND
-        outer, parts = _parts(p, rows, blocks, config.threads)
-        if outer:
-            traffic *= len({part[:2] for part in parts})
-            each += tiles * blocks * rows * 4e-9
+        parts = _parts(p, rows, blocks, config.threads)
+        traffic *= len({part[:2] for part in parts}) if blocks * block * p.taps * item_bytes(p.dtype) > 1 << 19 else 1
         used = min(config.threads, machine.cores, len(parts))
         return (compute + each + traffic) / (0.95 * used if used > 1 else 1) + 8e-6 + _LAUNCH_SECONDS * (used > 1)
 
@@ -246,10 +255,10 @@ class ImplicitGemm(PackedBackend):
         grouped = filters.reshape(p.kh, p.kw, p.group_c, p.groups, p.group_k)
         packed = by_blocks(grouped.transpose(3, 0, 1, 2, 4), block)
         added = np.empty(0, p.dtype) if bias is None else by_blocks(bias.reshape(p.groups, p.group_k), block)
-        outer, parts = _parts(p, tile[0], p.groups * packed.shape[1], config.threads)
+        parts = _parts(p, tile[0], p.groups * packed.shape[1], config.threads)
         values = {
             "filters": packed, "bias": added.reshape(-1), "zero": aligned((p.c + lanes,), p.dtype),
-            "window": (p.kh, p.kw, p.pads[0], p.pads[2], *p.strides, *p.dilations), "groups": p.groups, "outer": outer,
+            "window": (p.kh, p.kw, p.pads[0], p.pads[2], *p.strides, *p.dilations), "groups": p.groups,
             "code": p.epilogue.code, "slope": p.epilogue.slope, "parts": np.array(parts, np.int64),
         }  # fmt: skip
         compiled = functools.partial(_compiled, *tile, lanes, item_bytes(p.dtype))

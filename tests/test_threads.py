@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import convdispatch
-from convdispatch.backends import _arguments, _team, _threads
+from convdispatch.backends import _arguments, _memory, _team, _threads
 
 BACKENDS = ("implicit_gemm", "winograd", "im2col", "fft", "numba")
 
@@ -159,3 +159,10 @@ def test_without_a_way_to_sleep_the_parts_are_run_all_the_same(monkeypatch: pyte
     block = _NOTES.pack(done=done, value=3)
     _team.run_parts(kernel.address, block.ctypes.data, 50, 3)
     assert (done == 3).all()
+
+
+def test_an_address_is_where_the_first_element_lies() -> None:
+    array = np.arange(24.0).reshape(2, 3, 4)
+    for view in (array, array[1:], array[:, ::-1], array[..., 2], np.empty((0, 3)), np.float32(array)):
+        assert _memory.address(view) == view.ctypes.data
+        assert _memory._address(view) == view.ctypes.data
