@@ -19,6 +19,7 @@ from convdispatch.arguments import Array
 from convdispatch.backend import Config, Kernel, item_bytes
 from convdispatch.backends._arguments import INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import call_kernel, write
+from convdispatch.backends._jit import hold
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._layout import SAME, STORAGES, stage, unstage
 from convdispatch.backends._memory import CACHE_LINE, aligned
@@ -73,8 +74,11 @@ def _by_bands(lanes: int, itemsize: int, storage: int) -> CompiledKernel:
             call_kernel(kernel, block.ctypes.data, part)
         if spoiled_at >= 0 and block[spoiled_at]:
             write(arguments + _SPOILED_AT, 1)
-        unstage(result, at_out, first, made, outer, planar, lanes, itemsize, storage)
-        scratch[0] = 0  # known by its address only, it would have been freed long ago
+        # What the band before has made is left to it: tiles of a transform fall differently here, and round so.
+        again = band * made - first
+        own = result + again * deep * itemsize
+        unstage(own, at_out, band * made, made - again, outer, planar, lanes, itemsize, storage)
+        hold(scratch)
 
     return CompiledKernel(convolve, _ARGUMENTS)
 

@@ -31,6 +31,12 @@ def njit(signature: Any = None) -> Callable[[Callable[..., Any]], Callable[..., 
     return decorate
 
 
+@njit()
+def hold(array):  # type: ignore[no-untyped-def]
+    """Keep an array alive up to this call, where only its address was used since; else it might be freed before."""
+    return array.size
+
+
 def array(dtype: str, ndim: int, *, strided: bool = False, writable: bool = False) -> types.Array:
     """Return the Numba type of an argument, so that one compiled function takes every array of that kind.
 

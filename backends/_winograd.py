@@ -15,7 +15,7 @@ from numba import literally  # type: ignore[attr-defined]  # its stubs forgot on
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import write
 from convdispatch.backends._epilogue import RELU, RELU6, activate
-from convdispatch.backends._jit import njit
+from convdispatch.backends._jit import hold, njit
 from convdispatch.backends._tile import (
     add_doubts,
     add_to_all,
@@ -139,6 +139,7 @@ def _multiply(values, packed, group_c, products, rows, less, least, vectors, lan
                 _pass(x, offset, weights, group_c, y, behind, less, vectors, lanes, itemsize)
             else:
                 _pass(x, offset, weights, group_c, y, behind, least, vectors, lanes, itemsize)
+    hold(table)
 
 
 @njit()

@@ -203,14 +203,15 @@ class Depthwise(PackedBackend):
         tiles = p.n * p.oh * -(-p.ow // tile) * -(-p.k // lanes)
         taps, stride = _taps(p)
         loads = p.kw // taps * ((tile - 1) * stride + 2 * taps)
-        row = (_FMA_SECONDS_PER_BYTE * lanes * size * tile * p.kw + _LOAD_SECONDS * loads) * p.group_c
+        row = _FMA_SECONDS_PER_BYTE * lanes * size * tile * p.kw + _LOAD_SECONDS * loads
+        row *= 1 if p.group_c == 1 else 0.75 * p.group_c
         seconds = tiles * (row * _rows_inside(p) + _TILE_SECONDS)
         if not _shares_vectors(p) or p.epilogue.code > RELU6:
             seconds += tiles * tile * lanes * (_VALUE_SECONDS if p.epilogue.code <= RELU6 else 3 * _VALUE_SECONDS)
         used = min(config.threads, machine.cores, p.n * p.oh)
         traffic = (math.prod(p.input_shape) + math.prod(p.output_shape)) * size
         missed = max(0, traffic - machine.caches[2] // 2) / _MEMORY_BYTES_PER_SECOND
-        return (seconds + missed) / (0.9 * used if used > 1 else 1) + 4e-6 + _LAUNCH_SECONDS * (used > 1)
+        return (seconds + missed) / (0.97 * used if used > 1 else 1) + 3e-6 + _LAUNCH_SECONDS * (used > 1)
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Pack the filters by vectors of channels; compile for the tile if that has not been done."""
@@ -240,7 +241,7 @@ _LOAD_SECONDS = 2e-10
 _TILE_SECONDS = 15e-9
 _VALUE_SECONDS = 1.5e-9  # of an output that is finished by itself
 _MEMORY_BYTES_PER_SECOND = 8e9
-_LAUNCH_SECONDS = 40e-6
+_LAUNCH_SECONDS = 4e-6
 
 
 def _registers() -> int:

@@ -340,7 +340,7 @@ class ImageRows(PackedBackend):
         tiles = p.n * phases * -(-p.oh // (phases * rows)) * -(-p.ow // across)
         steps = tiles * p.k * p.group_c * p.kw
         # A vector of input that lies across two cache lines takes as long as two products.
-        products = max(rows * p.kh, 2 * (rows + taps - 1) * -(-p.kh // taps)) * tile[1] + 4
+        products = 0.8 * max(rows * p.kh, 2 * (rows + taps - 1) * -(-p.kh // taps)) * tile[1] + 4
         compute = steps * products * lanes * 2 / (_PEAK_PER_BYTE * machine.vector_bytes * 4 / size) + tiles * 20e-9
         pixels, outputs = p.n * p.h * p.w * p.c, p.n * p.oh * p.ow * p.k
         copies = 0.0
@@ -353,7 +353,7 @@ class ImageRows(PackedBackend):
         moved = (pixels + outputs * (2 if p.epilogue.residual else 1)) * size / _BYTES_PER_SECOND
         used = min(config.threads, machine.cores, cut.panels)
         launch = _LAUNCH_SECONDS * (used > 1)
-        return (compute + copies + moved) / (0.9 * used if used > 1 else 1) + 8e-6 + launch
+        return (compute + copies + moved) / (0.97 * used if used > 1 else 1) + 4e-6 + launch
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Reorder the filters; compile for the tile and the filter's height if that has not been done."""
@@ -378,7 +378,7 @@ class ImageRows(PackedBackend):
 _MOST_TAPS = 9
 _PEAK_PER_BYTE = 1.8e9  # FLOP/s of one core for each byte of vector width
 _BYTES_PER_SECOND = 4e10
-_LAUNCH_SECONDS = 40e-6
+_LAUNCH_SECONDS = 4e-6
 
 
 def _taps(kh: int) -> int:

@@ -238,14 +238,14 @@ class ImplicitGemm(PackedBackend):
         tiles = -(-p.n * p.oh * p.ow // rows)
         blocks = p.groups * -(-p.group_k // block)
         peak = _PEAK_PER_BYTE * machine.vector_bytes * 4 / item_bytes(p.dtype)
-        loads = 1 + 0.35 * (rows + vectors) / (rows * vectors)
+        loads = 1 + 0.1 * (rows + vectors) / (rows * vectors)
         compute = 2 * tiles * rows * blocks * block * p.taps / peak * loads
         each = tiles * (blocks * 15e-9 + rows * (4e-9 + _border(p) * p.kh * p.kw * 2e-9))
         traffic = blocks * block * p.taps * item_bytes(p.dtype) / _FILTER_BYTES_PER_SECOND
         parts = _parts(p, rows, blocks, config.threads)
         traffic *= len({part[:2] for part in parts}) if blocks * block * p.taps * item_bytes(p.dtype) > 1 << 19 else 1
         used = min(config.threads, machine.cores, len(parts))
-        return (compute + each + traffic) / (0.95 * used if used > 1 else 1) + 8e-6 + _LAUNCH_SECONDS * (used > 1)
+        return (compute + each + traffic) / (0.98 * used if used > 1 else 1) + 4e-6 + _LAUNCH_SECONDS * (used > 1)
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Pack the filters by blocks; compile for the tile if that has not been done."""
@@ -267,7 +267,7 @@ class ImplicitGemm(PackedBackend):
 
 _PEAK_PER_BYTE = 1.8e9  # FLOP/s of one core for each byte of vector width
 _FILTER_BYTES_PER_SECOND = 3e10
-_LAUNCH_SECONDS = 40e-6
+_LAUNCH_SECONDS = 4e-6
 
 
 def _tiles(problem: Problem) -> list[tuple[int, int]]:

@@ -19,7 +19,7 @@ from convdispatch.backend import Backend, Config, Effort
 from convdispatch.backends import _dot
 from convdispatch.backends._arguments import Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._dot import LANES, dot_add, start
-from convdispatch.backends._jit import njit
+from convdispatch.backends._jit import hold, njit
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import by_blocks
 from convdispatch.backends._threads import split
@@ -118,7 +118,7 @@ def _compiled(rows: int, vectors: int) -> CompiledKernel:
                         oh, ow = divmod(first + r, columns)
                         for k in range(valid):
                             out[image, first_row + oh, ow, k0 + k] = scratch[r, k]
-        band[0, 0, 0] = 0  # known by its address only, it would have been freed long ago
+        hold(band)
 
     return CompiledKernel(convolve, _ARGUMENTS)
 

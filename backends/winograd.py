@@ -41,11 +41,11 @@ BLOCK_BYTES = 768 << 10
 LEAST_TILES = 24
 
 # Rates of one core with 64-byte vectors; narrower ones are slower in proportion.
-_FLOPS = 1.05e11  # of the products, float32
-_TRANSFORM_VALUES = 6e9  # values of one-dimensional transforms a second
-_PIXEL_SECONDS = 2.5e-9  # finding one pixel of a tile
+_FLOPS = 1.1e11  # of the products, float32
+_TRANSFORM_VALUES = 1e10  # values of one-dimensional transforms a second
+_PIXEL_SECONDS = 1.5e-9  # finding one pixel of a tile
 _FILTER_BYTES = 1.6e10  # transformed filters on their way from far caches
-_LAUNCH_SECONDS = 50e-6
+_LAUNCH_SECONDS = 4e-6
 
 
 def _tiles(problem: Problem, m: int) -> int:
@@ -156,7 +156,7 @@ class Winograd(PackedBackend):
         parts = _parts(p, m, tile, p.groups * blocks, config.threads)
         tiles, down = _tiles(p, m), len({part[:2] for part in parts})
         across = len(parts) // down
-        rows = sum(-(-(last - first) // tile[0]) * tile[0] for first, last, *_ in parts) / across
+        rows = 1.05 * tiles  # the passes share them out evenly
         padded = -(-p.group_c // (machine.vector_bytes // size)) * machine.vector_bytes // size
         products = 2 * rows * n * n * p.groups * p.group_c * blocks * block / (_FLOPS * width)
         values = tiles * p.groups * n * (2 * n * padded * across + (m + n) * blocks * block)
@@ -164,7 +164,7 @@ class Winograd(PackedBackend):
         filters = down * n * n * p.group_c * p.groups * blocks * block * size
         work = products + values * (n + 1) / 2 / (_TRANSFORM_VALUES * width * 4) + pixels + filters / _FILTER_BYTES / 4
         used = min(config.threads, machine.cores, len(parts))
-        return work / (0.92 * used if used > 1 else 1) + 10e-6 + _LAUNCH_SECONDS * (used > 1)
+        return work / (0.97 * used if used > 1 else 1) + 4e-6 + _LAUNCH_SECONDS * (used > 1)
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Transform the filters in float64 and round them once."""

@@ -32,6 +32,13 @@ def _backend(request: pytest.FixtureRequest) -> Backend:
         pytest.skip(str(error))
 
 
+@pytest.fixture(name="floats")
+def _floats(backend: Backend) -> None:
+    """Skip backends that are for integers only."""
+    if not any(fits(backend, Problem.parse(f"1x9x9x32 * 3x3x{text} SAME")) for text in ("1x32", "32x8")):
+        pytest.skip("it does no floats")
+
+
 def forced_plan(backend: Backend, case: Case, config: Config | None = None) -> convdispatch.Plan:
     p = case.problem
     how = case.arguments
@@ -155,6 +162,7 @@ def test_activations_keep_nan_and_saturate_far_out_without_overflow(backend: Bac
     assert y[3] == (0.5 if activation == "sigmoid" else 0)
 
 
+@pytest.mark.usefixtures("floats")
 @given(case=cases(dtypes=("float32",), empty=False))
 @settings(max_examples=15)
 def test_the_same_plan_gives_the_same_bits(backend: Backend, case: Case) -> None:
@@ -200,6 +208,7 @@ def check_contained(backend: Backend, case: Case) -> None:
     assert (np.abs(got[finite] - exact[finite]) <= allowed[finite]).all()
 
 
+@pytest.mark.usefixtures("floats")
 @given(case=cases(dtypes=FLOAT_DTYPES, empty=False), data=st.data())
 @settings(max_examples=80)
 def test_nan_and_infinity_stay_inside_their_receptive_field(backend: Backend, case: Case, data: st.DataObject) -> None:
@@ -226,6 +235,7 @@ def test_one_bad_pixel_spoils_only_the_windows_over_it(backend: Backend, value: 
     np.testing.assert_array_equal(spoiled, expected)
 
 
+@pytest.mark.usefixtures("floats")
 @given(case=cases(dtypes=("float32",), empty=False, plain=True), data=st.data())
 @settings(max_examples=60)
 def test_large_values_that_overflow_a_transform_do_not_spoil_finite_results(
@@ -328,6 +338,7 @@ def test_filters_are_packed_so_that_changing_them_later_changes_nothing(backend:
     )
 
 
+@pytest.mark.usefixtures("floats")
 @given(case=cases(dtypes=FLOAT_DTYPES, empty=False), data=st.data())
 @settings(max_examples=25)
 def test_views_of_any_strides_are_read_and_written(backend: Backend, case: Case, data: st.DataObject) -> None:

@@ -163,6 +163,6 @@ def test_without_a_way_to_sleep_the_parts_are_run_all_the_same(monkeypatch: pyte
 
 def test_an_address_is_where_the_first_element_lies() -> None:
     array = np.arange(24.0).reshape(2, 3, 4)
-    for view in (array, array[1:], array[:, ::-1], array[..., 2], np.empty((0, 3)), np.float32(array)):
+    for view in (array, array[1:], array[:, ::-1], array[..., 2], np.empty((0, 3)), array.astype(np.float32)):
         assert _memory.address(view) == view.ctypes.data
         assert _memory._address(view) == view.ctypes.data
