@@ -49,6 +49,8 @@ _HEADER = (
     "# largest output. To choose by hand, write another candidate of `results` behind `winner`.\n"
 )
 _MACHINE = "machine "
+#: First words of top-level keys that are neither machines nor entries; other modules know what they hold.
+NOTES = ("quarantine ",)
 _LARGEST_FILE = 256 << 20
 _SECONDS_TO_WAIT = 30.0
 
@@ -323,6 +325,7 @@ class Profile:
         self._parsed: dict[str, Entry | None] = {}
         self._raw: dict[str, tuple[int, str]] = {}
         self._by_key: dict[Key, str] | None = None
+        self._notes: dict[str, dict[str, str]] = {}
         self.head = re.match(r"(?:#.*\n|[ \t]*\n)*", text)[0]  # type: ignore[index]  # matches the empty text too
         form = None
         for key, line, chunk in _chunks(text):
@@ -338,6 +341,12 @@ class Profile:
         """Return every top-level key with its text, machines too."""
         return {key: chunk for key, (_, chunk) in self._raw.items()}
 
+    def notes(self, kind: str) -> dict[str, str]:
+        """Return the texts of the keys that begin with one of ``NOTES``, by key."""
+        if kind not in self._notes:
+            self._notes[kind] = {key: chunk for key, (_, chunk) in self._raw.items() if key.startswith(kind)}
+        return self._notes[kind]
+
     def get(self, key: Key) -> Entry | None:
         """Return the entry of a key, or None; a broken one is warned of once and missing."""
         text = str(key)
@@ -351,7 +360,7 @@ class Profile:
         """Return every entry that can be read, in the order of the file."""
         found = []
         for text in self._raw:
-            if text.startswith(_MACHINE):
+            if text.startswith((_MACHINE, *NOTES)):
                 continue
             try:
                 key = parse_key(text)
@@ -434,7 +443,9 @@ def read(path: Path) -> Profile:
     return Profile(text, str(path))
 
 
-def write(path: Path, entries: Iterable[Entry], machine: Machine) -> None:
+def write(
+    path: Path, entries: Iterable[Entry], machine: Machine, notes: Mapping[str, str | None] | None = None
+) -> None:
     """Add entries to a profile file, in place of older ones of the same keys; everything else stays as it is.
 
     Safe between processes: the file is locked, and replaced as a whole.
@@ -443,6 +454,7 @@ def write(path: Path, entries: Iterable[Entry], machine: Machine) -> None:
         path: the file; it and its folder are made if need be.
         entries: what to add.
         machine: the machine they were measured on.
+        notes: texts of top-level keys that are no entries, by key; None takes one out.
 
     Raises:
         ProfileError: if the file is there and is no profile, or cannot be written. Nothing is changed then.
@@ -456,6 +468,10 @@ def write(path: Path, entries: Iterable[Entry], machine: Machine) -> None:
             chunks = old.chunks()
             chunks[_MACHINE + machine.id] = _dump_machine(machine)
             chunks.update({str(entry.key): _dump_entry(entry) for entry in entries})
+            for key, text in (notes or {}).items():
+                chunks.pop(key, None)
+                if text is not None:
+                    chunks[key] = text
             ordered = sorted(chunks.items(), key=lambda item: not item[0].startswith(_MACHINE))
             body = "\n".join(chunk.rstrip() + "\n" for _, chunk in ordered)
             _replace(path.resolve(), f"{old.head or _HEADER}format: {FORMAT}\n\n{body}")
@@ -489,6 +505,7 @@ class _Store:
         self.lock = threading.Lock()
         self.generation = 0
         self.own: dict[Key, Entry] = {}
+        self.notes: dict[str, str | None] = {}
         self.files: dict[Path, tuple[tuple[int, int] | None, Profile]] = {}
 
     def file(self, path: Path) -> Profile:
@@ -530,14 +547,36 @@ def remember(entry: Entry) -> None:
         _store.generation += 1
 
 
+def notes(kind: str) -> dict[str, str]:
+    """Return the texts of the keys that begin with one of ``NOTES``, by key, from all layers together."""
+    with _store.lock:
+        found: dict[str, str] = {}
+        for _, path in reversed(layers()):
+            found |= _store.file(path).notes(kind)
+        for key, text in _store.notes.items():
+            if text is None:
+                found.pop(key, None)
+            elif key.startswith(kind):
+                found[key] = text
+    return found
+
+
+def remember_notes(texts: Mapping[str, str | None]) -> None:
+    """Keep notes for the rest of this process, above every file; None hides what files say under a key."""
+    with _store.lock:
+        _store.notes.update(texts)
+        _store.generation += 1
+
+
 def forget() -> None:
     """Drop what this process remembers; files are read again when next needed."""
     with _store.lock:
         _store.own.clear()
+        _store.notes.clear()
         _store.files.clear()
         _store.generation += 1
 
 
 def generation() -> int:
-    """Return a number that changes whenever ``remember`` or ``forget`` does something."""
+    """Return a number that changes whenever ``remember``, ``remember_notes`` or ``forget`` does something."""
     return _store.generation

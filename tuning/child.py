@@ -31,16 +31,20 @@ Reply = Callable[[Mapping[str, Any]], None]
 
 
 def requests() -> tuple[Iterator[dict[str, Any]], Reply]:
-    """Return what is asked of this process, one by one, and what to answer with; what libraries print is no answer."""
+    """Return what is asked of this process, one by one, and what to answer with; what libraries print is none."""
     _die_with_parent()
+    asked = os.fdopen(os.dup(0), encoding="utf-8")
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
     os.dup2(2, 1)
 
     def reply(data: Mapping[str, Any]) -> None:
         replies.write(json.dumps(data) + "\n")
         replies.flush()
 
-    return (json.loads(line) for line in sys.stdin), reply
+    return (json.loads(line) for line in asked), reply
 
 
 def _die_with_parent() -> None:
