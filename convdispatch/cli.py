@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import convdispatch
-from convdispatch import machine, profile, registry, report, settings
+from convdispatch import machine, profile, quarantine, registry, report, settings
 from convdispatch.cli_bench import bench
 from convdispatch.errors import ConvDispatchError
 from convdispatch.explain import bytes_text, cells, explain_problem, time_text
@@ -102,6 +102,7 @@ main.add_command(bench)
 )
 @click.option("--batch", type=click.IntRange(min=1), metavar="N", help="Images a call, instead of the workload's.")
 @click.option("--retune", is_flag=True, help="Measure again what the profile knows.")
+@click.option("--retry-quarantined", is_flag=True, help="Try backends again that the profile has in quarantine.")
 @_profile
 @_json
 @_explained
@@ -114,6 +115,7 @@ def tune(
     deployment: str,
     batch: int | None,
     retune: bool,
+    retry_quarantined: bool,
     file: Path | None,
     as_json: bool,
 ) -> None:
@@ -136,6 +138,7 @@ def tune(
             backends=None if backends is None else [name.strip() for name in backends.split(",") if name.strip()],
             deployments=deployments,
             retune=retune,
+            retry_quarantined=retry_quarantined,
             on_progress=show,
         )
     if as_json:
@@ -265,19 +268,23 @@ def explain(problem: str, deployment: str, threads: int | None, file: Path | Non
 @_json
 @_explained
 def backends(as_json: bool) -> None:
-    """List the backends: built in and installed, with why any is unavailable."""
+    """List the backends: built in and installed, with why any is unavailable or quarantined."""
     found = registry.available()
     missing = registry.unavailable()
+    among = quarantine.held()
+    held = {name: kept.reason for name, b in found.items() if (kept := quarantine.of(b, among)) is not None}
     if as_json:
         data = [
             {"name": name, "version": b.version, "numerics": b.numerics.kind, "summary": report.summary(b)}
+            | ({"quarantined": held[name]} if name in held else {})
             for name, b in found.items()
         ]
         click.echo(json.dumps({"available": data, "unavailable": missing}, indent=2))
         return
     table = _table("", ("backend", "version", "numerics", "what it is"))
     for name, backend in found.items():
-        table.add_row(name, str(backend.version), backend.numerics.kind, report.summary(backend))
+        said = f"quarantined: {held[name]}" if name in held else report.summary(backend)
+        table.add_row(name, str(backend.version), backend.numerics.kind, said)
     for name, reason in missing.items():
         table.add_row(name, "-", "-", f"unavailable: {reason}")
     _console().print(table)

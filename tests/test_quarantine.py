@@ -1,10 +1,12 @@
 """Quarantine: what is written is read again, holds for one version of one code on one machine, and can be lifted."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from scripted import PROBLEM, FakeClock, Scripted, only
@@ -12,6 +14,7 @@ from scripted import PROBLEM, FakeClock, Scripted, only
 import convdispatch
 from convdispatch import dispatch, heuristic, machine, profile, quarantine, registry, safe_yaml, settings
 from convdispatch.backend import Candidate, Config
+from convdispatch.cli import main
 from convdispatch.dispatch import key_for
 from convdispatch.errors import BackendRejectedError, ProfileWarning
 from convdispatch.profile import Entry, Result
@@ -188,3 +191,15 @@ def test_a_large_profile_is_not_parsed_for_it(bad: Scripted, monkeypatch: pytest
     assert quarantine.of(bad) is not None
     assert quarantine.of(bad) is not None
     assert len(parsed) == 1
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_command_line_lists_it(bad: Scripted, as_json: bool) -> None:
+    quarantine.add(Candidate(bad, Config()), PROBLEM, "crashed")
+    done = CliRunner().invoke(main, ["backends", *["--json"] * as_json])
+    assert done.exit_code == 0
+    if as_json:
+        rows = {row["name"]: row.get("quarantined") for row in json.loads(done.output)["available"]}
+        assert rows == {"bad": "crashed", "good": None}
+    else:
+        assert "quarantined: crashed" in done.output

@@ -83,6 +83,7 @@ class Child:
             OSError: if it cannot be started.
         """
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the child
+        self._closed = False
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         started: queue.SimpleQueue[subprocess.Popen[str] | OSError] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._run, args=(command, environment, started), daemon=True)
@@ -188,7 +189,10 @@ class Child:
         self._process.kill()
 
     def close(self) -> None:
-        """End the process and close its streams."""
+        """End the process and close its streams; once is enough."""
+        if self._closed:  # its number may be another's by now
+            return
+        self._closed = True
         self.kill()
         self._process.wait()
         self._reader.join(timeout=1)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from convdispatch import heuristic, machine, profile, registry, settings
+from convdispatch import heuristic, machine, profile, quarantine, registry, settings
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Candidate, Effort
 from convdispatch.errors import ArgumentError, BackendError, ProfileError, ProfileWarning
@@ -17,6 +17,7 @@ from convdispatch.plan import Plan
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Failure, Key, Result
 from convdispatch.settings import EFFORTS
+from convdispatch.tuning import isolation
 from convdispatch.tuning import workload as workloads
 from convdispatch.tuning.clock import Clock, system_clock
 from convdispatch.tuning.gate import Trial, trial
@@ -77,6 +78,7 @@ class TuneReport:
         return all(report.status in {"tuned", "known"} for report in self.layers)
 
 
+@isolation.children()
 def tune(
     workload: str | Path | Problem | Workload | Sequence[Any],
     *,
@@ -86,6 +88,7 @@ def tune(
     backends: Sequence[str] | None = None,
     deployments: Sequence[str] = profile.DEPLOYMENTS,
     retune: bool = False,
+    retry_quarantined: bool = False,
     on_progress: Callable[[LayerReport], None] | None = None,
 ) -> TuneReport:
     """Measure which backend is fastest for each problem of a workload, and keep the winners in the profile.
@@ -102,6 +105,7 @@ def tune(
         backends: names of the backends that take part; all where None.
         deployments: ``"plan"`` (filters packed before), ``"call"`` (packed in every call), or both.
         retune: whether to measure again what the profile knows.
+        retry_quarantined: whether to lift the quarantine of the backends that take part, so that they are tried again.
         on_progress: called with each layer's report as soon as there is one.
 
     Returns:
@@ -122,6 +126,8 @@ def tune(
     path = profile.writable_path()
     profile.write(path, (), machine.current())  # better to learn now than after a long run that it cannot be written
     chosen = _chosen(backends)
+    again = quarantine.lift(chosen.values()) if retry_quarantined else ()
+    isolation.forget([chosen[name] for name in again])
     started = time.monotonic()
     work = [(layer, deployment) for layer in load.layers for deployment in deployments]
     reports = []
@@ -129,7 +135,7 @@ def tune(
         left = None if limit is None else limit - (time.monotonic() - started)
         share = None if left is None else max(0.0, left) / (len(work) - number)
         key = Key(layer.problem, deployment, budget, machine.current().id)
-        report = _tune_layer(layer, key, level, share, chosen, path, retune=retune)
+        report = _tune_layer(layer, key, level, share, chosen, path, retune=retune, again=again)
         reports.append(report)
         if on_progress is not None:
             on_progress(report)
@@ -159,9 +165,11 @@ def _tune_layer(
     path: Path,
     *,
     retune: bool,
+    again: Sequence[str],
 ) -> LayerReport:
     known = _known(key, path)
-    if known is not None and not retune and suffices(known, effort, backends):
+    failed = known is not None and any(failure.backend in again for failure in known.failures)
+    if known is not None and not retune and not failed and suffices(known, effort, backends):
         return LayerReport(layer, key.deployment, "known", known)
     if seconds is not None and seconds <= 0:
         return LayerReport(layer, key.deployment, "left", known)
@@ -251,9 +259,11 @@ def tune_problem(
         rules = replace(rules, race_seconds=min(rules.race_seconds, seconds))
     # Two races at once would time each other; and a backend may itself convolve, which must not start a race.
     with _one_at_a_time, settings.options(tuning="off"):
+        entrants, refused = isolation.admitted(key.problem, entrants)  # not all code may run in this process
         results, failures = _measure(key, entrants, rules, clock)
+    failures = [*refused, *failures]
     if not results:
-        said = "; ".join(f"{failure.name}: {failure.reason}" for failure in failures) or "no backend takes it"
+        said = "; ".join(f"{failure.name}: {failure.reason}" for failure in failures) or _nobody(backends)
         raise BackendError(f"no candidate could do {key.problem}: {said}")
     ordered = order_by_preference(results, incumbent.winner.name if incumbent else None)
     if backends is not None and incumbent is not None:  # those who did not take part keep what they have
@@ -263,13 +273,18 @@ def tune_problem(
     return Outcome(Entry(key, tuple(ordered), tuple(failures), effort), left_out)
 
 
+def _nobody(backends: dict[str, Backend] | None) -> str:
+    held = [str(kept) for b in (backends or registry.available()).values() if (kept := quarantine.of(b)) is not None]
+    return "; ".join(held) or "no backend takes it"
+
+
 def _still_there(entry: Entry | None) -> list[Candidate]:
     """Return an old entry's candidates whose backends are as they were when measured."""
     now = registry.available()
     return [
         Candidate(now[row.backend], row.config)
         for row in (entry.results if entry else ())
-        if row.backend in now and now[row.backend].version == row.version
+        if row.backend in now and now[row.backend].version == row.version and not quarantine.of(now[row.backend])
     ]
 
 
