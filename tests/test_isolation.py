@@ -1,5 +1,6 @@
 """What third parties' candidates may do to a child process, and what the tuner makes of it. Real processes run here."""
 
+import contextlib
 import functools
 import os
 import re
@@ -7,12 +8,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import hypothesis
+import psutil
 import pytest
 import villains
 from hypothesis import given
@@ -138,6 +141,53 @@ def test_children_are_stopped_while_they_wait_and_serve_again(monkeypatch: pytes
     assert cell.usable
     isolation.close()
     assert not cell.usable
+
+
+def test_a_child_outlives_the_thread_that_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = count_children(monkeypatch)
+    found = []
+    candidate = Candidate(Villain(), Config())
+    thread = threading.Thread(target=lambda: found.append(try_candidate(PROBLEM, candidate)))
+    thread.start()
+    thread.join()
+    (cell,) = isolation._cells.values()
+    cell._child.go_on()
+    time.sleep(0.1)  # for a signal to arrive, were there one
+    assert cell.usable
+    assert [*found, try_candidate(PROBLEM, candidate)] == [Finding(), Finding()]
+    assert len(started) == 1
+
+
+ORPHAN = """
+import os, signal
+from scripted import PROBLEM
+from villains import Villain
+from convdispatch.backend import Candidate, Config
+from convdispatch.tuning import isolation
+isolation.try_candidate(PROBLEM, Candidate(Villain(), Config()))
+print(next(iter(isolation._cells.values()))._child.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a stopped process outlives its parent")
+def test_a_child_that_waits_ends_with_a_parent_that_is_killed() -> None:
+    path = [str(Path(convdispatch.__file__).parents[1]), str(Path(__file__).parent)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    done = subprocess.run(
+        [sys.executable, "-c", ORPHAN], env=environment, capture_output=True, text=True, check=False
+    )  # fmt: skip
+    assert done.returncode == -9, done.stderr
+    patience = time.monotonic() + 10
+    while _lives(int(done.stdout)):
+        assert time.monotonic() < patience, "still there"
+        time.sleep(0.02)
+
+
+def _lives(process: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def count_children(monkeypatch: pytest.MonkeyPatch) -> list[str]:
