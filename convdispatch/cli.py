@@ -14,7 +14,7 @@ import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import convdispatch
-from convdispatch import machine, registry, report
+from convdispatch import machine, quarantine, registry, report
 from convdispatch.cli_bench import bench
 from convdispatch.cli_profile import profile_group
 from convdispatch.explain import cells, explain_problem, time_text
@@ -67,6 +67,7 @@ main.add_command(profile_group)
 )
 @click.option("--batch", type=click.IntRange(min=1), metavar="N", help="Images a call, instead of the workload's.")
 @click.option("--retune", is_flag=True, help="Measure again what the profile knows.")
+@click.option("--retry-quarantined", is_flag=True, help="Try backends again that the profile has in quarantine.")
 @profile_option
 @json_option
 @explained
@@ -79,6 +80,7 @@ def tune(
     deployment: str,
     batch: int | None,
     retune: bool,
+    retry_quarantined: bool,
     file: Path | None,
     as_json: bool,
 ) -> None:
@@ -101,6 +103,7 @@ def tune(
             backends=None if backends is None else [name.strip() for name in backends.split(",") if name.strip()],
             deployments=deployments,
             retune=retune,
+            retry_quarantined=retry_quarantined,
             on_progress=show,
         )
     if as_json:
@@ -223,19 +226,23 @@ def explain(problem: str, deployment: str, threads: int | None, file: Path | Non
 @json_option
 @explained
 def backends(as_json: bool) -> None:
-    """List the backends: built in and installed, with why any is unavailable."""
+    """List the backends: built in and installed, with why any is unavailable or quarantined."""
     found = registry.available()
     missing = registry.unavailable()
+    among = quarantine.held()
+    held = {name: kept.reason for name, b in found.items() if (kept := quarantine.of(b, among)) is not None}
     if as_json:
         data = [
             {"name": name, "version": b.version, "numerics": b.numerics.kind, "summary": report.summary(b)}
+            | ({"quarantined": held[name]} if name in held else {})
             for name, b in found.items()
         ]
         print_json({"available": data, "unavailable": missing})
         return
     rows = table("", ("backend", "version", "numerics", "what it is"))
     for name, backend in found.items():
-        rows.add_row(name, str(backend.version), backend.numerics.kind, report.summary(backend))
+        said = f"quarantined: {held[name]}" if name in held else report.summary(backend)
+        rows.add_row(name, str(backend.version), backend.numerics.kind, said)
     for name, reason in missing.items():
         rows.add_row(name, "-", "-", f"unavailable: {reason}")
     console().print(rows)

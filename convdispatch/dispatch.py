@@ -7,7 +7,7 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from convdispatch import arguments, heuristic, machine, profile, registry, settings
+from convdispatch import arguments, heuristic, machine, profile, quarantine, registry, settings
 from convdispatch.arguments import Array, as_array, name_of
 from convdispatch.backend import Backend, Candidate, Config, Effort, seen_by
 from convdispatch.errors import (
@@ -80,6 +80,8 @@ def _forced(problem: Problem, deployment: str, forced: tuple[str, Config | None]
     backend = registry.get(name)
     if reason := backend.rejects(seen_by(backend, problem)):
         raise BackendRejectedError(f"backend {name!r} cannot do {problem}: {reason}")
+    if held := quarantine.of(backend):
+        warnings.warn(f"backend={name!r} is used as asked, but {held}", ProfileWarning, stacklevel=2)
     if config is not None:
         _check_keys(backend, problem, config)
         given = {"threads": heuristic.thread_budget(options)} if backend.parallel else {}
@@ -109,9 +111,11 @@ def _check_keys(backend: Backend, problem: Problem, config: Config) -> None:
 
 
 def _from_profile(problem: Problem, deployment: str, options: Options, *, exact: bool = False) -> Decision | None:
-    for found in profile.find(key_for(problem, deployment, options)):
+    answers = profile.find(key_for(problem, deployment, options))
+    held = quarantine.held() if answers else {}
+    for found in answers:
         entry = found.entry
-        result = entry.best(lambda result: _allows(result, problem, options))
+        result = entry.best(lambda result: _allows(result, problem, options, held))
         if result is None or (exact and not found.exact):
             continue
         rank = "winner" if result is entry.winner else "best allowed"
@@ -123,13 +127,15 @@ def _from_profile(problem: Problem, deployment: str, options: Options, *, exact:
     return None
 
 
-def _allows(result: Result, problem: Problem, options: Options) -> bool:
+def _allows(result: Result, problem: Problem, options: Options, held: quarantine.Held) -> bool:
     """Return whether a stored result may be used: its backend as it was measured, and all options met."""
     if result.backend in options.forbid or result.backend not in registry.names():
         return False
     try:
         backend = registry.get(result.backend)
-        if backend.version != result.version or backend.rejects(seen_by(backend, problem)):
+        if backend.version != result.version or quarantine.of(backend, held):
+            return False
+        if backend.rejects(seen_by(backend, problem)):
             return False
         workspace = Candidate(backend, result.config).workspace(problem)
     except ConvDispatchError as error:

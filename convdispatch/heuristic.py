@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from convdispatch import machine, registry
+from convdispatch import machine, quarantine, registry
 from convdispatch.backend import Backend, Candidate, Config, Effort, seen_by
 from convdispatch.problem import Problem
 from convdispatch.settings import Options
@@ -53,9 +53,12 @@ def usable(problem: Problem, options: Options) -> tuple[dict[str, Backend], dict
     """Return the backends that may be chosen for a problem, and why each of the others may not."""
     yes: dict[str, Backend] = {}
     no = registry.unavailable()
+    held = quarantine.held()
     for name, backend in registry.available().items():
         if name in options.forbid:
             no[name] = "forbidden by options"
+        elif kept := quarantine.of(backend, held):
+            no[name] = f"quarantined: {kept.reason}"
         elif options.accuracy == "strict" and backend.numerics.kind != "local":
             no[name] = "accuracy='strict' allows local backends only"
         elif reason := _rejects(backend, problem):

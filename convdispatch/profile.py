@@ -52,7 +52,8 @@ _HEADER = (
     "# largest output. To choose by hand, write another candidate of `results` behind `winner`.\n"
 )
 _MACHINE = "machine "
-_QUARANTINE = "quarantine "
+#: First words of top-level keys that are neither machines nor entries; other modules know what they hold.
+NOTES = ("quarantine ",)
 _LARGEST_FILE = 256 << 20
 
 
@@ -218,7 +219,7 @@ class Chunk(NamedTuple):
     @property
     def is_entry(self) -> bool:
         """Whether this should be an entry."""
-        return not self.key.startswith((_MACHINE, _QUARANTINE))
+        return not self.key.startswith((_MACHINE, *NOTES))
 
 
 _BEFORE_A_KEY = re.compile(r"\n(?=[^\s#\-])")
@@ -372,6 +373,7 @@ class Profile:
         """
         self.name = name
         self._parsed: dict[str, Entry | None] = {}
+        self._notes: dict[str, dict[str, str]] = {}
         self._spellings: dict[tuple[str, ...], list[str]] | None = None
         self._machines: dict[str, dict[str, Any]] | None = None
         self._text = text
@@ -395,6 +397,12 @@ class Profile:
     def chunks(self) -> dict[str, str]:
         """Return every top-level key with its text, machines too; of a key that stands twice, the last."""
         return {chunk.key: self._text[chunk.start : chunk.end] for chunk in self._chunks}
+
+    def notes(self, kind: str) -> dict[str, str]:
+        """Return the texts of the keys that begin with one of ``NOTES``, by key."""
+        if kind not in self._notes:
+            self._notes[kind] = {key: self._texts(key)[-1] for key in self._places if key.startswith(kind)}
+        return self._notes[kind]
 
     def get(self, key: Key) -> Entry | None:
         """Return the entry of a key, or None; a broken one is warned of once and missing."""
@@ -591,13 +599,16 @@ def read(path: Path) -> Profile:
     return Profile(text, str(path))
 
 
-def write(path: Path, entries: Iterable[Entry], machine: Machine) -> None:
+def write(
+    path: Path, entries: Iterable[Entry], machine: Machine, notes: Mapping[str, str | None] | None = None
+) -> None:
     """Add entries to a profile file, in place of older ones of the same keys; everything else stays as it is.
 
     Args:
         path: the file; it and its folder are made if need be.
         entries: what to add.
         machine: the machine they were measured on.
+        notes: texts of top-level keys that are no entries, by key; None takes one out.
 
     Raises:
         ProfileError: if the file is there and is no profile, or cannot be written. Nothing is changed then.
@@ -607,7 +618,7 @@ def write(path: Path, entries: Iterable[Entry], machine: Machine) -> None:
     def add(old: Profile) -> Mapping[str, str | None]:
         changes: dict[str, str | None] = {_MACHINE + machine.id: dump_machine(machine.id, machine.describe())}
         changes |= {other: None for entry in new if (other := old.spelling(entry.key)) is not None}
-        return {**changes, **{str(entry.key): dump_entry(entry) for entry in new}}
+        return {**changes, **{str(entry.key): dump_entry(entry) for entry in new}, **(notes or {})}
 
     edit(path, add)
 
@@ -667,6 +678,7 @@ class _Store:
         self.lock = threading.Lock()
         self.generation = 0
         self.own: dict[Key, Entry] = {}
+        self.notes: dict[str, str | None] = {}
         self.files: dict[Path, tuple[tuple[int, int, int] | None, Profile]] = {}
 
     def file(self, path: Path) -> Profile:
@@ -748,14 +760,36 @@ def remember(entry: Entry) -> None:
         _store.generation += 1
 
 
+def notes(kind: str) -> dict[str, str]:
+    """Return the texts of the keys that begin with one of ``NOTES``, by key, from all layers together."""
+    with _store.lock:
+        found: dict[str, str] = {}
+        for _, path in reversed(layers()):
+            found |= _store.file(path).notes(kind)
+        for key, text in _store.notes.items():
+            if text is None:
+                found.pop(key, None)
+            elif key.startswith(kind):
+                found[key] = text
+    return found
+
+
+def remember_notes(texts: Mapping[str, str | None]) -> None:
+    """Keep notes for the rest of this process, above every file; None hides what files say under a key."""
+    with _store.lock:
+        _store.notes.update(texts)
+        _store.generation += 1
+
+
 def forget() -> None:
     """Drop what this process remembers; files are read again when next needed."""
     with _store.lock:
         _store.own.clear()
+        _store.notes.clear()
         _store.files.clear()
         _store.generation += 1
 
 
 def generation() -> int:
-    """Return a number that changes whenever ``remember`` or ``forget`` does something."""
+    """Return a number that changes whenever ``remember``, ``remember_notes`` or ``forget`` does something."""
     return _store.generation

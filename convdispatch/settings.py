@@ -17,6 +17,7 @@ from convdispatch.errors import ArgumentError, ArgumentTypeError
 
 PREFIX = "CONVDISPATCH_"
 TUNING = ("off", "on-miss")
+ISOLATION = ("off", "third-party", "all")
 EFFORTS = ("estimate", "measure", "patient", "exhaustive")
 ACCURACIES = ("strict", "standard", "fast")
 
@@ -108,6 +109,11 @@ TABLE: Mapping[str, tuple[Callable[[Any], Any], Any, str]] = {
     "accuracy": (_accuracy, "standard", "error class a backend must meet: strict, standard, fast, or a number"),
     "effort": (_choice("effort", EFFORTS), "measure", "how hard on-miss tuning looks: " + ", ".join(EFFORTS)),
     "forbid": (_names, (), "backends never to choose, separated by commas"),
+    "isolation": (
+        _choice("isolation", ISOLATION),
+        "third-party",
+        "whose candidates tuning first tries in a child process: " + ", ".join(ISOLATION),
+    ),
     "memory_limit": (parse_bytes, None, "most workspace bytes a candidate may use, e.g. 256MiB"),
     "profile": (_path, None, "profile file of this project; read above the user's, and written instead of it"),
     "threads": (parse_threads, None, "most threads a call may use; all usable cores where unset"),
@@ -123,6 +129,7 @@ class Options:
     accuracy: str | float
     effort: str
     forbid: tuple[str, ...]
+    isolation: str
     memory_limit: int | None
     profile: Path | None
     threads: int | None
@@ -164,8 +171,8 @@ def options(**changes: Any) -> Iterator[Options]:
     """Change options within a ``with`` block, for this thread or task only.
 
     Args:
-        **changes: any of ``accuracy``, ``effort``, ``forbid``, ``memory_limit``, ``profile``, ``threads``,
-            ``time_limit``, ``tuning``; ``convdispatch.settings.TABLE`` says what each means.
+        **changes: any of ``accuracy``, ``effort``, ``forbid``, ``isolation``, ``memory_limit``, ``profile``,
+            ``threads``, ``time_limit``, ``tuning``; ``convdispatch.settings.TABLE`` says what each means.
 
     Yields:
         The options in force inside the block.

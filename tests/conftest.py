@@ -31,6 +31,7 @@ def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     for variable in list(os.environ):
         if variable.startswith(settings.PREFIX):
             monkeypatch.delenv(variable)
+    monkeypatch.setenv("CONVDISPATCH_ISOLATION", "off")  # a child process takes a second; tests of isolation ask for it
     monkeypatch.setattr(profile, "user_path", lambda: tmp_path / "user" / "profile.yaml")
     monkeypatch.setattr(profile, "system_path", lambda: tmp_path / "system" / "profile.yaml")
     settings.from_environment.cache_clear()

@@ -366,7 +366,7 @@ def test_what_an_engine_rejects_has_a_reason() -> None:
 @pytest.mark.usefixtures("importable")
 def test_an_idle_worker_is_stopped_and_can_be_ended() -> None:
     worker = Worker(HERE + "Right", 1, 30.0, {})
-    state = Path(f"/proc/{worker._process.pid}/stat")
+    state = Path(f"/proc/{worker._child.pid}/stat")
     patience = time.monotonic() + 5
     while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "T":
         assert time.monotonic() < patience, "still running"

@@ -464,6 +464,7 @@ def test_options_are_their_threads_own(three: dict[str, Scripted]) -> None:
         ("forbid", "fft, winograd,fft", ("fft", "winograd")), ("forbid", ["b", "a"], ("a", "b")),
         ("threads", "4", 4), ("threads", None, None), ("time_limit", 0, 0.0), ("profile", "", None),
         ("profile", "a/b.yaml", Path("a/b.yaml")), ("effort", " Patient ", "patient"),
+        ("isolation", "Third_Party", "third-party"),
     ],
 )  # fmt: skip
 def test_options_are_read_leniently(name: str, given: Any, meant: Any) -> None:
@@ -479,6 +480,7 @@ def test_options_are_read_leniently(name: str, given: Any, meant: Any) -> None:
         ("tuning", "always"), ("tuning", True), ("forbid", 3), ("forbid", [3]), ("threads", 0), ("threads", 1.0),
         ("threads", True), ("threads", "two"), ("time_limit", -1), ("time_limit", "soon"),
         ("time_limit", float("nan")), ("profile", 3), ("profile", b"x"), ("effort", "heroic"),
+        ("isolation", True),
     ],
 )  # fmt: skip
 def test_an_option_that_makes_no_sense_is_an_error_that_names_it(name: str, given: Any) -> None:
@@ -495,15 +497,15 @@ def test_an_option_that_does_not_exist_is_a_type_error_with_a_suggestion() -> No
 
 def test_every_option_can_be_set_by_its_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     given = {
-        "ACCURACY": "strict", "EFFORT": "patient", "FORBID": "fft,winograd", "MEMORY_LIMIT": "1MiB",
-        "PROFILE": "some.yaml", "THREADS": "3", "TIME_LIMIT": "2.5", "TUNING": "on-miss",
+        "ACCURACY": "strict", "EFFORT": "patient", "FORBID": "fft,winograd", "ISOLATION": "all",
+        "MEMORY_LIMIT": "1MiB", "PROFILE": "some.yaml", "THREADS": "3", "TIME_LIMIT": "2.5", "TUNING": "on-miss",
     }  # fmt: skip
     assert {name.lower() for name in given} == set(settings.TABLE)
     for name, value in given.items():
         monkeypatch.setenv(f"CONVDISPATCH_{name}", value)
     settings.from_environment.cache_clear()
     assert settings.current() == settings.Options(
-        "strict", "patient", ("fft", "winograd"), 1 << 20, Path("some.yaml"), 3, 2.5, "on-miss"
+        "strict", "patient", ("fft", "winograd"), "all", 1 << 20, Path("some.yaml"), 3, 2.5, "on-miss"
     )
     with settings.options(threads=1):  # a block is nearer than the environment
         assert settings.current().threads == 1

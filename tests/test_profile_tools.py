@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convdispatch import fingerprint, machine, profile, profile_tools, registry
+from convdispatch import fingerprint, machine, profile, profile_tools, quarantine, registry
 from convdispatch.backend import Config
 from convdispatch.errors import ProfileError, ProfileWarning
 from convdispatch.fingerprint import compare
@@ -217,8 +217,8 @@ def test_joining_takes_machines_and_quarantines_along_and_grades_by_them() -> No
     assert done.grades == {"exact": 1, "soft": 1, "hard": 2}
     again = Profile(Profile("", "").changed(done.changes), "again.yaml")
     assert set(again.machines()) == {"like", "far", HERE.id}
-    (held,) = profile_tools.quarantines(again)
-    assert (held.backend, held.version, held.machine, held.reason) == ("bad", "1", "like", "it crashed")
+    (held,), _ = quarantine.written(again)
+    assert (held.backend, held.version, held.machine, held.reason) == ("bad", 1, "like", "it crashed")
     assert len(again.entries()) == 4
 
 
@@ -398,6 +398,15 @@ def test_a_quarantine_of_the_version_in_use_here_is_wrong(path: Path) -> None:
     assert finding.wrong
     assert finding.command == f"convdispatch profile prune --quarantined --profile {path}"
     assert not examined(path, text.replace(f"version {version} |", f"version {version + 1} |"))["quarantined"].wrong
+    assert not examined(path, f"{text}  origin: another.package:Fft\n")["quarantined"].wrong
+
+
+def test_a_quarantine_that_cannot_be_read_is_found_and_pruned_as_broken(path: Path) -> None:
+    key = f"quarantine fft version 1 | {HERE.id}"
+    text = text_of(entry(), more=f"{key}:\n  when: 2026-01-01\n")
+    finding = examined(path, text)["unreadable"]
+    assert (finding.about, finding.reason, finding.wrong) == (key, "it gives no reason", True)
+    assert set(prune(Profile(text, "x.yaml"), Selection(broken=True)).changes) == {key}
 
 
 def test_a_like_machine_is_a_note_with_what_differs(path: Path) -> None:

@@ -9,7 +9,7 @@ the estimate's own pick too, so that a tuned choice is never worse than an untun
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from convdispatch import registry
+from convdispatch import quarantine, registry
 from convdispatch.backend import Candidate, Effort
 from convdispatch.profile import Entry, Failure, Key, Result
 from convdispatch.settings import EFFORTS
@@ -27,7 +27,7 @@ def still_there(entry: Entry | None) -> list[Candidate]:
     return [
         Candidate(now[row.backend], row.config)
         for row in (entry.results if entry else ())
-        if row.backend in now and now[row.backend].version == row.version
+        if row.backend in now and now[row.backend].version == row.version and not quarantine.of(now[row.backend])
     ]
 
 

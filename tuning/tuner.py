@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from convdispatch import heuristic, machine, profile, registry, settings
+from convdispatch import heuristic, machine, profile, quarantine, registry, settings
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Candidate, Effort
 from convdispatch.errors import ArgumentError, BackendError, ProfileError, ProfileWarning
@@ -17,6 +17,7 @@ from convdispatch.plan import Plan
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Failure, Found, Key, Result
 from convdispatch.settings import EFFORTS
+from convdispatch.tuning import isolation
 from convdispatch.tuning import workload as workloads
 from convdispatch.tuning.clock import Clock, system_clock
 from convdispatch.tuning.gate import Trial, trial
@@ -78,6 +79,7 @@ class TuneReport:
         return all(report.status in {"tuned", "known"} for report in self.layers)
 
 
+@isolation.children()
 def tune(
     workload: str | Path | Problem | Workload | Sequence[Any],
     *,
@@ -87,6 +89,7 @@ def tune(
     backends: Sequence[str] | None = None,
     deployments: Sequence[str] = profile.DEPLOYMENTS,
     retune: bool = False,
+    retry_quarantined: bool = False,
     on_progress: Callable[[LayerReport], None] | None = None,
 ) -> TuneReport:
     """Measure which backend is fastest for each problem of a workload, and keep the winners in the profile.
@@ -103,6 +106,7 @@ def tune(
         backends: names of the backends that take part; all where None.
         deployments: ``"plan"`` (filters packed before), ``"call"`` (packed in every call), or both.
         retune: whether to measure again what the profile knows.
+        retry_quarantined: whether to lift the quarantine of the backends that take part, so that they are tried again.
         on_progress: called with each layer's report as soon as there is one.
 
     Returns:
@@ -123,6 +127,8 @@ def tune(
     path = profile.writable_path()
     profile.write(path, (), machine.current())  # better to learn now than after a long run that it cannot be written
     chosen = _chosen(backends)
+    again = quarantine.lift(chosen.values()) if retry_quarantined else ()
+    isolation.forget([chosen[name] for name in again])
     started = time.monotonic()
     work = [(layer, deployment) for layer in load.layers for deployment in deployments]
     reports = []
@@ -130,7 +136,7 @@ def tune(
         left = None if limit is None else limit - (time.monotonic() - started)
         share = None if left is None else max(0.0, left) / (len(work) - number)
         key = Key(layer.problem, deployment, budget, machine.current().id)
-        report = _tune_layer(layer, key, level, share, chosen, path, retune=retune)
+        report = _tune_layer(layer, key, level, share, chosen, path, retune=retune, again=again)
         reports.append(report)
         if on_progress is not None:
             on_progress(report)
@@ -160,16 +166,18 @@ def _tune_layer(
     path: Path,
     *,
     retune: bool,
+    again: Sequence[str],
 ) -> LayerReport:
     found = _known(key, path)
     known = found.entry if found is not None else None
-    if found is not None and found.exact and not retune and suffices(found.entry, effort, backends):
+    failed = known is not None and any(failure.backend in again for failure in known.failures)
+    if found is not None and found.exact and not (retune or failed) and suffices(found.entry, effort, backends):
         return LayerReport(layer, key.deployment, "known", known)
     if seconds is not None and seconds <= 0:
         return LayerReport(layer, key.deployment, "left", known)
     try:
         outcome = tune_problem(
-            key, effort=effort, seconds=seconds, backends=backends, incumbent=known, sparing=not retune
+            key, effort=effort, seconds=seconds, backends=backends, incumbent=known, sparing=not (retune or failed)
         )
     except BackendError as error:
         return LayerReport(layer, key.deployment, "failed", known, reason=str(error))
@@ -253,12 +261,16 @@ def tune_problem(
         rules = replace(rules, race_seconds=min(rules.race_seconds, seconds))
     # Two races at once would time each other; and a backend may itself convolve, which must not start a race.
     with _one_at_a_time, settings.options(tuning="off"):
-        results, failures = _measure(key, entrants if again is None else again.entrants, rules, clock)
+        raced, refused = isolation.admitted(key.problem, entrants if again is None else again.entrants)
+        results, failures = _measure(key, raced, rules, clock)
         if again is not None and not again.holds(results):
             again = None
-            results, failures = _measure(key, entrants, rules, clock)
+            raced, also_refused = isolation.admitted(key.problem, entrants)
+            refused = list(dict.fromkeys((*refused, *also_refused)))
+            results, failures = _measure(key, raced, rules, clock)
+    failures = [*refused, *failures]
     if not results:
-        said = "; ".join(f"{failure.name}: {failure.reason}" for failure in failures) or "no backend takes it"
+        said = "; ".join(f"{failure.name}: {failure.reason}" for failure in failures) or _nobody(backends)
         raise BackendError(f"no candidate could do {key.problem}: {said}")
     ordered = order_by_preference(results, incumbent.winner.name if incumbent else None)
     lost_before: tuple[tuple[str, int], ...] = ()
@@ -269,6 +281,11 @@ def tune_problem(
         if again is None and incumbent.key != key:
             lost_before = ()
     return Outcome(Entry(key, tuple(ordered), tuple(failures), effort, lost_before=lost_before), left_out)
+
+
+def _nobody(backends: dict[str, Backend] | None) -> str:
+    held = [str(kept) for b in (backends or registry.available()).values() if (kept := quarantine.of(b)) is not None]
+    return "; ".join(held) or "no backend takes it"
 
 
 def _measure(key: Key, entrants: Sequence[Candidate], rules: Rules, clock: Clock) -> tuple[list[Result], list[Failure]]:
