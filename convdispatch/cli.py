@@ -1,7 +1,7 @@
 """The command line: ``convdispatch tune | warmup | explain | backends | profile``.
 
 Exit codes: 0 done, 1 an error that is explained, 2 wrong usage, 3 the time limit left problems untuned, 4 no backend
-could do some problem, 130 interrupted.
+could do some problem, 5 the machine is busy and nothing was measured, 130 interrupted.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from rich.table import Table
 import convdispatch
 from convdispatch import machine, profile, registry, report, settings
 from convdispatch.cli_bench import bench
-from convdispatch.errors import ConvDispatchError
+from convdispatch.errors import BusyMachineError, ConvDispatchError
 from convdispatch.explain import bytes_text, cells, explain_problem, time_text
 from convdispatch.problem import Problem
 from convdispatch.profile import DEPLOYMENTS, Entry
@@ -31,7 +31,7 @@ from convdispatch.tuning.race import RULES
 from convdispatch.tuning.tuner import LayerReport, TuneReport
 from convdispatch.tuning.warmup import warm_up
 
-LEFT, FAILED, INTERRUPTED = 3, 4, 130
+LEFT, FAILED, BUSY, INTERRUPTED = 3, 4, 5, 130
 _WIDE = 10_000
 
 Command = Callable[..., None]
@@ -102,6 +102,7 @@ main.add_command(bench)
 )
 @click.option("--batch", type=click.IntRange(min=1), metavar="N", help="Images a call, instead of the workload's.")
 @click.option("--retune", is_flag=True, help="Measure again what the profile knows.")
+@click.option("--allow-busy", is_flag=True, help="Measure though others use the machine; the results are marked.")
 @_profile
 @_json
 @_explained
@@ -114,6 +115,7 @@ def tune(
     deployment: str,
     batch: int | None,
     retune: bool,
+    allow_busy: bool,
     file: Path | None,
     as_json: bool,
 ) -> None:
@@ -121,23 +123,31 @@ def tune(
 
     WHAT is a packaged workload (resnet50, vgg16, mobilenetv2, unet, filters1080p), a YAML file, or a problem such as
     "1x56x56x64 * 3x3x64x64 SAME". An interrupted run keeps what it has measured; the next one goes on from there.
+    While others use the machine nothing is measured: after ten seconds of that it ends with exit code 5.
     """
     load = workload.load(what)
     if batch is not None:
         load = load.with_batch(batch)
     load = load.distinct()
     deployments = DEPLOYMENTS if deployment == "both" else (deployment,)
-    with _scope(threads, file), _progress(len(load.layers) * len(deployments), load.name) as show:
-        result = tuner.tune(
-            load,
-            effort=effort,
-            time_limit=time_limit,
-            threads=threads,
-            backends=None if backends is None else [name.strip() for name in backends.split(",") if name.strip()],
-            deployments=deployments,
-            retune=retune,
-            on_progress=show,
-        )
+    names = None if backends is None else [name.strip() for name in backends.split(",") if name.strip()]
+    try:
+        with _scope(threads, file), _progress(len(load.layers) * len(deployments), load.name) as show:
+            result = tuner.tune(
+                load,
+                effort=effort,
+                time_limit=time_limit,
+                threads=threads,
+                backends=names,
+                deployments=deployments,
+                retune=retune,
+                allow_busy=allow_busy,
+                on_progress=show,
+                on_wait=lambda said: click.echo(f"convdispatch: {said}", err=True),
+            )
+    except BusyMachineError as error:
+        click.echo(f"convdispatch: {error}", err=True)
+        sys.exit(BUSY)
     if as_json:
         click.echo(json.dumps(report.tune_data(result), indent=2))
     else:
@@ -174,7 +184,8 @@ def _said(layer: LayerReport) -> str:
     if layer.entry is None:
         return f"{what}: {layer.status}{f', {layer.reason}' if layer.reason else ''}"
     winner = layer.entry.winner
-    return f"{what}: {layer.status}, {winner.name} {time_text(winner.median)}"
+    busy = f" (busy: {', '.join(layer.busy)})" if layer.busy else ""
+    return f"{what}: {layer.status}, {winner.name} {time_text(winner.median)}{busy}"
 
 
 def _print_tune(result: TuneReport) -> None:
@@ -203,6 +214,8 @@ def _print_tune(result: TuneReport) -> None:
     counts = {status: sum(layer.status == status for layer in result.layers) for status in said}
     console.print(", ".join(f"{count} {said[status]}" for status, count in counts.items() if count), end="")
     console.print(f", in {result.seconds:.0f} s. Profile: {result.profile}")
+    if result.flagged:
+        console.print(f"{result.flagged} flagged busy: run again when the machine is quiet, and they are measured anew")
     for layer in result.layers:
         if layer.status == "failed":
             console.print(f"failed: {layer.layer.problem} ({layer.deployment}): {layer.reason}", markup=False)

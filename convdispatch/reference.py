@@ -185,6 +185,29 @@ class Oracle:
             return Verdict(error, excess, None)
         return Verdict(error, excess, f"error {error:.2g} of the largest output, {excess:.2g} times what is allowed")
 
+    def error_of_terms(self, output: Array) -> float:
+        """Return the largest deviation over the largest sum of terms of its image and filter.
+
+        Like ``Verdict.error``, but over ``conv(|x|, |w|)``, bias and residual included, at its largest for an image and
+        a filter: where terms cancel, the largest output says nothing of what can be asked for. What lies below the
+        smallest normal number is no deviation.
+        """
+        got = output.astype(np.float64)
+        if not np.isfinite(got).all():
+            return np.inf
+        bias, residual = (0.0 if added is None else np.abs(added.astype(np.float64)) for added in self._added)
+        largest = (self._magnitude + bias + residual).max(axis=(1, 2))
+        floor = self.problem.taps * float(np.finfo(self.problem.sum_dtype).tiny)
+        if self.problem.dtype == "float16":
+            floor += float(np.finfo(np.float16).tiny)
+        deviation = np.maximum(0.0, np.abs(got - self.exact) - floor).max(axis=(1, 2))
+        return float(np.max(deviation / np.maximum(largest, floor), initial=0.0))
+
+    def worst_image(self, numerics: Numerics, config: Config, output: Array) -> int:
+        """Return the number of the image whose output is furthest from what is allowed."""
+        excess = np.abs(output.astype(np.float64) - self.exact) / self._allowed(numerics, config)
+        return int(np.argmax(np.nan_to_num(excess, nan=np.inf, posinf=np.inf).max(axis=(1, 2, 3))))
+
 
 def judge(
     problem: Problem,
