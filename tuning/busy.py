@@ -30,9 +30,9 @@ _LOOK, _PAUSE, _BETWEEN = 0.3, 0.02, 0.7
 LIMITS = {"spread": 0.10, "waiting": 0.05, "others": 0.10, "steal": 0.02, "missing": 0.42, "load": 0.25}
 _WORDS = {
     "spread": "a fixed loop's time varied by {:.1%}",
-    "waiting": "it waited for a core for {:.1%} of its time",
+    "waiting": "a fixed loop waited for a core for {:.1%} of its time",
     "others": "other processes used {:.1%} of the cores",
-    "steal": "the hypervisor kept {:.1%} of them",
+    "steal": "the hypervisor kept {:.1%} of the cores",
     "missing": "{:.1%} of the threads' speed was missing when all ran",
     "load": "other tasks wanted {:.1%} of the cores",
 }

@@ -7,8 +7,8 @@ Tuning is to make nothing slower, and to decide the same way twice. So the rule,
    rounds did not suffice to be certain, those whose median is within half the margin. So two tunes of an idle machine
    that differ, differ by less than the margin.
 3. Two candidates give way only to who beats them by the margin: the incumbent, who won the last time, and the pick,
-   which would be used without tuning. Such a one stays unless it is slower than the leader for certain, and by the
-   margin; once it gives way, nobody wins who is not faster than it by the margin.
+   which would be used without tuning. Such a one stays unless it is slower than the leader by the margin, and for
+   certain by half of that; once it gives way, nobody wins who is not faster than it by the margin.
 4. Of those who are left the first in this order wins: the incumbent, the pick, the smaller error, the smaller
    workspace, the name. Nothing in it depends on the clock.
 """

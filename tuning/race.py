@@ -33,7 +33,7 @@ class Rules:
         rounds: most samples of a candidate.
         sample_seconds: a sample repeats the call until it takes about this long.
         race_seconds: no round starts after this much time.
-        drop: a candidate whose best sample is this many times the leader's median leaves the race...
+        drop: a candidate whose best time, warming up included, is this many times the leader's median leaves...
         drop_after: ...once it has this many samples (one is enough for ten times that).
         margin: candidates this close in time are equal.
     """
@@ -96,8 +96,8 @@ class Standing:
     high: float
 
     def slower(self, margin: float) -> bool:
-        """Return whether it is slower for certain, and by more than the margin as far as one can tell."""
-        return self.low > 1 and self.median > 1 + margin
+        """Return whether it is slower by half the margin for certain, and by the margin as far as one can tell."""
+        return self.low > 1 + margin / 2 and self.median > 1 + margin
 
     def equal(self, margin: float) -> bool:
         """Return whether it is for certain no more than the margin slower."""
@@ -284,15 +284,15 @@ def _still_in(live: list[str], table: Mapping[str, Samples], rules: Rules) -> li
     if not live:
         return live
     best = min(table[name].median for name in live)
-    near = [
-        name
-        for name in live
-        if (own := min(table[name].seconds)) <= best * rules.drop
-        or (len(table[name].seconds) < rules.drop_after and own <= best * rules.drop * 10)
-    ]
+    near = [name for name in live if not _hopeless(table[name], best, rules)]
     if _outside(len(table[near[0]].seconds), DECIDED) is None:
         return near
     return [name for name, standing in standings(table, near).items() if not standing.slower(rules.margin)]
+
+
+def _hopeless(samples: Samples, best: float, rules: Rules) -> bool:
+    own = min(samples.first, *samples.seconds)
+    return own > best * rules.drop * (1 if len(samples.seconds) >= rules.drop_after else 10)
 
 
 def _decided(live: Sequence[str], table: Mapping[str, Samples], rules: Rules) -> bool:
