@@ -1,7 +1,7 @@
 """The command line: ``convdispatch tune | warmup | explain | backends | profile``.
 
 Exit codes: 0 done, 1 an error that is explained, 2 wrong usage, 3 the time limit left problems untuned, 4 no backend
-could do some problem, 130 interrupted.
+could do some problem, 5 the machine is busy and nothing was measured, 130 interrupted.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import convdispatch
 from convdispatch import machine, quarantine, registry, report
 from convdispatch.cli_bench import bench
 from convdispatch.cli_profile import profile_group
+from convdispatch.errors import BusyMachineError
 from convdispatch.explain import cells, explain_problem, time_text
 from convdispatch.problem import Problem
 from convdispatch.profile import DEPLOYMENTS
@@ -35,7 +36,7 @@ from convdispatch.tuning.race import RULES
 from convdispatch.tuning.tuner import LayerReport, TuneReport
 from convdispatch.tuning.warmup import warm_up
 
-LEFT, FAILED = 3, 4
+LEFT, FAILED, BUSY = 3, 4, 5
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -68,6 +69,7 @@ main.add_command(profile_group)
 @click.option("--batch", type=click.IntRange(min=1), metavar="N", help="Images a call, instead of the workload's.")
 @click.option("--retune", is_flag=True, help="Measure again what the profile knows.")
 @click.option("--retry-quarantined", is_flag=True, help="Try backends again that the profile has in quarantine.")
+@click.option("--allow-busy", is_flag=True, help="Measure though others use the machine; the results are marked.")
 @profile_option
 @json_option
 @explained
@@ -81,6 +83,7 @@ def tune(
     batch: int | None,
     retune: bool,
     retry_quarantined: bool,
+    allow_busy: bool,
     file: Path | None,
     as_json: bool,
 ) -> None:
@@ -88,24 +91,32 @@ def tune(
 
     WHAT is a packaged workload (resnet50, vgg16, mobilenetv2, unet, filters1080p), a YAML file, or a problem such as
     "1x56x56x64 * 3x3x64x64 SAME". An interrupted run keeps what it has measured; the next one goes on from there.
+    While others use the machine nothing is measured: after ten seconds of that it ends with exit code 5.
     """
     load = workload.load(what)
     if batch is not None:
         load = load.with_batch(batch)
     load = load.distinct()
     deployments = DEPLOYMENTS if deployment == "both" else (deployment,)
-    with scope(threads, file), _progress(len(load.layers) * len(deployments), load.name) as show:
-        result = tuner.tune(
-            load,
-            effort=effort,
-            time_limit=time_limit,
-            threads=threads,
-            backends=None if backends is None else [name.strip() for name in backends.split(",") if name.strip()],
-            deployments=deployments,
-            retune=retune,
-            retry_quarantined=retry_quarantined,
-            on_progress=show,
-        )
+    names = None if backends is None else [name.strip() for name in backends.split(",") if name.strip()]
+    try:
+        with scope(threads, file), _progress(len(load.layers) * len(deployments), load.name) as show:
+            result = tuner.tune(
+                load,
+                effort=effort,
+                time_limit=time_limit,
+                threads=threads,
+                backends=names,
+                deployments=deployments,
+                retune=retune,
+                retry_quarantined=retry_quarantined,
+                allow_busy=allow_busy,
+                on_progress=show,
+                on_wait=lambda said: click.echo(f"convdispatch: {said}", err=True),
+            )
+    except BusyMachineError as error:
+        click.echo(f"convdispatch: {error}", err=True)
+        sys.exit(BUSY)
     if as_json:
         print_json(report.tune_data(result))
     else:
@@ -142,7 +153,8 @@ def _said(layer: LayerReport) -> str:
     if layer.entry is None:
         return f"{what}: {layer.status}{f', {layer.reason}' if layer.reason else ''}"
     winner = layer.entry.winner
-    return f"{what}: {layer.status}, {winner.name} {time_text(winner.median)}"
+    busy = f" (busy: {', '.join(layer.busy)})" if layer.busy else ""
+    return f"{what}: {layer.status}, {winner.name} {time_text(winner.median)}{busy}"
 
 
 def _print_tune(result: TuneReport) -> None:
@@ -171,6 +183,8 @@ def _print_tune(result: TuneReport) -> None:
     counts = {status: sum(layer.status == status for layer in result.layers) for status in said}
     out.print(", ".join(f"{count} {said[status]}" for status, count in counts.items() if count), end="")
     out.print(f", in {result.seconds:.0f} s. Profile: {result.profile}")
+    if result.flagged:
+        out.print(f"{result.flagged} flagged busy: run again when the machine is quiet, and they are measured anew")
     for layer in result.layers:
         if layer.status == "failed":
             out.print(f"failed: {layer.layer.problem} ({layer.deployment}): {layer.reason}", markup=False)

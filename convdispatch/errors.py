@@ -7,6 +7,7 @@
     ├── ArgumentTypeError (TypeError)     a wrong kind of thing
     ├── BackendError (RuntimeError)       a backend failed at something it said it could do
     ├── BackendRejectedError (ValueError) a backend that was asked for by name cannot do the problem
+    ├── BusyMachineError (RuntimeError)   others use the machine, so that measuring would mislead
     ├── BackendUnavailableError (ImportError)  its module cannot be imported here
     ├── UnknownBackendError (ValueError)  no backend has this name
     ├── RegistrationError (ValueError)    two backends want one name, or a name is not usable
@@ -40,6 +41,10 @@ class BackendRejectedError(ConvDispatchError, ValueError):
 
 class BackendUnavailableError(ConvDispatchError, ImportError):
     """A backend's module cannot be imported on this machine."""
+
+
+class BusyMachineError(ConvDispatchError, RuntimeError):
+    """Others use the machine, so that what is measured now would mislead; the message says what was seen."""
 
 
 class UnknownBackendError(ConvDispatchError, ValueError):

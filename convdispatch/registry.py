@@ -184,7 +184,8 @@ def register(name: Any, *, replace: bool = False, **about: Any) -> Any:
         name: the backend's name (then this is a decorator), or a ``Backend`` subclass or instance.
         replace: whether a backend of that name may be there already.
         **about: for a plain function ``f(x, w, problem)``: ``version`` (raise it when the function changes),
-            ``numerics``, and ``rejects``, a function from a problem to a reason or None.
+            ``numerics`` (without, each output must be a sum over its own window; FFTs and the like must say
+            ``Numerics("transform", ...)``), and ``rejects``, a function from a problem to a reason or None.
 
     Returns:
         The function or class, unchanged, so that this works as a decorator.

@@ -37,7 +37,8 @@ def tune_cells(layer: LayerReport) -> tuple[str, ...]:
     ratios = [_ratio(layer.entry, None), _ratio(layer.entry, YARDSTICK)]
     shown = ["-" if ratio is None else f"{ratio:.3g}x" for ratio in ratios]
     rate = rate_text(problem, winner.median)
-    return name, str(layer.layer.count), str(problem), winner.name, time_text(winner.median), rate, *shown
+    chosen = " ".join([winner.name, *(f"({flag})" for flag in layer.entry.flags)])
+    return name, str(layer.layer.count), str(problem), chosen, time_text(winner.median), rate, *shown
 
 
 def total_line(layers: Sequence[LayerReport]) -> str:
@@ -64,15 +65,18 @@ def tune_data(result: TuneReport) -> dict[str, Any]:
             "status": layer.status,
             "left_out": list(layer.left_out),
             "reason": layer.reason,
+            "busy": list(layer.busy),
         }
         if layer.entry is not None:
             winner = layer.entry.winner
             row |= {
                 "winner": winner.name,
                 "seconds": winner.median,
+                "interval": winner.interval,
                 "spread": winner.spread,
                 "error": winner.error,
                 "workspace": winner.workspace,
+                "flags": list(layer.entry.flags),
                 "vs_worst": _ratio(layer.entry, None),
                 "vs_direct": _ratio(layer.entry, YARDSTICK),
                 "backends": {name: ratio for name, ratio in rivals(layer.entry)},  # noqa: C416  # says what it maps
@@ -86,6 +90,7 @@ def tune_data(result: TuneReport) -> dict[str, Any]:
         "profile": str(result.profile),
         "seconds": result.seconds,
         "complete": result.complete,
+        "flagged": result.flagged,
         "layers": layers,
     }
 

@@ -20,7 +20,8 @@ from convdispatch.cli_bench import data
 from convdispatch.problem import Problem
 from convdispatch.tuning import bench as bench_module
 from convdispatch.tuning import engines, workload
-from convdispatch.tuning.bench import Conditions, LayerResult, Report, Ticks, Timing, Watch, bench
+from convdispatch.tuning.bench import LayerResult, Report, Timing, bench
+from convdispatch.tuning.busy import Conditions, Ticks, Watch
 from convdispatch.tuning.engine_worker import EngineLostError, Worker, sample
 from convdispatch.tuning.engines import Build, Case, Deployment
 from convdispatch.tuning.workload import Layer, Workload
@@ -203,6 +204,9 @@ class Scripted(Watch):
     def ticks(self) -> Ticks | None:
         self._tick += 1
         return self.account[self._tick - 1]
+
+    def tasks(self) -> float | None:
+        return None
 
 
 def watched(

@@ -48,7 +48,9 @@ class Rematch:
         return any(result.name == self.champion for result in results)
 
 
-def rematch(key: Key, effort: Effort, everyone: Sequence[Candidate], incumbent: Entry | None) -> Rematch | None:
+def rematch(
+    key: Key, effort: Effort, everyone: Sequence[Candidate], incumbent: Entry | None, pick: Sequence[Candidate] = ()
+) -> Rematch | None:
     """Return who must race again, or None if the old entry settles nothing and everybody must.
 
     Args:
@@ -56,6 +58,7 @@ def rematch(key: Key, effort: Effort, everyone: Sequence[Candidate], incumbent: 
         effort: how hard.
         everyone: the candidates of a full race, the one that is estimated fastest first.
         incumbent: what was measured before, here or on a machine much like this one.
+        pick: who would be used without tuning; empty where nobody can tell.
     """
     if incumbent is None or incumbent.flags or EFFORTS.index(incumbent.effort) < EFFORTS.index(effort):
         return None
@@ -70,7 +73,7 @@ def rematch(key: Key, effort: Effort, everyone: Sequence[Candidate], incumbent: 
     if exact and not raced:
         return None
     if not exact:
-        raced += everyone[:1]
+        raced += pick or everyone[:1]
     named = {candidate.name: candidate for candidate in (champion, *raced)}
     return Rematch(tuple(named.values()), champion.name)
 

@@ -1,10 +1,11 @@
 """The tuner: checks and races every candidate of a problem, and writes down who won and on what evidence."""
 
+import functools
 import textwrap
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -12,22 +13,39 @@ from typing import Any, Literal, cast
 from convdispatch import heuristic, machine, profile, quarantine, registry, settings
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Candidate, Effort
-from convdispatch.errors import ArgumentError, BackendError, ProfileError, ProfileWarning
+from convdispatch.errors import ArgumentError, BackendError, BusyMachineError, ProfileError, ProfileWarning
 from convdispatch.plan import Plan
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Failure, Found, Key, Result
+from convdispatch.reference import Verdict
 from convdispatch.settings import EFFORTS
-from convdispatch.tuning import isolation
+from convdispatch.tuning import hard_inputs, isolation
 from convdispatch.tuning import workload as workloads
+from convdispatch.tuning.busy import Watch, wait_until_quiet
 from convdispatch.tuning.clock import Clock, system_clock
 from convdispatch.tuning.gate import Trial, trial
-from convdispatch.tuning.race import RULES, Rules, Run, comparable_seconds, race
+from convdispatch.tuning.preference import order_by_preference
+from convdispatch.tuning.race import (
+    RULES,
+    Rules,
+    Run,
+    Samples,
+    Standing,
+    comparable_intervals,
+    comparable_seconds,
+    race,
+    standings,
+)
 from convdispatch.tuning.rematch import carried, known_versions, rematch, still_there
 from convdispatch.tuning.workload import Layer, Workload
 
 Status = Literal["tuned", "known", "left", "failed"]
-#: Candidates this close in time are equal; the preference order decides between them.
-TIE_MARGIN = 0.01
+#: Seconds that a tuning run waits for a busy machine to become quiet, before it refuses.
+PATIENCE = 10.0
+#: Who was measured while others used the machine; such an entry is measured again.
+BUSY = "busy"
+#: Makes what watches the machine for a thread budget; tests replace it.
+make_watch: Callable[[int], Watch] = Watch
 _LONGEST_REASON = 300
 _one_at_a_time = threading.Lock()
 
@@ -43,6 +61,7 @@ class LayerReport:
         entry: the measurements, where there are any.
         left_out: candidates not measured, since they were estimated hopelessly slow.
         reason: why it failed.
+        busy: what said that others used the machine meanwhile; the entry is flagged then.
     """
 
     layer: Layer
@@ -51,6 +70,7 @@ class LayerReport:
     entry: Entry | None = None
     left_out: tuple[str, ...] = ()
     reason: str = ""
+    busy: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,6 +98,11 @@ class TuneReport:
         """Whether every layer has a winner."""
         return all(report.status in {"tuned", "known"} for report in self.layers)
 
+    @property
+    def flagged(self) -> int:
+        """How many layers have an entry that was measured on a busy machine, and so is to be measured again."""
+        return sum(report.entry is not None and BUSY in report.entry.flags for report in self.layers)
+
 
 @isolation.children()
 def tune(
@@ -90,12 +115,18 @@ def tune(
     deployments: Sequence[str] = profile.DEPLOYMENTS,
     retune: bool = False,
     retry_quarantined: bool = False,
+    allow_busy: bool = False,
     on_progress: Callable[[LayerReport], None] | None = None,
+    on_wait: Callable[[str], None] | None = None,
 ) -> TuneReport:
     """Measure which backend is fastest for each problem of a workload, and keep the winners in the profile.
 
     Each problem is stored as soon as it is decided, so that an interrupted run keeps what it has measured; the
     next run takes what the profile knows (at this effort or a higher one) and goes on with the rest.
+
+    A busy machine is waited for before the first race, for up to ten seconds. One that becomes busy later stops
+    nothing: a race that was disturbed is run again, longer, and if that was disturbed too, its entry is flagged
+    ``"busy"``. A flagged entry is used, but measured again by the next run.
 
     Args:
         workload: a packaged workload's name, a YAML file, a problem or its text, a ``Workload``, or several
@@ -107,7 +138,9 @@ def tune(
         deployments: ``"plan"`` (filters packed before), ``"call"`` (packed in every call), or both.
         retune: whether to measure again what the profile knows.
         retry_quarantined: whether to lift the quarantine of the backends that take part, so that they are tried again.
+        allow_busy: whether to measure on a busy machine too, without waiting; what is measured then is flagged.
         on_progress: called with each layer's report as soon as there is one.
+        on_wait: told in words that the machine is busy, and how long that is waited for.
 
     Returns:
         A report with an entry for each distinct problem and deployment.
@@ -116,6 +149,7 @@ def tune(
         WorkloadError: if the workload cannot be understood.
         UnknownBackendError: for a name in ``backends`` that there is not.
         ProfileError: if the profile cannot be written; nothing has been measured then.
+        BusyMachineError: if others use the machine and ``allow_busy`` is false; nothing has been measured then.
     """
     load = workloads.load(workload).distinct()
     level = _checked_effort(effort)
@@ -132,11 +166,17 @@ def tune(
     started = time.monotonic()
     work = [(layer, deployment) for layer in load.layers for deployment in deployments]
     reports = []
+
+    @functools.cache
+    def ready() -> None:
+        if not allow_busy:
+            _refuse_if_busy(budget, PATIENCE if limit is None else min(PATIENCE, limit), on_wait)
+
     for number, (layer, deployment) in enumerate(work):
         left = None if limit is None else limit - (time.monotonic() - started)
         share = None if left is None else max(0.0, left) / (len(work) - number)
         key = Key(layer.problem, deployment, budget, machine.current().id)
-        report = _tune_layer(layer, key, level, share, chosen, path, retune=retune, again=again)
+        report = _tune_layer(layer, key, level, share, chosen, path, ready, retune=retune, again=again)
         reports.append(report)
         if on_progress is not None:
             on_progress(report)
@@ -147,6 +187,15 @@ def _checked_effort(effort: str) -> Effort:
     if effort not in RULES:
         raise ArgumentError(f"effort must be one of {', '.join(RULES)}; got {effort!r}")
     return cast("Effort", effort)
+
+
+def _refuse_if_busy(threads: int, seconds: float, on_wait: Callable[[str], None] | None) -> None:
+    complaints = wait_until_quiet(lambda: make_watch(threads), seconds, on_wait or (lambda _: None))
+    if complaints:
+        raise BusyMachineError(
+            f"the machine is busy: {', '.join(complaints)}. What is measured now may be wrong when it is quiet: "
+            "try again then, or measure anyway with --allow-busy (allow_busy=True), which marks the results"
+        )
 
 
 def _chosen(names: Sequence[str] | None) -> dict[str, Backend]:
@@ -164,6 +213,7 @@ def _tune_layer(
     seconds: float | None,
     backends: dict[str, Backend],
     path: Path,
+    ready: Callable[[], None],
     *,
     retune: bool,
     again: Sequence[str],
@@ -171,10 +221,12 @@ def _tune_layer(
     found = _known(key, path)
     known = found.entry if found is not None else None
     failed = known is not None and any(failure.backend in again for failure in known.failures)
-    if found is not None and found.exact and not (retune or failed) and suffices(found.entry, effort, backends):
+    fresh = found is not None and found.exact and BUSY not in found.entry.flags and not (retune or failed)
+    if known is not None and fresh and suffices(known, effort, backends):
         return LayerReport(layer, key.deployment, "known", known)
     if seconds is not None and seconds <= 0:
         return LayerReport(layer, key.deployment, "left", known)
+    ready()
     try:
         outcome = tune_problem(
             key, effort=effort, seconds=seconds, backends=backends, incumbent=known, sparing=not (retune or failed)
@@ -183,7 +235,7 @@ def _tune_layer(
         return LayerReport(layer, key.deployment, "failed", known, reason=str(error))
     profile.remember(outcome.entry)
     profile.write(path, [outcome.entry], machine.current())
-    return LayerReport(layer, key.deployment, "tuned", outcome.entry, outcome.left_out)
+    return LayerReport(layer, key.deployment, "tuned", outcome.entry, outcome.left_out, busy=outcome.busy)
 
 
 def _known(key: Key, path: Path) -> Found | None:
@@ -210,10 +262,11 @@ def _would_race(backend: Backend, key: Key, effort: Effort) -> bool:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A problem's new entry, and the candidates that were not measured."""
+    """A problem's new entry, the candidates that were not measured, and what said that the machine was busy."""
 
     entry: Entry
     left_out: tuple[str, ...]
+    busy: tuple[str, ...] = ()
 
 
 def _entrants(key: Key, effort: Effort, backends: dict[str, Backend]) -> tuple[list[Candidate], tuple[str, ...]]:
@@ -222,6 +275,13 @@ def _entrants(key: Key, effort: Effort, backends: dict[str, Backend]) -> tuple[l
     fit = [b for name, b in heuristic.usable(key.problem, free)[0].items() if name in backends]
     raced, hopeless = heuristic.worth_measuring(heuristic.rank(key.problem, fit, key.threads, effort), effort)
     return raced, tuple(estimate.candidate.name for estimate in hopeless)
+
+
+def _pick(key: Key, backends: dict[str, Backend]) -> list[Candidate]:
+    """Return whom the estimate would choose without tuning, as ``dispatch`` does; empty where it cannot tell."""
+    free = replace(settings.current(), forbid=(), accuracy="standard", memory_limit=None)
+    fit = [b for name, b in heuristic.usable(key.problem, free)[0].items() if name in backends]
+    return [e.candidate for e in heuristic.rank(key.problem, fit, key.threads)[:1] if e.seconds is not None]
 
 
 def tune_problem(
@@ -236,6 +296,9 @@ def tune_problem(
     rules: Rules | None = None,
 ) -> Outcome:
     """Check and race the candidates of one problem.
+
+    The estimate's own pick and the old winner always take part; ``preference`` has the rule by which one wins. A race
+    that others disturbed is run again with twice the rounds; if they disturb that too, the entry is flagged.
 
     Args:
         key: the problem, deployment, thread budget and machine.
@@ -253,34 +316,44 @@ def tune_problem(
     Raises:
         BackendError: if no candidate was right.
     """
-    entrants, left_out = _entrants(key, effort, registry.available() if backends is None else backends)
-    again = rematch(key, effort, entrants, incumbent) if sparing else None
+    taking_part = registry.available() if backends is None else backends
+    entrants, left_out = _entrants(key, effort, taking_part)
+    pick = _pick(key, taking_part)
+    entrants += pick
+    again = rematch(key, effort, entrants, incumbent, pick) if sparing else None
     entrants += [old for old in still_there(incumbent) if incumbent and old.name == incumbent.winner.name]
     rules = rules or RULES[effort]
-    if seconds is not None:
-        rules = replace(rules, race_seconds=min(rules.race_seconds, seconds))
     # Two races at once would time each other; and a backend may itself convolve, which must not start a race.
     with _one_at_a_time, settings.options(tuning="off"):
         raced, refused = isolation.admitted(key.problem, entrants if again is None else again.entrants)
-        results, failures = _measure(key, raced, rules, clock)
-        if again is not None and not again.holds(results):
+        measured = _measure(key, raced, rules, clock, seconds)
+        if again is not None and not again.holds(measured.results):
             again = None
             raced, also_refused = isolation.admitted(key.problem, entrants)
             refused = list(dict.fromkeys((*refused, *also_refused)))
-            results, failures = _measure(key, raced, rules, clock)
-    failures = [*refused, *failures]
+            measured = _measure(key, raced, rules, clock, seconds)
+    results, failures = measured.results, [*refused, *measured.failures]
     if not results:
         said = "; ".join(f"{failure.name}: {failure.reason}" for failure in failures) or _nobody(backends)
         raise BackendError(f"no candidate could do {key.problem}: {said}")
-    ordered = order_by_preference(results, incumbent.winner.name if incumbent else None)
+    ordered = order_by_preference(
+        results,
+        incumbent.winner.name if incumbent else None,
+        pick=pick[0].name if pick else None,
+        standings=measured.standings,
+        margin=rules.margin,
+    )
+    flags: tuple[str, ...] = (BUSY,) if measured.busy else ()
     lost_before: tuple[tuple[str, int], ...] = ()
     if (backends is not None or again is not None) and incumbent is not None:
         kept, failed, lost_before = carried(key, incumbent, results, failures)
         ordered = [ordered[0], *sorted((*ordered[1:], *kept), key=lambda result: result.median)]
         failures += failed
+        flags = flags or (incumbent.flags if kept else ())
         if again is None and incumbent.key != key:
             lost_before = ()
-    return Outcome(Entry(key, tuple(ordered), tuple(failures), effort, lost_before=lost_before), left_out)
+    entry = Entry(key, tuple(ordered), tuple(failures), effort, flags=flags, lost_before=lost_before)
+    return Outcome(entry, left_out, measured.busy)
 
 
 def _nobody(backends: dict[str, Backend] | None) -> str:
@@ -288,7 +361,19 @@ def _nobody(backends: dict[str, Backend] | None) -> str:
     return "; ".join(held) or "no backend takes it"
 
 
-def _measure(key: Key, entrants: Sequence[Candidate], rules: Rules, clock: Clock) -> tuple[list[Result], list[Failure]]:
+@dataclass(frozen=True)
+class _Measured:
+    """What became of a problem's candidates, and what said that the machine was busy meanwhile."""
+
+    results: list[Result]
+    failures: list[Failure]
+    standings: dict[str, Standing]
+    busy: tuple[str, ...]
+
+
+def _measure(
+    key: Key, entrants: Sequence[Candidate], rules: Rules, clock: Clock, seconds: float | None = None
+) -> _Measured:
     arrays = trial(key.problem)
     failures: list[Failure] = []
     checked: dict[str, tuple[float, int]] = {}
@@ -304,7 +389,7 @@ def _measure(key: Key, entrants: Sequence[Candidate], rules: Rules, clock: Clock
         try:
             plan = arrays.plan(candidate)
             out = plan(arrays.input, out=arrays.spoiled_output(), residual=arrays.residual)
-            verdict = arrays.judge(candidate, out)
+            verdict = _worse(arrays.judge(candidate, out), candidate, key.problem)
             workspace = candidate.workspace(key.problem)
         except Exception as error:  # noqa: BLE001  # whatever a backend raises, the others go on
             fail(name, f"{type(error).__name__}: {error}")
@@ -314,21 +399,54 @@ def _measure(key: Key, entrants: Sequence[Candidate], rules: Rules, clock: Clock
             continue
         checked[name] = verdict.error, workspace
         runners[name] = _runner(key, candidate, plan, arrays, out)
-    table = race(
-        runners,
-        rules,
-        clock,
+    table, busy = _race_in_quiet(
+        runners, rules, clock, key.threads, seconds,
         on_failure=lambda name, error: fail(name, f"{type(error).__name__}: {error}"),
-    )
-    seconds = comparable_seconds(table)
+    )  # fmt: skip
+    times, intervals = comparable_seconds(table), comparable_intervals(table)
     results = [
         Result(
-            by_name[name].backend.name, by_name[name].backend.version, by_name[name].config, seconds[name],
-            samples.spread, len(samples.seconds), *checked[name],
+            by_name[name].backend.name, by_name[name].backend.version, by_name[name].config, times[name],
+            samples.spread, len(samples.seconds), *checked[name], intervals[name],
         )
         for name, samples in table.items()
     ]  # fmt: skip
-    return results, failures
+    return _Measured(results, failures, standings(table), busy)
+
+
+def _worse(verdict: Verdict, candidate: Candidate, problem: Problem) -> Verdict:
+    """Return what is worse: a verdict on random input, or the one on hard input, which costs more to come by."""
+    hard = hard_inputs.measure(problem, candidate) if verdict.reason is None else None
+    if hard is None:
+        return verdict
+    return Verdict(max(verdict.error, hard.error), max(verdict.excess, hard.excess), hard.reason)
+
+
+def _race_in_quiet(
+    runners: Mapping[str, Run],
+    rules: Rules,
+    clock: Clock,
+    threads: int,
+    seconds: float | None,
+    on_failure: Callable[[str, Exception], None],
+) -> tuple[dict[str, Samples], tuple[str, ...]]:
+    """Race, once more and longer if others disturb it; return the times, and what said that the machine was busy."""
+    began = clock()
+    table: dict[str, Samples] = {}
+    busy: tuple[str, ...] = ()
+    for rounds in (rules.rounds, 2 * rules.rounds):
+        left = rules.race_seconds if seconds is None else min(rules.race_seconds, seconds - (clock() - began))
+        if table and left <= 0:
+            break
+        watch = make_watch(threads)
+        watch.start()
+        now = replace(rules, rounds=rounds, race_seconds=left)
+        table = race(runners, now, clock, on_failure=on_failure, on_round=watch.glance)
+        busy = tuple(watch.finish().complaints())
+        if not busy:
+            break
+        runners = {name: runners[name] for name in table}
+    return table, busy
 
 
 def _runner(key: Key, candidate: Candidate, plan: Plan, arrays: Trial, out: Array) -> Run:
@@ -336,21 +454,6 @@ def _runner(key: Key, candidate: Candidate, plan: Plan, arrays: Trial, out: Arra
     if key.deployment == "call":
         return lambda: arrays.plan(candidate)(arrays.input, residual=arrays.residual)
     return lambda: plan(arrays.input, out=out, residual=arrays.residual)
-
-
-def order_by_preference(results: Sequence[Result], incumbent: str | None) -> list[Result]:
-    """Return results by time, but the first chosen among those within the tie margin of the fastest.
-
-    Between equals the order is: the incumbent, the smaller error, the smaller workspace, the name. So noise
-    cannot flip a choice back and forth. Who left the race early cannot win.
-    """
-    by_time = sorted(results, key=lambda result: (result.median, result.name))
-    rounds = max(result.rounds for result in results)
-    finishers = [result for result in by_time if result.rounds == rounds]
-    limit = finishers[0].median * (1 + TIE_MARGIN)
-    equals = [result for result in finishers if result.median <= limit]
-    winner = min(equals, key=lambda r: (r.name != incumbent, r.error, r.workspace, r.name))
-    return [winner, *(result for result in by_time if result is not winner)]
 
 
 def rivals(entry: Entry) -> Iterator[tuple[str, float]]:
