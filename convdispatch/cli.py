@@ -20,13 +20,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import convdispatch
-from convdispatch import machine, profile, registry, report, settings
+from convdispatch import dispatch, machine, profile, registry, report, settings
 from convdispatch.cli_bench import bench
 from convdispatch.errors import ConvDispatchError
 from convdispatch.explain import bytes_text, cells, explain_problem, time_text
 from convdispatch.problem import Problem
 from convdispatch.profile import DEPLOYMENTS, Entry
-from convdispatch.tuning import tuner, workload
+from convdispatch.tuning import stakes, tuner, workload
 from convdispatch.tuning.race import RULES
 from convdispatch.tuning.tuner import LayerReport, TuneReport
 from convdispatch.tuning.warmup import warm_up
@@ -86,7 +86,14 @@ main.add_command(bench)
 
 
 @main.command()
-@click.argument("what")
+@click.argument("what", required=False)
+@click.option(
+    "--from",
+    "recording",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Tune what a program called, where most time went first: a file of CONVDISPATCH_RECORD or record().",
+)
 @click.option(
     "--effort", type=click.Choice(list(RULES)), default="measure", show_default=True, help="How hard to look."
 )
@@ -106,7 +113,8 @@ main.add_command(bench)
 @_json
 @_explained
 def tune(
-    what: str,
+    what: str | None,
+    recording: Path | None,
     effort: str,
     time_limit: float | None,
     threads: int | None,
@@ -117,17 +125,21 @@ def tune(
     file: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure which backend is fastest for each problem of WHAT, and keep the winners in the profile.
+    """Measure which backend is fastest for each problem of WHAT or FILE, and keep the winners in the profile.
 
     WHAT is a packaged workload (resnet50, vgg16, mobilenetv2, unet, filters1080p), a YAML file, or a problem such as
     "1x56x56x64 * 3x3x64x64 SAME". An interrupted run keeps what it has measured; the next one goes on from there.
     """
-    load = workload.load(what)
+    if (what is None) == (recording is None):
+        raise click.UsageError("say what to tune: either WHAT or --from FILE")
+    load = workload.load(recording if what is None else what)  # type: ignore[arg-type]  # one of them is there
     if batch is not None:
         load = load.with_batch(batch)
     load = load.distinct()
     deployments = DEPLOYMENTS if deployment == "both" else (deployment,)
-    with _scope(threads, file), _progress(len(load.layers) * len(deployments), load.name) as show:
+    budget = threads or dispatch.thread_budget()
+    total = len(stakes.tasks(load, deployments, "", budget, threads=threads))
+    with _scope(threads, file), _progress(total, load.name) as show:
         result = tuner.tune(
             load,
             effort=effort,
@@ -194,6 +206,8 @@ def _print_tune(result: TuneReport) -> None:
             table.add_row(*report.tune_cells(layer))
         console.print(table)
         console.print(report.total_line(layers))
+    if (line := report.recorded_line(result.layers)) is not None:
+        console.print(line)
     said = {
         "tuned": "measured now",
         "known": "known from the profile",

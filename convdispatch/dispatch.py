@@ -69,6 +69,11 @@ def _decide(
     )
 
 
+def thread_budget() -> int:
+    """Return the most threads that a call may use under the options in force."""
+    return heuristic.thread_budget(settings.current())
+
+
 def key_for(problem: Problem, deployment: str, options: Options) -> Key:
     """Return the profile's key for a problem on this machine under these options."""
     return Key(problem, deployment, heuristic.thread_budget(options), machine.current().id)
@@ -198,15 +203,36 @@ def make_plan(
     problem: Problem, filters: Array, bias: Array | None, deployment: str = "plan", forced: Forced = None
 ) -> Plan:
     """Return a plan by the candidate that is chosen; a profile's choice that fails to prepare is passed over."""
+    made = _plain_plan(problem, filters, bias, deployment, forced)
+    if forced is None:
+        made.budget = thread_budget()
+    return made
+
+
+def _plain_plan(problem: Problem, filters: Array, bias: Array | None, deployment: str, forced: Forced) -> Plan:
     decision = decide(problem, deployment, forced)
     try:
         return Plan(problem, decision.candidate, filters, bias, decision.evidence)
     except ArgumentError as error:
         if decision.evidence.source != "profile" or problem.is_empty:
             raise
-        warnings.warn(f"profile: {decision.candidate} for {problem} is ignored: {error}", ProfileWarning, stacklevel=3)
+        warnings.warn(f"profile: {decision.candidate} for {problem} is ignored: {error}", ProfileWarning, stacklevel=4)
         fallback = _estimated(problem, settings.current())
         return Plan(problem, fallback.candidate, filters, bias, fallback.evidence)
+
+
+def call(
+    problem: Problem,
+    filters: Array,
+    bias: Array | None,
+    forced: Forced,
+    input: Array,
+    *,
+    out: Array | None,
+    residual: Any,
+) -> Array:
+    """Convolve once: pack the filters by the candidate that is chosen, and run it."""
+    return _plain_plan(problem, filters, bias, "call", forced)(input, out=out, residual=residual)
 
 
 def checked(

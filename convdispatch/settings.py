@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from convdispatch.errors import ArgumentError, ArgumentTypeError
 
@@ -115,6 +115,11 @@ TABLE: Mapping[str, tuple[Callable[[Any], Any], Any, str]] = {
     "tuning": (_choice("tuning", TUNING), "off", "what an unmeasured problem causes: " + ", ".join(TUNING)),
 }
 
+#: The same of what holds for a whole process, and is no option of a block.
+PROCESS: Mapping[str, tuple[Callable[[Any], Any], Any, str]] = {
+    "record": (_path, None, "workload file to add all calls of this program to, when it ends"),
+}
+
 
 @dataclass(frozen=True)
 class Options:
@@ -133,22 +138,31 @@ class Options:
 @functools.cache
 def from_environment() -> Options:
     """Read the options' defaults from the environment, once a process; warn of names that mean nothing."""
-    known = {PREFIX + name.upper(): name for name in TABLE}
+    known = {PREFIX + name.upper(): name for name in (*TABLE, *PROCESS)}
     for variable in sorted(os.environ):
         if variable.startswith(PREFIX) and variable not in known:
             near = difflib.get_close_matches(variable, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(known))}"
             warnings.warn(f"environment variable {variable} means nothing to convdispatch{hint}", stacklevel=2)
     values = {}
-    for variable, name in known.items():
-        parse, default, _ = TABLE[name]
-        given = os.environ.get(variable)
-        try:
-            values[name] = default if given is None else parse(given)
-        except (ArgumentError, ArgumentTypeError) as error:
-            warnings.warn(f"environment variable {variable} is ignored: {error}", stacklevel=2)
-            values[name] = default
+    for name, row in TABLE.items():
+        values[name] = _from_variable(name, row)
     return Options(**values)
+
+
+def _from_variable(name: str, row: tuple[Callable[[Any], Any], Any, str]) -> Any:
+    variable, (parse, default, _) = PREFIX + name.upper(), row
+    given = os.environ.get(variable)
+    try:
+        return default if given is None else parse(given)
+    except (ArgumentError, ArgumentTypeError) as error:
+        warnings.warn(f"environment variable {variable} is ignored: {error}", stacklevel=3)
+        return default
+
+
+def record_path() -> Path | None:
+    """Return the file that this program's calls are to be recorded in, if any."""
+    return cast("Path | None", _from_variable("record", PROCESS["record"]))
 
 
 _scoped: contextvars.ContextVar[Options | None] = contextvars.ContextVar("convdispatch_options", default=None)

@@ -4,12 +4,12 @@ import textwrap
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from convdispatch import heuristic, machine, profile, registry, settings
+from convdispatch import heuristic, machine, observe, profile, registry, settings
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Candidate, Effort
 from convdispatch.errors import ArgumentError, BackendError, ProfileError, ProfileWarning
@@ -17,6 +17,7 @@ from convdispatch.plan import Plan
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Failure, Key, Result
 from convdispatch.settings import EFFORTS
+from convdispatch.tuning import stakes
 from convdispatch.tuning import workload as workloads
 from convdispatch.tuning.clock import Clock, system_clock
 from convdispatch.tuning.gate import Trial, trial
@@ -57,7 +58,7 @@ class TuneReport:
 
     Attributes:
         workload: what was tuned.
-        layers: one report for each distinct problem and deployment, in the workload's order.
+        layers: one report for each distinct problem and deployment, in the order in which they were tuned.
         profile: the file that was written.
         seconds: how long it took.
         threads: the thread budget.
@@ -78,7 +79,7 @@ class TuneReport:
 
 
 def tune(
-    workload: str | Path | Problem | Workload | Sequence[Any],
+    workload: str | Path | Problem | Workload | Iterable[Any],
     *,
     effort: str = "measure",
     time_limit: float | None = None,
@@ -93,12 +94,15 @@ def tune(
     Each problem is stored as soon as it is decided, so that an interrupted run keeps what it has measured; the
     next run takes what the profile knows (at this effort or a higher one) and goes on with the rest.
 
+    What was recorded is tuned in the order of the seconds it took, the most first, each in the deployment and with
+    the thread budget that it was called with; a time limit is spent in proportion to those seconds.
+
     Args:
-        workload: a packaged workload's name, a YAML file, a problem or its text, a ``Workload``, or several
-            problems.
+        workload: a packaged workload's name, a YAML file, a problem or its text, a ``Workload``, what ``record``
+            recorded, or several problems.
         effort: ``"measure"``, ``"patient"`` or ``"exhaustive"``.
         time_limit: seconds for the whole run; what it leaves undone is reported as left.
-        threads: most threads a candidate may use; the option ``threads`` where None.
+        threads: most threads a candidate may use; what was recorded, else the option ``threads``, where None.
         backends: names of the backends that take part; all where None.
         deployments: ``"plan"`` (filters packed before), ``"call"`` (packed in every call), or both.
         retune: whether to measure again what the profile knows.
@@ -123,13 +127,18 @@ def tune(
     profile.write(path, (), machine.current())  # better to learn now than after a long run that it cannot be written
     chosen = _chosen(backends)
     started = time.monotonic()
-    work = [(layer, deployment) for layer in load.layers for deployment in deployments]
+
+    def is_settled(key: Key) -> bool:
+        known = None if retune else _known(key, path)
+        return known is not None and suffices(known, level, chosen)
+
+    forced = settings.parse_threads(threads)
+    work = stakes.tasks(load, deployments, machine.current().id, budget, threads=forced, is_settled=is_settled)
     reports = []
-    for number, (layer, deployment) in enumerate(work):
+    for number, task in enumerate(work):
         left = None if limit is None else limit - (time.monotonic() - started)
-        share = None if left is None else max(0.0, left) / (len(work) - number)
-        key = Key(layer.problem, deployment, budget, machine.current().id)
-        report = _tune_layer(layer, key, level, share, chosen, path, retune=retune)
+        share = None if left is None else stakes.share(left, work[number:])
+        report = _tune_layer(task.layer, task.key, level, share, chosen, path, retune=retune)
         reports.append(report)
         if on_progress is not None:
             on_progress(report)
@@ -250,7 +259,7 @@ def tune_problem(
     if seconds is not None:
         rules = replace(rules, race_seconds=min(rules.race_seconds, seconds))
     # Two races at once would time each other; and a backend may itself convolve, which must not start a race.
-    with _one_at_a_time, settings.options(tuning="off"):
+    with _one_at_a_time, settings.options(tuning="off"), observe.unwatched():
         results, failures = _measure(key, entrants, rules, clock)
     if not results:
         said = "; ".join(f"{failure.name}: {failure.reason}" for failure in failures) or "no backend takes it"
