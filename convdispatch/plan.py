@@ -50,7 +50,7 @@ class Plan:
         problem: what it computes.
         candidate: the backend and config that compute it.
         evidence: why this candidate.
-        budget: the most threads that it was chosen for, where it was chosen and not asked for.
+        budget: the most threads that it was chosen for; None where it was asked for by name.
     """
 
     budget: int | None = None

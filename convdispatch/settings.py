@@ -16,7 +16,8 @@ from typing import Any, cast
 from convdispatch.errors import ArgumentError, ArgumentTypeError
 
 PREFIX = "CONVDISPATCH_"
-TUNING = ("off", "on-miss")
+TUNING = ("off", "on-miss", "online", "replay")
+ON_MISS = ("raise", "warn")
 EFFORTS = ("estimate", "measure", "patient", "exhaustive")
 ACCURACIES = ("strict", "standard", "fast")
 
@@ -93,6 +94,16 @@ def _path(value: Any) -> Path | None:
     return Path(value).expanduser()
 
 
+def _share(value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = -1.0
+    if not 0 <= number <= 1 or isinstance(value, bool):
+        raise ArgumentError(f"online_budget must be a share between 0 and 1; got {value!r}")
+    return number
+
+
 def _seconds(value: Any) -> float:
     try:
         number = float(value)
@@ -109,6 +120,8 @@ TABLE: Mapping[str, tuple[Callable[[Any], Any], Any, str]] = {
     "effort": (_choice("effort", EFFORTS), "measure", "how hard on-miss tuning looks: " + ", ".join(EFFORTS)),
     "forbid": (_names, (), "backends never to choose, separated by commas"),
     "memory_limit": (parse_bytes, None, "most workspace bytes a candidate may use, e.g. 256MiB"),
+    "on_miss": (_choice("on_miss", ON_MISS), "raise", "what replay does about a miss: " + ", ".join(ON_MISS)),
+    "online_budget": (_share, 0.02, "share of convolution time that online tuning may add"),
     "profile": (_path, None, "profile file of this project; read above the user's, and written instead of it"),
     "threads": (parse_threads, None, "most threads a call may use; all usable cores where unset"),
     "time_limit": (_seconds, 10.0, "most seconds that on-miss tuning spends on one problem"),
@@ -129,6 +142,8 @@ class Options:
     effort: str
     forbid: tuple[str, ...]
     memory_limit: int | None
+    on_miss: str
+    online_budget: float
     profile: Path | None
     threads: int | None
     time_limit: float
@@ -178,8 +193,8 @@ def options(**changes: Any) -> Iterator[Options]:
     """Change options within a ``with`` block, for this thread or task only.
 
     Args:
-        **changes: any of ``accuracy``, ``effort``, ``forbid``, ``memory_limit``, ``profile``, ``threads``,
-            ``time_limit``, ``tuning``; ``convdispatch.settings.TABLE`` says what each means.
+        **changes: any of ``accuracy``, ``effort``, ``forbid``, ``memory_limit``, ``on_miss``, ``online_budget``,
+            ``profile``, ``threads``, ``time_limit``, ``tuning``; ``convdispatch.settings.TABLE`` says what each means.
 
     Yields:
         The options in force inside the block.
