@@ -117,7 +117,7 @@ def look(problem: Problem, deployment: str, forced: Forced = None) -> Decision:
 def _contest(problem: Problem, deployment: str, forced: Forced) -> "Contest | None":
     """Return the contest on live traffic that decides for a problem, where that is wished and nothing is known."""
     options = settings.current()
-    if options.tuning != "online" or forced is not None or problem.is_trivial:
+    if options.tuning != "online" or not options.online_budget or forced is not None or problem.is_trivial:
         return None
     decision = decide(problem, deployment)
     if decision.evidence.source != "estimate":

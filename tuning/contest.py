@@ -22,6 +22,7 @@ from convdispatch.profile import Key
 from convdispatch.settings import Options
 from convdispatch.tuning import pairs
 from convdispatch.tuning.check import Checked, check
+from convdispatch.tuning.pace import Pace
 from convdispatch.tuning.standings import Standings
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ _FIRST_CALLS = 3
 _HOPELESS = 2.0
 #: After so many calls of other plans, the plan whose calls are compared makes room for one that is called.
 _IDLE = 200
+#: Seconds that looking after a counted call takes, and the most calls that are passed over to make up for it.
+_BOOKKEEPING, _LONGEST_PAUSE = 10e-6, 1000
 #: What the reference does in a second, at least.
 _REFERENCE_FLOPS = 1e9
 
@@ -53,6 +56,8 @@ class Contest:
         self.waiting: list[tuple[Candidate, float | None]] | None = None  # to be checked, with estimates; None: unknown
         self.checking: tuple[Candidate, float | None] | None = None
         self.challenger: Checked | None = None
+        self.pace = Pace()  # of calls that pack their filters; a plan has its own
+        self.typical = 0.0  # median seconds of the incumbent's last calls
         self.seconds = 0.0  # of all calls
         self.last = 0  # number of its last call among those of all contests
         self.recent: collections.deque[float] = collections.deque(maxlen=101)  # the incumbent's times
@@ -66,11 +71,6 @@ class Contest:
         self._between: float | None = None  # the challenger's after that
         self._times: list[float] = []
         self._ratios: list[float] = []
-
-    @property
-    def typical(self) -> float:
-        """Median seconds of the incumbent's last calls."""
-        return statistics.median(self.recent) if self.recent else 0.0
 
     @property
     def evidence(self) -> Evidence:
@@ -94,7 +94,9 @@ class Contest:
             return Plan(self.key.problem, candidate, filters, bias)(input, out=out, residual=residual)
 
         incumbent = self.incumbent
-        return run(incumbent) if self.settled else self.run(None, lambda: run(incumbent), run)
+        if self.settled or self.pace.passes():
+            return run(incumbent)
+        return self.run(None, lambda: run(incumbent), run)
 
     def run(self, who: "Packed | None", by_incumbent: Callable[[], Array], by: Callable[[Candidate], Array]) -> Array:
         """Compute a call by the incumbent or, if it is time for that, by the challenger.
@@ -106,7 +108,8 @@ class Contest:
         """
         clock, online = self.online.clock, self.online
         with online.lock:
-            challenger = self._take_challenger(who)
+            challenger = self.challenger if self._may_challenge(who) else None
+            self.flying = self.flying or challenger is not None
         if challenger is None:
             before = clock()
             result = by_incumbent()
@@ -136,34 +139,48 @@ class Contest:
             return by_incumbent(), wasted, error  # raises itself if the mistake was the caller's
         return result, clock() - before, None
 
-    def _take_challenger(self, who: "Packed | None") -> Checked | None:
-        """Return the challenger that is to compute the call that begins now, if one is."""
+    def _may_challenge(self, who: "Packed | None") -> bool:
+        """Return whether the challenger is to compute the call that begins now."""
         challenger = self.challenger
         if challenger is None or self.flying or self._before is None or self._between is not None:
-            return None
+            return False
         if len(self.recent) < _FIRST_CALLS:
-            return None
+            return False
         if who is not None and (self._hosting is not who or challenger.candidate.name not in who.plans):
-            return None
+            return False
         times, typical = self._times, self.typical
         expected = statistics.median(times) if times else self.standings.expected(challenger, typical)
-        if not self.online.budget.affords(max(0.0, expected - typical)):
-            return None
-        self.flying = True
-        return challenger
+        return self.online.budget.affords(max(0.0, expected - typical))
 
     def _count(self, who: "Packed | None", seconds: float) -> None:
-        """Count a call that the incumbent computed."""
-        self._earn(seconds)
-        if self.settled or (who is not None and not self._is_compared(who)):
+        """Count a call that the incumbent computed, and those before it that were passed over."""
+        pace = self.pace if who is None else who.pace
+        self._earn(seconds * (1 + pace.passed))
+        pace.passed = 0
+        if self.settled:
+            return
+        if who is not None and not self._is_compared(who):
+            pace.pause = self._pause()
             return
         self.recent.append(seconds)
+        if len(self.recent) < 16 or self.online.calls % 8 == 0:
+            self.typical = statistics.median(self.recent)
+        pair = self._between is not None and self._before is not None
         if self._between is not None and self._before is not None:
             around = (self._before + seconds) / 2
             self._ratios.append(self._between / around if around else 1.0)
             self._between = None
             self._judge()
         self._before = seconds
+        if (pair or not self._may_challenge(who)) and (pause := self._pause()):
+            pace.pause, self._before = pause, None  # the next pair begins with a call just before it
+
+    def _pause(self) -> int:
+        """Return how many calls to pass over, so that three counted ones cost half of what is earned with all."""
+        allowed = self.options.online_budget * self.typical / 2
+        if not self.recent:
+            return 0
+        return min(_LONGEST_PAUSE, max(0, int(3 * _BOOKKEEPING / allowed) - 3)) if allowed else _LONGEST_PAUSE
 
     def _is_compared(self, who: "Packed") -> bool:
         """Return whether this plan's calls are compared; if nobody's are, from now on this one's."""
@@ -192,6 +209,7 @@ class Contest:
     def _earn(self, seconds: float) -> None:
         self.seconds += seconds
         self.online.budget.earned += seconds * self.options.online_budget
+        self.online.budget.spent += _BOOKKEEPING
         self.online.calls += 1
         self.last = self.online.calls
 
@@ -210,6 +228,7 @@ class Contest:
         self.standings.incumbent = candidate.name
         self.recent.clear()
         self.recent.extend(self._times)
+        self.typical = statistics.median(self._times) if self._times else self.typical
         if (host := self._hosting) is not None:
             host.follow()
 

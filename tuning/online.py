@@ -18,7 +18,7 @@ from typing import Any
 from convdispatch import observe, registry, settings
 from convdispatch.arguments import Array
 from convdispatch.backend import Candidate
-from convdispatch.plan import Plan
+from convdispatch.plan import Evidence, Plan
 from convdispatch.profile import Key
 from convdispatch.settings import Options
 from convdispatch.tuning import tuner
@@ -60,6 +60,13 @@ class OnlinePlan(Plan):
         self.__dict__.update(made.__dict__)
         self._packed: Packed | None = Packed(contest, made, filters, bias)
 
+    @property
+    def evidence(self) -> Evidence:  # type: ignore[override]  # an attribute of plain plans
+        """Why its candidate computes it, and how far the contest is."""
+        packed = self._packed
+        own: Evidence = self.__dict__["evidence"]
+        return own if packed is None else packed.contest.evidence
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         packed = self._packed
         if packed is None:  # settled by another thread a moment ago
@@ -72,9 +79,11 @@ class OnlinePlan(Plan):
         packed = self._packed
         if packed is None:
             return Plan.__call__(self, input, out=out, residual=residual)
-        if observe.is_watched():
+        if observe.observer is not None and observe.is_watched():
             again = functools.partial(self, input, out=out, residual=residual)
             return observe.timed(self.problem, "plan", self.budget, again)
+        if packed.pace.passes():
+            return packed.current(input, out=out, residual=residual)
         result = packed.call(input, out, residual)
         _update(self, packed)
         return result
@@ -83,11 +92,13 @@ class OnlinePlan(Plan):
 def _update(plan: OnlinePlan, packed: Packed) -> None:
     """Have a plan say who computes it; make it a plain one if that is for good."""
     contest = packed.contest
+    if not contest.settled and plan.candidate is packed.current.candidate:
+        return
     with contest.online.lock:
         if plan._packed is None:  # noqa: SLF001  # another thread was here before, and it is a plain one
             return
         current = packed.current
-        plan.candidate, plan.evidence = current.candidate, contest.evidence
+        plan.candidate = current.candidate
         if contest.settled and current.candidate.name == contest.incumbent.name:
             # Other threads may be in a call: they work on plans that do not change, and the class changes last.
             plan.__dict__.update({**current.__dict__, "evidence": contest.evidence, "budget": plan.budget})

@@ -9,6 +9,7 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.backend import Candidate
 from convdispatch.plan import Plan
+from convdispatch.tuning.pace import Pace
 
 if TYPE_CHECKING:
     from convdispatch.tuning.contest import Contest
@@ -24,6 +25,7 @@ class Packed:
         self.plans = {made.candidate.name: made}
         self._filters = np.array(filters)
         self._bias = None if bias is None else np.array(bias)
+        self.pace = Pace()
         self._refused: set[str] = set()
 
     def call(self, input: Any, out: Array | None, residual: Any) -> Array:
