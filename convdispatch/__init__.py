@@ -8,6 +8,7 @@
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from convdispatch.api import conv2d, plan
@@ -22,6 +23,7 @@ from convdispatch.errors import (
     BusyMachineError,
     ConvDispatchError,
     ProfileError,
+    ProfileMissError,
     ProfileWarning,
     RegistrationError,
     UnknownBackendError,
@@ -35,6 +37,7 @@ from convdispatch.registry import register, unregister
 from convdispatch.settings import options
 
 if TYPE_CHECKING:
+    from convdispatch.tuning.record import record
     from convdispatch.tuning.tuner import tune
 
     def backends() -> tuple[str, ...]:
@@ -62,6 +65,7 @@ __all__ = [
     "Plan",
     "Problem",
     "ProfileError",
+    "ProfileMissError",
     "ProfileWarning",
     "RegistrationError",
     "UnknownBackendError",
@@ -71,6 +75,7 @@ __all__ = [
     "explain",
     "options",
     "plan",
+    "record",
     "register",
     "tune",
     "unregister",
@@ -83,4 +88,10 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("convdispatch.backends")
     if name == "tune":
         return importlib.import_module("convdispatch.tuning.tuner").tune
+    if name == "record":
+        return importlib.import_module("convdispatch.tuning.record").record
     raise AttributeError(f"module 'convdispatch' has no attribute {name!r}")
+
+
+if os.environ.get("CONVDISPATCH_RECORD"):  # a program records from its first call on
+    importlib.import_module("convdispatch.tuning.record").record_program()

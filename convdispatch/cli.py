@@ -14,7 +14,7 @@ import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import convdispatch
-from convdispatch import machine, quarantine, registry, report
+from convdispatch import dispatch, machine, quarantine, registry, report
 from convdispatch.cli_bench import bench
 from convdispatch.cli_profile import profile_group
 from convdispatch.errors import BusyMachineError
@@ -31,7 +31,7 @@ from convdispatch.terminal import (
     table,
     threads_option,
 )
-from convdispatch.tuning import tuner, workload
+from convdispatch.tuning import stakes, tuner, workload
 from convdispatch.tuning.race import RULES
 from convdispatch.tuning.tuner import LayerReport, TuneReport
 from convdispatch.tuning.warmup import warm_up
@@ -52,7 +52,14 @@ main.add_command(profile_group)
 
 
 @main.command()
-@click.argument("what")
+@click.argument("what", required=False)
+@click.option(
+    "--from",
+    "recording",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Tune what a program called, where most time went first: a file of CONVDISPATCH_RECORD or record().",
+)
 @click.option(
     "--effort", type=click.Choice(list(RULES)), default="measure", show_default=True, help="How hard to look."
 )
@@ -74,7 +81,8 @@ main.add_command(profile_group)
 @json_option
 @explained
 def tune(
-    what: str,
+    what: str | None,
+    recording: Path | None,
     effort: str,
     time_limit: float | None,
     threads: int | None,
@@ -87,20 +95,24 @@ def tune(
     file: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure which backend is fastest for each problem of WHAT, and keep the winners in the profile.
+    """Measure which backend is fastest for each problem of WHAT or FILE, and keep the winners in the profile.
 
     WHAT is a packaged workload (resnet50, vgg16, mobilenetv2, unet, filters1080p), a YAML file, or a problem such as
     "1x56x56x64 * 3x3x64x64 SAME". An interrupted run keeps what it has measured; the next one goes on from there.
     While others use the machine nothing is measured: after ten seconds of that it ends with exit code 5.
     """
-    load = workload.load(what)
+    if (what is None) == (recording is None):
+        raise click.UsageError("say what to tune: either WHAT or --from FILE")
+    load = workload.load(recording if what is None else what)  # type: ignore[arg-type]  # one of them is there
     if batch is not None:
         load = load.with_batch(batch)
     load = load.distinct()
     deployments = DEPLOYMENTS if deployment == "both" else (deployment,)
     names = None if backends is None else [name.strip() for name in backends.split(",") if name.strip()]
+    budget = threads or dispatch.thread_budget()
+    total = len(stakes.tasks(load, deployments, "", budget, threads=threads))
     try:
-        with scope(threads, file), _progress(len(load.layers) * len(deployments), load.name) as show:
+        with scope(threads, file), _progress(total, load.name) as show:
             result = tuner.tune(
                 load,
                 effort=effort,
@@ -174,6 +186,8 @@ def _print_tune(result: TuneReport) -> None:
             rows.add_row(*report.tune_cells(layer))
         out.print(rows)
         out.print(report.total_line(layers))
+    if (line := report.recorded_line(result.layers)) is not None:
+        out.print(line)
     said = {
         "tuned": "measured now",
         "known": "known from the profile",

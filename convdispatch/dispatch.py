@@ -2,10 +2,11 @@
 
 import difflib
 import functools
+import shlex
 import threading
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from convdispatch import arguments, heuristic, machine, profile, quarantine, registry, settings
 from convdispatch.arguments import Array, as_array, name_of
@@ -16,12 +17,16 @@ from convdispatch.errors import (
     BackendError,
     BackendRejectedError,
     ConvDispatchError,
+    ProfileMissError,
     ProfileWarning,
 )
 from convdispatch.plan import Evidence, Plan, check_bias, check_filters
 from convdispatch.problem import Problem
 from convdispatch.profile import Key, Result
 from convdispatch.settings import Options
+
+if TYPE_CHECKING:
+    from convdispatch.tuning.contest import Contest
 
 Forced = tuple[str, Config | None] | None
 
@@ -62,12 +67,74 @@ def _decide(
 ) -> Decision:
     if forced is not None:
         return _forced(problem, deployment, forced, options)
+    if options.tuning == "replay" and not problem.is_trivial:
+        if (found := _from_profile(problem, deployment, options)) is not None:
+            return Decision(found.candidate, Evidence("replay", found.evidence.detail))
+        _miss(problem, deployment, options)
+        return _estimated(problem, options)
     return (
         _from_profile(problem, deployment, options, exact=True)
         or _tuned(problem, deployment, options)
         or _from_profile(problem, deployment, options)
         or _estimated(problem, options)
     )
+
+
+def _miss(problem: Problem, deployment: str, options: Options, why: str = "") -> None:
+    """Raise, or warn, of what the profile does not know and ``tuning="replay"`` does not let be measured."""
+    told = miss_text(problem, deployment, options) + why
+    if options.on_miss == "raise":
+        raise ProfileMissError(told)
+    warnings.warn(f"{told}; the estimate decides", ProfileWarning, stacklevel=2)
+
+
+def miss_text(problem: Problem, deployment: str, options: Options) -> str:
+    """Return what to tell of a miss: the key that is missing, and the command that would fill it."""
+    key = key_for(problem, deployment, options)
+    tune = f"convdispatch tune {shlex.quote(str(problem))} --deployment {deployment} --threads {key.threads}"
+    if options.profile is not None:
+        tune += f" --profile {shlex.quote(str(options.profile))}"
+    return f"no profile has an entry that may be used for '{key}', and tuning='replay' measures nothing: run {tune}"
+
+
+def look(problem: Problem, deployment: str, forced: Forced = None) -> Decision:
+    """Choose as ``decide`` does, but measure nothing and warn of nothing.
+
+    Raises:
+        ProfileMissError: if ``decide`` would.
+        BackendRejectedError, UnknownBackendError, BackendUnavailableError: as ``decide``.
+    """
+    options = settings.current()
+    with settings.options(tuning="off"):
+        found = decide(problem, deployment, forced)
+    if forced is not None or problem.is_trivial:
+        return found
+    if options.tuning == "replay":
+        if found.evidence.source == "profile":
+            return Decision(found.candidate, Evidence("replay", found.evidence.detail))
+        if options.on_miss == "raise":
+            raise ProfileMissError(miss_text(problem, deployment, options))
+    if options.tuning == "online" and (contest := _contest(problem, deployment, forced)) and contest.seconds:
+        return Decision(contest.incumbent, contest.evidence)
+    return found
+
+
+def _contest(problem: Problem, deployment: str, forced: Forced) -> "Contest | None":
+    """Return the contest on live traffic that decides for a problem, where that is wished and nothing is known."""
+    options = settings.current()
+    if options.tuning != "online" or not options.online_budget or forced is not None or problem.is_trivial:
+        return None
+    decision = decide(problem, deployment)
+    if decision.evidence.source != "estimate":
+        return None
+    from convdispatch.tuning import online  # noqa: PLC0415  # needed only where something is measured
+
+    return online.contest(key_for(problem, deployment, options), decision.candidate)
+
+
+def thread_budget() -> int:
+    """Return the most threads that a call may use under the options in force."""
+    return heuristic.thread_budget(settings.current())
 
 
 def key_for(problem: Problem, deployment: str, options: Options) -> Key:
@@ -213,15 +280,48 @@ def make_plan(
     problem: Problem, filters: Array, bias: Array | None, deployment: str = "plan", forced: Forced = None
 ) -> Plan:
     """Return a plan by the candidate that is chosen; a profile's choice that fails to prepare is passed over."""
+    if deployment == "plan" and (contest := _contest(problem, deployment, forced)) is not None:
+        from convdispatch.tuning import online  # noqa: PLC0415
+
+        made = online.plan(contest, filters, bias)
+    else:
+        made = _plain_plan(problem, filters, bias, deployment, forced)
+    if forced is None:
+        made.budget = thread_budget()
+    return made
+
+
+def _plain_plan(problem: Problem, filters: Array, bias: Array | None, deployment: str, forced: Forced) -> Plan:
     decision = decide(problem, deployment, forced)
     try:
         return Plan(problem, decision.candidate, filters, bias, decision.evidence)
     except ArgumentError as error:
-        if decision.evidence.source != "profile" or problem.is_empty:
+        if decision.evidence.source not in {"profile", "replay"} or problem.is_empty:
             raise
-        warnings.warn(f"profile: {decision.candidate} for {problem} is ignored: {error}", ProfileWarning, stacklevel=3)
-        fallback = _estimated(problem, settings.current())
+        options = settings.current()
+        if options.tuning == "replay":
+            _miss(problem, deployment, options, f" ({decision.candidate} is in it, but: {error})")
+        else:
+            said = f"profile: {decision.candidate} for {problem} is ignored: {error}"
+            warnings.warn(said, ProfileWarning, stacklevel=4)
+        fallback = _estimated(problem, options)
         return Plan(problem, fallback.candidate, filters, bias, fallback.evidence)
+
+
+def call(
+    problem: Problem,
+    filters: Array,
+    bias: Array | None,
+    forced: Forced,
+    input: Array,
+    *,
+    out: Array | None,
+    residual: Any,
+) -> Array:
+    """Convolve once: pack the filters by the candidate that is chosen, and run it."""
+    if settings.current().tuning == "online" and (contest := _contest(problem, "call", forced)) is not None:
+        return contest.call(filters, bias, input, out=out, residual=residual)
+    return _plain_plan(problem, filters, bias, "call", forced)(input, out=out, residual=residual)
 
 
 def checked(

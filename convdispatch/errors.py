@@ -12,6 +12,7 @@
     ├── UnknownBackendError (ValueError)  no backend has this name
     ├── RegistrationError (ValueError)    two backends want one name, or a name is not usable
     ├── ProfileError (ValueError)         a profile file cannot be read or written as asked
+    ├── ProfileMissError (LookupError)    the profile does not know a problem, and nothing else may decide
     └── WorkloadError (ValueError)        a workload is not one
 
 ``ProfileWarning`` is what a broken or foreign profile gives instead of an error: the call goes on as if the
@@ -57,6 +58,10 @@ class RegistrationError(ConvDispatchError, ValueError):
 
 class ProfileError(ConvDispatchError, ValueError):
     """A profile cannot be read or written as asked."""
+
+
+class ProfileMissError(ConvDispatchError, LookupError):
+    """The profile has nothing that may be used for a problem, and ``tuning="replay"`` lets nothing else decide."""
 
 
 class WorkloadError(ConvDispatchError, ValueError):

@@ -1,13 +1,13 @@
 """``explain``: every backend's standing on a problem, and why the choice is what it is."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from convdispatch import arguments, dispatch, heuristic, machine, profile, settings
 from convdispatch.backend import Candidate
 from convdispatch.dispatch import Decision
-from convdispatch.errors import BackendRejectedError
+from convdispatch.errors import BackendRejectedError, ProfileMissError
 from convdispatch.plan import Evidence
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Failure, Result
@@ -155,9 +155,8 @@ def explain_problem(problem: Problem, deployment: str = "plan", backend: Any = N
     refusal = ""
     decision: Decision | None = None
     try:
-        with settings.options(tuning="off"):  # to explain is to look, not to measure
-            decision = dispatch.decide(problem, deployment, dispatch.parse_forced(backend))
-    except BackendRejectedError as error:
+        decision = dispatch.look(problem, deployment, dispatch.parse_forced(backend))
+    except (BackendRejectedError, ProfileMissError) as error:
         refusal = str(error)
     key = dispatch.key_for(problem, deployment, options)
     found = profile.find(key)
@@ -165,10 +164,22 @@ def explain_problem(problem: Problem, deployment: str = "plan", backend: Any = N
     return Explanation(
         problem, deployment, key.threads, machine.current().id,
         decision.candidate.name if decision else None,
-        decision.evidence if decision else Evidence("none", refusal),
+        _evidence(decision, problem, entry) if decision else Evidence("none", refusal),
         layer,
         tuple(_rows(problem, key.threads, entry, decision)),
     )  # fmt: skip
+
+
+def _evidence(decision: Decision, problem: Problem, entry: Entry | None) -> Evidence:
+    """Return a decision's evidence, with what kept a measured winner from being chosen."""
+    told = decision.evidence
+    if entry is None or told.source == "forced" or decision.candidate.name == entry.winner.name:
+        return told
+    winner, known = entry.winner, heuristic.usable(problem, settings.current())[0].get(entry.winner.backend)
+    if known is None or known.version != winner.version:
+        return told  # the row of that backend says why
+    against = _objection(problem, Candidate(known, winner.config), winner, None)
+    return replace(told, detail=f"{told.detail}; not the winner, {winner.name}: {against}") if against else told
 
 
 def _objection(problem: Problem, candidate: Candidate, measured: Result | None, failed: Failure | None) -> str:

@@ -53,6 +53,19 @@ def total_line(layers: Sequence[LayerReport]) -> str:
     return line + (f" ({missing} without a winner not counted)" if missing else "")
 
 
+def recorded_line(layers: Sequence[LayerReport]) -> str | None:
+    """Return how much of the recorded time is settled, and what it would take now; None where none was recorded."""
+    total = sum(layer.layer.seconds or 0.0 for layer in layers)
+    if not total:
+        return None
+    done = [layer for layer in layers if layer.entry is not None and layer.status in {"tuned", "known"}]
+    before = sum(layer.layer.seconds or 0.0 for layer in done)
+    now = sum(layer.layer.count * layer.entry.winner.median for layer in done if layer.entry is not None)
+    return f"recorded: {time_text(total)} of calls; those with a winner took {time_text(before)}" + (
+        f", and would take {time_text(now)} by their winners" if done else ""
+    )
+
+
 def tune_data(result: TuneReport) -> dict[str, Any]:
     """Return a tuning run as plain data."""
     layers = []
@@ -62,6 +75,7 @@ def tune_data(result: TuneReport) -> dict[str, Any]:
             "count": layer.layer.count,
             "problem": str(layer.layer.problem),
             "deployment": layer.deployment,
+            "recorded_seconds": layer.layer.seconds,
             "status": layer.status,
             "left_out": list(layer.left_out),
             "reason": layer.reason,

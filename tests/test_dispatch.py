@@ -499,14 +499,15 @@ def test_an_option_that_does_not_exist_is_a_type_error_with_a_suggestion() -> No
 def test_every_option_can_be_set_by_its_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     given = {
         "ACCURACY": "strict", "EFFORT": "patient", "FORBID": "fft,winograd", "ISOLATION": "all",
-        "MEMORY_LIMIT": "1MiB", "PROFILE": "some.yaml", "THREADS": "3", "TIME_LIMIT": "2.5", "TUNING": "on-miss",
+        "MEMORY_LIMIT": "1MiB", "ON_MISS": "warn", "ONLINE_BUDGET": "0.05", "PROFILE": "some.yaml", "THREADS": "3",
+        "TIME_LIMIT": "2.5", "TUNING": "on-miss",
     }  # fmt: skip
     assert {name.lower() for name in given} == set(settings.TABLE)
     for name, value in given.items():
         monkeypatch.setenv(f"CONVDISPATCH_{name}", value)
     settings.from_environment.cache_clear()
     assert settings.current() == settings.Options(
-        "strict", "patient", ("fft", "winograd"), "all", 1 << 20, Path("some.yaml"), 3, 2.5, "on-miss"
+        "strict", "patient", ("fft", "winograd"), "all", 1 << 20, "warn", 0.05, Path("some.yaml"), 3, 2.5, "on-miss"
     )
     with settings.options(threads=1):  # a block is nearer than the environment
         assert settings.current().threads == 1

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
+import numpy as np
 import psutil
 import pytest
 import villains
 from hypothesis import given
-from scripted import PROBLEM, RULES, FakeClock, only
+from scripted import PROBLEM, RULES, FakeClock, Scripted, only
 from strategies import problems
 from villains import Villain, Wavering
 
@@ -27,9 +28,10 @@ import convdispatch
 from convdispatch import dispatch, heuristic, machine, profile, quarantine, reference, registry, settings
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Candidate, Config, seen_by
+from convdispatch.plan import Plan
 from convdispatch.problem import Problem
 from convdispatch.tuning import cell as cell_module
-from convdispatch.tuning import isolation, isolation_worker, tuner
+from convdispatch.tuning import isolation, isolation_worker, online, tuner
 from convdispatch.tuning.cell import Cell, Finding, Limits
 from convdispatch.tuning.gate import Trial
 from convdispatch.tuning.isolation import try_candidate
@@ -383,6 +385,27 @@ def test_tuning_goes_on_without_who_does_harm(
     assert rows(report) == ({"villain", "honest", "direct"}, {})
     assert started[3:] == ["villain"]
     assert report.layers[0].status == "tuned"
+
+
+def test_online_tuning_tries_third_parties_in_a_child_process_too(
+    quick: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = count_children(monkeypatch)
+    monkeypatch.setattr(online, "_online", online.Online(quick, lambda job: job()))
+    only(Scripted("guess", quick), Villain("villain", "aborts"))
+    x, w = (np.ones(shape, "f4") for shape in (PROBLEM.input_shape, PROBLEM.filter_shape))
+    with settings.options(tuning="online", threads=1):
+        plan = convdispatch.plan(x.shape, w)
+    for _ in range(2000):
+        if type(plan) is Plan:
+            break
+        plan(x)
+    assert (type(plan), plan.candidate.name) == (Plan, "guess")
+    assert sorted(started) == ["guess", "villain"]
+    assert not isolation._cells
+    (entry,) = profile.read(profile.user_path()).entries()
+    (failure,) = entry.failures
+    assert (failure.backend, failure.reason[:28]) == ("villain", "quarantined: crashed (SIGABR")
 
 
 def test_who_is_mended_without_a_new_version_is_tried_again_when_asked_for(quick: FakeClock) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from convdispatch import settings
 from convdispatch.problem import Problem
 
 #: Seconds that idle thread pools spin at most, where idle processes cannot be stopped.
@@ -77,7 +78,7 @@ class Child:
 
         Args:
             command: what to run.
-            environment: all of its environment variables.
+            environment: all of its environment variables; what it calls is not recorded in any case.
 
         Raises:
             OSError: if it cannot be started.
@@ -100,6 +101,7 @@ class Child:
     ) -> None:  # fmt: skip
         # The thread that reads also starts the process: Linux takes the end of the thread that did so for the
         # parent's, and the thread that asks may end long before the child does.
+        environment = {name: value for name, value in environment.items() if name != f"{settings.PREFIX}RECORD"}
         try:
             process = subprocess.Popen(  # noqa: S603  # this interpreter or the one the user names
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,

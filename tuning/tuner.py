@@ -5,12 +5,12 @@ import textwrap
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from convdispatch import heuristic, machine, profile, quarantine, registry, settings
+from convdispatch import heuristic, machine, observe, profile, quarantine, registry, settings
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Candidate, Effort
 from convdispatch.errors import ArgumentError, BackendError, BusyMachineError, ProfileError, ProfileWarning
@@ -19,7 +19,7 @@ from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Failure, Found, Key, Result
 from convdispatch.reference import Verdict
 from convdispatch.settings import EFFORTS
-from convdispatch.tuning import hard_inputs, isolation
+from convdispatch.tuning import hard_inputs, isolation, stakes
 from convdispatch.tuning import workload as workloads
 from convdispatch.tuning.busy import Watch, wait_until_quiet
 from convdispatch.tuning.clock import Clock, system_clock
@@ -79,7 +79,7 @@ class TuneReport:
 
     Attributes:
         workload: what was tuned.
-        layers: one report for each distinct problem and deployment, in the workload's order.
+        layers: one report for each distinct problem and deployment, in the order in which they were tuned.
         profile: the file that was written.
         seconds: how long it took.
         threads: the thread budget.
@@ -106,7 +106,7 @@ class TuneReport:
 
 @isolation.children()
 def tune(
-    workload: str | Path | Problem | Workload | Sequence[Any],
+    workload: str | Path | Problem | Workload | Iterable[Any],
     *,
     effort: str = "measure",
     time_limit: float | None = None,
@@ -124,16 +124,19 @@ def tune(
     Each problem is stored as soon as it is decided, so that an interrupted run keeps what it has measured; the
     next run takes what the profile knows (at this effort or a higher one) and goes on with the rest.
 
+    What was recorded is tuned in the order of the seconds it took, the most first, each in the deployment and with
+    the thread budget that it was called with; a time limit is spent in proportion to those seconds.
+
     A busy machine is waited for before the first race, for up to ten seconds. One that becomes busy later stops
     nothing: a race that was disturbed is run again, longer, and if that was disturbed too, its entry is flagged
     ``"busy"``. A flagged entry is used, but measured again by the next run.
 
     Args:
-        workload: a packaged workload's name, a YAML file, a problem or its text, a ``Workload``, or several
-            problems.
+        workload: a packaged workload's name, a YAML file, a problem or its text, a ``Workload``, what ``record``
+            recorded, or several problems.
         effort: ``"measure"``, ``"patient"`` or ``"exhaustive"``.
         time_limit: seconds for the whole run; what it leaves undone is reported as left.
-        threads: most threads a candidate may use; the option ``threads`` where None.
+        threads: most threads a candidate may use; what was recorded, else the option ``threads``, where None.
         backends: names of the backends that take part; all where None.
         deployments: ``"plan"`` (filters packed before), ``"call"`` (packed in every call), or both.
         retune: whether to measure again what the profile knows.
@@ -164,19 +167,24 @@ def tune(
     again = quarantine.lift(chosen.values()) if retry_quarantined else ()
     isolation.forget([chosen[name] for name in again])
     started = time.monotonic()
-    work = [(layer, deployment) for layer in load.layers for deployment in deployments]
+
+    def is_settled(key: Key) -> bool:
+        return not retune and _stands(_known(key, path), level, chosen, again)
+
+    forced = settings.parse_threads(threads)
+    work = stakes.tasks(load, deployments, machine.current().id, budget, threads=forced, is_settled=is_settled)
     reports = []
+    most = max(task.key.threads for task in work)
 
     @functools.cache
     def ready() -> None:
         if not allow_busy:
-            _refuse_if_busy(budget, PATIENCE if limit is None else min(PATIENCE, limit), on_wait)
+            _refuse_if_busy(most, PATIENCE if limit is None else min(PATIENCE, limit), on_wait)
 
-    for number, (layer, deployment) in enumerate(work):
+    for number, task in enumerate(work):
         left = None if limit is None else limit - (time.monotonic() - started)
-        share = None if left is None else max(0.0, left) / (len(work) - number)
-        key = Key(layer.problem, deployment, budget, machine.current().id)
-        report = _tune_layer(layer, key, level, share, chosen, path, ready, retune=retune, again=again)
+        share = None if left is None else stakes.share(left, work[number:])
+        report = _tune_layer(task.layer, task.key, level, share, chosen, path, ready, retune=retune, again=again)
         reports.append(report)
         if on_progress is not None:
             on_progress(report)
@@ -220,17 +228,16 @@ def _tune_layer(
 ) -> LayerReport:
     found = _known(key, path)
     known = found.entry if found is not None else None
-    failed = known is not None and any(failure.backend in again for failure in known.failures)
-    fresh = found is not None and found.exact and BUSY not in found.entry.flags and not (retune or failed)
-    if known is not None and fresh and suffices(known, effort, backends):
+    if not retune and _stands(found, effort, backends, again):
         return LayerReport(layer, key.deployment, "known", known)
     if seconds is not None and seconds <= 0:
         return LayerReport(layer, key.deployment, "left", known)
     ready()
     try:
         outcome = tune_problem(
-            key, effort=effort, seconds=seconds, backends=backends, incumbent=known, sparing=not (retune or failed)
-        )
+            key, effort=effort, seconds=seconds, backends=backends, incumbent=known,
+            sparing=not retune and not _failed(known, again),
+        )  # fmt: skip
     except BackendError as error:
         return LayerReport(layer, key.deployment, "failed", known, reason=str(error))
     profile.remember(outcome.entry)
@@ -240,6 +247,18 @@ def _tune_layer(
 
 def _known(key: Key, path: Path) -> Found | None:
     return next(iter(profile.find_in(path, key)), None)
+
+
+def _stands(found: Found | None, effort: Effort, backends: dict[str, Backend], again: Sequence[str]) -> bool:
+    """Return whether what the profile has is for just this key and nothing is to be measured anew."""
+    if found is None or not found.exact or BUSY in found.entry.flags or _failed(found.entry, again):
+        return False
+    return suffices(found.entry, effort, backends)
+
+
+def _failed(entry: Entry | None, again: Sequence[str]) -> bool:
+    """Return whether one of the backends that are to be tried again failed in an entry."""
+    return entry is not None and any(failure.backend in again for failure in entry.failures)
 
 
 def suffices(entry: Entry, effort: Effort, backends: dict[str, Backend]) -> bool:
@@ -324,7 +343,7 @@ def tune_problem(
     entrants += [old for old in still_there(incumbent) if incumbent and old.name == incumbent.winner.name]
     rules = rules or RULES[effort]
     # Two races at once would time each other; and a backend may itself convolve, which must not start a race.
-    with _one_at_a_time, settings.options(tuning="off"):
+    with _one_at_a_time, settings.options(tuning="off"), observe.unwatched():
         raced, refused = isolation.admitted(key.problem, entrants if again is None else again.entrants)
         measured = _measure(key, raced, rules, clock, seconds)
         if again is not None and not again.holds(measured.results):
