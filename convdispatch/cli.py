@@ -1,7 +1,7 @@
 """The command line: ``convdispatch tune | warmup | explain | backends | profile``.
 
 Exit codes: 0 done, 1 an error that is explained, 2 wrong usage, 3 the time limit left problems untuned, 4 no backend
-could do some problem, 130 interrupted.
+could do some problem (or, on a cluster, the workers were lost), 130 interrupted.
 """
 
 import contextlib
@@ -24,12 +24,15 @@ from convdispatch import machine, profile, registry, report, settings
 from convdispatch.cli_bench import bench
 from convdispatch.errors import ConvDispatchError
 from convdispatch.explain import bytes_text, cells, explain_problem, time_text
+from convdispatch.machine import Machine
 from convdispatch.problem import Problem
 from convdispatch.profile import DEPLOYMENTS, Entry
-from convdispatch.tuning import tuner, workload
+from convdispatch.tuning import cluster, tuner, workload
+from convdispatch.tuning.cluster import Cluster
 from convdispatch.tuning.race import RULES
 from convdispatch.tuning.tuner import LayerReport, TuneReport
 from convdispatch.tuning.warmup import warm_up
+from convdispatch.tuning.workload import Workload
 
 LEFT, FAILED, INTERRUPTED = 3, 4, 130
 _WIDE = 10_000
@@ -102,6 +105,12 @@ main.add_command(bench)
 )
 @click.option("--batch", type=click.IntRange(min=1), metavar="N", help="Images a call, instead of the workload's.")
 @click.option("--retune", is_flag=True, help="Measure again what the profile knows.")
+@click.option(
+    "--dask",
+    "scheduler",
+    metavar="SCHEDULER",
+    help="On every kind of machine of this Dask cluster: tcp://host:8786, or a scheduler file.",
+)
 @_profile
 @_json
 @_explained
@@ -114,6 +123,7 @@ def tune(
     deployment: str,
     batch: int | None,
     retune: bool,
+    scheduler: str | None,
     file: Path | None,
     as_json: bool,
 ) -> None:
@@ -121,19 +131,28 @@ def tune(
 
     WHAT is a packaged workload (resnet50, vgg16, mobilenetv2, unet, filters1080p), a YAML file, or a problem such as
     "1x56x56x64 * 3x3x64x64 SAME". An interrupted run keeps what it has measured; the next one goes on from there.
+
+    With --dask, every kind of machine of the cluster is tuned, the layers spread over its hosts with one race at a time
+    on each, and the profile here gets a section for each kind.
     """
     load = workload.load(what)
     if batch is not None:
         load = load.with_batch(batch)
     load = load.distinct()
     deployments = DEPLOYMENTS if deployment == "both" else (deployment,)
+    names = None if backends is None else [name.strip() for name in backends.split(",") if name.strip()]
+    if scheduler is not None:
+        how = {"effort": effort, "time_limit": time_limit, "deployments": deployments, "retune": retune}
+        with _scope(threads, file), cluster.connect(scheduler, threads=threads, backends=names) as found:
+            _tune_across(found, load, len(load.layers) * len(deployments), how, as_json=as_json)
+        return
     with _scope(threads, file), _progress(len(load.layers) * len(deployments), load.name) as show:
         result = tuner.tune(
             load,
             effort=effort,
             time_limit=time_limit,
             threads=threads,
-            backends=None if backends is None else [name.strip() for name in backends.split(",") if name.strip()],
+            backends=names,
             deployments=deployments,
             retune=retune,
             on_progress=show,
@@ -142,10 +161,33 @@ def tune(
         click.echo(json.dumps(report.tune_data(result), indent=2))
     else:
         _print_tune(result)
-    if any(layer.status == "failed" for layer in result.layers):
+    _exit_of([result])
+
+
+def _exit_of(results: Sequence[TuneReport]) -> None:
+    """End with the code that says what is missing, if anything is."""
+    if any(layer.status == "failed" for result in results for layer in result.layers):
         sys.exit(FAILED)
-    if not result.complete:
+    if not all(result.complete for result in results):
         sys.exit(LEFT)
+
+
+def _tune_across(found: Cluster, load: Workload, steps: int, how: dict[str, Any], *, as_json: bool) -> None:
+    """Tune on a Dask cluster, and print what was done on each kind of machine."""
+    left_out = found.roster.left_out
+    for left in left_out:
+        click.echo(f"left out: {left.address}: {left.reason}", err=True)
+    told = len(left_out)
+    with _bar(steps * len(found.kinds), "tuning", load.name) as advance:
+        result = found.tune(load, on_progress=lambda host, layer: advance(f"{host or '-'}: {_said(layer)}"), **how)
+    if as_json:
+        click.echo(json.dumps(report.cluster_data(result), indent=2))
+    else:
+        for kind in result.kinds:
+            _print_tune(kind.report, kind.machine, kind.hosts)
+    for left in result.left_out[told:]:
+        click.echo(f"left out: {left.address}: {left.reason}", err=True)
+    _exit_of([kind.report for kind in result.kinds])
 
 
 @contextlib.contextmanager
@@ -177,11 +219,12 @@ def _said(layer: LayerReport) -> str:
     return f"{what}: {layer.status}, {winner.name} {time_text(winner.median)}"
 
 
-def _print_tune(result: TuneReport) -> None:
+def _print_tune(result: TuneReport, here: Machine | None = None, hosts: Sequence[str] = ()) -> None:
     console = _console()
-    here = machine.current()
+    here = here or machine.current()
     console.print(f"[bold]{result.workload.title or result.workload.name}[/bold]")
-    console.print(f"{here.cpu}, {result.threads} of {here.cores} cores' threads, machine {result.machine}")
+    at = f" ({', '.join(hosts)})" if hosts else ""
+    console.print(f"{here.cpu}, {result.threads} of {here.cores} cores' threads, machine {result.machine}{at}")
     for deployment in dict.fromkeys(layer.deployment for layer in result.layers):
         layers = [layer for layer in result.layers if layer.deployment == deployment]
         packed = "packed before" if deployment == "plan" else "packed in every call"

@@ -9,6 +9,7 @@
     ├── BackendRejectedError (ValueError) a backend that was asked for by name cannot do the problem
     ├── BackendUnavailableError (ImportError)  its module cannot be imported here
     ├── UnknownBackendError (ValueError)  no backend has this name
+    ├── ClusterError (RuntimeError)       a Dask cluster cannot be reached, or none of its workers can tune
     ├── RegistrationError (ValueError)    two backends want one name, or a name is not usable
     ├── ProfileError (ValueError)         a profile file cannot be read or written as asked
     └── WorkloadError (ValueError)        a workload is not one
@@ -44,6 +45,10 @@ class BackendUnavailableError(ConvDispatchError, ImportError):
 
 class UnknownBackendError(ConvDispatchError, ValueError):
     """No backend has this name."""
+
+
+class ClusterError(ConvDispatchError, RuntimeError):
+    """A Dask cluster cannot be reached, or none of its workers can tune."""
 
 
 class RegistrationError(ConvDispatchError, ValueError):

@@ -113,15 +113,13 @@ def tune(
         ProfileError: if the profile cannot be written; nothing has been measured then.
     """
     load = workloads.load(workload).distinct()
-    level = _checked_effort(effort)
+    level = checked_effort(effort)
     limit = None if time_limit is None else settings.TABLE["time_limit"][0](time_limit)
-    for deployment in deployments:
-        if deployment not in profile.DEPLOYMENTS:
-            raise ArgumentError(f"deployments must be of {', '.join(profile.DEPLOYMENTS)}; got {deployment!r}")
+    check_deployments(deployments)
     budget = settings.parse_threads(threads) or heuristic.thread_budget(settings.current())
     path = profile.writable_path()
     profile.write(path, (), machine.current())  # better to learn now than after a long run that it cannot be written
-    chosen = _chosen(backends)
+    chosen = chosen_backends(backends)
     started = time.monotonic()
     work = [(layer, deployment) for layer in load.layers for deployment in deployments]
     reports = []
@@ -136,13 +134,22 @@ def tune(
     return TuneReport(load, tuple(reports), path, time.monotonic() - started, budget, machine.current().id)
 
 
-def _checked_effort(effort: str) -> Effort:
+def checked_effort(effort: str) -> Effort:
+    """Return the effort, an ``ArgumentError`` where there is none of this name."""
     if effort not in RULES:
         raise ArgumentError(f"effort must be one of {', '.join(RULES)}; got {effort!r}")
     return cast("Effort", effort)
 
 
-def _chosen(names: Sequence[str] | None) -> dict[str, Backend]:
+def check_deployments(deployments: Sequence[str]) -> None:
+    """Raise an ``ArgumentError`` unless all of these are deployments."""
+    for deployment in deployments:
+        if deployment not in profile.DEPLOYMENTS:
+            raise ArgumentError(f"deployments must be of {', '.join(profile.DEPLOYMENTS)}; got {deployment!r}")
+
+
+def chosen_backends(names: Sequence[str] | None) -> dict[str, Backend]:
+    """Return the backends of these names, all available ones for None."""
     if names is None:
         return registry.available()
     if isinstance(names, str) or not names:
@@ -160,7 +167,24 @@ def _tune_layer(
     *,
     retune: bool,
 ) -> LayerReport:
-    known = _known(key, path)
+    report = measure_layer(layer, key, effort, seconds, backends, _known(key, path), retune=retune)
+    if report.status == "tuned" and report.entry is not None:
+        profile.remember(report.entry)
+        profile.write(path, [report.entry], machine.current())
+    return report
+
+
+def measure_layer(
+    layer: Layer,
+    key: Key,
+    effort: Effort,
+    seconds: float | None,
+    backends: dict[str, Backend],
+    known: Entry | None,
+    *,
+    retune: bool,
+) -> LayerReport:
+    """Measure a layer unless what is known of it suffices or no time is left; nothing is written anywhere."""
     if known is not None and not retune and suffices(known, effort, backends):
         return LayerReport(layer, key.deployment, "known", known)
     if seconds is not None and seconds <= 0:
@@ -169,8 +193,6 @@ def _tune_layer(
         outcome = tune_problem(key, effort=effort, seconds=seconds, backends=backends, incumbent=known)
     except BackendError as error:
         return LayerReport(layer, key.deployment, "failed", known, reason=str(error))
-    profile.remember(outcome.entry)
-    profile.write(path, [outcome.entry], machine.current())
     return LayerReport(layer, key.deployment, "tuned", outcome.entry, outcome.left_out)
 
 
