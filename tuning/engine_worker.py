@@ -38,6 +38,8 @@ _MOST_CHUNKS = 1000
 #: Seconds that idle pools spin at most, where idle processes cannot be stopped.
 _SPIN = 0.15
 _REASON = 300
+#: Seconds in which a worker that says no more has to end by itself.
+_LAST_WORDS = 5.0
 #: Seconds of a sample that decides between deployments, and how many more there are for those that are close.
 _TRIAL, _TRIALS = 0.005, 2
 
@@ -275,7 +277,7 @@ class Worker:
     def _end(self) -> str:
         """Return how the process ended, with the last line that it wrote."""
         try:
-            code = self._process.wait(timeout=5)
+            code = self._process.wait(timeout=_LAST_WORDS)
         except subprocess.TimeoutExpired:  # it cannot answer any more, but still runs
             self._kill()
             code = self._process.wait()
