@@ -1,14 +1,16 @@
 """The command line: ``convdispatch tune | warmup | explain | backends | profile``.
 
 Exit codes: 0 done, 1 an error that is explained, 2 wrong usage, 3 the time limit left problems untuned, 4 no backend
-could do some problem, 5 the machine is busy and nothing was measured, 130 interrupted.
+could do some problem (or, on a cluster, the workers were lost), 5 the machine is busy and nothing was measured, 130
+interrupted.
 """
 
 import contextlib
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -19,6 +21,7 @@ from convdispatch.cli_bench import bench
 from convdispatch.cli_profile import profile_group
 from convdispatch.errors import BusyMachineError
 from convdispatch.explain import cells, explain_problem, time_text
+from convdispatch.machine import Machine
 from convdispatch.problem import Problem
 from convdispatch.profile import DEPLOYMENTS
 from convdispatch.terminal import (
@@ -31,10 +34,12 @@ from convdispatch.terminal import (
     table,
     threads_option,
 )
-from convdispatch.tuning import stakes, tuner, workload
+from convdispatch.tuning import cluster, stakes, tuner, workload
+from convdispatch.tuning.cluster import Cluster
 from convdispatch.tuning.race import RULES
 from convdispatch.tuning.tuner import LayerReport, TuneReport
 from convdispatch.tuning.warmup import warm_up
+from convdispatch.tuning.workload import Workload
 
 LEFT, FAILED, BUSY = 3, 4, 5
 
@@ -77,6 +82,12 @@ main.add_command(profile_group)
 @click.option("--retune", is_flag=True, help="Measure again what the profile knows.")
 @click.option("--retry-quarantined", is_flag=True, help="Try backends again that the profile has in quarantine.")
 @click.option("--allow-busy", is_flag=True, help="Measure though others use the machine; the results are marked.")
+@click.option(
+    "--dask",
+    "scheduler",
+    metavar="SCHEDULER",
+    help="On every kind of machine of this Dask cluster: tcp://host:8786, or a scheduler file.",
+)
 @profile_option
 @json_option
 @explained
@@ -92,6 +103,7 @@ def tune(
     retune: bool,
     retry_quarantined: bool,
     allow_busy: bool,
+    scheduler: str | None,
     file: Path | None,
     as_json: bool,
 ) -> None:
@@ -100,6 +112,9 @@ def tune(
     WHAT is a packaged workload (resnet50, vgg16, mobilenetv2, unet, filters1080p), a YAML file, or a problem such as
     "1x56x56x64 * 3x3x64x64 SAME". An interrupted run keeps what it has measured; the next one goes on from there.
     While others use the machine nothing is measured: after ten seconds of that it ends with exit code 5.
+
+    With --dask, every kind of machine of the cluster is tuned, the layers spread over its hosts with one race at a time
+    on each, and the profile here gets a section for each kind. Busy hosts are not waited for; their results are marked.
     """
     if (what is None) == (recording is None):
         raise click.UsageError("say what to tune: either WHAT or --from FILE")
@@ -109,22 +124,25 @@ def tune(
     load = load.distinct()
     deployments = DEPLOYMENTS if deployment == "both" else (deployment,)
     names = None if backends is None else [name.strip() for name in backends.split(",") if name.strip()]
-    budget = threads or dispatch.thread_budget()
-    total = len(stakes.tasks(load, deployments, "", budget, threads=threads))
+    total = len(stakes.tasks(load, deployments, "", threads or dispatch.thread_budget(), threads=threads))
+    how: dict[str, Any] = {
+        "effort": effort, "time_limit": time_limit, "deployments": deployments, "retune": retune,
+        "retry_quarantined": retry_quarantined,
+    }  # fmt: skip
+    if scheduler is not None:
+        with scope(threads, file), cluster.connect(scheduler, threads=threads, backends=names) as found:
+            _tune_across(found, load, how, as_json=as_json)
+        return
     try:
         with scope(threads, file), _progress(total, load.name) as show:
             result = tuner.tune(
                 load,
-                effort=effort,
-                time_limit=time_limit,
                 threads=threads,
                 backends=names,
-                deployments=deployments,
-                retune=retune,
-                retry_quarantined=retry_quarantined,
                 allow_busy=allow_busy,
                 on_progress=show,
                 on_wait=lambda said: click.echo(f"convdispatch: {said}", err=True),
+                **how,
             )
     except BusyMachineError as error:
         click.echo(f"convdispatch: {error}", err=True)
@@ -133,10 +151,33 @@ def tune(
         print_json(report.tune_data(result))
     else:
         _print_tune(result)
-    if any(layer.status == "failed" for layer in result.layers):
+    _exit_of([result])
+
+
+def _exit_of(results: Sequence[TuneReport]) -> None:
+    """End with the code that says what is missing, if anything is."""
+    if any(layer.status == "failed" for result in results for layer in result.layers):
         sys.exit(FAILED)
-    if not result.complete:
+    if not all(result.complete for result in results):
         sys.exit(LEFT)
+
+
+def _tune_across(found: Cluster, load: Workload, how: dict[str, Any], *, as_json: bool) -> None:
+    """Tune on a Dask cluster, and print what was done on each kind of machine."""
+    left_out = found.roster.left_out
+    for left in left_out:
+        click.echo(f"left out: {left.address}: {left.reason}", err=True)
+    told = len(left_out)
+    with _bar(len(found.jobs(load, how["deployments"])), "tuning", load.name) as advance:
+        result = found.tune(load, on_progress=lambda host, layer: advance(f"{host or '-'}: {_said(layer)}"), **how)
+    if as_json:
+        print_json(report.cluster_data(result))
+    else:
+        for kind in result.kinds:
+            _print_tune(kind.report, kind.machine, kind.hosts)
+    for left in result.left_out[told:]:
+        click.echo(f"left out: {left.address}: {left.reason}", err=True)
+    _exit_of([kind.report for kind in result.kinds])
 
 
 @contextlib.contextmanager
@@ -169,11 +210,12 @@ def _said(layer: LayerReport) -> str:
     return f"{what}: {layer.status}, {winner.name} {time_text(winner.median)}{busy}"
 
 
-def _print_tune(result: TuneReport) -> None:
+def _print_tune(result: TuneReport, here: Machine | None = None, hosts: Sequence[str] = ()) -> None:
     out = console()
-    here = machine.current()
+    here = here or machine.current()
     out.print(f"[bold]{result.workload.title or result.workload.name}[/bold]")
-    out.print(f"{here.cpu}, {result.threads} of {here.cores} cores' threads, machine {result.machine}")
+    at = f" ({', '.join(hosts)})" if hosts else ""
+    out.print(f"{here.cpu}, {result.threads} of {here.cores} cores' threads, machine {result.machine}{at}")
     for deployment in dict.fromkeys(layer.deployment for layer in result.layers):
         layers = [layer for layer in result.layers if layer.deployment == deployment]
         packed = "packed before" if deployment == "plan" else "packed in every call"

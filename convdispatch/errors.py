@@ -10,6 +10,7 @@
     ├── BusyMachineError (RuntimeError)   others use the machine, so that measuring would mislead
     ├── BackendUnavailableError (ImportError)  its module cannot be imported here
     ├── UnknownBackendError (ValueError)  no backend has this name
+    ├── ClusterError (RuntimeError)       a Dask cluster cannot be reached, or none of its workers can tune
     ├── RegistrationError (ValueError)    two backends want one name, or a name is not usable
     ├── ProfileError (ValueError)         a profile file cannot be read or written as asked
     ├── ProfileMissError (LookupError)    the profile does not know a problem, and nothing else may decide
@@ -50,6 +51,10 @@ class BusyMachineError(ConvDispatchError, RuntimeError):
 
 class UnknownBackendError(ConvDispatchError, ValueError):
     """No backend has this name."""
+
+
+class ClusterError(ConvDispatchError, RuntimeError):
+    """A Dask cluster cannot be reached, or none of its workers can tune."""
 
 
 class RegistrationError(ConvDispatchError, ValueError):

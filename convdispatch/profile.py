@@ -481,6 +481,13 @@ class Profile:
                     found.append((entry, likeness.soft or ("the machine's id",)))
         return found
 
+    def answers(self, key: Key, here: Machine) -> list["Found"]:
+        """Return the file's entries of a key: the exact one, then those of machines much like this one, by likeness."""
+        entry = self.get(key)
+        exact = [] if entry is None else [Found(self.name, entry)]
+        soft = [Found(self.name, *found) for found in self.alike(key, here)] if key.machine == here.id else []
+        return exact + sorted(soft, key=lambda found: len(found.differences))
+
     def spelling(self, key: Key) -> str | None:
         """Return how the file writes a key, in our words and spaces or others; None if it is not there."""
         text = str(key)
@@ -725,32 +732,18 @@ class Found:
 
 def find(key: Key) -> list[Found]:
     """Return the entries of a key, those that win first: exact ones by layer, then soft ones by how much differs."""
+    here = machine.current()
     with _store.lock:
-        exact = [Found("in-process", _store.own[key])] if key in _store.own else []
-        soft: list[Found] = []
+        found = [Found("in-process", _store.own[key])] if key in _store.own else []
         for layer, path in layers():
-            exact += _exact(layer, path, key)
-            soft += _soft(layer, path, key)
-    return exact + sorted(soft, key=lambda found: len(found.differences))
+            found += [replace(each, layer=layer) for each in _store.file(path).answers(key, here)]
+    return sorted(found, key=lambda each: len(each.differences))
 
 
 def find_in(path: Path, key: Key) -> list[Found]:
     """Return the entries of a key in one file, ordered as by ``find``."""
     with _store.lock:
-        soft = sorted(_soft(str(path), path, key), key=lambda found: len(found.differences))
-        return _exact(str(path), path, key) + soft
-
-
-def _exact(layer: str, path: Path, key: Key) -> list[Found]:
-    entry = _store.file(path).get(key)
-    return [] if entry is None else [Found(layer, entry)]
-
-
-def _soft(layer: str, path: Path, key: Key) -> list[Found]:
-    here = machine.current()
-    if key.machine != here.id:  # somebody else's question, which nothing here is like
-        return []
-    return [Found(layer, entry, differences) for entry, differences in _store.file(path).alike(key, here)]
+        return _store.file(path).answers(key, machine.current())
 
 
 def remember(entry: Entry) -> None:

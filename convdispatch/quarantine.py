@@ -12,13 +12,15 @@ A quarantine is a top-level key of the profile, for example::
 It holds for that version of that code: another version, or other code that goes by the same name, is not meant by it.
 """
 
+import contextlib
 import datetime as dt
 import functools
 import math
 import re
 import textwrap
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from convdispatch import machine, profile, registry, safe_yaml
@@ -31,6 +33,8 @@ KIND = "quarantine "
 _KEY = re.compile(r"quarantine (?P<backend>.+) version (?P<version>-?\d+) \| (?P<machine>\S+)")
 
 _UNREADABLE = (ConvDispatchError, AttributeError, TypeError, ValueError, RecursionError)
+
+_apart: ContextVar[dict[str, str] | None] = ContextVar("convdispatch_quarantines", default=None)
 
 #: Quarantines by backend's name and version.
 Held = Mapping[tuple[str, int], "Quarantine"]
@@ -62,18 +66,29 @@ class Quarantine:
         """The profile's key for it."""
         return f"{KIND}{self.backend} version {self.version} | {self.machine}"
 
+    @property
+    def text(self) -> str:
+        """The profile's text of it."""
+        return _dumped(self)
+
     def __str__(self) -> str:
         return f"{self.backend} version {self.version} is quarantined: {self.reason}"
 
 
 def held() -> Held:
     """Return every quarantine on this machine, from all layers of the profile and of this process."""
-    notes = profile.notes(KIND)
+    return {(each.backend, each.version): each for each in on(None)}
+
+
+def on(where: str | None) -> list[Quarantine]:
+    """Return every quarantine on the machine of this id, this one for None, from all layers together."""
+    apart = _apart.get()
+    notes = profile.notes(KIND) if apart is None else apart
     if not notes:
-        return {}
-    here = machine.current().id
+        return []
+    where = where or machine.current().id
     found = (_parsed(key, text) for key, text in notes.items())
-    return {(each.backend, each.version): each for each in found if each is not None and each.machine == here}
+    return [each for each in found if each is not None and each.machine == where]
 
 
 def written(where: Profile) -> tuple[list[Quarantine], dict[str, str]]:
@@ -107,7 +122,7 @@ def add(candidate: Candidate, problem: Problem, reason: str) -> Quarantine:
         backend.name, backend.version, machine.current().id, " ".join(reason.split()), registry.origin(backend),
         str(problem), candidate.config,
     )  # fmt: skip
-    _keep({made.key: _dumped(made)})
+    _keep({made.key: made.text})
     return made
 
 
@@ -120,7 +135,30 @@ def lift(backends: Iterable[Backend]) -> tuple[str, ...]:
     return tuple(lifted)
 
 
+@contextlib.contextmanager
+def kept_apart(texts: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """Go by these quarantines alone within a block, and keep new ones with them: in no process and no file.
+
+    Args:
+        texts: the quarantines' texts by key, as a profile has them.
+
+    Yields:
+        The same with those that are added in the block.
+    """
+    now = dict(texts)
+    token = _apart.set(now)
+    try:
+        yield now
+    finally:
+        _apart.reset(token)
+
+
 def _keep(texts: Mapping[str, str | None]) -> None:
+    if (apart := _apart.get()) is not None:
+        for key, text in texts.items():
+            apart.pop(key, None)
+            apart.update({} if text is None else {key: text})
+        return
     profile.remember_notes(texts)
     try:
         profile.write(profile.writable_path(), (), machine.current(), texts)

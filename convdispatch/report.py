@@ -9,6 +9,7 @@ from convdispatch.explain import Explanation, time_text
 from convdispatch.heuristic import YARDSTICK
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry
+from convdispatch.tuning.cluster import ClusterReport
 from convdispatch.tuning.tuner import LayerReport, TuneReport, rivals
 
 
@@ -106,6 +107,20 @@ def tune_data(result: TuneReport) -> dict[str, Any]:
         "complete": result.complete,
         "flagged": result.flagged,
         "layers": layers,
+    }
+
+
+def cluster_data(result: ClusterReport) -> dict[str, Any]:
+    """Return a tuning run on a cluster as plain data."""
+    return {
+        "workload": result.workload.name,
+        "profile": str(result.profile),
+        "seconds": result.seconds,
+        "complete": result.complete,
+        "kinds": [
+            {"hosts": list(kind.hosts), "cpu": kind.machine.cpu} | tune_data(kind.report) for kind in result.kinds
+        ],
+        "left_out": {left.address: left.reason for left in result.left_out},
     }
 
 

@@ -3,15 +3,14 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
 
 import hypothesis
 import pytest
+from quiet import QuietWatch
 
 from convdispatch import profile, registry, settings
 from convdispatch.errors import BackendRejectedError
 from convdispatch.tuning import tuner
-from convdispatch.tuning.busy import Ticks, Watch
 
 # Derandomized, so that a run is the same run again; no deadline, since the first use of a dtype compiles.
 hypothesis.settings.register_profile(
@@ -26,30 +25,6 @@ hypothesis.settings.register_profile(
     ],
 )
 hypothesis.settings.load_profile("convdispatch")
-
-
-class QuietWatch(Watch):
-    """Sees a machine that nobody else uses, in no time: tests run on busy ones."""
-
-    time: ClassVar[list[float]] = [0.0]  # of all watches
-
-    def loop(self) -> tuple[float, float]:
-        return 1.0, 1.0
-
-    def together(self) -> float:
-        return 1.0
-
-    def ticks(self) -> Ticks | None:
-        return None
-
-    def tasks(self) -> float | None:
-        return None
-
-    def pause(self, seconds: float) -> None:
-        self.time[0] += seconds
-
-    def now(self) -> float:
-        return self.time[0]
 
 
 @pytest.fixture(autouse=True)

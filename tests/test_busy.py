@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import QuietWatch
+from quiet import QuietWatch
 from scripted import PROBLEM, RULES, FakeClock, Scripted, only
 
 import convdispatch

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import QuietWatch
 from hypothesis import given
+from quiet import QuietWatch
 from scripted import RULES, FakeClock, Scripted, only
 from strategies import problems
 

@@ -8,17 +8,14 @@ A loop in this process runs between the samples. If it had to wait for a core, i
 others used the processors meanwhile, the machine was busy, and what was measured decides nothing.
 """
 
-import contextlib
 import functools
 import math
 import random
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -28,14 +25,12 @@ from convdispatch.problem import LOW_PRECISION, Problem
 from convdispatch.reference import conv2d
 from convdispatch.tuning import tuner
 from convdispatch.tuning.busy import Conditions, Watch
-from convdispatch.tuning.engine_worker import EngineLostError, Worker
+from convdispatch.tuning.engine_field import EngineField
 from convdispatch.tuning.engines import OWN, Case
 from convdispatch.tuning.workload import Layer, Workload
 
 #: Seconds of one sample.
 SAMPLE = 0.015
-#: An engine whose process was lost this often is not started again.
-_MOST_LOST = 2
 #: Error over the largest exact output from which on a float result is wrong: 3e-4 for float32. The fastest
 #: transforms stay below a third of it, arithmetic in bfloat16 or TF32 does not.
 _ULPS = 2500
@@ -218,7 +213,7 @@ def bench(
         tuner.tune(load, effort=effort, threads=budget, deployments=("plan",), allow_busy=True)
     order = random.Random(seed)  # noqa: S311  # shuffling, not secrets
     watch = watch or functools.partial(Watch, budget)
-    with _Field(dict.fromkeys([own, *against]), budget, timeout) as engines:
+    with EngineField(dict.fromkeys([own, *against]), budget, timeout) as engines:
         results = []
         for layer in load.layers:
             result = _layer(layer, engines, rounds, sample, watch, order)
@@ -232,76 +227,9 @@ def bench(
     return Report(load, budget, rounds, tuple(results), engines.versions, engines.missing, elapsed)
 
 
-class _Field:
-    """The engines' workers: started, started again when lost, ended."""
-
-    def __init__(self, names: Mapping[str, object], threads: int, timeout: float) -> None:
-        self.names = list(names)
-        self.versions: dict[str, str] = {}
-        self.missing: dict[str, str] = {}
-        self.workers: dict[str, Worker] = {}
-        self._start: Callable[[str], Worker] = lambda name: Worker(name, threads, timeout, _environment(threads))
-        self._lost = dict.fromkeys(self.names, 0)
-        self._gone = 0.0
-        self._folder = tempfile.TemporaryDirectory(prefix="convdispatch-bench-")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for worker in self.workers.values():
-            worker.close()
-        self._folder.cleanup()
-
-    def ready(self, name: str) -> str | None:
-        """Start an engine if it does not run; return the reason if it cannot be had."""
-        if name in self.workers or name in self.missing:
-            return self.missing.get(name)
-        try:
-            self.workers[name] = self._start(name)
-        except EngineLostError as error:
-            self.missing[name] = str(error)
-            return str(error)
-        self.versions[name] = self.workers[name].version
-        return None
-
-    def ask(self, name: str, **request: Any) -> dict[str, Any]:
-        """Return an engine's answer; the loss of its process is a reason like any other."""
-        try:
-            return self.workers[name].ask(**request)
-        except EngineLostError as error:
-            self._gone += self.workers.pop(name).cpu_seconds()
-            self._lost[name] += 1
-            if self._lost[name] >= _MOST_LOST:
-                self.missing[name] = f"{error}; not started again"
-            return {"reason": str(error)}
-
-    def build(self, name: str, problem: Problem) -> tuple[dict[str, Any], Array | None]:
-        """Have an engine build its best deployment; return its answer and its result's first and last image."""
-        file = Path(self._folder.name) / "result.npy"
-        with contextlib.suppress(FileNotFoundError):
-            file.unlink()  # another engine's
-        if reason := self.ready(name):
-            return {"reason": reason}, None
-        reply = self.ask(name, do="build", problem=problem.text, output=str(file))
-        return reply, None if "reason" in reply else np.load(file)
-
-    def cpu_seconds(self) -> float:
-        """Return the processor time of all workers so far."""
-        return self._gone + sum(worker.cpu_seconds() for worker in self.workers.values())
-
-
-def _environment(threads: int) -> dict[str, str]:
-    """Return what the workers' environment adds, so that convdispatch there finds what was tuned here."""
-    given = {"THREADS": str(threads)}
-    if path := settings.current().profile:
-        given["PROFILE"] = str(path)
-    return {settings.PREFIX + name: value for name, value in given.items()}
-
-
 def _layer(
     layer: Layer,
-    engines: _Field,
+    engines: EngineField,
     rounds: int,
     sample: float,
     watch: Callable[[], Watch],

@@ -24,6 +24,8 @@ from convdispatch.problem import Problem
 
 #: Seconds that idle thread pools spin at most, where idle processes cannot be stopped.
 _SPIN = 0.15
+#: Seconds in which a child that says no more has to end by itself.
+_LAST_WORDS = 5.0
 
 Reply = Callable[[Mapping[str, Any]], None]
 
@@ -155,7 +157,7 @@ class Child:
     def end(self) -> str:
         """Return how the process ended, or is ended now, with the last line that it wrote."""
         try:
-            code = self._process.wait(timeout=5)
+            code = self._process.wait(timeout=_LAST_WORDS)
         except subprocess.TimeoutExpired:  # it cannot answer any more, but still runs
             self.kill()
             code = self._process.wait()

@@ -155,15 +155,13 @@ def tune(
         BusyMachineError: if others use the machine and ``allow_busy`` is false; nothing has been measured then.
     """
     load = workloads.load(workload).distinct()
-    level = _checked_effort(effort)
+    level = checked_effort(effort)
     limit = None if time_limit is None else settings.TABLE["time_limit"][0](time_limit)
-    for deployment in deployments:
-        if deployment not in profile.DEPLOYMENTS:
-            raise ArgumentError(f"deployments must be of {', '.join(profile.DEPLOYMENTS)}; got {deployment!r}")
+    check_deployments(deployments)
     budget = settings.parse_threads(threads) or heuristic.thread_budget(settings.current())
     path = profile.writable_path()
     profile.write(path, (), machine.current())  # better to learn now than after a long run that it cannot be written
-    chosen = _chosen(backends)
+    chosen = chosen_backends(backends)
     again = quarantine.lift(chosen.values()) if retry_quarantined else ()
     isolation.forget([chosen[name] for name in again])
     started = time.monotonic()
@@ -191,7 +189,8 @@ def tune(
     return TuneReport(load, tuple(reports), path, time.monotonic() - started, budget, machine.current().id)
 
 
-def _checked_effort(effort: str) -> Effort:
+def checked_effort(effort: str) -> Effort:
+    """Return the effort, an ``ArgumentError`` where there is none of this name."""
     if effort not in RULES:
         raise ArgumentError(f"effort must be one of {', '.join(RULES)}; got {effort!r}")
     return cast("Effort", effort)
@@ -206,7 +205,15 @@ def _refuse_if_busy(threads: int, seconds: float, on_wait: Callable[[str], None]
         )
 
 
-def _chosen(names: Sequence[str] | None) -> dict[str, Backend]:
+def check_deployments(deployments: Sequence[str]) -> None:
+    """Raise an ``ArgumentError`` unless all of these are deployments."""
+    for deployment in deployments:
+        if deployment not in profile.DEPLOYMENTS:
+            raise ArgumentError(f"deployments must be of {', '.join(profile.DEPLOYMENTS)}; got {deployment!r}")
+
+
+def chosen_backends(names: Sequence[str] | None) -> dict[str, Backend]:
+    """Return the backends of these names, all available ones for None."""
     if names is None:
         return registry.available()
     if isinstance(names, str) or not names:
@@ -226,7 +233,39 @@ def _tune_layer(
     retune: bool,
     again: Sequence[str],
 ) -> LayerReport:
-    found = _known(key, path)
+    report = measure_layer(
+        layer, key, effort, seconds, backends, _known(key, path), ready=ready, retune=retune, again=again
+    )
+    if report.status == "tuned" and report.entry is not None:
+        profile.remember(report.entry)
+        profile.write(path, [report.entry], machine.current())
+    return report
+
+
+def measure_layer(
+    layer: Layer,
+    key: Key,
+    effort: Effort,
+    seconds: float | None,
+    backends: dict[str, Backend],
+    found: Found | None,
+    *,
+    ready: Callable[[], None] = lambda: None,
+    retune: bool = False,
+    again: Sequence[str] = (),
+) -> LayerReport:
+    """Measure a layer unless what is known of it suffices or no time is left; no entry is written anywhere.
+
+    Args:
+        layer, key: what to measure.
+        effort: how hard to look.
+        seconds: most time the race may take, if any.
+        backends: who takes part.
+        found: what is known of it, here or from a machine much like this one.
+        ready: called before something is measured; it may refuse by raising.
+        retune: whether to measure again what is known.
+        again: backends out of quarantine, which are measured again where they failed.
+    """
     known = found.entry if found is not None else None
     if not retune and _stands(found, effort, backends, again):
         return LayerReport(layer, key.deployment, "known", known)
@@ -240,8 +279,6 @@ def _tune_layer(
         )  # fmt: skip
     except BackendError as error:
         return LayerReport(layer, key.deployment, "failed", known, reason=str(error))
-    profile.remember(outcome.entry)
-    profile.write(path, [outcome.entry], machine.current())
     return LayerReport(layer, key.deployment, "tuned", outcome.entry, outcome.left_out, busy=outcome.busy)
 
 
