@@ -7,7 +7,7 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from convdispatch import arguments, heuristic, machine, profile, registry, settings
+from convdispatch import arguments, heuristic, machine, profile, registry, settings, transfer
 from convdispatch.arguments import Array, as_array, name_of
 from convdispatch.backend import Backend, Candidate, Config, Effort, seen_by
 from convdispatch.errors import (
@@ -65,7 +65,7 @@ def _decide(
     return (
         _from_profile(problem, deployment, options)
         or _tuned(problem, deployment, options)
-        or _estimated(problem, options)
+        or _estimated(problem, deployment, options)
     )
 
 
@@ -88,9 +88,11 @@ def _forced(problem: Problem, deployment: str, forced: tuple[str, Config | None]
         )
     only = replace(options, forbid=tuple(n for n in registry.names() if n != name))
     found = _from_profile(problem, deployment, only)
-    candidate = (
-        found.candidate if found else heuristic.rank(problem, [backend], heuristic.thread_budget(options))[0].candidate
-    )
+    if found:
+        candidate = found.candidate
+    else:
+        ranking = transfer.rank(problem, [backend], heuristic.thread_budget(options), deployment)
+        candidate = ranking.estimates[0].candidate
     by = f"its config from {found.evidence}" if found else "its config estimated"
     return Decision(candidate, Evidence("forced", f"backend={name!r}, {by}"))
 
@@ -157,14 +159,17 @@ def _tuned(problem: Problem, deployment: str, options: Options) -> Decision | No
     return found and Decision(found.candidate, Evidence("tuned", found.evidence.detail))
 
 
-def _estimated(problem: Problem, options: Options) -> Decision:
+def _estimated(problem: Problem, deployment: str, options: Options) -> Decision:
     usable, refused = heuristic.usable(problem, options)
     allowed = [backend for backend in usable.values() if heuristic.accurate_by_kind(backend, options)]
-    for estimate in heuristic.rank(problem, allowed, heuristic.thread_budget(options)):
+    ranking = transfer.rank(problem, allowed, heuristic.thread_budget(options), deployment)
+    for estimate in ranking.estimates:
         if estimate.seconds is None:
             break  # unknown ones come last, and nothing unknown is chosen unmeasured
         if heuristic.fits_memory(estimate.candidate.workspace(problem), options):
-            return Decision(estimate.candidate, Evidence("estimate", f"{estimate.seconds * 1e6:.4g} us predicted"))
+            basis = f" ({ranking.basis})" if ranking.basis else ""
+            said = f"{estimate.seconds * 1e6:.4g} us predicted{basis}"
+            return Decision(estimate.candidate, Evidence("estimate", said))
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
     limits = f", memory_limit={options.memory_limit}" if options.memory_limit is not None else ""
     raise BackendRejectedError(
@@ -205,7 +210,7 @@ def make_plan(
         if decision.evidence.source != "profile" or problem.is_empty:
             raise
         warnings.warn(f"profile: {decision.candidate} for {problem} is ignored: {error}", ProfileWarning, stacklevel=3)
-        fallback = _estimated(problem, settings.current())
+        fallback = _estimated(problem, deployment, settings.current())
         return Plan(problem, fallback.candidate, filters, bias, fallback.evidence)
 
 

@@ -58,14 +58,15 @@ def usable(problem: Problem, options: Options) -> tuple[dict[str, Backend], dict
             no[name] = "forbidden by options"
         elif options.accuracy == "strict" and backend.numerics.kind != "local":
             no[name] = "accuracy='strict' allows local backends only"
-        elif reason := _rejects(backend, problem):
+        elif reason := refusal(backend, problem):
             no[name] = reason
         else:
             yes[name] = backend
     return yes, no
 
 
-def _rejects(backend: Backend, problem: Problem) -> str | None:
+def refusal(backend: Backend, problem: Problem) -> str | None:
+    """Return why a backend cannot do a problem, or None; one that raises cannot."""
     try:
         return backend.rejects(seen_by(backend, problem))
     except Exception as error:  # noqa: BLE001  # somebody's backend is no reason for the others to stop

@@ -49,6 +49,9 @@ _HEADER = (
     "# largest output. To choose by hand, write another candidate of `results` behind `winner`.\n"
 )
 _MACHINE = "machine "
+CALIBRATION = "calibration "
+#: Top-level keys that begin so are not entries.
+_NO_ENTRIES = (_MACHINE, CALIBRATION)
 _LARGEST_FILE = 256 << 20
 _SECONDS_TO_WAIT = 30.0
 
@@ -85,6 +88,7 @@ class Result:
         error: largest deviation from the reference, over the largest exact output.
         workspace: scratch bytes.
         interval: seconds between which the median lies with 95 % confidence, where there were rounds enough to tell.
+        estimate: seconds that the backend predicted, uncorrected, so that how wrong it was can serve other problems.
     """
 
     backend: str
@@ -96,6 +100,7 @@ class Result:
     error: float
     workspace: int
     interval: tuple[float, float] | None = None
+    estimate: float | None = None
 
     @property
     def name(self) -> str:
@@ -178,6 +183,8 @@ def _dump_entry(entry: Entry) -> str:
         }  # fmt: skip
         if result.interval is not None:
             row["interval_us"] = [_rounded(seconds * 1e6) for seconds in result.interval]
+        if result.estimate is not None:
+            row["estimate_us"] = _rounded(result.estimate * 1e6)
         lines.append(f"  - {_flow(row)}")
     if entry.failures:
         lines.append("  failures:")
@@ -266,6 +273,7 @@ def _parse_entry(key: Key, data: Any) -> Entry:
             Result(
                 backend, version, config, _number(row, "median_us") / 1e6, _number(row, "spread"),
                 int(_number(row, "rounds")), _number(row, "error"), int(_number(row, "workspace")), _interval(row),
+                _number(row, "estimate_us") / 1e6 if "estimate_us" in row else None,
             )
         )  # fmt: skip
     failures = []
@@ -351,7 +359,7 @@ class Profile:
         """Return every entry that can be read, in the order of the file."""
         found = []
         for text in self._raw:
-            if text.startswith(_MACHINE):
+            if text.startswith(_NO_ENTRIES):
                 continue
             try:
                 key = parse_key(text)
@@ -403,11 +411,13 @@ def system_path() -> Path:
 
 def writable_path() -> Path:
     """Return the file that tuning writes: the project's if one is set, else the user's."""
-    return settings.current().profile or user_path()
+    return _sole or settings.current().profile or user_path()
 
 
 def layers() -> list[tuple[str, Path]]:
     """Return the profile files by layer, those that win first; they need not exist."""
+    if _sole is not None:
+        return [("only", _sole)]
     project = settings.current().profile
     found = [("project", project)] if project else []
     found += [("user", user_path()), ("system", system_path())]
@@ -434,7 +444,7 @@ def read(path: Path) -> Profile:
     return Profile(text, str(path))
 
 
-def write(path: Path, entries: Iterable[Entry], machine: Machine) -> None:
+def write(path: Path, entries: Iterable[Entry], machine: Machine, more: Mapping[str, str] | None = None) -> None:
     """Add entries to a profile file, in place of older ones of the same keys; everything else stays as it is.
 
     Safe between processes: the file is locked, and replaced as a whole.
@@ -443,6 +453,7 @@ def write(path: Path, entries: Iterable[Entry], machine: Machine) -> None:
         path: the file; it and its folder are made if need be.
         entries: what to add.
         machine: the machine they were measured on.
+        more: text of other top-level keys to put in, by key.
 
     Raises:
         ProfileError: if the file is there and is no profile, or cannot be written. Nothing is changed then.
@@ -455,8 +466,9 @@ def write(path: Path, entries: Iterable[Entry], machine: Machine) -> None:
             old = read(path)
             chunks = old.chunks()
             chunks[_MACHINE + machine.id] = _dump_machine(machine)
+            chunks.update(more or {})
             chunks.update({str(entry.key): _dump_entry(entry) for entry in entries})
-            ordered = sorted(chunks.items(), key=lambda item: not item[0].startswith(_MACHINE))
+            ordered = sorted(chunks.items(), key=lambda item: not item[0].startswith(_NO_ENTRIES))
             body = "\n".join(chunk.rstrip() + "\n" for _, chunk in ordered)
             _replace(path.resolve(), f"{old.head or _HEADER}format: {FORMAT}\n\n{body}")
     except (OSError, filelock.Timeout) as error:
@@ -511,6 +523,43 @@ class _Store:
 
 
 _store = _Store()
+_sole: Path | None = None
+
+
+@contextlib.contextmanager
+def only(path: Path) -> Iterator[None]:
+    """Let this whole process know and write one profile file and nothing else, for a block; then as before.
+
+    What the process remembered is put aside meanwhile, and what it comes to remember is dropped at the end.
+    """
+    global _store, _sole
+    before = _store, _sole
+    _store, _sole = _Store(), path
+    _store.generation = before[0].generation + 1
+    try:
+        yield
+    finally:
+        latest = _store.generation
+        _store, _sole = before
+        _store.generation = latest + 1
+
+
+def files() -> list[Profile]:
+    """Return the profile of each layer as it is now, those that win first."""
+    with _store.lock:
+        return [_store.file(path) for _, path in layers()]
+
+
+def forget_decisions() -> None:
+    """Let what was decided from the profile be decided anew, entries in memory kept."""
+    with _store.lock:
+        _store.generation += 1
+
+
+def remembered() -> list[Entry]:
+    """Return the entries that this process keeps above every file."""
+    with _store.lock:
+        return list(_store.own.values())
 
 
 def find(key: Key) -> list[tuple[str, Entry]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from convdispatch import heuristic, machine, profile, registry, settings
+from convdispatch import heuristic, machine, profile, registry, settings, transfer
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Candidate, Effort
 from convdispatch.errors import ArgumentError, BackendError, ProfileError, ProfileWarning
@@ -17,6 +17,7 @@ from convdispatch.plan import Plan
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Failure, Key, Result
 from convdispatch.settings import EFFORTS
+from convdispatch.tuning import calibrate
 from convdispatch.tuning import workload as workloads
 from convdispatch.tuning.clock import Clock, system_clock
 from convdispatch.tuning.gate import Trial, trial
@@ -133,6 +134,7 @@ def tune(
         reports.append(report)
         if on_progress is not None:
             on_progress(report)
+    calibrate.learn((report.entry for report in reports if report.entry), path)
     return TuneReport(load, tuple(reports), path, time.monotonic() - started, budget, machine.current().id)
 
 
@@ -245,6 +247,8 @@ def tune_problem(
         BackendError: if no candidate was right.
     """
     entrants, left_out = _entrants(key, effort, registry.available() if backends is None else backends)
+    # What an untuned call would run, always: tuning must not do worse than that.
+    entrants += [pick for pick in _pick(key, backends) if pick.name not in {each.name for each in entrants}]
     entrants += [old for old in _still_there(incumbent) if incumbent and old.name == incumbent.winner.name]
     rules = rules or RULES[effort]
     if seconds is not None:
@@ -252,6 +256,7 @@ def tune_problem(
     # Two races at once would time each other; and a backend may itself convolve, which must not start a race.
     with _one_at_a_time, settings.options(tuning="off"):
         results, failures = _measure(key, entrants, rules, clock)
+    results = [replace(row, estimate=predicted(row, key)) for row in results]
     if not results:
         said = "; ".join(f"{failure.name}: {failure.reason}" for failure in failures) or "no backend takes it"
         raise BackendError(f"no candidate could do {key.problem}: {said}")
@@ -261,6 +266,23 @@ def tune_problem(
         seen = {result.name for result in results} | {failure.name for failure in failures}
         ordered += [result for result in incumbent.results if result.name in there - seen]
     return Outcome(Entry(key, tuple(ordered), tuple(failures), effort), left_out)
+
+
+def _pick(key: Key, backends: dict[str, Backend] | None) -> list[Candidate]:
+    """Return the candidate that would be chosen without measuring, if one would be."""
+    fit, _ = heuristic.usable(key.problem, settings.current())
+    allowed = [backend for name, backend in fit.items() if backends is None or name in backends]
+    ranked = transfer.rank(key.problem, allowed, key.threads, key.deployment).estimates
+    return [estimate.candidate for estimate in ranked[:1] if estimate.seconds is not None]
+
+
+def predicted(result: Result, key: Key) -> float | None:
+    """Return what a result's backend estimates by itself, or None if it cannot tell."""
+    backend = registry.get(result.backend)
+    try:
+        return Candidate(backend, result.config).estimate(key.problem, machine.current())
+    except Exception:  # noqa: BLE001  # a backend that cannot estimate has still been measured
+        return None
 
 
 def _still_there(entry: Entry | None) -> list[Candidate]:
