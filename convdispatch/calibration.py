@@ -10,6 +10,7 @@ It stands in the profile under ``calibration MACHINE:`` and is made by ``tuning/
 """
 
 import datetime as dt
+import functools
 import math
 import warnings
 import weakref
@@ -99,6 +100,7 @@ def features(sizes: Sizes, threads: int, estimate: float, here: Machine) -> tupl
     )
 
 
+@functools.lru_cache(maxsize=4096)
 def config_text(config: Config) -> str:
     """Return a config without its threads, as text."""
     return ", ".join(f"{key}={value}" for key, value in config.items() if key != "threads")
@@ -119,6 +121,7 @@ def corrector(calibration: Calibration | None, sizes: Sizes, here: Machine, depl
     if calibration is None:
         return _uncorrected
     common, backends, packs = calibration.common, calibration.backends, deployment == "call"
+    _, _, _, filters, images = features(sizes, 1, 1.0, here)
     by_backend: dict[tuple[str, int], tuple[Correction | None, float, float, float]] = {}
 
     def prepared(name: str, version: int) -> tuple[Correction | None, float, float, float]:
@@ -126,7 +129,6 @@ def corrector(calibration: Calibration | None, sizes: Sizes, here: Machine, depl
         if own is not None and own.version != version:
             own = None
         terms = [a + b for a, b in zip(common, own.terms, strict=True)] if own else common
-        _, _, _, filters, images = features(sizes, 1, 1.0, here)
         found = own, terms[0] + terms[3] * filters + terms[4] * images, terms[1], terms[2]
         by_backend[name, version] = found
         return found

@@ -1,5 +1,6 @@
 """Which candidates there are for a problem, which of them are allowed, and how they rank without running them."""
 
+import functools
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -46,7 +47,12 @@ def candidates_of(backend: Backend, problem: Problem, threads: int, effort: Effo
     if not backend.parallel:
         return [Candidate(backend, config) for config in configs]
     counts = thread_counts(threads)
-    return [Candidate(backend, Config(config, threads=count)) for config in configs for count in counts]
+    return [Candidate(backend, _on_threads(config, count)) for config in configs for count in counts]
+
+
+@functools.lru_cache(maxsize=4096)
+def _on_threads(config: Config, count: int) -> Config:
+    return Config(config, threads=count)
 
 
 def usable(problem: Problem, options: Options) -> tuple[dict[str, Backend], dict[str, str]]:

@@ -8,7 +8,7 @@ import functools
 import math
 import re
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,11 +17,11 @@ import numpy as np
 from convdispatch import machine, profile
 from convdispatch.backend import item_bytes
 from convdispatch.calibration import Sizes
-from convdispatch.problem import Problem, output_length
+from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Profile
 
 #: How many neighbours are asked, and how near (in the distance of ``Place``) they must be.
-_MOST_NEIGHBOURS, _FARTHEST = 4, 1.7
+_MOST_NEIGHBOURS, _FARTHEST = 3, 1.7
 
 
 # Where a problem lies --------------------------------------------------------------------------------------------
@@ -33,55 +33,73 @@ class Place(NamedTuple):
     Attributes:
         kind: what must be the same for a measurement to say anything: dtype, class of filter size, whether there are
             strides and dilations, dense or grouped or depthwise.
-        at: coordinates, in which the distance is Euclidean. A unit is a neighbourhood's width: about four times the
-            pixels, or three times the channels.
+        counts: output pixels, channels and filters of a group, groups, taps, stride.
+        manner: what else costs time: 1 where the data format is NCHW, a residual is added, a costly activation done.
         sizes: bytes of filters and images.
     """
 
     kind: tuple[object, ...]
-    at: tuple[float, ...]
+    counts: tuple[float, ...]
+    manner: tuple[int, ...]
     sizes: Sizes
+
+
+#: A unit of distance is a neighbourhood's width: about four times the pixels, or three times the channels.
+_BY_DOUBLING = np.array((0.5, 0.6, 0.6, 0.4, 0.6, 0.6))
+_BY_MANNER = np.array((0.5, 0.3, 0.4))
+_COSTLY = ("gelu", "silu", "sigmoid", "tanh")
+
+Points = np.ndarray[tuple[int, int], np.dtype[np.float64]]
+
+
+def coordinates(places: Iterable[Place]) -> Points:
+    """Return a row of coordinates for each place, in which distance is Euclidean."""
+    both = [(place.counts, place.manner) for place in places]
+    counts, manner = np.array([pair[0] for pair in both], float), np.array([pair[1] for pair in both], float)
+    points: Points = np.hstack([np.log2(counts) * _BY_DOUBLING, manner * _BY_MANNER])
+    return points
 
 
 _SHAPES = re.compile(r"(\d+)x(\d+)x(\d+)x(\d+)( NCHW)? \* (\d+)x(\d+)x(\d+)x(\d+) (.+)")
 _PADS = re.compile(r"pad=(\d+)(?:,(\d+))?(?:,(\d+),(\d+))?")
 
 
-@functools.lru_cache(maxsize=64)
-def _rest(words: str) -> tuple[str, tuple[int, int], tuple[int, int], str, str]:
-    """Return padding, strides, dilations, dtype and epilogue from what stands behind the filter shape."""
-    padding, dtype, epilogue = "VALID", "float32", []
+class _Rest(NamedTuple):
+    """What stands behind the filter shape; ``pads`` are rows and columns in all, None for SAME."""
+
+    pads: tuple[int, int] | None
+    strides: tuple[int, int]
+    dilations: tuple[int, int]
+    dtype: str
+    item_bytes: int
+    manner: tuple[int, int]
+
+
+@functools.lru_cache(maxsize=256)
+def _rest(words: str) -> _Rest:
+    """Read padding, strides, dilations, dtype and epilogue; KeyError or ValueError where something is else."""
+    pads: tuple[int, int] | None = (0, 0)
+    dtype, epilogue = "float32", ""
     pairs = {"stride": (1, 1), "dilation": (1, 1)}
     for word in words.split():
         name, is_set, value = word.partition("=")
         if word.startswith("+"):
-            epilogue.append(word)
+            epilogue += word
         elif name in pairs:
             first, _, second = value.partition("x")
             pairs[name] = int(first), int(second or first)
-        elif is_set or word.isupper():
-            padding = word if name != "groups" else padding
-        else:
+        elif word in {"SAME", "SAME_LOWER"}:
+            pads = None
+        elif match := _PADS.fullmatch(word):
+            one, two, three, four = match.groups()
+            pads = (int(one) + int(two), int(three) + int(four)) if three else (2 * int(one), 2 * int(two or one))
+        elif word != "VALID" and not is_set:
             dtype = word
-    return padding, pairs["stride"], pairs["dilation"], dtype, " ".join(epilogue)
+    manner = int("+residual" in epilogue), int(any(name in epilogue for name in _COSTLY))
+    return _Rest(pads, pairs["stride"], pairs["dilation"], dtype, item_bytes(dtype), manner)
 
 
-def _outputs(padding: str, h: int, w: int, kernel: tuple[int, int], strides: tuple[int, int], dilations: tuple[int, int]
-) -> tuple[int, int]:  # fmt: skip
-    if padding.startswith("SAME"):
-        return -(-h // strides[0]), -(-w // strides[1])
-    top = bottom = left = right = 0
-    if match := _PADS.fullmatch(padding):
-        first, second, third, fourth = match.groups()
-        if third:
-            top, bottom, left, right = int(first), int(second), int(third), int(fourth)
-        else:
-            top = bottom = int(first)
-            left = right = int(second or first)
-    oh = output_length(h, kernel[0], strides[0], dilations[0], top, bottom)
-    return oh, output_length(w, kernel[1], strides[1], dilations[1], left, right)
-
-
+@functools.lru_cache(maxsize=256)
 def _kernel_class(kh: int, kw: int) -> str:
     if kh == kw and kh in {1, 3, 5}:
         return f"{kh}x{kw}"
@@ -95,32 +113,28 @@ def place_of(text: str) -> Place | None:
     match = _SHAPES.fullmatch(text)
     if match is None:
         return None
-    n, h, w, c, kh, kw, group_c, k = map(int, match.group(1, 2, 3, 4, 6, 7, 8, 9))
-    if match[5]:
+    numbers = match.groups()
+    n, h, w, c = int(numbers[0]), int(numbers[1]), int(numbers[2]), int(numbers[3])
+    if numbers[4]:
         h, w, c = w, c, h
+    kh, kw, group_c, k = int(numbers[5]), int(numbers[6]), int(numbers[7]), int(numbers[8])
     try:
-        padding, strides, dilations, dtype, epilogue = _rest(match[10])
-        oh, ow = _outputs(padding, h, w, (kh, kw), strides, dilations)
-        size = item_bytes(dtype)
+        pads, (down, across), dilations, dtype, size, manner = _rest(numbers[9])
+        if pads is None:
+            oh, ow = -(-h // down), -(-w // across)
+        else:
+            oh = (h + pads[0] - (kh - 1) * dilations[0] - 1) // down + 1
+            ow = (w + pads[1] - (kw - 1) * dilations[1] - 1) // across + 1
     except (KeyError, ValueError, ZeroDivisionError):
         return None  # a hand-written key, which has no say here
     if min(n, oh, ow, group_c, k) < 1 or c % group_c:
         return None
     groups = c // group_c
     grouping = "dense" if groups == 1 else "depthwise" if group_c == 1 else "grouped"
-    kind = (dtype, _kernel_class(kh, kw), strides == (1, 1), dilations == (1, 1), grouping)
-    at = (
-        0.5 * math.log2(n * oh * ow),
-        0.6 * math.log2(group_c),
-        0.6 * math.log2(max(1.0, k / groups)),
-        0.4 * math.log2(groups),
-        0.6 * math.log2(kh * kw),
-        0.6 * math.log2(strides[0] * strides[1]),
-        0.5 if match[5] else 0.0,
-        0.3 if "+residual" in epilogue else 0.0,
-        0.4 if any(word in epilogue for word in ("gelu", "silu", "sigmoid", "tanh", "swish")) else 0.0,
-    )
-    return Place(kind, at, Sizes(kh * kw * group_c * k * size, n * (h * w * c + oh * ow * k) * size))
+    kind = (dtype, _kernel_class(kh, kw), down == across == 1, dilations == (1, 1), grouping)
+    counts = (n * oh * ow, group_c, max(1.0, k / groups), groups, kh * kw, down * across)
+    sizes = Sizes(kh * kw * group_c * k * size, n * (h * w * c + oh * ow * k) * size)
+    return Place(kind, counts, (int(bool(numbers[4])), *manner), sizes)
 
 
 # The measurements around it --------------------------------------------------------------------------------------
@@ -155,28 +169,30 @@ class _Index:
     """A profile's keys of one machine, deployment and thread budget, by kind of problem."""
 
     def __init__(self, keys: Iterable[str], tail: str) -> None:
-        by_kind: dict[tuple[object, ...], list[tuple[str, Place]]] = {}
+        # Texts and numbers only: thousands of objects would be a burden on every later garbage collection.
+        self._keys: dict[tuple[object, ...], list[str]] = {}
+        places: dict[tuple[object, ...], list[Place]] = {}
         for key in keys:
             if key.endswith(tail) and (place := place_of(key.removesuffix(tail))) is not None:
-                by_kind.setdefault(place.kind, []).append((key, place))
-        self._members = by_kind
-        self._points = {kind: np.array([place.at for _, place in members]) for kind, members in by_kind.items()}
+                self._keys.setdefault(place.kind, []).append(key)
+                places.setdefault(place.kind, []).append(place)
+        self._points = {kind: coordinates(members) for kind, members in places.items()}
 
-    def nearest(self, place: Place) -> Iterator[tuple[float, str, Place]]:
-        """Yield distance, key and place, the nearest first; twice as many as are asked, since some may say nothing."""
+    def nearest(self, place: Place) -> Iterator[tuple[float, str]]:
+        """Yield distances and keys, the nearest first; twice as many as are asked, since some may say nothing."""
         if place.kind not in self._points:
             return
-        distances = np.sqrt(((self._points[place.kind] - np.array(place.at)) ** 2).sum(axis=1))
-        for number in np.argsort(distances, kind="stable")[: 2 * _MOST_NEIGHBOURS]:
+        away = self._points[place.kind] - coordinates([place])
+        distances = np.sqrt(np.einsum("ij,ij->i", away, away))
+        for number in np.argsort(distances, kind="stable")[: 2 * _MOST_NEIGHBOURS].tolist():
             if distances[number] > _FARTHEST:
                 return
-            key, its_place = self._members[place.kind][number]
-            yield float(distances[number]), key, its_place
+            yield float(distances[number]), self._keys[place.kind][number]
 
 
 _ROW = re.compile(
-    r"^  - \{backend: ([^,{}]+), version: (\d+), config: \{([^{}]*)\}, .*?median_us: ([^,{}]+), "
-    r"(?:.*?estimate_us: ([^,{}]+))?",
+    r"^  - \{backend: ([^,{}]+), version: (\d+), config: \{([^{}]*)\}, .*?median_us: ([^,{}]+),"
+    r".*estimate_us: ([^,{}]+)\}$",
     re.MULTILINE,
 )
 
@@ -191,11 +207,11 @@ def rows_of(text: str) -> tuple[Row, ...]:
     found = []
     for backend, version, config, median, estimate in _ROW.findall(text.partition("\n  failures:")[0]):
         try:
-            row = Row(backend, int(version), config.replace(": ", "="), float(estimate) / 1e6, float(median) / 1e6)
+            expected, taken = float(estimate), float(median)
         except ValueError:
-            continue  # without an estimate, or made by hand
-        if row.estimate > 0 and row.seconds > 0:
-            found.append(row)
+            continue  # made by hand
+        if expected > 0 and taken > 0:
+            found.append(Row(backend, int(version), config.replace(": ", "="), expected / 1e6, taken / 1e6))
     return tuple(found)
 
 
@@ -238,15 +254,20 @@ def neighbours(problem: Problem, deployment: str, threads: int, files: list[Prof
     memory = {str(entry.key): entry for entry in profile.remembered()}
     found: dict[str, Neighbour] = {}
 
-    def add(distance: float, key: str, its_place: Place, rows: tuple[Row, ...]) -> None:
-        if key not in found and rows:
-            found[key] = Neighbour(key.removesuffix(tail), its_place, distance, rows)
+    def gather(nearest: Iterator[tuple[float, str]], rows: Callable[[str], tuple[Row, ...]]) -> None:
+        """Take the nearest that are new and say something."""
+        taken = 0
+        for distance, key in nearest:
+            text = key.removesuffix(tail)
+            if text not in found and (said := rows(key)) and (its_place := place_of(text)) is not None:
+                found[text] = Neighbour(text, its_place, distance, said)
+                taken += 1
+                if taken == _MOST_NEIGHBOURS:
+                    return
 
-    for distance, key, its_place in _Index(memory, tail).nearest(place):
-        add(distance, key, its_place, _rows_in_memory(memory[key]))
+    if memory:
+        gather(_Index(memory, tail).nearest(place), lambda key: _rows_in_memory(memory[key]))
     for file in files:
         looked = _looked_at.get(file) or _looked_at.setdefault(file, _File(file))
-        for distance, key, its_place in looked.index(tail).nearest(place):
-            if key not in memory:
-                add(distance, key, its_place, looked.rows_of(key))
+        gather((pair for pair in looked.index(tail).nearest(place) if pair[1] not in memory), looked.rows_of)
     return sorted(found.values(), key=lambda each: (each.distance, each.text))[:_MOST_NEIGHBOURS]

@@ -91,7 +91,7 @@ class Local:
     def factor(self, candidate: Candidate) -> float:
         """Return what to multiply a candidate's calibrated estimate by."""
         name = candidate.backend.name
-        off = self._by_candidate.get((name, str(candidate.config)))
+        off = self._by_candidate.get((name, _text(candidate.config)))
         return math.exp(self._by_backend.get(name, self._shared) if off is None else off)
 
 
@@ -111,17 +111,25 @@ def _offs(
     """Return, by backend, each config's logarithm of measured over calibrated time at a neighbour."""
     here = correct.at(neighbour.place.sizes)
     found: dict[str, list[tuple[str, float]]] = {}
+    heard: dict[tuple[str, int], bool] = {}
     for row in neighbour.rows:
-        backend = backends.get(row.backend)
-        if backend is None or backend.version != row.version or not _estimates_as_then(backend, neighbour.text, row):
-            continue
-        config, threads = _without_threads(row.config)
-        expected = here(row.backend, row.version, config, threads, row.estimate)
-        found.setdefault(row.backend, []).append((row.config, math.log(row.seconds / expected)))
+        name, version = row.backend, row.version
+        if (says := heard.get((name, version))) is None:
+            backend = backends.get(name)
+            says = backend is not None and backend.version == version
+            says = says and backend is not None and _estimates_as_then(backend, neighbour.text, row)
+            heard[name, version] = says
+        if says:
+            config, threads = _without_threads(row.config)
+            expected = here(name, version, config, threads, row.estimate)
+            found.setdefault(name, []).append((row.config, math.log(row.seconds / expected)))
     return found
 
 
-@functools.lru_cache(maxsize=1024)
+_text = functools.lru_cache(maxsize=4096)(Config.__str__)
+
+
+@functools.lru_cache(maxsize=4096)
 def _without_threads(config: str) -> tuple[str, int]:
     read = _config(config)
     return config_text(read), read.threads
