@@ -22,6 +22,7 @@ from rich.table import Table
 import convdispatch
 from convdispatch import machine, profile, registry, report, settings
 from convdispatch.cli_bench import bench
+from convdispatch.cli_validate import calibrate, validate
 from convdispatch.errors import ConvDispatchError
 from convdispatch.explain import bytes_text, cells, explain_problem, time_text
 from convdispatch.problem import Problem
@@ -81,6 +82,8 @@ def main() -> None:
 
 
 main.add_command(bench)
+main.add_command(calibrate)
+main.add_command(validate)
 
 # tune -----------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,90 @@
+"""What the commands share: how they print, how errors end them, and the options that several take."""
+
+import contextlib
+import functools
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from convdispatch import settings
+from convdispatch.errors import ConvDispatchError, ProfileWarning
+
+INTERRUPTED = 130
+_WIDE = 10_000
+
+Command = Callable[..., None]
+
+threads_option = click.option("--threads", type=click.IntRange(min=1), help="Most threads a candidate may use.")
+profile_option = click.option(
+    "--profile", "file", type=click.Path(path_type=Path), help="Profile file to read and write."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Return a console that cuts nothing off where output is not a terminal."""
+    found = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    return found if found.is_terminal else Console(stderr=stderr, highlight=False, width=_WIDE)
+
+
+def table(title: str, columns: Sequence[str], right: Sequence[str] = ()) -> Table:
+    """Return an empty table; columns in ``right`` are numbers."""
+    made = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for name in columns:
+        made.add_column(name, justify="right" if name in right else "left", no_wrap=True, overflow="fold")
+    return made
+
+
+def print_json(data: object) -> None:
+    """Print plain data."""
+    click.echo(json.dumps(data, indent=2))
+
+
+def explained(command: Command) -> Command:
+    """Turn errors into a line on stderr and an exit code, and what a profile warns of into lines there too."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            with _warnings_as_lines():
+                command(*args, **kwargs)
+        except ConvDispatchError as error:
+            click.echo(f"convdispatch: {error}", err=True)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            click.echo("convdispatch: interrupted; what was measured is kept, and the same command goes on", err=True)
+            sys.exit(INTERRUPTED)
+
+    return run
+
+
+@contextlib.contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(
+            message: Warning | str, category: type[Warning], filename: str, lineno: int,
+            file: TextIO | None = None, line: str | None = None,
+        ) -> None:  # fmt: skip
+            if issubclass(category, ProfileWarning):
+                click.echo(f"convdispatch: {message}", err=True)
+            else:
+                usual(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show
+        warnings.simplefilter("always", ProfileWarning)
+        yield
+
+
+def scope(threads: int | None, file: Path | None) -> contextlib.AbstractContextManager[object]:
+    """Return the settings that ``--threads`` and ``--profile`` ask for, as a context."""
+    given = {"threads": threads, "profile": file}
+    return settings.options(**{name: value for name, value in given.items() if value is not None})
