@@ -33,20 +33,22 @@ def problems(count: int, seed: int) -> list[Problem]:
 
 
 def write_profile(path: Path, count: int) -> None:
-    """Write entries with every candidate's estimate, as tuning does, and a calibration."""
+    """Write entries of the candidates that tuning would race, with their estimates, and a calibration."""
     here, threads = machine.current(), heuristic.thread_budget(settings.current())
     draw = random.Random(0)  # noqa: S311
     entries = []
     backends = registry.available()
     for problem in problems(count, seed=1):
         fit = [backend for backend in backends.values() if heuristic.refusal(backend, problem) is None]
-        ranked = [e for e in heuristic.rank(problem, fit, threads) if e.seconds is not None]
+        ranked = heuristic.rank(problem, fit, threads, "measure")
+        raced = set(heuristic.worth_measuring(ranked, "measure")[0])
         rows = [
             Result(
                 e.candidate.backend.name, e.candidate.backend.version, e.candidate.config,
                 (e.seconds or 1.0) * draw.lognormvariate(0, 0.2), 0.02, 11, 1e-7, 0, estimate=e.seconds,
             )
             for e in ranked
+            if e.candidate in raced and e.seconds is not None
         ]  # fmt: skip
         rows.sort(key=lambda row: row.median)
         entries.append(Entry(Key(problem, "plan", threads, here.id), tuple(rows)))

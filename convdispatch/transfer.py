@@ -18,7 +18,7 @@ from convdispatch.neighbours import Neighbour, Row, neighbours
 from convdispatch.problem import Problem
 
 #: Weight of "nothing is off" against the neighbours: a neighbour at distance 0 weighs 1.
-_DOUBT = 0.3
+_DOUBT = 0.5
 #: How much a single neighbour's ratio is expected to scatter, as a logarithm, and the scatter that halves trust.
 _SCATTER, _HALVING = 0.08, 0.25
 #: Below this confidence neighbours are not heard.

@@ -183,7 +183,7 @@ def test_a_config_of_its_own_counts_more_than_its_backend(two: dict[str, Scripte
     only(Tiled("tiled", FakeClock()))
     rows = [
         Result("tiled", 1, Config(tile=tile), seconds, 0.0, 7, 1e-7, 0, estimate=float(tile))
-        for tile, seconds in ((5, 3.0), (4, 8.0))
+        for tile, seconds in ((5, 3.0), (4, 14.0))
     ]
     entry = Entry(Key(NEAR, "plan", machine.usable_cores(), HERE.id), tuple(rows))
     profile.write(profile.user_path(), [entry], HERE)
