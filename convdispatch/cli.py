@@ -19,7 +19,7 @@ import convdispatch
 from convdispatch import dispatch, machine, quarantine, registry, report
 from convdispatch.cli_bench import bench
 from convdispatch.cli_profile import profile_group
-from convdispatch.errors import BusyMachineError
+from convdispatch.cli_validate import calibrate, validate
 from convdispatch.explain import cells, explain_problem, time_text
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem
@@ -32,6 +32,7 @@ from convdispatch.terminal import (
     profile_option,
     scope,
     table,
+    tell_of_waiting,
     threads_option,
 )
 from convdispatch.tuning import cluster, stakes, tuner, workload
@@ -41,7 +42,7 @@ from convdispatch.tuning.tuner import LayerReport, TuneReport
 from convdispatch.tuning.warmup import warm_up
 from convdispatch.tuning.workload import Workload
 
-LEFT, FAILED, BUSY = 3, 4, 5
+LEFT, FAILED = 3, 4
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -52,6 +53,8 @@ def main() -> None:
 
 main.add_command(bench)
 main.add_command(profile_group)
+main.add_command(calibrate)
+main.add_command(validate)
 
 # tune -----------------------------------------------------------------------------------------------------------
 
@@ -133,20 +136,16 @@ def tune(
         with scope(threads, file), cluster.connect(scheduler, threads=threads, backends=names) as found:
             _tune_across(found, load, how, as_json=as_json)
         return
-    try:
-        with scope(threads, file), _progress(total, load.name) as show:
-            result = tuner.tune(
-                load,
-                threads=threads,
-                backends=names,
-                allow_busy=allow_busy,
-                on_progress=show,
-                on_wait=lambda said: click.echo(f"convdispatch: {said}", err=True),
-                **how,
-            )
-    except BusyMachineError as error:
-        click.echo(f"convdispatch: {error}", err=True)
-        sys.exit(BUSY)
+    with scope(threads, file), _progress(total, load.name) as show:
+        result = tuner.tune(
+            load,
+            threads=threads,
+            backends=names,
+            allow_busy=allow_busy,
+            on_progress=show,
+            on_wait=tell_of_waiting,
+            **how,
+        )
     if as_json:
         print_json(report.tune_data(result))
     else:

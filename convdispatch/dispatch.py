@@ -8,7 +8,7 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from convdispatch import arguments, heuristic, machine, profile, quarantine, registry, settings
+from convdispatch import arguments, heuristic, machine, profile, quarantine, registry, settings, transfer
 from convdispatch.arguments import Array, as_array, name_of
 from convdispatch.backend import Backend, Candidate, Config, Effort, seen_by
 from convdispatch.errors import (
@@ -71,12 +71,12 @@ def _decide(
         if (found := _from_profile(problem, deployment, options)) is not None:
             return Decision(found.candidate, Evidence("replay", found.evidence.detail))
         _miss(problem, deployment, options)
-        return _estimated(problem, options)
+        return _estimated(problem, deployment, options)
     return (
         _from_profile(problem, deployment, options, exact=True)
         or _tuned(problem, deployment, options)
         or _from_profile(problem, deployment, options)
-        or _estimated(problem, options)
+        or _estimated(problem, deployment, options)
     )
 
 
@@ -158,9 +158,11 @@ def _forced(problem: Problem, deployment: str, forced: tuple[str, Config | None]
         )
     only = replace(options, forbid=tuple(n for n in registry.names() if n != name))
     found = _from_profile(problem, deployment, only)
-    candidate = (
-        found.candidate if found else heuristic.rank(problem, [backend], heuristic.thread_budget(options))[0].candidate
-    )
+    if found:
+        candidate = found.candidate
+    else:
+        ranking = transfer.rank(problem, [backend], heuristic.thread_budget(options), deployment)
+        candidate = ranking.estimates[0].candidate
     by = f"its config from {found.evidence}" if found else "its config estimated"
     return Decision(candidate, Evidence("forced", f"backend={name!r}, {by}"))
 
@@ -239,14 +241,17 @@ def _tuned(problem: Problem, deployment: str, options: Options) -> Decision | No
     return now and Decision(now.candidate, Evidence("tuned", now.evidence.detail))
 
 
-def _estimated(problem: Problem, options: Options) -> Decision:
+def _estimated(problem: Problem, deployment: str, options: Options) -> Decision:
     usable, refused = heuristic.usable(problem, options)
     allowed = [backend for backend in usable.values() if heuristic.accurate_by_kind(backend, options)]
-    for estimate in heuristic.rank(problem, allowed, heuristic.thread_budget(options)):
+    ranking = transfer.rank(problem, allowed, heuristic.thread_budget(options), deployment)
+    for estimate in ranking.estimates:
         if estimate.seconds is None:
             break  # unknown ones come last, and nothing unknown is chosen unmeasured
         if heuristic.fits_memory(estimate.candidate.workspace(problem), options):
-            return Decision(estimate.candidate, Evidence("estimate", f"{estimate.seconds * 1e6:.4g} us predicted"))
+            basis = f" ({ranking.basis})" if ranking.basis else ""
+            said = f"{estimate.seconds * 1e6:.4g} us predicted{basis}"
+            return Decision(estimate.candidate, Evidence("estimate", said))
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
     limits = f", memory_limit={options.memory_limit}" if options.memory_limit is not None else ""
     raise BackendRejectedError(
@@ -304,7 +309,7 @@ def _plain_plan(problem: Problem, filters: Array, bias: Array | None, deployment
         else:
             said = f"profile: {decision.candidate} for {problem} is ignored: {error}"
             warnings.warn(said, ProfileWarning, stacklevel=4)
-        fallback = _estimated(problem, options)
+        fallback = _estimated(problem, deployment, options)
         return Plan(problem, fallback.candidate, filters, bias, fallback.evidence)
 
 

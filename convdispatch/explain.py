@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from convdispatch import arguments, dispatch, heuristic, machine, profile, settings
+from convdispatch import arguments, dispatch, heuristic, machine, profile, settings, transfer
 from convdispatch.backend import Candidate
 from convdispatch.dispatch import Decision
 from convdispatch.errors import BackendRejectedError, ProfileMissError
 from convdispatch.plan import Evidence
 from convdispatch.problem import Problem
-from convdispatch.profile import Entry, Failure, Result
+from convdispatch.profile import Entry, Failure, Key, Result
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def explain_problem(problem: Problem, deployment: str = "plan", backend: Any = N
         decision.candidate.name if decision else None,
         _evidence(decision, problem, entry) if decision else Evidence("none", refusal),
         layer,
-        tuple(_rows(problem, key.threads, entry, decision)),
+        tuple(_rows(key, entry, decision)),
     )  # fmt: skip
 
 
@@ -196,12 +196,15 @@ def _objection(problem: Problem, candidate: Candidate, measured: Result | None, 
     return ""
 
 
-def _rows(problem: Problem, threads: int, entry: Entry | None, decision: Decision | None) -> Sequence[Row]:
+def _rows(key: Key, entry: Entry | None, decision: Decision | None) -> Sequence[Row]:
+    problem = key.problem
     usable, refused = heuristic.usable(problem, settings.current())
     here = machine.current()
+    everything = transfer.rank(problem, usable.values(), key.threads, key.deployment).estimates
+    estimates = {estimate.candidate.name: estimate.seconds for estimate in everything}
     rows = []
     for name, backend in usable.items():
-        ranked = heuristic.rank(problem, [backend], threads)
+        ranked = [estimate for estimate in everything if estimate.candidate.backend is backend]
         chosen = decision is not None and decision.candidate.backend is backend
         own = (name, backend.version)
         results = (
@@ -221,7 +224,7 @@ def _rows(problem: Problem, threads: int, entry: Entry | None, decision: Decisio
                 chosen,
                 candidate.name,
                 "" if chosen else _objection(problem, candidate, measured, failed),
-                candidate.estimate(problem, here),
+                estimates.get(candidate.name, candidate.estimate(problem, here)),
                 measured.median if measured else None,
                 measured.spread if measured else None,
                 measured.rounds if measured else None,

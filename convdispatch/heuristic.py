@@ -1,5 +1,6 @@
 """Which candidates there are for a problem, which of them are allowed, and how they rank without running them."""
 
+import functools
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -46,7 +47,12 @@ def candidates_of(backend: Backend, problem: Problem, threads: int, effort: Effo
     if not backend.parallel:
         return [Candidate(backend, config) for config in configs]
     counts = thread_counts(threads)
-    return [Candidate(backend, Config(config, threads=count)) for config in configs for count in counts]
+    return [Candidate(backend, _on_threads(config, count)) for config in configs for count in counts]
+
+
+@functools.lru_cache(maxsize=4096)
+def _on_threads(config: Config, count: int) -> Config:
+    return Config(config, threads=count)
 
 
 def usable(problem: Problem, options: Options) -> tuple[dict[str, Backend], dict[str, str]]:
@@ -61,14 +67,15 @@ def usable(problem: Problem, options: Options) -> tuple[dict[str, Backend], dict
             no[name] = f"quarantined: {kept.reason}"
         elif options.accuracy == "strict" and backend.numerics.kind != "local":
             no[name] = "accuracy='strict' allows local backends only"
-        elif reason := _rejects(backend, problem):
+        elif reason := refusal(backend, problem):
             no[name] = reason
         else:
             yes[name] = backend
     return yes, no
 
 
-def _rejects(backend: Backend, problem: Problem) -> str | None:
+def refusal(backend: Backend, problem: Problem) -> str | None:
+    """Return why a backend cannot do a problem, or None; one that raises cannot."""
     try:
         return backend.rejects(seen_by(backend, problem))
     except Exception as error:  # noqa: BLE001  # somebody's backend is no reason for the others to stop

@@ -52,8 +52,9 @@ _HEADER = (
     "# largest output. To choose by hand, write another candidate of `results` behind `winner`.\n"
 )
 _MACHINE = "machine "
+CALIBRATION = "calibration "
 #: First words of top-level keys that are neither machines nor entries; other modules know what they hold.
-NOTES = ("quarantine ",)
+NOTES = (CALIBRATION, "quarantine ")
 _LARGEST_FILE = 256 << 20
 
 
@@ -89,6 +90,7 @@ class Result:
         error: largest deviation from the reference, over the largest exact output.
         workspace: scratch bytes.
         interval: seconds between which the median lies with 95 % confidence, where there were rounds enough to tell.
+        estimate: seconds that the backend predicted, uncorrected, so that how wrong it was can serve other problems.
     """
 
     backend: str
@@ -100,6 +102,7 @@ class Result:
     error: float
     workspace: int
     interval: tuple[float, float] | None = None
+    estimate: float | None = None
 
     @property
     def name(self) -> str:
@@ -188,6 +191,8 @@ def dump_entry(entry: Entry) -> str:
         }  # fmt: skip
         if result.interval is not None:
             row["interval_us"] = [_rounded(seconds * 1e6) for seconds in result.interval]
+        if result.estimate is not None:
+            row["estimate_us"] = _rounded(result.estimate * 1e6)
         lines.append(f"  - {_flow(row)}")
     if entry.failures:
         lines.append("  failures:")
@@ -318,6 +323,7 @@ def _parse_entry(key: Key, data: Any) -> Entry:
             Result(
                 backend, version, config, _number(row, "median_us") / 1e6, _number(row, "spread"),
                 int(_number(row, "rounds")), _number(row, "error"), int(_number(row, "workspace")), _interval(row),
+                _number(row, "estimate_us") / 1e6 if "estimate_us" in row else None,
             )
         )  # fmt: skip
     failures = []
@@ -574,11 +580,13 @@ def system_path() -> Path:
 
 def writable_path() -> Path:
     """Return the file that tuning writes: the project's if one is set, else the user's."""
-    return settings.current().profile or user_path()
+    return _sole or settings.current().profile or user_path()
 
 
 def layers() -> list[tuple[str, Path]]:
     """Return the profile files by layer, those that win first; they need not exist."""
+    if _sole is not None:
+        return [("only", _sole)]
     project = settings.current().profile
     found = [("project", project)] if project else []
     found += [("user", user_path()), ("system", system_path())]
@@ -708,6 +716,43 @@ class _Store:
 
 
 _store = _Store()
+_sole: Path | None = None
+
+
+@contextlib.contextmanager
+def only(path: Path) -> Iterator[None]:
+    """Let this whole process know and write one profile file and nothing else, for a block; then as before.
+
+    What the process remembered is put aside meanwhile, and what it comes to remember is dropped at the end.
+    """
+    global _store, _sole
+    before = _store, _sole
+    _store, _sole = _Store(), path
+    _store.generation = before[0].generation + 1
+    try:
+        yield
+    finally:
+        latest = _store.generation
+        _store, _sole = before
+        _store.generation = latest + 1
+
+
+def files() -> list[Profile]:
+    """Return the profile of each layer as it is now, those that win first."""
+    with _store.lock:
+        return [_store.file(path) for _, path in layers()]
+
+
+def forget_decisions() -> None:
+    """Let what was decided from the profile be decided anew, entries in memory kept."""
+    with _store.lock:
+        _store.generation += 1
+
+
+def remembered() -> list[Entry]:
+    """Return the entries that this process keeps above every file."""
+    with _store.lock:
+        return list(_store.own.values())
 
 
 @dataclass(frozen=True)

@@ -109,10 +109,9 @@ class _Layer:
                 yield from self._own(entry)
         for machine_id, keys in elsewhere.items():
             yield self._foreign(contents, machine_id, keys)
-        held, bad = quarantine.written(contents)
-        for one in held:
+        for one in quarantine.written(contents)[0]:
             yield self._quarantined(one)
-        for key, reason in bad.items():
+        for key, reason in profile_tools.broken_notes(contents).items():
             yield self.finding("unreadable", ascii(key)[1:-1], reason, self.prune("--broken"))
 
     def _own(self, entry: Entry) -> Iterator[Finding]:

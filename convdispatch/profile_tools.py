@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from convdispatch import fingerprint, profile, quarantine, registry, settings
+from convdispatch import calibration, fingerprint, profile, quarantine, registry, settings
 from convdispatch.fingerprint import Grade
 from convdispatch.machine import Machine
-from convdispatch.profile import NOTES, Entry, Key, Profile
+from convdispatch.profile import CALIBRATION, NOTES, Entry, Key, Profile
 
 MACHINE = "machine "
 
@@ -302,16 +302,21 @@ def prune(source: Profile, what: Selection, now: dt.datetime | None = None) -> P
         reasons |= {one.key: "quarantined" for one in held if selected(one.machine, one.when)}
     changes: dict[str, str | None] = dict.fromkeys(reasons)
     if what.broken and what.older_than is None:
-        for key, reason in (source.broken() | quarantine.written(source)[1]).items():
-            if what.machine is None or key.endswith(f"| {what.machine}"):
+        for key, reason in (source.broken() | broken_notes(source)).items():
+            if what.machine is None or key.endswith(f" {what.machine}"):
                 reasons[key], changes[key] = reason, None
         for key, lines in source.doubled().items():
             if key not in changes and what.machine is None:
                 reasons[key], changes[key] = f"doubled, line {lines[0]}", source.chunks()[key]
     if what.any_kind and what.machine is not None and what.older_than is None:
-        section = MACHINE + what.machine
-        changes |= {section: None} if section in source.chunks() else {}
+        sections = (MACHINE + what.machine, CALIBRATION + what.machine)
+        changes |= {section: None for section in sections if section in source.chunks()}
     return Pruned(changes, reasons)
+
+
+def broken_notes(source: Profile) -> dict[str, str]:
+    """Return the keys of quarantines and calibrations that cannot be read, with why."""
+    return quarantine.written(source)[1] | calibration.broken(source)
 
 
 def stale_reason(entry: Entry, rows: Callable[[Entry], Mapping[str, int]] | None = None) -> str:

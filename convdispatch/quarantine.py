@@ -151,6 +151,8 @@ def kept_apart(texts: Mapping[str, str]) -> Iterator[dict[str, str]]:
         yield now
     finally:
         _apart.reset(token)
+        if now != texts:
+            profile.forget_decisions()
 
 
 def _keep(texts: Mapping[str, str | None]) -> None:
@@ -158,6 +160,7 @@ def _keep(texts: Mapping[str, str | None]) -> None:
         for key, text in texts.items():
             apart.pop(key, None)
             apart.update({} if text is None else {key: text})
+        profile.forget_decisions()
         return
     profile.remember_notes(texts)
     try:

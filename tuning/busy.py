@@ -189,6 +189,21 @@ def _work() -> None:
     hashlib.pbkdf2_hmac("sha256", b"convdispatch", b"calibration", _HASHES)
 
 
+def since(make: Callable[[], Watch]) -> Callable[[], str]:
+    """Return what tells, each time it is called, what says that the machine was busy since the time before."""
+    watch = make()
+    watch.start()
+
+    def tell() -> str:
+        nonlocal watch
+        said = ", ".join(watch.finish().complaints())
+        watch = make()
+        watch.start()
+        return said
+
+    return tell
+
+
 def wait_until_quiet(make: Callable[[], Watch], seconds: float, tell: Callable[[str], None]) -> list[str]:
     """Look at the machine until it is quiet, or this much time has passed.
 

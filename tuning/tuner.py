@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from convdispatch import heuristic, machine, observe, profile, quarantine, registry, settings
+from convdispatch import heuristic, machine, observe, profile, quarantine, registry, settings, transfer
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Candidate, Effort
 from convdispatch.errors import ArgumentError, BackendError, BusyMachineError, ProfileError, ProfileWarning
@@ -19,7 +19,7 @@ from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Failure, Found, Key, Result
 from convdispatch.reference import Verdict
 from convdispatch.settings import EFFORTS
-from convdispatch.tuning import hard_inputs, isolation, stakes
+from convdispatch.tuning import calibrate, hard_inputs, isolation, stakes
 from convdispatch.tuning import workload as workloads
 from convdispatch.tuning.busy import Watch, wait_until_quiet
 from convdispatch.tuning.clock import Clock, system_clock
@@ -177,7 +177,7 @@ def tune(
     @functools.cache
     def ready() -> None:
         if not allow_busy:
-            _refuse_if_busy(most, PATIENCE if limit is None else min(PATIENCE, limit), on_wait)
+            refuse_if_busy(most, PATIENCE if limit is None else min(PATIENCE, limit), on_wait)
 
     for number, task in enumerate(work):
         left = None if limit is None else limit - (time.monotonic() - started)
@@ -186,6 +186,7 @@ def tune(
         reports.append(report)
         if on_progress is not None:
             on_progress(report)
+    calibrate.learn((report.entry for report in reports if report.entry), path)
     return TuneReport(load, tuple(reports), path, time.monotonic() - started, budget, machine.current().id)
 
 
@@ -196,7 +197,8 @@ def checked_effort(effort: str) -> Effort:
     return cast("Effort", effort)
 
 
-def _refuse_if_busy(threads: int, seconds: float, on_wait: Callable[[str], None] | None) -> None:
+def refuse_if_busy(threads: int, seconds: float, on_wait: Callable[[str], None] | None = None) -> None:
+    """Wait for a quiet moment, for so many seconds; raise a ``BusyMachineError`` if there is none."""
     complaints = wait_until_quiet(lambda: make_watch(threads), seconds, on_wait or (lambda _: None))
     if complaints:
         raise BusyMachineError(
@@ -336,8 +338,19 @@ def _entrants(key: Key, effort: Effort, backends: dict[str, Backend]) -> tuple[l
 def _pick(key: Key, backends: dict[str, Backend]) -> list[Candidate]:
     """Return whom the estimate would choose without tuning, as ``dispatch`` does; empty where it cannot tell."""
     free = replace(settings.current(), forbid=(), accuracy="standard", memory_limit=None)
-    fit = [b for name, b in heuristic.usable(key.problem, free)[0].items() if name in backends]
-    return [e.candidate for e in heuristic.rank(key.problem, fit, key.threads)[:1] if e.seconds is not None]
+    usable = heuristic.usable(key.problem, free)[0]
+    fit = [b for name, b in usable.items() if name in backends and heuristic.accurate_by_kind(b, free)]
+    ranked = transfer.rank(key.problem, fit, key.threads, key.deployment).estimates
+    return [estimate.candidate for estimate in ranked[:1] if estimate.seconds is not None]
+
+
+def predicted(result: Result, key: Key) -> float | None:
+    """Return what a result's backend estimates by itself, or None if it cannot tell."""
+    backend = registry.get(result.backend)
+    try:
+        return Candidate(backend, result.config).estimate(key.problem, machine.current())
+    except Exception:  # noqa: BLE001  # a backend that cannot estimate has still been measured
+        return None
 
 
 def tune_problem(
@@ -388,7 +401,8 @@ def tune_problem(
             raced, also_refused = isolation.admitted(key.problem, entrants)
             refused = list(dict.fromkeys((*refused, *also_refused)))
             measured = _measure(key, raced, rules, clock, seconds)
-    results, failures = measured.results, [*refused, *measured.failures]
+    results = [replace(row, estimate=predicted(row, key)) for row in measured.results]
+    failures = [*refused, *measured.failures]
     if not results:
         said = "; ".join(f"{failure.name}: {failure.reason}" for failure in failures) or _nobody(backends)
         raise BackendError(f"no candidate could do {key.problem}: {said}")
