@@ -8,6 +8,7 @@
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from convdispatch.api import conv2d, plan
@@ -19,8 +20,11 @@ from convdispatch.errors import (
     BackendError,
     BackendRejectedError,
     BackendUnavailableError,
+    BusyMachineError,
+    ClusterError,
     ConvDispatchError,
     ProfileError,
+    ProfileMissError,
     ProfileWarning,
     RegistrationError,
     UnknownBackendError,
@@ -34,6 +38,7 @@ from convdispatch.registry import register, unregister
 from convdispatch.settings import options
 
 if TYPE_CHECKING:
+    from convdispatch.tuning.record import record
     from convdispatch.tuning.tuner import tune
 
     def backends() -> tuple[str, ...]:
@@ -49,7 +54,9 @@ __all__ = [
     "BackendError",
     "BackendRejectedError",
     "BackendUnavailableError",
+    "BusyMachineError",
     "Candidate",
+    "ClusterError",
     "Config",
     "ConvDispatchError",
     "Effort",
@@ -60,6 +67,7 @@ __all__ = [
     "Plan",
     "Problem",
     "ProfileError",
+    "ProfileMissError",
     "ProfileWarning",
     "RegistrationError",
     "UnknownBackendError",
@@ -69,6 +77,7 @@ __all__ = [
     "explain",
     "options",
     "plan",
+    "record",
     "register",
     "tune",
     "unregister",
@@ -81,4 +90,10 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("convdispatch.backends")
     if name == "tune":
         return importlib.import_module("convdispatch.tuning.tuner").tune
+    if name == "record":
+        return importlib.import_module("convdispatch.tuning.record").record
     raise AttributeError(f"module 'convdispatch' has no attribute {name!r}")
+
+
+if os.environ.get("CONVDISPATCH_RECORD"):  # a program records from its first call on
+    importlib.import_module("convdispatch.tuning.record").record_program()

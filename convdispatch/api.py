@@ -1,10 +1,11 @@
 """``conv2d`` and ``plan``: the two ways to convolve."""
 
+import functools
 from typing import Any
 
 import numpy as np
 
-from convdispatch import dispatch
+from convdispatch import dispatch, observe
 from convdispatch.arguments import Array, as_array, dtype_name, name_of
 from convdispatch.plan import Plan
 
@@ -68,7 +69,10 @@ def conv2d(
         activation=activation,
     )  # fmt: skip
     forced = dispatch.parse_forced(backend)
-    return dispatch.make_plan(problem, weights, values, "call", forced)(x, out=out, residual=residual)
+    run = functools.partial(dispatch.call, problem, weights, values, forced, x, out=out, residual=residual)
+    if not observe.is_watched():
+        return run()
+    return observe.timed(problem, "call", dispatch.thread_budget(), run)
 
 
 def plan(

@@ -1,23 +1,27 @@
 """The command line: ``convdispatch tune | warmup | explain | backends | profile``.
 
 Exit codes: 0 done, 1 an error that is explained, 2 wrong usage, 3 the time limit left problems untuned, 4 no backend
-could do some problem, 130 interrupted.
+could do some problem (or, on a cluster, the workers were lost), 5 the machine is busy and nothing was measured, 130
+interrupted.
 """
 
 import contextlib
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import convdispatch
-from convdispatch import machine, registry, report
+from convdispatch import dispatch, machine, quarantine, registry, report
 from convdispatch.cli_bench import bench
 from convdispatch.cli_profile import profile_group
+from convdispatch.cli_validate import calibrate, validate
 from convdispatch.explain import cells, explain_problem, time_text
+from convdispatch.machine import Machine
 from convdispatch.problem import Problem
 from convdispatch.profile import DEPLOYMENTS
 from convdispatch.terminal import (
@@ -28,12 +32,15 @@ from convdispatch.terminal import (
     profile_option,
     scope,
     table,
+    tell_of_waiting,
     threads_option,
 )
-from convdispatch.tuning import tuner, workload
+from convdispatch.tuning import cluster, stakes, tuner, workload
+from convdispatch.tuning.cluster import Cluster
 from convdispatch.tuning.race import RULES
 from convdispatch.tuning.tuner import LayerReport, TuneReport
 from convdispatch.tuning.warmup import warm_up
+from convdispatch.tuning.workload import Workload
 
 LEFT, FAILED = 3, 4
 
@@ -46,12 +53,21 @@ def main() -> None:
 
 main.add_command(bench)
 main.add_command(profile_group)
+main.add_command(calibrate)
+main.add_command(validate)
 
 # tune -----------------------------------------------------------------------------------------------------------
 
 
 @main.command()
-@click.argument("what")
+@click.argument("what", required=False)
+@click.option(
+    "--from",
+    "recording",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Tune what a program called, where most time went first: a file of CONVDISPATCH_RECORD or record().",
+)
 @click.option(
     "--effort", type=click.Choice(list(RULES)), default="measure", show_default=True, help="How hard to look."
 )
@@ -67,11 +83,20 @@ main.add_command(profile_group)
 )
 @click.option("--batch", type=click.IntRange(min=1), metavar="N", help="Images a call, instead of the workload's.")
 @click.option("--retune", is_flag=True, help="Measure again what the profile knows.")
+@click.option("--retry-quarantined", is_flag=True, help="Try backends again that the profile has in quarantine.")
+@click.option("--allow-busy", is_flag=True, help="Measure though others use the machine; the results are marked.")
+@click.option(
+    "--dask",
+    "scheduler",
+    metavar="SCHEDULER",
+    help="On every kind of machine of this Dask cluster: tcp://host:8786, or a scheduler file.",
+)
 @profile_option
 @json_option
 @explained
 def tune(
-    what: str,
+    what: str | None,
+    recording: Path | None,
     effort: str,
     time_limit: float | None,
     threads: int | None,
@@ -79,38 +104,79 @@ def tune(
     deployment: str,
     batch: int | None,
     retune: bool,
+    retry_quarantined: bool,
+    allow_busy: bool,
+    scheduler: str | None,
     file: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure which backend is fastest for each problem of WHAT, and keep the winners in the profile.
+    """Measure which backend is fastest for each problem of WHAT or FILE, and keep the winners in the profile.
 
     WHAT is a packaged workload (resnet50, vgg16, mobilenetv2, unet, filters1080p), a YAML file, or a problem such as
     "1x56x56x64 * 3x3x64x64 SAME". An interrupted run keeps what it has measured; the next one goes on from there.
+    While others use the machine nothing is measured: after ten seconds of that it ends with exit code 5.
+
+    With --dask, every kind of machine of the cluster is tuned, the layers spread over its hosts with one race at a time
+    on each, and the profile here gets a section for each kind. Busy hosts are not waited for; their results are marked.
     """
-    load = workload.load(what)
+    if (what is None) == (recording is None):
+        raise click.UsageError("say what to tune: either WHAT or --from FILE")
+    load = workload.load(recording if what is None else what)  # type: ignore[arg-type]  # one of them is there
     if batch is not None:
         load = load.with_batch(batch)
     load = load.distinct()
     deployments = DEPLOYMENTS if deployment == "both" else (deployment,)
-    with scope(threads, file), _progress(len(load.layers) * len(deployments), load.name) as show:
+    names = None if backends is None else [name.strip() for name in backends.split(",") if name.strip()]
+    total = len(stakes.tasks(load, deployments, "", threads or dispatch.thread_budget(), threads=threads))
+    how: dict[str, Any] = {
+        "effort": effort, "time_limit": time_limit, "deployments": deployments, "retune": retune,
+        "retry_quarantined": retry_quarantined,
+    }  # fmt: skip
+    if scheduler is not None:
+        with scope(threads, file), cluster.connect(scheduler, threads=threads, backends=names) as found:
+            _tune_across(found, load, how, as_json=as_json)
+        return
+    with scope(threads, file), _progress(total, load.name) as show:
         result = tuner.tune(
             load,
-            effort=effort,
-            time_limit=time_limit,
             threads=threads,
-            backends=None if backends is None else [name.strip() for name in backends.split(",") if name.strip()],
-            deployments=deployments,
-            retune=retune,
+            backends=names,
+            allow_busy=allow_busy,
             on_progress=show,
+            on_wait=tell_of_waiting,
+            **how,
         )
     if as_json:
         print_json(report.tune_data(result))
     else:
         _print_tune(result)
-    if any(layer.status == "failed" for layer in result.layers):
+    _exit_of([result])
+
+
+def _exit_of(results: Sequence[TuneReport]) -> None:
+    """End with the code that says what is missing, if anything is."""
+    if any(layer.status == "failed" for result in results for layer in result.layers):
         sys.exit(FAILED)
-    if not result.complete:
+    if not all(result.complete for result in results):
         sys.exit(LEFT)
+
+
+def _tune_across(found: Cluster, load: Workload, how: dict[str, Any], *, as_json: bool) -> None:
+    """Tune on a Dask cluster, and print what was done on each kind of machine."""
+    left_out = found.roster.left_out
+    for left in left_out:
+        click.echo(f"left out: {left.address}: {left.reason}", err=True)
+    told = len(left_out)
+    with _bar(len(found.jobs(load, how["deployments"])), "tuning", load.name) as advance:
+        result = found.tune(load, on_progress=lambda host, layer: advance(f"{host or '-'}: {_said(layer)}"), **how)
+    if as_json:
+        print_json(report.cluster_data(result))
+    else:
+        for kind in result.kinds:
+            _print_tune(kind.report, kind.machine, kind.hosts)
+    for left in result.left_out[told:]:
+        click.echo(f"left out: {left.address}: {left.reason}", err=True)
+    _exit_of([kind.report for kind in result.kinds])
 
 
 @contextlib.contextmanager
@@ -139,14 +205,16 @@ def _said(layer: LayerReport) -> str:
     if layer.entry is None:
         return f"{what}: {layer.status}{f', {layer.reason}' if layer.reason else ''}"
     winner = layer.entry.winner
-    return f"{what}: {layer.status}, {winner.name} {time_text(winner.median)}"
+    busy = f" (busy: {', '.join(layer.busy)})" if layer.busy else ""
+    return f"{what}: {layer.status}, {winner.name} {time_text(winner.median)}{busy}"
 
 
-def _print_tune(result: TuneReport) -> None:
+def _print_tune(result: TuneReport, here: Machine | None = None, hosts: Sequence[str] = ()) -> None:
     out = console()
-    here = machine.current()
+    here = here or machine.current()
     out.print(f"[bold]{result.workload.title or result.workload.name}[/bold]")
-    out.print(f"{here.cpu}, {result.threads} of {here.cores} cores' threads, machine {result.machine}")
+    at = f" ({', '.join(hosts)})" if hosts else ""
+    out.print(f"{here.cpu}, {result.threads} of {here.cores} cores' threads, machine {result.machine}{at}")
     for deployment in dict.fromkeys(layer.deployment for layer in result.layers):
         layers = [layer for layer in result.layers if layer.deployment == deployment]
         packed = "packed before" if deployment == "plan" else "packed in every call"
@@ -159,6 +227,8 @@ def _print_tune(result: TuneReport) -> None:
             rows.add_row(*report.tune_cells(layer))
         out.print(rows)
         out.print(report.total_line(layers))
+    if (line := report.recorded_line(result.layers)) is not None:
+        out.print(line)
     said = {
         "tuned": "measured now",
         "known": "known from the profile",
@@ -168,6 +238,8 @@ def _print_tune(result: TuneReport) -> None:
     counts = {status: sum(layer.status == status for layer in result.layers) for status in said}
     out.print(", ".join(f"{count} {said[status]}" for status, count in counts.items() if count), end="")
     out.print(f", in {result.seconds:.0f} s. Profile: {result.profile}")
+    if result.flagged:
+        out.print(f"{result.flagged} flagged busy: run again when the machine is quiet, and they are measured anew")
     for layer in result.layers:
         if layer.status == "failed":
             out.print(f"failed: {layer.layer.problem} ({layer.deployment}): {layer.reason}", markup=False)
@@ -223,19 +295,23 @@ def explain(problem: str, deployment: str, threads: int | None, file: Path | Non
 @json_option
 @explained
 def backends(as_json: bool) -> None:
-    """List the backends: built in and installed, with why any is unavailable."""
+    """List the backends: built in and installed, with why any is unavailable or quarantined."""
     found = registry.available()
     missing = registry.unavailable()
+    among = quarantine.held()
+    held = {name: kept.reason for name, b in found.items() if (kept := quarantine.of(b, among)) is not None}
     if as_json:
         data = [
             {"name": name, "version": b.version, "numerics": b.numerics.kind, "summary": report.summary(b)}
+            | ({"quarantined": held[name]} if name in held else {})
             for name, b in found.items()
         ]
         print_json({"available": data, "unavailable": missing})
         return
     rows = table("", ("backend", "version", "numerics", "what it is"))
     for name, backend in found.items():
-        rows.add_row(name, str(backend.version), backend.numerics.kind, report.summary(backend))
+        said = f"quarantined: {held[name]}" if name in held else report.summary(backend)
+        rows.add_row(name, str(backend.version), backend.numerics.kind, said)
     for name, reason in missing.items():
         rows.add_row(name, "-", "-", f"unavailable: {reason}")
     console().print(rows)

@@ -12,7 +12,7 @@ from typing import Any
 import click
 from rich.markup import escape
 
-from convdispatch import machine, profile, profile_tools, report
+from convdispatch import machine, profile, profile_tools, quarantine, report
 from convdispatch.errors import ProfileError
 from convdispatch.explain import bytes_text, time_text
 from convdispatch.profile import Entry, Key, Profile
@@ -118,7 +118,7 @@ def show(
         for entry in entries:
             rows.add_row(*map(escape, _entry_cells(entry, found)))
         console().print(rows)
-    for one in profile_tools.quarantines(found):
+    for one in quarantine.written(found)[0]:
         click.echo(f"quarantined: {one.backend} version {one.version} on {one.machine}: {one.reason} ({one.when})")
 
 

@@ -2,12 +2,13 @@
 
 import difflib
 import functools
+import shlex
 import threading
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from convdispatch import arguments, heuristic, machine, profile, registry, settings
+from convdispatch import arguments, heuristic, machine, profile, quarantine, registry, settings, transfer
 from convdispatch.arguments import Array, as_array, name_of
 from convdispatch.backend import Backend, Candidate, Config, Effort, seen_by
 from convdispatch.errors import (
@@ -16,12 +17,16 @@ from convdispatch.errors import (
     BackendError,
     BackendRejectedError,
     ConvDispatchError,
+    ProfileMissError,
     ProfileWarning,
 )
 from convdispatch.plan import Evidence, Plan, check_bias, check_filters
 from convdispatch.problem import Problem
 from convdispatch.profile import Key, Result
 from convdispatch.settings import Options
+
+if TYPE_CHECKING:
+    from convdispatch.tuning.contest import Contest
 
 Forced = tuple[str, Config | None] | None
 
@@ -62,12 +67,74 @@ def _decide(
 ) -> Decision:
     if forced is not None:
         return _forced(problem, deployment, forced, options)
+    if options.tuning == "replay" and not problem.is_trivial:
+        if (found := _from_profile(problem, deployment, options)) is not None:
+            return Decision(found.candidate, Evidence("replay", found.evidence.detail))
+        _miss(problem, deployment, options)
+        return _estimated(problem, deployment, options)
     return (
         _from_profile(problem, deployment, options, exact=True)
         or _tuned(problem, deployment, options)
         or _from_profile(problem, deployment, options)
-        or _estimated(problem, options)
+        or _estimated(problem, deployment, options)
     )
+
+
+def _miss(problem: Problem, deployment: str, options: Options, why: str = "") -> None:
+    """Raise, or warn, of what the profile does not know and ``tuning="replay"`` does not let be measured."""
+    told = miss_text(problem, deployment, options) + why
+    if options.on_miss == "raise":
+        raise ProfileMissError(told)
+    warnings.warn(f"{told}; the estimate decides", ProfileWarning, stacklevel=2)
+
+
+def miss_text(problem: Problem, deployment: str, options: Options) -> str:
+    """Return what to tell of a miss: the key that is missing, and the command that would fill it."""
+    key = key_for(problem, deployment, options)
+    tune = f"convdispatch tune {shlex.quote(str(problem))} --deployment {deployment} --threads {key.threads}"
+    if options.profile is not None:
+        tune += f" --profile {shlex.quote(str(options.profile))}"
+    return f"no profile has an entry that may be used for '{key}', and tuning='replay' measures nothing: run {tune}"
+
+
+def look(problem: Problem, deployment: str, forced: Forced = None) -> Decision:
+    """Choose as ``decide`` does, but measure nothing and warn of nothing.
+
+    Raises:
+        ProfileMissError: if ``decide`` would.
+        BackendRejectedError, UnknownBackendError, BackendUnavailableError: as ``decide``.
+    """
+    options = settings.current()
+    with settings.options(tuning="off"):
+        found = decide(problem, deployment, forced)
+    if forced is not None or problem.is_trivial:
+        return found
+    if options.tuning == "replay":
+        if found.evidence.source == "profile":
+            return Decision(found.candidate, Evidence("replay", found.evidence.detail))
+        if options.on_miss == "raise":
+            raise ProfileMissError(miss_text(problem, deployment, options))
+    if options.tuning == "online" and (contest := _contest(problem, deployment, forced)) and contest.seconds:
+        return Decision(contest.incumbent, contest.evidence)
+    return found
+
+
+def _contest(problem: Problem, deployment: str, forced: Forced) -> "Contest | None":
+    """Return the contest on live traffic that decides for a problem, where that is wished and nothing is known."""
+    options = settings.current()
+    if options.tuning != "online" or not options.online_budget or forced is not None or problem.is_trivial:
+        return None
+    decision = decide(problem, deployment)
+    if decision.evidence.source != "estimate":
+        return None
+    from convdispatch.tuning import online  # noqa: PLC0415  # needed only where something is measured
+
+    return online.contest(key_for(problem, deployment, options), decision.candidate)
+
+
+def thread_budget() -> int:
+    """Return the most threads that a call may use under the options in force."""
+    return heuristic.thread_budget(settings.current())
 
 
 def key_for(problem: Problem, deployment: str, options: Options) -> Key:
@@ -80,6 +147,8 @@ def _forced(problem: Problem, deployment: str, forced: tuple[str, Config | None]
     backend = registry.get(name)
     if reason := backend.rejects(seen_by(backend, problem)):
         raise BackendRejectedError(f"backend {name!r} cannot do {problem}: {reason}")
+    if held := quarantine.of(backend):
+        warnings.warn(f"backend={name!r} is used as asked, but {held}", ProfileWarning, stacklevel=2)
     if config is not None:
         _check_keys(backend, problem, config)
         given = {"threads": heuristic.thread_budget(options)} if backend.parallel else {}
@@ -89,9 +158,11 @@ def _forced(problem: Problem, deployment: str, forced: tuple[str, Config | None]
         )
     only = replace(options, forbid=tuple(n for n in registry.names() if n != name))
     found = _from_profile(problem, deployment, only)
-    candidate = (
-        found.candidate if found else heuristic.rank(problem, [backend], heuristic.thread_budget(options))[0].candidate
-    )
+    if found:
+        candidate = found.candidate
+    else:
+        ranking = transfer.rank(problem, [backend], heuristic.thread_budget(options), deployment)
+        candidate = ranking.estimates[0].candidate
     by = f"its config from {found.evidence}" if found else "its config estimated"
     return Decision(candidate, Evidence("forced", f"backend={name!r}, {by}"))
 
@@ -109,9 +180,11 @@ def _check_keys(backend: Backend, problem: Problem, config: Config) -> None:
 
 
 def _from_profile(problem: Problem, deployment: str, options: Options, *, exact: bool = False) -> Decision | None:
-    for found in profile.find(key_for(problem, deployment, options)):
+    answers = profile.find(key_for(problem, deployment, options))
+    held = quarantine.held() if answers else {}
+    for found in answers:
         entry = found.entry
-        result = entry.best(lambda result: _allows(result, problem, options))
+        result = entry.best(lambda result: _allows(result, problem, options, held))
         if result is None or (exact and not found.exact):
             continue
         rank = "winner" if result is entry.winner else "best allowed"
@@ -123,13 +196,15 @@ def _from_profile(problem: Problem, deployment: str, options: Options, *, exact:
     return None
 
 
-def _allows(result: Result, problem: Problem, options: Options) -> bool:
+def _allows(result: Result, problem: Problem, options: Options, held: quarantine.Held) -> bool:
     """Return whether a stored result may be used: its backend as it was measured, and all options met."""
     if result.backend in options.forbid or result.backend not in registry.names():
         return False
     try:
         backend = registry.get(result.backend)
-        if backend.version != result.version or backend.rejects(seen_by(backend, problem)):
+        if backend.version != result.version or quarantine.of(backend, held):
+            return False
+        if backend.rejects(seen_by(backend, problem)):
             return False
         workspace = Candidate(backend, result.config).workspace(problem)
     except ConvDispatchError as error:
@@ -166,14 +241,17 @@ def _tuned(problem: Problem, deployment: str, options: Options) -> Decision | No
     return now and Decision(now.candidate, Evidence("tuned", now.evidence.detail))
 
 
-def _estimated(problem: Problem, options: Options) -> Decision:
+def _estimated(problem: Problem, deployment: str, options: Options) -> Decision:
     usable, refused = heuristic.usable(problem, options)
     allowed = [backend for backend in usable.values() if heuristic.accurate_by_kind(backend, options)]
-    for estimate in heuristic.rank(problem, allowed, heuristic.thread_budget(options)):
+    ranking = transfer.rank(problem, allowed, heuristic.thread_budget(options), deployment)
+    for estimate in ranking.estimates:
         if estimate.seconds is None:
             break  # unknown ones come last, and nothing unknown is chosen unmeasured
         if heuristic.fits_memory(estimate.candidate.workspace(problem), options):
-            return Decision(estimate.candidate, Evidence("estimate", f"{estimate.seconds * 1e6:.4g} us predicted"))
+            basis = f" ({ranking.basis})" if ranking.basis else ""
+            said = f"{estimate.seconds * 1e6:.4g} us predicted{basis}"
+            return Decision(estimate.candidate, Evidence("estimate", said))
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
     limits = f", memory_limit={options.memory_limit}" if options.memory_limit is not None else ""
     raise BackendRejectedError(
@@ -207,15 +285,48 @@ def make_plan(
     problem: Problem, filters: Array, bias: Array | None, deployment: str = "plan", forced: Forced = None
 ) -> Plan:
     """Return a plan by the candidate that is chosen; a profile's choice that fails to prepare is passed over."""
+    if deployment == "plan" and (contest := _contest(problem, deployment, forced)) is not None:
+        from convdispatch.tuning import online  # noqa: PLC0415
+
+        made = online.plan(contest, filters, bias)
+    else:
+        made = _plain_plan(problem, filters, bias, deployment, forced)
+    if forced is None:
+        made.budget = thread_budget()
+    return made
+
+
+def _plain_plan(problem: Problem, filters: Array, bias: Array | None, deployment: str, forced: Forced) -> Plan:
     decision = decide(problem, deployment, forced)
     try:
         return Plan(problem, decision.candidate, filters, bias, decision.evidence)
     except ArgumentError as error:
-        if decision.evidence.source != "profile" or problem.is_empty:
+        if decision.evidence.source not in {"profile", "replay"} or problem.is_empty:
             raise
-        warnings.warn(f"profile: {decision.candidate} for {problem} is ignored: {error}", ProfileWarning, stacklevel=3)
-        fallback = _estimated(problem, settings.current())
+        options = settings.current()
+        if options.tuning == "replay":
+            _miss(problem, deployment, options, f" ({decision.candidate} is in it, but: {error})")
+        else:
+            said = f"profile: {decision.candidate} for {problem} is ignored: {error}"
+            warnings.warn(said, ProfileWarning, stacklevel=4)
+        fallback = _estimated(problem, deployment, options)
         return Plan(problem, fallback.candidate, filters, bias, fallback.evidence)
+
+
+def call(
+    problem: Problem,
+    filters: Array,
+    bias: Array | None,
+    forced: Forced,
+    input: Array,
+    *,
+    out: Array | None,
+    residual: Any,
+) -> Array:
+    """Convolve once: pack the filters by the candidate that is chosen, and run it."""
+    if settings.current().tuning == "online" and (contest := _contest(problem, "call", forced)) is not None:
+        return contest.call(filters, bias, input, out=out, residual=residual)
+    return _plain_plan(problem, filters, bias, "call", forced)(input, out=out, residual=residual)
 
 
 def checked(

@@ -7,10 +7,13 @@
     ├── ArgumentTypeError (TypeError)     a wrong kind of thing
     ├── BackendError (RuntimeError)       a backend failed at something it said it could do
     ├── BackendRejectedError (ValueError) a backend that was asked for by name cannot do the problem
+    ├── BusyMachineError (RuntimeError)   others use the machine, so that measuring would mislead
     ├── BackendUnavailableError (ImportError)  its module cannot be imported here
     ├── UnknownBackendError (ValueError)  no backend has this name
+    ├── ClusterError (RuntimeError)       a Dask cluster cannot be reached, or none of its workers can tune
     ├── RegistrationError (ValueError)    two backends want one name, or a name is not usable
     ├── ProfileError (ValueError)         a profile file cannot be read or written as asked
+    ├── ProfileMissError (LookupError)    the profile does not know a problem, and nothing else may decide
     └── WorkloadError (ValueError)        a workload is not one
 
 ``ProfileWarning`` is what a broken or foreign profile gives instead of an error: the call goes on as if the
@@ -42,8 +45,16 @@ class BackendUnavailableError(ConvDispatchError, ImportError):
     """A backend's module cannot be imported on this machine."""
 
 
+class BusyMachineError(ConvDispatchError, RuntimeError):
+    """Others use the machine, so that what is measured now would mislead; the message says what was seen."""
+
+
 class UnknownBackendError(ConvDispatchError, ValueError):
     """No backend has this name."""
+
+
+class ClusterError(ConvDispatchError, RuntimeError):
+    """A Dask cluster cannot be reached, or none of its workers can tune."""
 
 
 class RegistrationError(ConvDispatchError, ValueError):
@@ -52,6 +63,10 @@ class RegistrationError(ConvDispatchError, ValueError):
 
 class ProfileError(ConvDispatchError, ValueError):
     """A profile cannot be read or written as asked."""
+
+
+class ProfileMissError(ConvDispatchError, LookupError):
+    """The profile has nothing that may be used for a problem, and ``tuning="replay"`` lets nothing else decide."""
 
 
 class WorkloadError(ConvDispatchError, ValueError):

@@ -1,16 +1,16 @@
 """``explain``: every backend's standing on a problem, and why the choice is what it is."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from convdispatch import arguments, dispatch, heuristic, machine, profile, settings
+from convdispatch import arguments, dispatch, heuristic, machine, profile, settings, transfer
 from convdispatch.backend import Candidate
 from convdispatch.dispatch import Decision
-from convdispatch.errors import BackendRejectedError
+from convdispatch.errors import BackendRejectedError, ProfileMissError
 from convdispatch.plan import Evidence
 from convdispatch.problem import Problem
-from convdispatch.profile import Entry, Failure, Result
+from convdispatch.profile import Entry, Failure, Key, Result
 
 
 @dataclass(frozen=True)
@@ -155,9 +155,8 @@ def explain_problem(problem: Problem, deployment: str = "plan", backend: Any = N
     refusal = ""
     decision: Decision | None = None
     try:
-        with settings.options(tuning="off"):  # to explain is to look, not to measure
-            decision = dispatch.decide(problem, deployment, dispatch.parse_forced(backend))
-    except BackendRejectedError as error:
+        decision = dispatch.look(problem, deployment, dispatch.parse_forced(backend))
+    except (BackendRejectedError, ProfileMissError) as error:
         refusal = str(error)
     key = dispatch.key_for(problem, deployment, options)
     found = profile.find(key)
@@ -165,10 +164,22 @@ def explain_problem(problem: Problem, deployment: str = "plan", backend: Any = N
     return Explanation(
         problem, deployment, key.threads, machine.current().id,
         decision.candidate.name if decision else None,
-        decision.evidence if decision else Evidence("none", refusal),
+        _evidence(decision, problem, entry) if decision else Evidence("none", refusal),
         layer,
-        tuple(_rows(problem, key.threads, entry, decision)),
+        tuple(_rows(key, entry, decision)),
     )  # fmt: skip
+
+
+def _evidence(decision: Decision, problem: Problem, entry: Entry | None) -> Evidence:
+    """Return a decision's evidence, with what kept a measured winner from being chosen."""
+    told = decision.evidence
+    if entry is None or told.source == "forced" or decision.candidate.name == entry.winner.name:
+        return told
+    winner, known = entry.winner, heuristic.usable(problem, settings.current())[0].get(entry.winner.backend)
+    if known is None or known.version != winner.version:
+        return told  # the row of that backend says why
+    against = _objection(problem, Candidate(known, winner.config), winner, None)
+    return replace(told, detail=f"{told.detail}; not the winner, {winner.name}: {against}") if against else told
 
 
 def _objection(problem: Problem, candidate: Candidate, measured: Result | None, failed: Failure | None) -> str:
@@ -185,12 +196,15 @@ def _objection(problem: Problem, candidate: Candidate, measured: Result | None, 
     return ""
 
 
-def _rows(problem: Problem, threads: int, entry: Entry | None, decision: Decision | None) -> Sequence[Row]:
+def _rows(key: Key, entry: Entry | None, decision: Decision | None) -> Sequence[Row]:
+    problem = key.problem
     usable, refused = heuristic.usable(problem, settings.current())
     here = machine.current()
+    everything = transfer.rank(problem, usable.values(), key.threads, key.deployment).estimates
+    estimates = {estimate.candidate.name: estimate.seconds for estimate in everything}
     rows = []
     for name, backend in usable.items():
-        ranked = heuristic.rank(problem, [backend], threads)
+        ranked = [estimate for estimate in everything if estimate.candidate.backend is backend]
         chosen = decision is not None and decision.candidate.backend is backend
         own = (name, backend.version)
         results = (
@@ -210,7 +224,7 @@ def _rows(problem: Problem, threads: int, entry: Entry | None, decision: Decisio
                 chosen,
                 candidate.name,
                 "" if chosen else _objection(problem, candidate, measured, failed),
-                candidate.estimate(problem, here),
+                estimates.get(candidate.name, candidate.estimate(problem, here)),
                 measured.median if measured else None,
                 measured.spread if measured else None,
                 measured.rounds if measured else None,

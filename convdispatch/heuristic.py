@@ -1,10 +1,11 @@
 """Which candidates there are for a problem, which of them are allowed, and how they rank without running them."""
 
+import functools
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from convdispatch import machine, registry
+from convdispatch import machine, quarantine, registry
 from convdispatch.backend import Backend, Candidate, Config, Effort, seen_by
 from convdispatch.problem import Problem
 from convdispatch.settings import Options
@@ -46,26 +47,35 @@ def candidates_of(backend: Backend, problem: Problem, threads: int, effort: Effo
     if not backend.parallel:
         return [Candidate(backend, config) for config in configs]
     counts = thread_counts(threads)
-    return [Candidate(backend, Config(config, threads=count)) for config in configs for count in counts]
+    return [Candidate(backend, _on_threads(config, count)) for config in configs for count in counts]
+
+
+@functools.lru_cache(maxsize=4096)
+def _on_threads(config: Config, count: int) -> Config:
+    return Config(config, threads=count)
 
 
 def usable(problem: Problem, options: Options) -> tuple[dict[str, Backend], dict[str, str]]:
     """Return the backends that may be chosen for a problem, and why each of the others may not."""
     yes: dict[str, Backend] = {}
     no = registry.unavailable()
+    held = quarantine.held()
     for name, backend in registry.available().items():
         if name in options.forbid:
             no[name] = "forbidden by options"
+        elif kept := quarantine.of(backend, held):
+            no[name] = f"quarantined: {kept.reason}"
         elif options.accuracy == "strict" and backend.numerics.kind != "local":
             no[name] = "accuracy='strict' allows local backends only"
-        elif reason := _rejects(backend, problem):
+        elif reason := refusal(backend, problem):
             no[name] = reason
         else:
             yes[name] = backend
     return yes, no
 
 
-def _rejects(backend: Backend, problem: Problem) -> str | None:
+def refusal(backend: Backend, problem: Problem) -> str | None:
+    """Return why a backend cannot do a problem, or None; one that raises cannot."""
     try:
         return backend.rejects(seen_by(backend, problem))
     except Exception as error:  # noqa: BLE001  # somebody's backend is no reason for the others to stop
@@ -119,8 +129,9 @@ def accurate_by_measure(backend: Backend, problem: Problem, error: float, option
         return True
     if isinstance(options.accuracy, float):
         return error <= options.accuracy
-    if options.accuracy == "strict":
-        return backend.numerics.kind == "local"
     # A low-precision result carries its storage's rounding, which no candidate can avoid.
     rounding = {"float16": 2.0**-11, "bfloat16": 2.0**-8}.get(problem.dtype, 0.0)
+    if options.accuracy == "strict":  # whatever growth a local backend declares: the bound of a plain sum, and of what
+        limit = problem.taps / 2 + 4 + (8 if problem.epilogue else 0)  # an epilogue adds
+        return backend.numerics.kind == "local" and error <= limit * _EPSILON[problem.sum_dtype] + rounding
     return error <= ACCURACY_EPS[options.accuracy] * _EPSILON[problem.sum_dtype] + rounding

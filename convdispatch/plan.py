@@ -4,6 +4,7 @@ The plan does what its backend leaves to it: it brings arrays into the form the 
 transform spoiled with NaN or infinity redone, applies the epilogue, and rounds once.
 """
 
+import functools
 import math
 import threading
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from convdispatch import epilogue, registry
+from convdispatch import epilogue, observe, registry
 from convdispatch.arguments import Array, as_array
 from convdispatch.backend import Candidate, Config, Kernel, seen_by
 from convdispatch.backends._memory import aligned
@@ -29,7 +30,7 @@ class Evidence:
     """Why a plan's candidate was chosen.
 
     Attributes:
-        source: ``"forced"``, ``"profile"``, ``"tuned"`` or ``"estimate"``.
+        source: ``"forced"``, ``"profile"``, ``"replay"`` (of the profile), ``"tuned"``, ``"online"`` or ``"estimate"``.
         detail: one line for people.
     """
 
@@ -49,7 +50,10 @@ class Plan:
         problem: what it computes.
         candidate: the backend and config that compute it.
         evidence: why this candidate.
+        budget: the most threads that it was chosen for; None where it was asked for by name.
     """
+
+    budget: int | None = None
 
     def __init__(
         self,
@@ -135,6 +139,9 @@ class Plan:
         Raises:
             ArgumentError, ArgumentTypeError: naming the argument, what was given and what would be right.
         """
+        if observe.observer is not None and observe.is_watched():
+            again = functools.partial(self, input, out=out, residual=residual)
+            return observe.timed(self.problem, "plan", self.budget, again)
         if self._plain and residual is None and self._is_plain(input):
             if out is None:
                 return self._run_plain(input, self._fresh())

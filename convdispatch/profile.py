@@ -52,7 +52,9 @@ _HEADER = (
     "# largest output. To choose by hand, write another candidate of `results` behind `winner`.\n"
 )
 _MACHINE = "machine "
-_QUARANTINE = "quarantine "
+CALIBRATION = "calibration "
+#: First words of top-level keys that are neither machines nor entries; other modules know what they hold.
+NOTES = (CALIBRATION, "quarantine ")
 _LARGEST_FILE = 256 << 20
 
 
@@ -88,6 +90,7 @@ class Result:
         error: largest deviation from the reference, over the largest exact output.
         workspace: scratch bytes.
         interval: seconds between which the median lies with 95 % confidence, where there were rounds enough to tell.
+        estimate: seconds that the backend predicted, uncorrected, so that how wrong it was can serve other problems.
     """
 
     backend: str
@@ -99,6 +102,7 @@ class Result:
     error: float
     workspace: int
     interval: tuple[float, float] | None = None
+    estimate: float | None = None
 
     @property
     def name(self) -> str:
@@ -187,6 +191,8 @@ def dump_entry(entry: Entry) -> str:
         }  # fmt: skip
         if result.interval is not None:
             row["interval_us"] = [_rounded(seconds * 1e6) for seconds in result.interval]
+        if result.estimate is not None:
+            row["estimate_us"] = _rounded(result.estimate * 1e6)
         lines.append(f"  - {_flow(row)}")
     if entry.failures:
         lines.append("  failures:")
@@ -218,7 +224,7 @@ class Chunk(NamedTuple):
     @property
     def is_entry(self) -> bool:
         """Whether this should be an entry."""
-        return not self.key.startswith((_MACHINE, _QUARANTINE))
+        return not self.key.startswith((_MACHINE, *NOTES))
 
 
 _BEFORE_A_KEY = re.compile(r"\n(?=[^\s#\-])")
@@ -317,6 +323,7 @@ def _parse_entry(key: Key, data: Any) -> Entry:
             Result(
                 backend, version, config, _number(row, "median_us") / 1e6, _number(row, "spread"),
                 int(_number(row, "rounds")), _number(row, "error"), int(_number(row, "workspace")), _interval(row),
+                _number(row, "estimate_us") / 1e6 if "estimate_us" in row else None,
             )
         )  # fmt: skip
     failures = []
@@ -372,6 +379,7 @@ class Profile:
         """
         self.name = name
         self._parsed: dict[str, Entry | None] = {}
+        self._notes: dict[str, dict[str, str]] = {}
         self._spellings: dict[tuple[str, ...], list[str]] | None = None
         self._machines: dict[str, dict[str, Any]] | None = None
         self._text = text
@@ -395,6 +403,12 @@ class Profile:
     def chunks(self) -> dict[str, str]:
         """Return every top-level key with its text, machines too; of a key that stands twice, the last."""
         return {chunk.key: self._text[chunk.start : chunk.end] for chunk in self._chunks}
+
+    def notes(self, kind: str) -> dict[str, str]:
+        """Return the texts of the keys that begin with one of ``NOTES``, by key."""
+        if kind not in self._notes:
+            self._notes[kind] = {key: self._texts(key)[-1] for key in self._places if key.startswith(kind)}
+        return self._notes[kind]
 
     def get(self, key: Key) -> Entry | None:
         """Return the entry of a key, or None; a broken one is warned of once and missing."""
@@ -472,6 +486,13 @@ class Profile:
                 if likeness.grade != "hard" and (entry := self.get(there)) is not None:
                     found.append((entry, likeness.soft or ("the machine's id",)))
         return found
+
+    def answers(self, key: Key, here: Machine) -> list["Found"]:
+        """Return the file's entries of a key: the exact one, then those of machines much like this one, by likeness."""
+        entry = self.get(key)
+        exact = [] if entry is None else [Found(self.name, entry)]
+        soft = [Found(self.name, *found) for found in self.alike(key, here)] if key.machine == here.id else []
+        return exact + sorted(soft, key=lambda found: len(found.differences))
 
     def spelling(self, key: Key) -> str | None:
         """Return how the file writes a key, in our words and spaces or others; None if it is not there."""
@@ -559,11 +580,13 @@ def system_path() -> Path:
 
 def writable_path() -> Path:
     """Return the file that tuning writes: the project's if one is set, else the user's."""
-    return settings.current().profile or user_path()
+    return _sole or settings.current().profile or user_path()
 
 
 def layers() -> list[tuple[str, Path]]:
     """Return the profile files by layer, those that win first; they need not exist."""
+    if _sole is not None:
+        return [("only", _sole)]
     project = settings.current().profile
     found = [("project", project)] if project else []
     found += [("user", user_path()), ("system", system_path())]
@@ -591,13 +614,16 @@ def read(path: Path) -> Profile:
     return Profile(text, str(path))
 
 
-def write(path: Path, entries: Iterable[Entry], machine: Machine) -> None:
+def write(
+    path: Path, entries: Iterable[Entry], machine: Machine, notes: Mapping[str, str | None] | None = None
+) -> None:
     """Add entries to a profile file, in place of older ones of the same keys; everything else stays as it is.
 
     Args:
         path: the file; it and its folder are made if need be.
         entries: what to add.
         machine: the machine they were measured on.
+        notes: texts of top-level keys that are no entries, by key; None takes one out.
 
     Raises:
         ProfileError: if the file is there and is no profile, or cannot be written. Nothing is changed then.
@@ -607,7 +633,7 @@ def write(path: Path, entries: Iterable[Entry], machine: Machine) -> None:
     def add(old: Profile) -> Mapping[str, str | None]:
         changes: dict[str, str | None] = {_MACHINE + machine.id: dump_machine(machine.id, machine.describe())}
         changes |= {other: None for entry in new if (other := old.spelling(entry.key)) is not None}
-        return {**changes, **{str(entry.key): dump_entry(entry) for entry in new}}
+        return {**changes, **{str(entry.key): dump_entry(entry) for entry in new}, **(notes or {})}
 
     edit(path, add)
 
@@ -667,6 +693,7 @@ class _Store:
         self.lock = threading.Lock()
         self.generation = 0
         self.own: dict[Key, Entry] = {}
+        self.notes: dict[str, str | None] = {}
         self.files: dict[Path, tuple[tuple[int, int, int] | None, Profile]] = {}
 
     def file(self, path: Path) -> Profile:
@@ -689,6 +716,43 @@ class _Store:
 
 
 _store = _Store()
+_sole: Path | None = None
+
+
+@contextlib.contextmanager
+def only(path: Path) -> Iterator[None]:
+    """Let this whole process know and write one profile file and nothing else, for a block; then as before.
+
+    What the process remembered is put aside meanwhile, and what it comes to remember is dropped at the end.
+    """
+    global _store, _sole
+    before = _store, _sole
+    _store, _sole = _Store(), path
+    _store.generation = before[0].generation + 1
+    try:
+        yield
+    finally:
+        latest = _store.generation
+        _store, _sole = before
+        _store.generation = latest + 1
+
+
+def files() -> list[Profile]:
+    """Return the profile of each layer as it is now, those that win first."""
+    with _store.lock:
+        return [_store.file(path) for _, path in layers()]
+
+
+def forget_decisions() -> None:
+    """Let what was decided from the profile be decided anew, entries in memory kept."""
+    with _store.lock:
+        _store.generation += 1
+
+
+def remembered() -> list[Entry]:
+    """Return the entries that this process keeps above every file."""
+    with _store.lock:
+        return list(_store.own.values())
 
 
 @dataclass(frozen=True)
@@ -713,32 +777,18 @@ class Found:
 
 def find(key: Key) -> list[Found]:
     """Return the entries of a key, those that win first: exact ones by layer, then soft ones by how much differs."""
+    here = machine.current()
     with _store.lock:
-        exact = [Found("in-process", _store.own[key])] if key in _store.own else []
-        soft: list[Found] = []
+        found = [Found("in-process", _store.own[key])] if key in _store.own else []
         for layer, path in layers():
-            exact += _exact(layer, path, key)
-            soft += _soft(layer, path, key)
-    return exact + sorted(soft, key=lambda found: len(found.differences))
+            found += [replace(each, layer=layer) for each in _store.file(path).answers(key, here)]
+    return sorted(found, key=lambda each: len(each.differences))
 
 
 def find_in(path: Path, key: Key) -> list[Found]:
     """Return the entries of a key in one file, ordered as by ``find``."""
     with _store.lock:
-        soft = sorted(_soft(str(path), path, key), key=lambda found: len(found.differences))
-        return _exact(str(path), path, key) + soft
-
-
-def _exact(layer: str, path: Path, key: Key) -> list[Found]:
-    entry = _store.file(path).get(key)
-    return [] if entry is None else [Found(layer, entry)]
-
-
-def _soft(layer: str, path: Path, key: Key) -> list[Found]:
-    here = machine.current()
-    if key.machine != here.id:  # somebody else's question, which nothing here is like
-        return []
-    return [Found(layer, entry, differences) for entry, differences in _store.file(path).alike(key, here)]
+        return _store.file(path).answers(key, machine.current())
 
 
 def remember(entry: Entry) -> None:
@@ -748,14 +798,36 @@ def remember(entry: Entry) -> None:
         _store.generation += 1
 
 
+def notes(kind: str) -> dict[str, str]:
+    """Return the texts of the keys that begin with one of ``NOTES``, by key, from all layers together."""
+    with _store.lock:
+        found: dict[str, str] = {}
+        for _, path in reversed(layers()):
+            found |= _store.file(path).notes(kind)
+        for key, text in _store.notes.items():
+            if text is None:
+                found.pop(key, None)
+            elif key.startswith(kind):
+                found[key] = text
+    return found
+
+
+def remember_notes(texts: Mapping[str, str | None]) -> None:
+    """Keep notes for the rest of this process, above every file; None hides what files say under a key."""
+    with _store.lock:
+        _store.notes.update(texts)
+        _store.generation += 1
+
+
 def forget() -> None:
     """Drop what this process remembers; files are read again when next needed."""
     with _store.lock:
         _store.own.clear()
+        _store.notes.clear()
         _store.files.clear()
         _store.generation += 1
 
 
 def generation() -> int:
-    """Return a number that changes whenever ``remember`` or ``forget`` does something."""
+    """Return a number that changes whenever ``remember``, ``remember_notes`` or ``forget`` does something."""
     return _store.generation

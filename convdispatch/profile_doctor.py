@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from convdispatch import fingerprint, profile, profile_tools, registry
+from convdispatch import fingerprint, profile, profile_tools, quarantine, registry
 from convdispatch.errors import ProfileError
 from convdispatch.machine import Machine
 from convdispatch.profile import Entry, Key, Profile
-from convdispatch.profile_tools import Quarantine
+from convdispatch.quarantine import Quarantine
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,10 @@ class _Layer:
                 yield from self._own(entry)
         for machine_id, keys in elsewhere.items():
             yield self._foreign(contents, machine_id, keys)
-        for one in profile_tools.quarantines(contents):
+        for one in quarantine.written(contents)[0]:
             yield self._quarantined(one)
+        for key, reason in profile_tools.broken_notes(contents).items():
+            yield self.finding("unreadable", ascii(key)[1:-1], reason, self.prune("--broken"))
 
     def _own(self, entry: Entry) -> Iterator[Finding]:
         about, winner = str(entry.key), entry.winner.backend
@@ -141,6 +143,7 @@ class _Layer:
     def _quarantined(self, one: Quarantine) -> Finding:
         about = f"{one.backend} version {one.version} on {one.machine}"
         now = registry.available().get(one.backend)
-        matters = one.machine == self.here.id and now is not None and str(now.version) == one.version
-        reason = f"{one.reason or 'no reason given'}{f' ({one.when})' if one.when else ''}"
+        among = {(one.backend, one.version): one}
+        matters = one.machine == self.here.id and now is not None and quarantine.of(now, among) is not None
+        reason = f"{one.reason}{f' ({one.when})' if one.when else ''}"
         return self.finding("quarantined", about, reason, self.prune("--quarantined"), wrong=matters)

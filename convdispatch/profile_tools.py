@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from convdispatch import fingerprint, profile, registry, safe_yaml, settings
+from convdispatch import calibration, fingerprint, profile, quarantine, registry, settings
 from convdispatch.fingerprint import Grade
 from convdispatch.machine import Machine
-from convdispatch.profile import Entry, Key, Profile
+from convdispatch.profile import CALIBRATION, NOTES, Entry, Key, Profile
 
-MACHINE, QUARANTINE = "machine ", "quarantine "
+MACHINE = "machine "
 
 
 def grade(where: Profile, key: Key, here: Machine) -> Grade:
@@ -29,42 +29,6 @@ def grade(where: Profile, key: Key, here: Machine) -> Grade:
 def versions(entry: Entry) -> dict[str, int]:
     """Return the version of every backend that was measured."""
     return {row.backend: row.version for row in entry.failures} | {row.backend: row.version for row in entry.results}
-
-
-@dataclass(frozen=True)
-class Quarantine:
-    """A backend that may not run on a machine, as it stands in a profile.
-
-    Attributes:
-        key: its key in the file.
-        backend, version, machine: which one and where.
-        reason, when: why and since when, as written.
-    """
-
-    key: str
-    backend: str
-    version: str
-    machine: str
-    reason: str
-    when: str
-
-
-def quarantines(where: Profile) -> list[Quarantine]:
-    """Return the quarantined backends of a profile; what cannot be read of one is left empty."""
-    found = []
-    for key, text in where.chunks().items():
-        if not key.startswith(QUARANTINE):
-            continue
-        about, _, machine = key.removeprefix(QUARANTINE).partition("|")
-        name, _, version = about.partition(" version ")
-        try:
-            data = next(iter(safe_yaml.load(text).values()))
-        except Exception:  # noqa: BLE001  # a person may have written anything
-            data = {}
-        fields = data if isinstance(data, dict) else {}
-        said = [" ".join(str(fields.get(field, "")).split()) for field in ("reason", "when")]
-        found.append(Quarantine(key, name.strip(), version.strip(), machine.strip(), *said))
-    return found
 
 
 # Compare ----------------------------------------------------------------------------------------------------------
@@ -205,7 +169,7 @@ def join(target: Profile, sources: Sequence[Profile], here: Machine) -> Joined:
         others |= {
             key: text
             for key, text in source.chunks().items()
-            if key.startswith((MACHINE, QUARANTINE)) and key not in others
+            if key.startswith((MACHINE, *NOTES)) and key not in others
         }
     there, broken = target.chunks(), target.broken()
     changes: dict[str, str | None] = {}
@@ -219,7 +183,7 @@ def join(target: Profile, sources: Sequence[Profile], here: Machine) -> Joined:
             changes[str(key)] = profile.dump_entry(best)
     used = {f"{MACHINE}{key.machine}" for key in groups}
     changes |= {
-        key: text for key, text in others.items() if key not in there and (key in used or key.startswith(QUARANTINE))
+        key: text for key, text in others.items() if key not in there and (key in used or key.startswith(NOTES))
     }
     keys = {name: tuple(found) for name, found in sorted_keys.items()}
     return Joined(changes, keys["new"], keys["better"], keys["kept"], refused, counts)
@@ -271,7 +235,7 @@ def export(source: Profile, *, portable: bool) -> Exported:
         groups.setdefault(key, []).append(replace(entry, key=key))
     changes |= {str(key): profile.dump_entry(choose(group)) for key, group in groups.items()}
     if not portable:
-        changes |= {key: text for key, text in source.chunks().items() if key.startswith(QUARANTINE)}
+        changes |= {key: text for key, text in source.chunks().items() if key.startswith(NOTES)}
     return Exported(Profile("", "").changed(changes), len(groups), left_out)
 
 
@@ -334,19 +298,25 @@ def prune(source: Profile, what: Selection, now: dt.datetime | None = None) -> P
         if reason and selected(entry.key.machine, entry.tuned):
             reasons[source.spelling(entry.key) or str(entry.key)] = reason
     if what.quarantined or what.any_kind:
-        reasons |= {q.key: "quarantined" for q in quarantines(source) if selected(q.machine, q.when)}
+        held, _ = quarantine.written(source)
+        reasons |= {one.key: "quarantined" for one in held if selected(one.machine, one.when)}
     changes: dict[str, str | None] = dict.fromkeys(reasons)
     if what.broken and what.older_than is None:
-        for key, reason in source.broken().items():
-            if what.machine is None or key.endswith(f"| {what.machine}"):
+        for key, reason in (source.broken() | broken_notes(source)).items():
+            if what.machine is None or key.endswith(f" {what.machine}"):
                 reasons[key], changes[key] = reason, None
         for key, lines in source.doubled().items():
             if key not in changes and what.machine is None:
                 reasons[key], changes[key] = f"doubled, line {lines[0]}", source.chunks()[key]
     if what.any_kind and what.machine is not None and what.older_than is None:
-        section = MACHINE + what.machine
-        changes |= {section: None} if section in source.chunks() else {}
+        sections = (MACHINE + what.machine, CALIBRATION + what.machine)
+        changes |= {section: None for section in sections if section in source.chunks()}
     return Pruned(changes, reasons)
+
+
+def broken_notes(source: Profile) -> dict[str, str]:
+    """Return the keys of quarantines and calibrations that cannot be read, with why."""
+    return quarantine.written(source)[1] | calibration.broken(source)
 
 
 def stale_reason(entry: Entry, rows: Callable[[Entry], Mapping[str, int]] | None = None) -> str:

@@ -136,6 +136,16 @@ class Oracle:
         images, each = np.sqrt(np.sum(x**2, axis=(1, 2, 3))), np.sqrt(np.sum(w**2, axis=(0, 1, 2)))
         return np.broadcast_to(images[:, None, None, None] * each, self.sums.shape)
 
+    @functools.cached_property
+    def _floor(self) -> Array:
+        """What may be lost to numbers below the smallest normal one, ``[K]``: they have no relative precision.
+
+        Processors may be told to take such inputs, products and sums for zero, and libraries do tell them.
+        """
+        weights = np.abs(self._arrays[1].astype(np.float64)).sum(axis=(0, 1, 2))
+        lost: Array = (self.problem.taps + weights) * float(np.finfo(self.problem.sum_dtype).tiny)
+        return lost
+
     def bound(self, numerics: Numerics, config: Config) -> Array:
         """Return the largest error that a backend's sums may have, ``[N, OH, OW, K]``.
 
@@ -150,8 +160,7 @@ class Oracle:
         own = eps * (problem.taps / 2 + 1) if problem.sum_dtype == "float64" else 0.0
         growth = numerics.growth(problem, config)
         allowed = growth * eps * (self._magnitude if numerics.kind == "local" else self._norms)
-        # Below the smallest normal number nothing has a relative precision.
-        return allowed + own * self._magnitude + problem.taps * float(np.finfo(problem.sum_dtype).tiny)
+        return allowed + own * self._magnitude + self._floor
 
     def _allowed(self, numerics: Numerics, config: Config) -> Array:
         """Return the largest error that finished outputs may have: that of the sums, and of what follows them."""
@@ -184,6 +193,27 @@ class Oracle:
         if excess <= 1:
             return Verdict(error, excess, None)
         return Verdict(error, excess, f"error {error:.2g} of the largest output, {excess:.2g} times what is allowed")
+
+    def error_of_terms(self, output: Array) -> float:
+        """Return the largest deviation over the largest sum of terms of its image and filter.
+
+        Like ``Verdict.error``, but over ``conv(|x|, |w|)``, bias and residual included, at its largest for an image and
+        a filter: where terms cancel, the largest output says nothing of what can be asked for. What lies below the
+        smallest normal number is no deviation.
+        """
+        got = output.astype(np.float64)
+        if not np.isfinite(got).all():
+            return np.inf
+        bias, residual = (0.0 if added is None else np.abs(added.astype(np.float64)) for added in self._added)
+        largest = (self._magnitude + bias + residual).max(axis=(1, 2))
+        floor = self._floor + (float(np.finfo(np.float16).tiny) if self.problem.dtype == "float16" else 0.0)
+        deviation = np.maximum(0.0, np.abs(got - self.exact) - floor).max(axis=(1, 2))
+        return float(np.max(deviation / np.maximum(largest, floor), initial=0.0))
+
+    def worst_image(self, numerics: Numerics, config: Config, output: Array) -> int:
+        """Return the number of the image whose output is furthest from what is allowed."""
+        excess = np.abs(output.astype(np.float64) - self.exact) / self._allowed(numerics, config)
+        return int(np.argmax(np.nan_to_num(excess, nan=np.inf, posinf=np.inf).max(axis=(1, 2, 3))))
 
 
 def judge(

@@ -72,7 +72,7 @@ class FunctionBackend(Backend):
         self.name = name  # type: ignore[misc]  # a class attribute elsewhere; here each instance has its own
         self.version = version  # type: ignore[misc]
         self.numerics = numerics or Numerics()  # type: ignore[misc]
-        self._function = function
+        self.function = function
         self._rejects = rejects
 
     def rejects(self, problem: Problem) -> str | None:
@@ -91,7 +91,7 @@ class FunctionBackend(Backend):
         """Keep a read-only copy of the filters for the function."""
         kept = np.array(filters, order="C")
         kept.flags.writeable = False
-        return FunctionKernel(self.name, self._function, problem, kept)
+        return FunctionKernel(self.name, self.function, problem, kept)
 
 
 class _Registry:
@@ -184,7 +184,8 @@ def register(name: Any, *, replace: bool = False, **about: Any) -> Any:
         name: the backend's name (then this is a decorator), or a ``Backend`` subclass or instance.
         replace: whether a backend of that name may be there already.
         **about: for a plain function ``f(x, w, problem)``: ``version`` (raise it when the function changes),
-            ``numerics``, and ``rejects``, a function from a problem to a reason or None.
+            ``numerics`` (without, each output must be a sum over its own window; FFTs and the like must say
+            ``Numerics("transform", ...)``), and ``rejects``, a function from a problem to a reason or None.
 
     Returns:
         The function or class, unchanged, so that this works as a decorator.
@@ -286,6 +287,23 @@ def get(name: str) -> Backend:
                 reason = str(error) if isinstance(error, ConvDispatchError) else f"{type(error).__name__}: {error}"
                 _registry.failed[name] = reason
         raise BackendUnavailableError(f"backend {name!r} is unavailable: {_registry.failed[name]}")
+
+
+def origin(backend: Backend) -> str:
+    """Return where a backend's code is: ``module:name`` of its class, or of the function it was made of."""
+    code: Any = backend.function if isinstance(backend, FunctionBackend) else type(backend)
+    code = code if hasattr(code, "__qualname__") else type(code)
+    return f"{code.__module__}:{code.__qualname__}"
+
+
+def is_built_in(backend: Backend) -> bool:
+    """Return whether a backend is one of convdispatch's own."""
+    return type(backend).__module__.startswith("convdispatch.backends.")
+
+
+def installed(backend: Backend) -> bool:
+    """Return whether any process finds this backend by its name, without it being registered there."""
+    return _registry.loaded.get(backend.name) is backend
 
 
 def available() -> dict[str, Backend]:

@@ -9,6 +9,7 @@ from convdispatch.explain import Explanation, time_text
 from convdispatch.heuristic import YARDSTICK
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry
+from convdispatch.tuning.cluster import ClusterReport
 from convdispatch.tuning.tuner import LayerReport, TuneReport, rivals
 
 
@@ -37,7 +38,8 @@ def tune_cells(layer: LayerReport) -> tuple[str, ...]:
     ratios = [_ratio(layer.entry, None), _ratio(layer.entry, YARDSTICK)]
     shown = ["-" if ratio is None else f"{ratio:.3g}x" for ratio in ratios]
     rate = rate_text(problem, winner.median)
-    return name, str(layer.layer.count), str(problem), winner.name, time_text(winner.median), rate, *shown
+    chosen = " ".join([winner.name, *(f"({flag})" for flag in layer.entry.flags)])
+    return name, str(layer.layer.count), str(problem), chosen, time_text(winner.median), rate, *shown
 
 
 def total_line(layers: Sequence[LayerReport]) -> str:
@@ -52,6 +54,19 @@ def total_line(layers: Sequence[LayerReport]) -> str:
     return line + (f" ({missing} without a winner not counted)" if missing else "")
 
 
+def recorded_line(layers: Sequence[LayerReport]) -> str | None:
+    """Return how much of the recorded time is settled, and what it would take now; None where none was recorded."""
+    total = sum(layer.layer.seconds or 0.0 for layer in layers)
+    if not total:
+        return None
+    done = [layer for layer in layers if layer.entry is not None and layer.status in {"tuned", "known"}]
+    before = sum(layer.layer.seconds or 0.0 for layer in done)
+    now = sum(layer.layer.count * layer.entry.winner.median for layer in done if layer.entry is not None)
+    return f"recorded: {time_text(total)} of calls; those with a winner took {time_text(before)}" + (
+        f", and would take {time_text(now)} by their winners" if done else ""
+    )
+
+
 def tune_data(result: TuneReport) -> dict[str, Any]:
     """Return a tuning run as plain data."""
     layers = []
@@ -61,18 +76,22 @@ def tune_data(result: TuneReport) -> dict[str, Any]:
             "count": layer.layer.count,
             "problem": str(layer.layer.problem),
             "deployment": layer.deployment,
+            "recorded_seconds": layer.layer.seconds,
             "status": layer.status,
             "left_out": list(layer.left_out),
             "reason": layer.reason,
+            "busy": list(layer.busy),
         }
         if layer.entry is not None:
             winner = layer.entry.winner
             row |= {
                 "winner": winner.name,
                 "seconds": winner.median,
+                "interval": winner.interval,
                 "spread": winner.spread,
                 "error": winner.error,
                 "workspace": winner.workspace,
+                "flags": list(layer.entry.flags),
                 "vs_worst": _ratio(layer.entry, None),
                 "vs_direct": _ratio(layer.entry, YARDSTICK),
                 "backends": {name: ratio for name, ratio in rivals(layer.entry)},  # noqa: C416  # says what it maps
@@ -86,7 +105,22 @@ def tune_data(result: TuneReport) -> dict[str, Any]:
         "profile": str(result.profile),
         "seconds": result.seconds,
         "complete": result.complete,
+        "flagged": result.flagged,
         "layers": layers,
+    }
+
+
+def cluster_data(result: ClusterReport) -> dict[str, Any]:
+    """Return a tuning run on a cluster as plain data."""
+    return {
+        "workload": result.workload.name,
+        "profile": str(result.profile),
+        "seconds": result.seconds,
+        "complete": result.complete,
+        "kinds": [
+            {"hosts": list(kind.hosts), "cpu": kind.machine.cpu} | tune_data(kind.report) for kind in result.kinds
+        ],
+        "left_out": {left.address: left.reason for left in result.left_out},
     }
 
 

@@ -11,12 +11,14 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from convdispatch.errors import ArgumentError, ArgumentTypeError
 
 PREFIX = "CONVDISPATCH_"
-TUNING = ("off", "on-miss")
+TUNING = ("off", "on-miss", "online", "replay")
+ISOLATION = ("off", "third-party", "all")
+ON_MISS = ("raise", "warn")
 EFFORTS = ("estimate", "measure", "patient", "exhaustive")
 ACCURACIES = ("strict", "standard", "fast")
 
@@ -93,6 +95,16 @@ def _path(value: Any) -> Path | None:
     return Path(value).expanduser()
 
 
+def _share(value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = -1.0
+    if not 0 <= number <= 1 or isinstance(value, bool):
+        raise ArgumentError(f"online_budget must be a share between 0 and 1; got {value!r}")
+    return number
+
+
 def _seconds(value: Any) -> float:
     try:
         number = float(value)
@@ -108,11 +120,23 @@ TABLE: Mapping[str, tuple[Callable[[Any], Any], Any, str]] = {
     "accuracy": (_accuracy, "standard", "error class a backend must meet: strict, standard, fast, or a number"),
     "effort": (_choice("effort", EFFORTS), "measure", "how hard on-miss tuning looks: " + ", ".join(EFFORTS)),
     "forbid": (_names, (), "backends never to choose, separated by commas"),
+    "isolation": (
+        _choice("isolation", ISOLATION),
+        "third-party",
+        "whose candidates tuning first tries in a child process: " + ", ".join(ISOLATION),
+    ),
     "memory_limit": (parse_bytes, None, "most workspace bytes a candidate may use, e.g. 256MiB"),
+    "on_miss": (_choice("on_miss", ON_MISS), "raise", "what replay does about a miss: " + ", ".join(ON_MISS)),
+    "online_budget": (_share, 0.02, "share of convolution time that online tuning may add"),
     "profile": (_path, None, "profile file of this project; read above the user's, and written instead of it"),
     "threads": (parse_threads, None, "most threads a call may use; all usable cores where unset"),
     "time_limit": (_seconds, 10.0, "most seconds that on-miss tuning spends on one problem"),
     "tuning": (_choice("tuning", TUNING), "off", "what an unmeasured problem causes: " + ", ".join(TUNING)),
+}
+
+#: The same of what holds for a whole process, and is no option of a block.
+PROCESS: Mapping[str, tuple[Callable[[Any], Any], Any, str]] = {
+    "record": (_path, None, "workload file to add all calls of this program to, when it ends"),
 }
 
 
@@ -123,7 +147,10 @@ class Options:
     accuracy: str | float
     effort: str
     forbid: tuple[str, ...]
+    isolation: str
     memory_limit: int | None
+    on_miss: str
+    online_budget: float
     profile: Path | None
     threads: int | None
     time_limit: float
@@ -133,22 +160,31 @@ class Options:
 @functools.cache
 def from_environment() -> Options:
     """Read the options' defaults from the environment, once a process; warn of names that mean nothing."""
-    known = {PREFIX + name.upper(): name for name in TABLE}
+    known = {PREFIX + name.upper(): name for name in (*TABLE, *PROCESS)}
     for variable in sorted(os.environ):
         if variable.startswith(PREFIX) and variable not in known:
             near = difflib.get_close_matches(variable, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(known))}"
             warnings.warn(f"environment variable {variable} means nothing to convdispatch{hint}", stacklevel=2)
     values = {}
-    for variable, name in known.items():
-        parse, default, _ = TABLE[name]
-        given = os.environ.get(variable)
-        try:
-            values[name] = default if given is None else parse(given)
-        except (ArgumentError, ArgumentTypeError) as error:
-            warnings.warn(f"environment variable {variable} is ignored: {error}", stacklevel=2)
-            values[name] = default
+    for name, row in TABLE.items():
+        values[name] = _from_variable(name, row)
     return Options(**values)
+
+
+def _from_variable(name: str, row: tuple[Callable[[Any], Any], Any, str]) -> Any:
+    variable, (parse, default, _) = PREFIX + name.upper(), row
+    given = os.environ.get(variable)
+    try:
+        return default if given is None else parse(given)
+    except (ArgumentError, ArgumentTypeError) as error:
+        warnings.warn(f"environment variable {variable} is ignored: {error}", stacklevel=3)
+        return default
+
+
+def record_path() -> Path | None:
+    """Return the file that this program's calls are to be recorded in, if any."""
+    return cast("Path | None", _from_variable("record", PROCESS["record"]))
 
 
 _scoped: contextvars.ContextVar[Options | None] = contextvars.ContextVar("convdispatch_options", default=None)
@@ -164,8 +200,9 @@ def options(**changes: Any) -> Iterator[Options]:
     """Change options within a ``with`` block, for this thread or task only.
 
     Args:
-        **changes: any of ``accuracy``, ``effort``, ``forbid``, ``memory_limit``, ``profile``, ``threads``,
-            ``time_limit``, ``tuning``; ``convdispatch.settings.TABLE`` says what each means.
+        **changes: any of ``accuracy``, ``effort``, ``forbid``, ``isolation``, ``memory_limit``, ``on_miss``,
+            ``online_budget``, ``profile``, ``threads``, ``time_limit``, ``tuning``;
+            ``convdispatch.settings.TABLE`` says what each means.
 
     Yields:
         The options in force inside the block.

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from convdispatch import settings
-from convdispatch.errors import ConvDispatchError, ProfileWarning
+from convdispatch.errors import BusyMachineError, ConvDispatchError, ProfileWarning
 
-INTERRUPTED = 130
+BUSY, INTERRUPTED = 5, 130
 _WIDE = 10_000
 
 Command = Callable[..., None]
@@ -47,6 +47,11 @@ def print_json(data: object) -> None:
     click.echo(json.dumps(data, indent=2))
 
 
+def tell_of_waiting(said: str) -> None:
+    """Say on stderr what is waited for."""
+    click.echo(f"convdispatch: {said}", err=True)
+
+
 def explained(command: Command) -> Command:
     """Turn errors into a line on stderr and an exit code, and what a profile warns of into lines there too."""
 
@@ -57,7 +62,7 @@ def explained(command: Command) -> Command:
                 command(*args, **kwargs)
         except ConvDispatchError as error:
             click.echo(f"convdispatch: {error}", err=True)
-            sys.exit(1)
+            sys.exit(BUSY if isinstance(error, BusyMachineError) else 1)
         except KeyboardInterrupt:
             click.echo("convdispatch: interrupted; what was measured is kept, and the same command goes on", err=True)
             sys.exit(INTERRUPTED)

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from quiet import QuietWatch
 
 from convdispatch import profile, registry, settings
 from convdispatch.errors import BackendRejectedError
+from convdispatch.tuning import tuner
 
 # Derandomized, so that a run is the same run again; no deadline, since the first use of a dtype compiles.
 hypothesis.settings.register_profile(
@@ -31,8 +33,10 @@ def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     for variable in list(os.environ):
         if variable.startswith(settings.PREFIX):
             monkeypatch.delenv(variable)
+    monkeypatch.setenv("CONVDISPATCH_ISOLATION", "off")  # a child process takes a second; tests of isolation ask for it
     monkeypatch.setattr(profile, "user_path", lambda: tmp_path / "user" / "profile.yaml")
     monkeypatch.setattr(profile, "system_path", lambda: tmp_path / "system" / "profile.yaml")
+    monkeypatch.setattr(tuner, "make_watch", QuietWatch)
     settings.from_environment.cache_clear()
     profile.forget()
     yield

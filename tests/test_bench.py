@@ -1,5 +1,6 @@
 """The benchmark: what it says of scripted engines and scripted machines, and one real run."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -18,9 +19,9 @@ from convdispatch import cli_bench, reference
 from convdispatch.arguments import Array
 from convdispatch.cli_bench import data
 from convdispatch.problem import Problem
-from convdispatch.tuning import bench as bench_module
-from convdispatch.tuning import engines, workload
-from convdispatch.tuning.bench import Conditions, LayerResult, Report, Ticks, Timing, Watch, bench
+from convdispatch.tuning import child, engine_field, engines, workload
+from convdispatch.tuning.bench import LayerResult, Report, Timing, bench
+from convdispatch.tuning.busy import Conditions, Ticks, Watch
 from convdispatch.tuning.engine_worker import EngineLostError, Worker, sample
 from convdispatch.tuning.engines import Build, Case, Deployment
 from convdispatch.tuning.workload import Layer, Workload
@@ -104,6 +105,34 @@ class Choosing(Right):
         (quick,) = super().deployments(case).values()
         slow = Deployment(lambda: time.sleep(0.002), quick().result)
         return {"slow": lambda: slow, "quick": quick, "broken": broken}
+
+
+class Forking(Right):
+    """Starts a helper that keeps open whatever the worker has open, as some libraries do."""
+
+    def work(self) -> None:
+        helper = os.fork()
+        if not helper:
+            self.help()
+            time.sleep(600)
+            os._exit(0)
+        with Path(os.environ["HELPERS"]).open("a") as file:
+            file.write(f"{helper}\n")
+
+    def help(self) -> None:
+        pass
+
+
+class HangingAtItsEnd(Forking):
+    """Says no more, but does not end, and neither does its helper."""
+
+    def work(self) -> None:
+        super().work()
+        os.closerange(3, 256)
+        time.sleep(600)
+
+    def help(self) -> None:
+        os.closerange(3, 256)
 
 
 @pytest.fixture
@@ -204,6 +233,9 @@ class Scripted(Watch):
         self._tick += 1
         return self.account[self._tick - 1]
 
+    def tasks(self) -> float | None:
+        return None
+
 
 def watched(
     loops: tuple[tuple[float, float], ...], account: tuple[Ticks | None, Ticks | None], workers: float = 0.0
@@ -288,7 +320,7 @@ class Puppet:
 
 @pytest.fixture
 def puppets(monkeypatch: pytest.MonkeyPatch) -> type[Puppet]:
-    monkeypatch.setattr(bench_module, "Worker", Puppet)
+    monkeypatch.setattr(engine_field, "Worker", Puppet)
     monkeypatch.setattr(Puppet, "times", {"own": [1.0, 2.0, 1.0], "a": [2.0, 4.0, 3.0]})
     monkeypatch.setattr(Puppet, "asked", [])
     return Puppet
@@ -366,7 +398,7 @@ def test_what_an_engine_rejects_has_a_reason() -> None:
 @pytest.mark.usefixtures("importable")
 def test_an_idle_worker_is_stopped_and_can_be_ended() -> None:
     worker = Worker(HERE + "Right", 1, 30.0, {})
-    state = Path(f"/proc/{worker._process.pid}/stat")
+    state = Path(f"/proc/{worker._child.pid}/stat")
     patience = time.monotonic() + 5
     while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "T":
         assert time.monotonic() < patience, "still running"
@@ -374,6 +406,61 @@ def test_an_idle_worker_is_stopped_and_can_be_ended() -> None:
     worker.close()
     with pytest.raises((EngineLostError, ValueError)):
         worker.ask(do="sample", seconds=0.001)
+
+
+def gone(process: int) -> bool:
+    """Return whether a process ends soon; one that nobody has asked about its end is a zombie."""
+    state = Path(f"/proc/{process}/stat")
+    for _ in range(500):
+        try:
+            if state.read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+@pytest.fixture
+def helpers(importable: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[], list[int]]]:
+    """What tells the processes that engines forked; none of them outlives the test."""
+    file = tmp_path / "helpers"
+    monkeypatch.setenv("HELPERS", str(file))
+
+    def forked() -> list[int]:
+        return [int(line) for line in file.read_text().split()] if file.exists() else []
+
+    yield forked
+    for process in forked():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
+def test_what_an_engine_forked_ends_with_it(helpers: Callable[[], list[int]], tmp_path: Path) -> None:
+    worker = Worker(HERE + "Forking", 1, 30.0, {})
+    answer = worker.ask(do="build", problem=SMALL, output=str(tmp_path / "result.npy"))
+    assert "reason" not in answer
+    assert helpers()
+    worker.close()
+    assert all(gone(helper) for helper in helpers())
+    assert not worker._child._reader.is_alive()  # nobody holds the pipe any more
+    assert worker._child._process.stdout is not None
+    assert worker._child._process.stdout.closed
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
+def test_an_engine_that_hangs_at_its_end_is_ended_with_what_it_forked(
+    helpers: Callable[[], list[int]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(child, "_LAST_WORDS", 0.1)
+    worker = Worker(HERE + "HangingAtItsEnd", 1, 30.0, {})
+    with pytest.raises(EngineLostError, match=r"crashed \(SIGKILL\)"):
+        worker.ask(do="build", problem=SMALL, output=str(tmp_path / "result.npy"))
+    assert len(helpers()) == 1
+    assert gone(worker._child._process.pid)
+    assert gone(helpers()[0])
+    assert not worker._child._reader.is_alive()
 
 
 def test_an_interpreter_that_does_not_exist_is_a_reason() -> None:

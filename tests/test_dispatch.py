@@ -294,11 +294,11 @@ def test_off_never_measures(three: dict[str, Scripted]) -> None:
 
 def test_on_miss_measures_nothing_that_was_measured_but_may_not_be_used(three: dict[str, Scripted]) -> None:
     with settings.options(tuning="on-miss", accuracy=1e-12):
-        assert chosen() == ("quick", "estimate")
+        assert chosen() == ("steady", "estimate")  # what was measured still corrects what was estimated
         calls = [backend.calls for backend in three.values()]
         assert all(calls)
         for _ in range(3):
-            assert chosen() == ("quick", "estimate")
+            assert chosen() == ("steady", "estimate")
         assert [backend.calls for backend in three.values()] == calls
 
 
@@ -340,7 +340,8 @@ def test_threads_that_miss_at_once_measure_once_and_agree(three: dict[str, Scrip
 
     with ThreadPoolExecutor(4) as pool:
         assert set(pool.map(ask, range(8))) == {"steady"}
-    assert [backend.prepared for backend in three.values()] == [1, 1, 1]
+    # Once for random input and the race, twice for hard inputs: three filters are too few for all kinds at once.
+    assert [backend.prepared for backend in three.values()] == [3, 3, 3]
 
 
 # Forced --------------------------------------------------------------------------------------------------------------
@@ -464,6 +465,7 @@ def test_options_are_their_threads_own(three: dict[str, Scripted]) -> None:
         ("forbid", "fft, winograd,fft", ("fft", "winograd")), ("forbid", ["b", "a"], ("a", "b")),
         ("threads", "4", 4), ("threads", None, None), ("time_limit", 0, 0.0), ("profile", "", None),
         ("profile", "a/b.yaml", Path("a/b.yaml")), ("effort", " Patient ", "patient"),
+        ("isolation", "Third_Party", "third-party"),
     ],
 )  # fmt: skip
 def test_options_are_read_leniently(name: str, given: Any, meant: Any) -> None:
@@ -479,6 +481,7 @@ def test_options_are_read_leniently(name: str, given: Any, meant: Any) -> None:
         ("tuning", "always"), ("tuning", True), ("forbid", 3), ("forbid", [3]), ("threads", 0), ("threads", 1.0),
         ("threads", True), ("threads", "two"), ("time_limit", -1), ("time_limit", "soon"),
         ("time_limit", float("nan")), ("profile", 3), ("profile", b"x"), ("effort", "heroic"),
+        ("isolation", True),
     ],
 )  # fmt: skip
 def test_an_option_that_makes_no_sense_is_an_error_that_names_it(name: str, given: Any) -> None:
@@ -495,15 +498,16 @@ def test_an_option_that_does_not_exist_is_a_type_error_with_a_suggestion() -> No
 
 def test_every_option_can_be_set_by_its_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     given = {
-        "ACCURACY": "strict", "EFFORT": "patient", "FORBID": "fft,winograd", "MEMORY_LIMIT": "1MiB",
-        "PROFILE": "some.yaml", "THREADS": "3", "TIME_LIMIT": "2.5", "TUNING": "on-miss",
+        "ACCURACY": "strict", "EFFORT": "patient", "FORBID": "fft,winograd", "ISOLATION": "all",
+        "MEMORY_LIMIT": "1MiB", "ON_MISS": "warn", "ONLINE_BUDGET": "0.05", "PROFILE": "some.yaml", "THREADS": "3",
+        "TIME_LIMIT": "2.5", "TUNING": "on-miss",
     }  # fmt: skip
     assert {name.lower() for name in given} == set(settings.TABLE)
     for name, value in given.items():
         monkeypatch.setenv(f"CONVDISPATCH_{name}", value)
     settings.from_environment.cache_clear()
     assert settings.current() == settings.Options(
-        "strict", "patient", ("fft", "winograd"), 1 << 20, Path("some.yaml"), 3, 2.5, "on-miss"
+        "strict", "patient", ("fft", "winograd"), "all", 1 << 20, "warn", 0.05, Path("some.yaml"), 3, 2.5, "on-miss"
     )
     with settings.options(threads=1):  # a block is nearer than the environment
         assert settings.current().threads == 1

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convdispatch import fingerprint, machine, profile, profile_tools, registry
+from convdispatch import calibration, fingerprint, machine, profile, profile_tools, quarantine, registry
 from convdispatch.backend import Config
+from convdispatch.calibration import Calibration
 from convdispatch.errors import ProfileError, ProfileWarning
 from convdispatch.fingerprint import compare
 from convdispatch.machine import Machine
@@ -217,8 +218,8 @@ def test_joining_takes_machines_and_quarantines_along_and_grades_by_them() -> No
     assert done.grades == {"exact": 1, "soft": 1, "hard": 2}
     again = Profile(Profile("", "").changed(done.changes), "again.yaml")
     assert set(again.machines()) == {"like", "far", HERE.id}
-    (held,) = profile_tools.quarantines(again)
-    assert (held.backend, held.version, held.machine, held.reason) == ("bad", "1", "like", "it crashed")
+    (held,), _ = quarantine.written(again)
+    assert (held.backend, held.version, held.machine, held.reason) == ("bad", 1, "like", "it crashed")
     assert len(again.entries()) == 4
 
 
@@ -398,6 +399,34 @@ def test_a_quarantine_of_the_version_in_use_here_is_wrong(path: Path) -> None:
     assert finding.wrong
     assert finding.command == f"convdispatch profile prune --quarantined --profile {path}"
     assert not examined(path, text.replace(f"version {version} |", f"version {version + 1} |"))["quarantined"].wrong
+    assert not examined(path, f"{text}  origin: another.package:Fft\n")["quarantined"].wrong
+
+
+def test_calibrations_are_kept_by_every_tool_and_go_with_their_machine(path: Path) -> None:
+    made = {where: Calibration(where, "calibrate", 9) for where in (HERE.id, "far")}
+    more = "".join(text for one in made.values() for text in calibration.dump(one).values())
+    source = of(entry(), entry(where="far"), machines={HERE.id: HERE.describe()}, more=more)
+    joined = Profile(Profile("", "").changed(join(Profile("", "new"), [source], HERE).changes), "again")
+    for kept in (source, joined, Profile(export(source, portable=False).text, "out")):
+        assert {key: calibration.parse(key.split()[1], text) for key, text in kept.notes("calibration ").items()} == {
+            f"calibration {where}": one for where, one in made.items()
+        }
+    everything = Selection(stale=True, flagged=True, broken=True, quarantined=True)
+    assert not [key for key in prune(source, everything).changes if key.startswith("calibration")]
+    assert "calibration far" in prune(source, Selection(machine="far")).changes
+    assert f"calibration {HERE.id}" not in prune(source, Selection(machine="far")).changes
+    key = f"calibration {HERE.id}"
+    broken = text_of(entry(), more=f"{key}:\n  made: long ago\n")
+    assert examined(path, broken)["unreadable"].about == key
+    assert set(prune(Profile(broken, "x.yaml"), Selection(broken=True)).changes) == {key}
+
+
+def test_a_quarantine_that_cannot_be_read_is_found_and_pruned_as_broken(path: Path) -> None:
+    key = f"quarantine fft version 1 | {HERE.id}"
+    text = text_of(entry(), more=f"{key}:\n  when: 2026-01-01\n")
+    finding = examined(path, text)["unreadable"]
+    assert (finding.about, finding.reason, finding.wrong) == (key, "it gives no reason", True)
+    assert set(prune(Profile(text, "x.yaml"), Selection(broken=True)).changes) == {key}
 
 
 def test_a_like_machine_is_a_note_with_what_differs(path: Path) -> None:

@@ -243,7 +243,7 @@ ROW = "problem: '1x8x8x4 * 3x3x4x8 SAME'"
         ("layers:\n- !!python/object/apply:os.abort []", "line 2: this is not YAML: could not determine"),
         ("a: &a [1]\nlayers: *a", "w.yaml, line 2: aliases are not read here"),
         ("a: 1\nlayers: " + "[" * 200_000, "w.yaml, line 2: nothing here is nested so deeply"),
-        ("#" * (1 << 20) + "\n", "w.yaml: a workload file has at most 1048576 bytes"),
+        ("#" * (16 << 20) + "\n", "w.yaml: a workload file has at most 16777216 bytes"),
     ],
 )  # fmt: skip
 def test_broken_files_say_where_and_what(text: str, message: str, tmp_path: Path) -> None:

@@ -8,17 +8,14 @@ A loop in this process runs between the samples. If it had to wait for a core, i
 others used the processors meanwhile, the machine was busy, and what was measured decides nothing.
 """
 
-import contextlib
+import functools
 import math
-import os
 import random
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -27,118 +24,16 @@ from convdispatch.arguments import Array
 from convdispatch.problem import LOW_PRECISION, Problem
 from convdispatch.reference import conv2d
 from convdispatch.tuning import tuner
-from convdispatch.tuning.engine_worker import EngineLostError, Worker
+from convdispatch.tuning.busy import Conditions, Watch
+from convdispatch.tuning.engine_field import EngineField
 from convdispatch.tuning.engines import OWN, Case
 from convdispatch.tuning.workload import Layer, Workload
 
 #: Seconds of one sample.
 SAMPLE = 0.015
-#: An engine whose process was lost this often is not started again.
-_MOST_LOST = 2
 #: Error over the largest exact output from which on a float result is wrong: 3e-4 for float32. The fastest
 #: transforms stay below a third of it, arithmetic in bfloat16 or TF32 does not.
 _ULPS = 2500
-#: Turns of the calibration loop: some milliseconds.
-_LOOP = 100_000
-#: Core seconds below which the system's account is too coarse.
-_ENOUGH = 0.5
-
-
-# Was the machine quiet? ---------------------------------------------------------------------------------------------
-
-#: From which on a machine was busy: spread of the calibrations, part of their time that they waited for a core,
-#: part of the cores' time that other processes used, part that the hypervisor kept.
-LIMITS = {"spread": 0.10, "waiting": 0.05, "others": 0.10, "steal": 0.02}
-_WORDS = {
-    "spread": "a fixed loop's time varied by {:.1%}",
-    "waiting": "it waited for a core for {:.1%} of its time",
-    "others": "other processes used {:.1%} of the cores",
-    "steal": "the hypervisor kept {:.1%} of them",
-}
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What the machine was like while a layer was measured, as parts of 1; None where the system does not say.
-
-    Attributes:
-        spread: interquartile range of the calibration loop's times over their median.
-        waiting: part of the loop's time in which this process did not run.
-        others: part of the usable cores' time that processes other than ours used.
-        steal: part of it that the hypervisor gave to others.
-    """
-
-    spread: float
-    waiting: float
-    others: float | None = None
-    steal: float | None = None
-
-    def complaints(self) -> list[str]:
-        """Return in words what says that the machine was busy; nothing if it was quiet."""
-        values = {name: getattr(self, name) for name in LIMITS}
-        return [
-            _WORDS[name].format(value) for name, value in values.items() if value is not None and value > LIMITS[name]
-        ]
-
-
-@dataclass(frozen=True)
-class Ticks:
-    """Seconds of the usable cores since the system started: worked, kept by the hypervisor, in all."""
-
-    worked: float
-    stolen: float
-    total: float
-
-
-class Watch:
-    """Watches the machine from ``start`` to ``stop``; tests replace ``loop`` and ``ticks``."""
-
-    def __init__(self) -> None:
-        self._loops: list[tuple[float, float]] = []
-        self._before: tuple[Ticks | None, float] = (None, 0.0)
-
-    def start(self, workers: float) -> None:
-        """Begin, being told the processor seconds of the workers so far."""
-        self._before = self.ticks(), workers + time.process_time()
-
-    def calibrate(self) -> None:
-        """Run the loop once."""
-        self._loops.append(self.loop())
-
-    def stop(self, workers: float) -> Conditions:
-        """Return what the machine was like."""
-        (before, used), after = self._before, self.ticks()
-        others = steal = None
-        if before is not None and after is not None and (total := after.total - before.total) > _ENOUGH:
-            ours = workers + time.process_time() - used
-            others = max(0.0, after.worked - before.worked - ours) / total
-            steal = (after.stolen - before.stolen) / total
-        walls = [wall for wall, _ in self._loops]
-        if len(walls) < 2:
-            return Conditions(0.0, 0.0, others, steal)
-        low, middle, high = statistics.quantiles(walls, n=4, method="inclusive")
-        waiting = max(0.0, 1 - sum(cpu for _, cpu in self._loops) / sum(walls))
-        return Conditions((high - low) / middle, waiting, others, steal)
-
-    def loop(self) -> tuple[float, float]:
-        """Do a fixed piece of work; return its time by the clock and by the processor."""
-        wall, cpu = time.perf_counter(), time.thread_time()
-        total = 0
-        for number in range(_LOOP):
-            total += number
-        return time.perf_counter() - wall, time.thread_time() - cpu
-
-    def ticks(self) -> Ticks | None:
-        """Read Linux's account of the cores that this process may use; None elsewhere."""
-        try:
-            usable = {f"cpu{number}" for number in os.sched_getaffinity(0)}
-            rows = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
-            cores = [[int(value) for value in row[1:9]] for row in rows if row and row[0] in usable]
-            second = os.sysconf("SC_CLK_TCK")
-        except (AttributeError, OSError, ValueError):
-            return None
-        user, nice, system, _, _, irq, soft, steal = (sum(column) / second for column in zip(*cores, strict=True))
-        return Ticks(user + nice + system + irq + soft, steal, sum(map(sum, cores)) / second)
 
 
 # Results ------------------------------------------------------------------------------------------------------------
@@ -290,7 +185,7 @@ def bench(
     sample: float = SAMPLE,
     attempts: int = 2,
     own: str = OWN,
-    watch: Callable[[], Watch] = Watch,
+    watch: Callable[[], Watch] | None = None,
     seed: int = 0,
     on_progress: Callable[[LayerResult], None] | None = None,
 ) -> Report:
@@ -307,7 +202,7 @@ def bench(
         sample: seconds of a sample.
         attempts: how often a layer is measured at most, if the machine is busy.
         own: the engine that all others are compared with.
-        watch: makes what watches the machine during a layer.
+        watch: makes what watches the machine during a layer; tests pass their own.
         seed: decides the order within the rounds.
         on_progress: called with each layer's result.
     """
@@ -315,9 +210,10 @@ def bench(
     load = load.distinct()
     budget = settings.parse_threads(threads) or heuristic.thread_budget(settings.current())
     if effort is not None:
-        tuner.tune(load, effort=effort, threads=budget, deployments=("plan",))
+        tuner.tune(load, effort=effort, threads=budget, deployments=("plan",), allow_busy=True)
     order = random.Random(seed)  # noqa: S311  # shuffling, not secrets
-    with _Field(dict.fromkeys([own, *against]), budget, timeout) as engines:
+    watch = watch or functools.partial(Watch, budget)
+    with EngineField(dict.fromkeys([own, *against]), budget, timeout) as engines:
         results = []
         for layer in load.layers:
             result = _layer(layer, engines, rounds, sample, watch, order)
@@ -331,76 +227,9 @@ def bench(
     return Report(load, budget, rounds, tuple(results), engines.versions, engines.missing, elapsed)
 
 
-class _Field:
-    """The engines' workers: started, started again when lost, ended."""
-
-    def __init__(self, names: Mapping[str, object], threads: int, timeout: float) -> None:
-        self.names = list(names)
-        self.versions: dict[str, str] = {}
-        self.missing: dict[str, str] = {}
-        self.workers: dict[str, Worker] = {}
-        self._start: Callable[[str], Worker] = lambda name: Worker(name, threads, timeout, _environment(threads))
-        self._lost = dict.fromkeys(self.names, 0)
-        self._gone = 0.0
-        self._folder = tempfile.TemporaryDirectory(prefix="convdispatch-bench-")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for worker in self.workers.values():
-            worker.close()
-        self._folder.cleanup()
-
-    def ready(self, name: str) -> str | None:
-        """Start an engine if it does not run; return the reason if it cannot be had."""
-        if name in self.workers or name in self.missing:
-            return self.missing.get(name)
-        try:
-            self.workers[name] = self._start(name)
-        except EngineLostError as error:
-            self.missing[name] = str(error)
-            return str(error)
-        self.versions[name] = self.workers[name].version
-        return None
-
-    def ask(self, name: str, **request: Any) -> dict[str, Any]:
-        """Return an engine's answer; the loss of its process is a reason like any other."""
-        try:
-            return self.workers[name].ask(**request)
-        except EngineLostError as error:
-            self._gone += self.workers.pop(name).cpu_seconds()
-            self._lost[name] += 1
-            if self._lost[name] >= _MOST_LOST:
-                self.missing[name] = f"{error}; not started again"
-            return {"reason": str(error)}
-
-    def build(self, name: str, problem: Problem) -> tuple[dict[str, Any], Array | None]:
-        """Have an engine build its best deployment; return its answer and its result's first and last image."""
-        file = Path(self._folder.name) / "result.npy"
-        with contextlib.suppress(FileNotFoundError):
-            file.unlink()  # another engine's
-        if reason := self.ready(name):
-            return {"reason": reason}, None
-        reply = self.ask(name, do="build", problem=problem.text, output=str(file))
-        return reply, None if "reason" in reply else np.load(file)
-
-    def cpu_seconds(self) -> float:
-        """Return the processor time of all workers so far."""
-        return self._gone + sum(worker.cpu_seconds() for worker in self.workers.values())
-
-
-def _environment(threads: int) -> dict[str, str]:
-    """Return what the workers' environment adds, so that convdispatch there finds what was tuned here."""
-    given = {"THREADS": str(threads)}
-    if path := settings.current().profile:
-        given["PROFILE"] = str(path)
-    return {settings.PREFIX + name: value for name, value in given.items()}
-
-
 def _layer(
     layer: Layer,
-    engines: _Field,
+    engines: EngineField,
     rounds: int,
     sample: float,
     watch: Callable[[], Watch],

@@ -1,24 +1,15 @@
 """A process that runs one engine, and the handle by which the benchmark holds it.
 
-Requests and replies are lines of JSON on the worker's stdin and stdout; results are compared through a file. An
-engine in its own process brings its own thread pools and memory, and may crash or hang without taking the others
-along. A worker that is not asked anything is stopped: pools that spin after a call would take the cores from
-whoever is measured next.
+Results are compared through a file. An engine in its own process brings its own thread pools and memory, and may
+crash or hang without taking the others along. A worker that is not asked anything is stopped: pools that spin after
+a call would take the cores from whoever is measured next.
 """
 
 import contextlib
-import ctypes
-import json
 import os
-import queue
-import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import textwrap
-import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from convdispatch.problem import Problem
+from convdispatch.tuning.child import Child, ChildLostError, requests, search_path
 from convdispatch.tuning.clock import Clock, system_clock
 from convdispatch.tuning.engines import Case, Deployment, Engine, make
 from convdispatch.tuning.race import Run
@@ -35,8 +27,6 @@ _CHUNK = 2e-4
 #: A call longer than this is timed once a sample.
 _SLOW = 0.1
 _MOST_CHUNKS = 1000
-#: Seconds that idle pools spin at most, where idle processes cannot be stopped.
-_SPIN = 0.15
 _REASON = 300
 #: Seconds of a sample that decides between deployments, and how many more there are for those that are close.
 _TRIAL, _TRIALS = 0.005, 2
@@ -117,19 +107,16 @@ def _tried(built: Mapping[str, Deployment]) -> dict[str, float]:
 
 
 def _short(error: Exception) -> str:
-    return textwrap.shorten(f"{type(error).__name__}: {error}", _REASON, placeholder=" ...")
+    return _cut(f"{type(error).__name__}: {error}")
+
+
+def _cut(reason: str) -> str:
+    return textwrap.shorten(reason, _REASON, placeholder=" ...")
 
 
 def main() -> None:
     """Serve the engine named by the first argument, with as many threads as the second says."""
-    _die_with_parent()
-    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what an engine prints is no reply
-
-    def reply(data: Mapping[str, Any]) -> None:
-        replies.write(json.dumps(data) + "\n")
-        replies.flush()
-
+    asked, reply = requests()
     try:
         engine = make(sys.argv[1], int(sys.argv[2]))
     except Exception as error:  # noqa: BLE001  # not installed, or broken: it is the same to the benchmark
@@ -137,26 +124,11 @@ def main() -> None:
         return
     reply({"version": str(engine.version)})
     server = Server(engine)
-    for line in sys.stdin:
-        reply(server.answer(json.loads(line)))
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to end this process, stopped or not, when the benchmark ends in whatever way."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    for request in asked:
+        reply(server.answer(request))
 
 
 # The other end of the pipe ------------------------------------------------------------------------------------------
-
-
-def _search_path() -> str:
-    """Return where the worker finds convdispatch if it is not installed, also for another interpreter."""
-    root = Path(sys.modules[Problem.__module__].__file__ or "").absolute().parent.parent
-    given = os.environ.get("PYTHONPATH", "")
-    installed = root.name in {"site-packages", "dist-packages"}  # another interpreter must not see these
-    return os.pathsep.join(path for path in ("" if installed else str(root), given) if path)
 
 
 class EngineLostError(Exception):
@@ -181,22 +153,14 @@ class Worker:
         self._timeout = timeout
         self._cpu = 0.0
         engine, _, python = name.partition("@")
-        environment = os.environ | {"PYTHONPATH": _search_path()} | dict(options)
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the worker
+        environment = os.environ | {"PYTHONPATH": search_path()} | dict(options)
         command = [python or sys.executable, "-m", "convdispatch.tuning.engine_worker", engine, str(threads)]
         try:
-            self._process = subprocess.Popen(  # noqa: S603  # this interpreter or the one the user names
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
-                env=environment, start_new_session=True,
-            )  # fmt: skip
+            self._child = Child(command, environment)
         except OSError as error:
-            self._errors.close()
             raise EngineLostError(f"{python}: {error.strerror}") from None
-        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
         self.version = self._greeting()
-        self._pause()
+        self._child.pause()
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """Return the answer to a request.
@@ -205,44 +169,27 @@ class Worker:
             EngineLostError: if there is none; the process is gone then.
         """
         try:
-            self._signal("SIGCONT")
-            assert self._process.stdin is not None  # noqa: S101  # for the type checker
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
+            self._child.go_on()
+            self._child.send(request)
             reply = self._receive()
         except (OSError, EngineLostError) as error:
-            reason = str(error) if isinstance(error, EngineLostError) else self._end()
+            reason = str(error) if isinstance(error, EngineLostError) else _cut(self._child.end())
             self.close()
             raise EngineLostError(reason) from None
-        self._pause()
+        self._child.pause()
         return reply
 
     def cpu_seconds(self) -> float:
         """Return the processor time it has used, 0 where the system does not say."""
         with contextlib.suppress(OSError, ValueError):
-            fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+            fields = Path(f"/proc/{self._child.pid}/stat").read_text().rpartition(")")[2].split()
             self._cpu = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
         return self._cpu
 
     def close(self) -> None:
         """End the process."""
         self.cpu_seconds()
-        self._kill()
-        self._process.wait()
-        self._reader.join(timeout=1)
-        # A stream that is still being read cannot be closed: something that the engine started has outlived it.
-        output = None if self._reader.is_alive() else self._process.stdout
-        for stream in (self._process.stdin, output, self._errors):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
-
-    def _kill(self) -> None:
-        """End the process and what it forked: a library's helper would keep the pipe open."""
-        if hasattr(os, "killpg"):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)  # it leads a session, so this is its group
-        self._process.kill()
+        self._child.close()
 
     def _greeting(self) -> str:
         """Return the engine's version, which is the first thing that a worker says."""
@@ -256,43 +203,13 @@ class Worker:
             raise EngineLostError(str(first["reason"]))
         return str(first["version"])
 
-    def _read(self) -> None:
-        assert self._process.stdout is not None  # noqa: S101  # for the type checker
-        for line in self._process.stdout:
-            self._lines.put(line)
-        self._lines.put("")
-
     def _receive(self) -> dict[str, Any]:
         try:
-            line = self._lines.get(timeout=self._timeout)
-        except queue.Empty:
+            return self._child.receive(self._timeout)
+        except TimeoutError:
             raise EngineLostError(f"gave no answer within {self._timeout:g} s") from None
-        if not line:
-            raise EngineLostError(self._end())
-        reply: dict[str, Any] = json.loads(line)
-        return reply
-
-    def _end(self) -> str:
-        """Return how the process ended, with the last line that it wrote."""
-        try:
-            code = self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:  # it cannot answer any more, but still runs
-            self._kill()
-            code = self._process.wait()
-        self._errors.seek(0)
-        said = self._errors.read()[-2000:].decode(errors="replace").strip().splitlines()
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return textwrap.shorten(f"crashed ({how}){f': {said[-1]}' if said else ''}", _REASON, placeholder=" ...")
-
-    def _pause(self) -> None:
-        if hasattr(signal, "SIGSTOP"):
-            self._signal("SIGSTOP")
-        else:
-            time.sleep(_SPIN)
-
-    def _signal(self, name: str) -> None:
-        if hasattr(signal, name):
-            self._process.send_signal(getattr(signal, name))
+        except ChildLostError as error:
+            raise EngineLostError(_cut(str(error))) from None
 
 
 if __name__ == "__main__":

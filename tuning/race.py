@@ -1,9 +1,23 @@
-"""Times candidates in interleaved rounds, so that what slows the machine for a while slows all of them alike."""
+"""Times candidates in interleaved rounds, until it is decided who is fastest.
+
+In each round every candidate gives one sample, in shuffled order; two candidates are compared by the ratios of their
+samples of the same round, so that what slows the machine for a while slows both. Each is compared with the leader by a
+confidence interval of the median ratio. Who is slower for certain leaves; the race is over when nobody is left whom
+more rounds could tell from the leader, since the rest are slower or equal within the margin.
+
+The interval is that of order statistics (the inverted sign test): it supposes nothing of how times are distributed,
+so outliers and times of two modes do no harm. Looking after every round errs more often than looking once, and a
+runner that left cannot come back; hence intervals of 99.5 % for decisions, where 95 % would do for one look.
+
+Buffers are kept warm: before each sample a call outside the clock brings back to the caches what the other candidates
+drove out of them, as where a layer is called again and again. Calls too short for the clock are timed in batches.
+"""
 
 import functools
+import math
 import random
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from convdispatch.tuning.clock import Clock
@@ -19,8 +33,9 @@ class Rules:
         rounds: most samples of a candidate.
         sample_seconds: a sample repeats the call until it takes about this long.
         race_seconds: no round starts after this much time.
-        drop: a candidate whose best sample is this many times the leader's median leaves the race...
+        drop: a candidate whose best time, warming up included, is this many times the leader's median leaves...
         drop_after: ...once it has this many samples (one is enough for ten times that).
+        margin: candidates this close in time are equal.
     """
 
     rounds: int
@@ -28,16 +43,19 @@ class Rules:
     race_seconds: float
     drop: float = 1.5
     drop_after: int = 3
+    margin: float = 0.01
 
 
 #: Seconds of a first call from which on a second would tell nothing new.
 _SLOW = 0.02
 _MOST_REPEATS = 1000
+#: Part of the intervals that hold the true median: for decisions, and for what is reported.
+DECIDED, REPORTED = 0.995, 0.95
 
 RULES = {
-    "measure": Rules(rounds=11, sample_seconds=0.002, race_seconds=1.0),
-    "patient": Rules(rounds=31, sample_seconds=0.005, race_seconds=8.0, drop_after=5),
-    "exhaustive": Rules(rounds=61, sample_seconds=0.01, race_seconds=60.0, drop=3.0, drop_after=9),
+    "measure": Rules(rounds=61, sample_seconds=0.002, race_seconds=1.0),
+    "patient": Rules(rounds=121, sample_seconds=0.005, race_seconds=8.0, drop_after=5),
+    "exhaustive": Rules(rounds=241, sample_seconds=0.01, race_seconds=60.0, drop=3.0, drop_after=9),
 }
 
 
@@ -69,6 +87,109 @@ class Samples:
         return (high - low) / self.median if self.median else 0.0
 
 
+@dataclass(frozen=True)
+class Standing:
+    """A candidate's time over the leader's: the median of the rounds' ratios, and the ends of its interval."""
+
+    low: float
+    median: float
+    high: float
+
+    def slower(self, margin: float) -> bool:
+        """Return whether it is slower by half the margin for certain, and by the margin as far as one can tell."""
+        return self.low > 1 + margin / 2 and self.median > 1 + margin
+
+    def equal(self, margin: float) -> bool:
+        """Return whether it is for certain no more than the margin slower."""
+        return self.high <= 1 + margin
+
+
+# Numbers ------------------------------------------------------------------------------------------------------------
+
+
+def interval(values: Sequence[float], confidence: float = REPORTED) -> tuple[float, float] | None:
+    """Return between which values the median lies with at least this confidence; None if they are too few to tell."""
+    skip = _outside(len(values), confidence)
+    if skip is None:
+        return None
+    ordered = sorted(values)
+    return ordered[skip], ordered[-1 - skip]
+
+
+@functools.cache
+def _outside(count: int, confidence: float) -> int | None:
+    """Return how many of the smallest, and of the largest, of so many values are outside the interval.
+
+    That is a quantile of the binomial distribution, which SciPy has; to import its statistics takes longer than a race.
+    """
+    tail, found = 0.0, None
+    for skip in range((count + 1) // 2):
+        tail += math.comb(count, skip) / 2.0**count
+        if 2 * tail > 1 - confidence:
+            break
+        found = skip
+    return found
+
+
+def _ratios(samples: Samples, other: Samples) -> list[float]:
+    """Return the ratios of two runners' times in the rounds that both ran in."""
+    pairs = zip(samples.seconds, other.seconds, strict=False)
+    return [a / b if b else (math.inf if a else 1.0) for a, b in pairs]
+
+
+def leader(table: Mapping[str, Samples], among: Iterable[str] | None = None) -> str | None:
+    """Return who is fastest of those who ran to the end; round by round, since a drift can deceive plain medians."""
+    most = max((len(samples.seconds) for samples in table.values()), default=0)
+    names = [name for name in (table if among is None else among) if len(table[name].seconds) == most]
+    if not names:
+        return None
+    first = min(names, key=lambda name: table[name].median)
+    return min(names, key=lambda name: (statistics.median(_ratios(table[name], table[first])), name != first))
+
+
+def standings(table: Mapping[str, Samples], among: Iterable[str] | None = None) -> dict[str, Standing]:
+    """Return everybody's standing against the leader; rounds too few for an interval must all agree."""
+    first = leader(table, among)
+    found = {}
+    for name in table if among is None else among:
+        assert first is not None  # noqa: S101  # where there is anybody, somebody leads
+        ratios = _ratios(table[name], table[first])
+        low, high = interval(ratios, DECIDED) or (min(ratios), max(ratios))
+        found[name] = Standing(low, statistics.median(ratios), high)
+    return found
+
+
+def comparable_seconds(table: Mapping[str, Samples]) -> dict[str, float]:
+    """Return the seconds of a call by name, as if all had run in the same rounds at the same moments.
+
+    The leader is the measure: its median, times the median of the others' ratios to it, round by round. A plain
+    median would not do: where the machine becomes slower halfway, it is a matter of luck on which side of the change
+    each runner's median falls, and who left before has only the fast half.
+    """
+    first = leader(table)
+    if first is None or not all(table[first].seconds):  # too fast for the clock
+        return {name: samples.median for name, samples in table.items()}
+    measure = table[first]
+    return {name: measure.median * statistics.median(_ratios(samples, measure)) for name, samples in table.items()}
+
+
+def comparable_intervals(table: Mapping[str, Samples]) -> dict[str, tuple[float, float] | None]:
+    """Return the 95 % intervals of ``comparable_seconds``; None from fewer than six rounds.
+
+    Those of the others are of their ratios to the leader, times the leader's median: they say how well one is told
+    from the other. The leader's own is of its seconds.
+    """
+    first = leader(table)
+    if first is None or not all(table[first].seconds):
+        return {name: interval(samples.seconds) for name, samples in table.items()}
+    measure = table[first]
+    scaled = {name: [ratio * measure.median for ratio in _ratios(samples, measure)] for name, samples in table.items()}
+    return {name: interval(measure.seconds if name == first else values) for name, values in scaled.items()}
+
+
+# The race -----------------------------------------------------------------------------------------------------------
+
+
 def race(
     runners: Mapping[str, Run],
     rules: Rules,
@@ -76,6 +197,7 @@ def race(
     *,
     seed: int = 0,
     on_failure: Callable[[str, Exception], None] | None = None,
+    on_round: Callable[[], None] | None = None,
 ) -> dict[str, Samples]:
     """Time every runner; the first call of each is a warm-up outside the clock's samples.
 
@@ -85,6 +207,7 @@ def race(
         clock: tells the time.
         seed: decides the order within the rounds.
         on_failure: told of a runner that raised; it leaves the race. Without, the error is raised.
+        on_round: called before each round, between the samples.
 
     Returns:
         Samples by name, at least one each, except for runners that raised.
@@ -97,7 +220,9 @@ def race(
         if once is not None:
             table[name] = Samples(_repeats(once, rules), first=once)
     live = list(table)
-    for number in range(rules.rounds):
+    for number in range(1, rules.rounds + 1):
+        if on_round is not None:
+            on_round()
         order.shuffle(live)
         for name in list(live):
             samples = table[name]
@@ -108,29 +233,11 @@ def race(
             else:
                 samples.seconds.append(taken)
         live = _still_in(live, table, rules)
-        if not live or (clock() - start > rules.race_seconds and number + 1 >= min(3, rules.rounds)):
+        if not live or (clock() - start > rules.race_seconds and number >= min(3, rules.rounds)):
             break
-        if len(live) == 1 and number + 1 >= rules.drop_after:
+        if number >= rules.drop_after and _decided(live, table, rules):
             break
     return table
-
-
-def comparable_seconds(table: Mapping[str, Samples]) -> dict[str, float]:
-    """Return the seconds of a call by name, as if all had run in the same rounds at the same moments.
-
-    One who ran to the end is the measure: its median, times the median of the others' ratios to it, round by
-    round. A plain median would not do: where the machine becomes slower halfway, it is a matter of luck on which
-    side of the change each runner's median falls, and who left before has only the fast half.
-    """
-    most = max((len(samples.seconds) for samples in table.values()), default=0)
-    finishers = [samples for samples in table.values() if len(samples.seconds) == most]
-    measure = min(finishers, key=lambda samples: samples.median, default=Samples(1))
-    if not all(measure.seconds):
-        return {name: samples.median for name, samples in table.items()}  # too fast for the clock
-    return {
-        name: measure.median * statistics.median(a / b for a, b in zip(samples.seconds, measure.seconds, strict=False))
-        for name, samples in table.items()
-    }
 
 
 def _attempt(
@@ -173,12 +280,24 @@ def _sample(run: Run, samples: Samples, clock: Clock) -> float:
 
 
 def _still_in(live: list[str], table: Mapping[str, Samples], rules: Rules) -> list[str]:
+    """Return who goes on: not who is hopeless, nor who is slower for certain."""
     if not live:
         return live
-    leader = min(table[name].median for name in live)
-    return [
-        name
-        for name in live
-        if (best := min(table[name].seconds)) <= leader * rules.drop
-        or (len(table[name].seconds) < rules.drop_after and best <= leader * rules.drop * 10)
-    ]
+    best = min(table[name].median for name in live)
+    near = [name for name in live if not _hopeless(table[name], best, rules)]
+    if _outside(len(table[near[0]].seconds), DECIDED) is None:
+        return near
+    return [name for name, standing in standings(table, near).items() if not standing.slower(rules.margin)]
+
+
+def _hopeless(samples: Samples, best: float, rules: Rules) -> bool:
+    own = min(samples.first, *samples.seconds)
+    return own > best * rules.drop * (1 if len(samples.seconds) >= rules.drop_after else 10)
+
+
+def _decided(live: Sequence[str], table: Mapping[str, Samples], rules: Rules) -> bool:
+    """Return whether more rounds would change nothing: all who are left are equal, and the leader's time is known."""
+    rounds = len(table[live[0]].seconds)
+    if _outside(rounds, REPORTED if len(live) == 1 else DECIDED) is None:
+        return False
+    return all(standing.equal(rules.margin) for standing in standings(table, live).values())

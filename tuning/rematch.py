@@ -9,7 +9,7 @@ the estimate's own pick too, so that a tuned choice is never worse than an untun
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from convdispatch import registry
+from convdispatch import quarantine, registry
 from convdispatch.backend import Candidate, Effort
 from convdispatch.profile import Entry, Failure, Key, Result
 from convdispatch.settings import EFFORTS
@@ -27,7 +27,7 @@ def still_there(entry: Entry | None) -> list[Candidate]:
     return [
         Candidate(now[row.backend], row.config)
         for row in (entry.results if entry else ())
-        if row.backend in now and now[row.backend].version == row.version
+        if row.backend in now and now[row.backend].version == row.version and not quarantine.of(now[row.backend])
     ]
 
 
@@ -48,7 +48,9 @@ class Rematch:
         return any(result.name == self.champion for result in results)
 
 
-def rematch(key: Key, effort: Effort, everyone: Sequence[Candidate], incumbent: Entry | None) -> Rematch | None:
+def rematch(
+    key: Key, effort: Effort, everyone: Sequence[Candidate], incumbent: Entry | None, pick: Sequence[Candidate] = ()
+) -> Rematch | None:
     """Return who must race again, or None if the old entry settles nothing and everybody must.
 
     Args:
@@ -56,6 +58,7 @@ def rematch(key: Key, effort: Effort, everyone: Sequence[Candidate], incumbent: 
         effort: how hard.
         everyone: the candidates of a full race, the one that is estimated fastest first.
         incumbent: what was measured before, here or on a machine much like this one.
+        pick: who would be used without tuning; empty where nobody can tell.
     """
     if incumbent is None or incumbent.flags or EFFORTS.index(incumbent.effort) < EFFORTS.index(effort):
         return None
@@ -70,7 +73,7 @@ def rematch(key: Key, effort: Effort, everyone: Sequence[Candidate], incumbent: 
     if exact and not raced:
         return None
     if not exact:
-        raced += everyone[:1]
+        raced += pick or everyone[:1]
     named = {candidate.name: candidate for candidate in (champion, *raced)}
     return Rematch(tuple(named.values()), champion.name)
 

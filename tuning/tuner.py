@@ -1,32 +1,51 @@
 """The tuner: checks and races every candidate of a problem, and writes down who won and on what evidence."""
 
+import functools
 import textwrap
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from convdispatch import heuristic, machine, profile, registry, settings
+from convdispatch import heuristic, machine, observe, profile, quarantine, registry, settings, transfer
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Candidate, Effort
-from convdispatch.errors import ArgumentError, BackendError, ProfileError, ProfileWarning
+from convdispatch.errors import ArgumentError, BackendError, BusyMachineError, ProfileError, ProfileWarning
 from convdispatch.plan import Plan
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Failure, Found, Key, Result
+from convdispatch.reference import Verdict
 from convdispatch.settings import EFFORTS
+from convdispatch.tuning import calibrate, hard_inputs, isolation, stakes
 from convdispatch.tuning import workload as workloads
+from convdispatch.tuning.busy import Watch, wait_until_quiet
 from convdispatch.tuning.clock import Clock, system_clock
 from convdispatch.tuning.gate import Trial, trial
-from convdispatch.tuning.race import RULES, Rules, Run, comparable_seconds, race
+from convdispatch.tuning.preference import order_by_preference
+from convdispatch.tuning.race import (
+    RULES,
+    Rules,
+    Run,
+    Samples,
+    Standing,
+    comparable_intervals,
+    comparable_seconds,
+    race,
+    standings,
+)
 from convdispatch.tuning.rematch import carried, known_versions, rematch, still_there
 from convdispatch.tuning.workload import Layer, Workload
 
 Status = Literal["tuned", "known", "left", "failed"]
-#: Candidates this close in time are equal; the preference order decides between them.
-TIE_MARGIN = 0.01
+#: Seconds that a tuning run waits for a busy machine to become quiet, before it refuses.
+PATIENCE = 10.0
+#: Who was measured while others used the machine; such an entry is measured again.
+BUSY = "busy"
+#: Makes what watches the machine for a thread budget; tests replace it.
+make_watch: Callable[[int], Watch] = Watch
 _LONGEST_REASON = 300
 _one_at_a_time = threading.Lock()
 
@@ -42,6 +61,7 @@ class LayerReport:
         entry: the measurements, where there are any.
         left_out: candidates not measured, since they were estimated hopelessly slow.
         reason: why it failed.
+        busy: what said that others used the machine meanwhile; the entry is flagged then.
     """
 
     layer: Layer
@@ -50,6 +70,7 @@ class LayerReport:
     entry: Entry | None = None
     left_out: tuple[str, ...] = ()
     reason: str = ""
+    busy: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,7 +79,7 @@ class TuneReport:
 
     Attributes:
         workload: what was tuned.
-        layers: one report for each distinct problem and deployment, in the workload's order.
+        layers: one report for each distinct problem and deployment, in the order in which they were tuned.
         profile: the file that was written.
         seconds: how long it took.
         threads: the thread budget.
@@ -77,9 +98,15 @@ class TuneReport:
         """Whether every layer has a winner."""
         return all(report.status in {"tuned", "known"} for report in self.layers)
 
+    @property
+    def flagged(self) -> int:
+        """How many layers have an entry that was measured on a busy machine, and so is to be measured again."""
+        return sum(report.entry is not None and BUSY in report.entry.flags for report in self.layers)
 
+
+@isolation.children()
 def tune(
-    workload: str | Path | Problem | Workload | Sequence[Any],
+    workload: str | Path | Problem | Workload | Iterable[Any],
     *,
     effort: str = "measure",
     time_limit: float | None = None,
@@ -87,23 +114,36 @@ def tune(
     backends: Sequence[str] | None = None,
     deployments: Sequence[str] = profile.DEPLOYMENTS,
     retune: bool = False,
+    retry_quarantined: bool = False,
+    allow_busy: bool = False,
     on_progress: Callable[[LayerReport], None] | None = None,
+    on_wait: Callable[[str], None] | None = None,
 ) -> TuneReport:
     """Measure which backend is fastest for each problem of a workload, and keep the winners in the profile.
 
     Each problem is stored as soon as it is decided, so that an interrupted run keeps what it has measured; the
     next run takes what the profile knows (at this effort or a higher one) and goes on with the rest.
 
+    What was recorded is tuned in the order of the seconds it took, the most first, each in the deployment and with
+    the thread budget that it was called with; a time limit is spent in proportion to those seconds.
+
+    A busy machine is waited for before the first race, for up to ten seconds. One that becomes busy later stops
+    nothing: a race that was disturbed is run again, longer, and if that was disturbed too, its entry is flagged
+    ``"busy"``. A flagged entry is used, but measured again by the next run.
+
     Args:
-        workload: a packaged workload's name, a YAML file, a problem or its text, a ``Workload``, or several
-            problems.
+        workload: a packaged workload's name, a YAML file, a problem or its text, a ``Workload``, what ``record``
+            recorded, or several problems.
         effort: ``"measure"``, ``"patient"`` or ``"exhaustive"``.
         time_limit: seconds for the whole run; what it leaves undone is reported as left.
-        threads: most threads a candidate may use; the option ``threads`` where None.
+        threads: most threads a candidate may use; what was recorded, else the option ``threads``, where None.
         backends: names of the backends that take part; all where None.
         deployments: ``"plan"`` (filters packed before), ``"call"`` (packed in every call), or both.
         retune: whether to measure again what the profile knows.
+        retry_quarantined: whether to lift the quarantine of the backends that take part, so that they are tried again.
+        allow_busy: whether to measure on a busy machine too, without waiting; what is measured then is flagged.
         on_progress: called with each layer's report as soon as there is one.
+        on_wait: told in words that the machine is busy, and how long that is waited for.
 
     Returns:
         A report with an entry for each distinct problem and deployment.
@@ -112,38 +152,70 @@ def tune(
         WorkloadError: if the workload cannot be understood.
         UnknownBackendError: for a name in ``backends`` that there is not.
         ProfileError: if the profile cannot be written; nothing has been measured then.
+        BusyMachineError: if others use the machine and ``allow_busy`` is false; nothing has been measured then.
     """
     load = workloads.load(workload).distinct()
-    level = _checked_effort(effort)
+    level = checked_effort(effort)
     limit = None if time_limit is None else settings.TABLE["time_limit"][0](time_limit)
-    for deployment in deployments:
-        if deployment not in profile.DEPLOYMENTS:
-            raise ArgumentError(f"deployments must be of {', '.join(profile.DEPLOYMENTS)}; got {deployment!r}")
+    check_deployments(deployments)
     budget = settings.parse_threads(threads) or heuristic.thread_budget(settings.current())
     path = profile.writable_path()
     profile.write(path, (), machine.current())  # better to learn now than after a long run that it cannot be written
-    chosen = _chosen(backends)
+    chosen = chosen_backends(backends)
+    again = quarantine.lift(chosen.values()) if retry_quarantined else ()
+    isolation.forget([chosen[name] for name in again])
     started = time.monotonic()
-    work = [(layer, deployment) for layer in load.layers for deployment in deployments]
+
+    def is_settled(key: Key) -> bool:
+        return not retune and _stands(_known(key, path), level, chosen, again)
+
+    forced = settings.parse_threads(threads)
+    work = stakes.tasks(load, deployments, machine.current().id, budget, threads=forced, is_settled=is_settled)
     reports = []
-    for number, (layer, deployment) in enumerate(work):
+    most = max(task.key.threads for task in work)
+
+    @functools.cache
+    def ready() -> None:
+        if not allow_busy:
+            refuse_if_busy(most, PATIENCE if limit is None else min(PATIENCE, limit), on_wait)
+
+    for number, task in enumerate(work):
         left = None if limit is None else limit - (time.monotonic() - started)
-        share = None if left is None else max(0.0, left) / (len(work) - number)
-        key = Key(layer.problem, deployment, budget, machine.current().id)
-        report = _tune_layer(layer, key, level, share, chosen, path, retune=retune)
+        share = None if left is None else stakes.share(left, work[number:])
+        report = _tune_layer(task.layer, task.key, level, share, chosen, path, ready, retune=retune, again=again)
         reports.append(report)
         if on_progress is not None:
             on_progress(report)
+    calibrate.learn((report.entry for report in reports if report.entry), path)
     return TuneReport(load, tuple(reports), path, time.monotonic() - started, budget, machine.current().id)
 
 
-def _checked_effort(effort: str) -> Effort:
+def checked_effort(effort: str) -> Effort:
+    """Return the effort, an ``ArgumentError`` where there is none of this name."""
     if effort not in RULES:
         raise ArgumentError(f"effort must be one of {', '.join(RULES)}; got {effort!r}")
     return cast("Effort", effort)
 
 
-def _chosen(names: Sequence[str] | None) -> dict[str, Backend]:
+def refuse_if_busy(threads: int, seconds: float, on_wait: Callable[[str], None] | None = None) -> None:
+    """Wait for a quiet moment, for so many seconds; raise a ``BusyMachineError`` if there is none."""
+    complaints = wait_until_quiet(lambda: make_watch(threads), seconds, on_wait or (lambda _: None))
+    if complaints:
+        raise BusyMachineError(
+            f"the machine is busy: {', '.join(complaints)}. What is measured now may be wrong when it is quiet: "
+            "try again then, or measure anyway with --allow-busy (allow_busy=True), which marks the results"
+        )
+
+
+def check_deployments(deployments: Sequence[str]) -> None:
+    """Raise an ``ArgumentError`` unless all of these are deployments."""
+    for deployment in deployments:
+        if deployment not in profile.DEPLOYMENTS:
+            raise ArgumentError(f"deployments must be of {', '.join(profile.DEPLOYMENTS)}; got {deployment!r}")
+
+
+def chosen_backends(names: Sequence[str] | None) -> dict[str, Backend]:
+    """Return the backends of these names, all available ones for None."""
     if names is None:
         return registry.available()
     if isinstance(names, str) or not names:
@@ -158,28 +230,74 @@ def _tune_layer(
     seconds: float | None,
     backends: dict[str, Backend],
     path: Path,
+    ready: Callable[[], None],
     *,
     retune: bool,
+    again: Sequence[str],
 ) -> LayerReport:
-    found = _known(key, path)
+    report = measure_layer(
+        layer, key, effort, seconds, backends, _known(key, path), ready=ready, retune=retune, again=again
+    )
+    if report.status == "tuned" and report.entry is not None:
+        profile.remember(report.entry)
+        profile.write(path, [report.entry], machine.current())
+    return report
+
+
+def measure_layer(
+    layer: Layer,
+    key: Key,
+    effort: Effort,
+    seconds: float | None,
+    backends: dict[str, Backend],
+    found: Found | None,
+    *,
+    ready: Callable[[], None] = lambda: None,
+    retune: bool = False,
+    again: Sequence[str] = (),
+) -> LayerReport:
+    """Measure a layer unless what is known of it suffices or no time is left; no entry is written anywhere.
+
+    Args:
+        layer, key: what to measure.
+        effort: how hard to look.
+        seconds: most time the race may take, if any.
+        backends: who takes part.
+        found: what is known of it, here or from a machine much like this one.
+        ready: called before something is measured; it may refuse by raising.
+        retune: whether to measure again what is known.
+        again: backends out of quarantine, which are measured again where they failed.
+    """
     known = found.entry if found is not None else None
-    if found is not None and found.exact and not retune and suffices(found.entry, effort, backends):
+    if not retune and _stands(found, effort, backends, again):
         return LayerReport(layer, key.deployment, "known", known)
     if seconds is not None and seconds <= 0:
         return LayerReport(layer, key.deployment, "left", known)
+    ready()
     try:
         outcome = tune_problem(
-            key, effort=effort, seconds=seconds, backends=backends, incumbent=known, sparing=not retune
-        )
+            key, effort=effort, seconds=seconds, backends=backends, incumbent=known,
+            sparing=not retune and not _failed(known, again),
+        )  # fmt: skip
     except BackendError as error:
         return LayerReport(layer, key.deployment, "failed", known, reason=str(error))
-    profile.remember(outcome.entry)
-    profile.write(path, [outcome.entry], machine.current())
-    return LayerReport(layer, key.deployment, "tuned", outcome.entry, outcome.left_out)
+    return LayerReport(layer, key.deployment, "tuned", outcome.entry, outcome.left_out, busy=outcome.busy)
 
 
 def _known(key: Key, path: Path) -> Found | None:
     return next(iter(profile.find_in(path, key)), None)
+
+
+def _stands(found: Found | None, effort: Effort, backends: dict[str, Backend], again: Sequence[str]) -> bool:
+    """Return whether what the profile has is for just this key and nothing is to be measured anew."""
+    if found is None or not found.exact or BUSY in found.entry.flags or _failed(found.entry, again):
+        return False
+    return suffices(found.entry, effort, backends)
+
+
+def _failed(entry: Entry | None, again: Sequence[str]) -> bool:
+    """Return whether one of the backends that are to be tried again failed in an entry."""
+    return entry is not None and any(failure.backend in again for failure in entry.failures)
 
 
 def suffices(entry: Entry, effort: Effort, backends: dict[str, Backend]) -> bool:
@@ -202,10 +320,11 @@ def _would_race(backend: Backend, key: Key, effort: Effort) -> bool:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A problem's new entry, and the candidates that were not measured."""
+    """A problem's new entry, the candidates that were not measured, and what said that the machine was busy."""
 
     entry: Entry
     left_out: tuple[str, ...]
+    busy: tuple[str, ...] = ()
 
 
 def _entrants(key: Key, effort: Effort, backends: dict[str, Backend]) -> tuple[list[Candidate], tuple[str, ...]]:
@@ -214,6 +333,24 @@ def _entrants(key: Key, effort: Effort, backends: dict[str, Backend]) -> tuple[l
     fit = [b for name, b in heuristic.usable(key.problem, free)[0].items() if name in backends]
     raced, hopeless = heuristic.worth_measuring(heuristic.rank(key.problem, fit, key.threads, effort), effort)
     return raced, tuple(estimate.candidate.name for estimate in hopeless)
+
+
+def _pick(key: Key, backends: dict[str, Backend]) -> list[Candidate]:
+    """Return whom the estimate would choose without tuning, as ``dispatch`` does; empty where it cannot tell."""
+    free = replace(settings.current(), forbid=(), accuracy="standard", memory_limit=None)
+    usable = heuristic.usable(key.problem, free)[0]
+    fit = [b for name, b in usable.items() if name in backends and heuristic.accurate_by_kind(b, free)]
+    ranked = transfer.rank(key.problem, fit, key.threads, key.deployment).estimates
+    return [estimate.candidate for estimate in ranked[:1] if estimate.seconds is not None]
+
+
+def predicted(result: Result, key: Key) -> float | None:
+    """Return what a result's backend estimates by itself, or None if it cannot tell."""
+    backend = registry.get(result.backend)
+    try:
+        return Candidate(backend, result.config).estimate(key.problem, machine.current())
+    except Exception:  # noqa: BLE001  # a backend that cannot estimate has still been measured
+        return None
 
 
 def tune_problem(
@@ -228,6 +365,9 @@ def tune_problem(
     rules: Rules | None = None,
 ) -> Outcome:
     """Check and race the candidates of one problem.
+
+    The estimate's own pick and the old winner always take part; ``preference`` has the rule by which one wins. A race
+    that others disturbed is run again with twice the rounds; if they disturb that too, the entry is flagged.
 
     Args:
         key: the problem, deployment, thread budget and machine.
@@ -245,33 +385,65 @@ def tune_problem(
     Raises:
         BackendError: if no candidate was right.
     """
-    entrants, left_out = _entrants(key, effort, registry.available() if backends is None else backends)
-    again = rematch(key, effort, entrants, incumbent) if sparing else None
+    taking_part = registry.available() if backends is None else backends
+    entrants, left_out = _entrants(key, effort, taking_part)
+    pick = _pick(key, taking_part)
+    entrants += pick
+    again = rematch(key, effort, entrants, incumbent, pick) if sparing else None
     entrants += [old for old in still_there(incumbent) if incumbent and old.name == incumbent.winner.name]
     rules = rules or RULES[effort]
-    if seconds is not None:
-        rules = replace(rules, race_seconds=min(rules.race_seconds, seconds))
     # Two races at once would time each other; and a backend may itself convolve, which must not start a race.
-    with _one_at_a_time, settings.options(tuning="off"):
-        results, failures = _measure(key, entrants if again is None else again.entrants, rules, clock)
-        if again is not None and not again.holds(results):
+    with _one_at_a_time, settings.options(tuning="off"), observe.unwatched():
+        raced, refused = isolation.admitted(key.problem, entrants if again is None else again.entrants)
+        measured = _measure(key, raced, rules, clock, seconds)
+        if again is not None and not again.holds(measured.results):
             again = None
-            results, failures = _measure(key, entrants, rules, clock)
+            raced, also_refused = isolation.admitted(key.problem, entrants)
+            refused = list(dict.fromkeys((*refused, *also_refused)))
+            measured = _measure(key, raced, rules, clock, seconds)
+    results = [replace(row, estimate=predicted(row, key)) for row in measured.results]
+    failures = [*refused, *measured.failures]
     if not results:
-        said = "; ".join(f"{failure.name}: {failure.reason}" for failure in failures) or "no backend takes it"
+        said = "; ".join(f"{failure.name}: {failure.reason}" for failure in failures) or _nobody(backends)
         raise BackendError(f"no candidate could do {key.problem}: {said}")
-    ordered = order_by_preference(results, incumbent.winner.name if incumbent else None)
+    ordered = order_by_preference(
+        results,
+        incumbent.winner.name if incumbent else None,
+        pick=pick[0].name if pick else None,
+        standings=measured.standings,
+        margin=rules.margin,
+    )
+    flags: tuple[str, ...] = (BUSY,) if measured.busy else ()
     lost_before: tuple[tuple[str, int], ...] = ()
     if (backends is not None or again is not None) and incumbent is not None:
         kept, failed, lost_before = carried(key, incumbent, results, failures)
         ordered = [ordered[0], *sorted((*ordered[1:], *kept), key=lambda result: result.median)]
         failures += failed
+        flags = flags or (incumbent.flags if kept else ())
         if again is None and incumbent.key != key:
             lost_before = ()
-    return Outcome(Entry(key, tuple(ordered), tuple(failures), effort, lost_before=lost_before), left_out)
+    entry = Entry(key, tuple(ordered), tuple(failures), effort, flags=flags, lost_before=lost_before)
+    return Outcome(entry, left_out, measured.busy)
 
 
-def _measure(key: Key, entrants: Sequence[Candidate], rules: Rules, clock: Clock) -> tuple[list[Result], list[Failure]]:
+def _nobody(backends: dict[str, Backend] | None) -> str:
+    held = [str(kept) for b in (backends or registry.available()).values() if (kept := quarantine.of(b)) is not None]
+    return "; ".join(held) or "no backend takes it"
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What became of a problem's candidates, and what said that the machine was busy meanwhile."""
+
+    results: list[Result]
+    failures: list[Failure]
+    standings: dict[str, Standing]
+    busy: tuple[str, ...]
+
+
+def _measure(
+    key: Key, entrants: Sequence[Candidate], rules: Rules, clock: Clock, seconds: float | None = None
+) -> _Measured:
     arrays = trial(key.problem)
     failures: list[Failure] = []
     checked: dict[str, tuple[float, int]] = {}
@@ -287,7 +459,7 @@ def _measure(key: Key, entrants: Sequence[Candidate], rules: Rules, clock: Clock
         try:
             plan = arrays.plan(candidate)
             out = plan(arrays.input, out=arrays.spoiled_output(), residual=arrays.residual)
-            verdict = arrays.judge(candidate, out)
+            verdict = _worse(arrays.judge(candidate, out), candidate, key.problem)
             workspace = candidate.workspace(key.problem)
         except Exception as error:  # noqa: BLE001  # whatever a backend raises, the others go on
             fail(name, f"{type(error).__name__}: {error}")
@@ -297,21 +469,54 @@ def _measure(key: Key, entrants: Sequence[Candidate], rules: Rules, clock: Clock
             continue
         checked[name] = verdict.error, workspace
         runners[name] = _runner(key, candidate, plan, arrays, out)
-    table = race(
-        runners,
-        rules,
-        clock,
+    table, busy = _race_in_quiet(
+        runners, rules, clock, key.threads, seconds,
         on_failure=lambda name, error: fail(name, f"{type(error).__name__}: {error}"),
-    )
-    seconds = comparable_seconds(table)
+    )  # fmt: skip
+    times, intervals = comparable_seconds(table), comparable_intervals(table)
     results = [
         Result(
-            by_name[name].backend.name, by_name[name].backend.version, by_name[name].config, seconds[name],
-            samples.spread, len(samples.seconds), *checked[name],
+            by_name[name].backend.name, by_name[name].backend.version, by_name[name].config, times[name],
+            samples.spread, len(samples.seconds), *checked[name], intervals[name],
         )
         for name, samples in table.items()
     ]  # fmt: skip
-    return results, failures
+    return _Measured(results, failures, standings(table), busy)
+
+
+def _worse(verdict: Verdict, candidate: Candidate, problem: Problem) -> Verdict:
+    """Return what is worse: a verdict on random input, or the one on hard input, which costs more to come by."""
+    hard = hard_inputs.measure(problem, candidate) if verdict.reason is None else None
+    if hard is None:
+        return verdict
+    return Verdict(max(verdict.error, hard.error), max(verdict.excess, hard.excess), hard.reason)
+
+
+def _race_in_quiet(
+    runners: Mapping[str, Run],
+    rules: Rules,
+    clock: Clock,
+    threads: int,
+    seconds: float | None,
+    on_failure: Callable[[str, Exception], None],
+) -> tuple[dict[str, Samples], tuple[str, ...]]:
+    """Race, once more and longer if others disturb it; return the times, and what said that the machine was busy."""
+    began = clock()
+    table: dict[str, Samples] = {}
+    busy: tuple[str, ...] = ()
+    for rounds in (rules.rounds, 2 * rules.rounds):
+        left = rules.race_seconds if seconds is None else min(rules.race_seconds, seconds - (clock() - began))
+        if table and left <= 0:
+            break
+        watch = make_watch(threads)
+        watch.start()
+        now = replace(rules, rounds=rounds, race_seconds=left)
+        table = race(runners, now, clock, on_failure=on_failure, on_round=watch.glance)
+        busy = tuple(watch.finish().complaints())
+        if not busy:
+            break
+        runners = {name: runners[name] for name in table}
+    return table, busy
 
 
 def _runner(key: Key, candidate: Candidate, plan: Plan, arrays: Trial, out: Array) -> Run:
@@ -319,21 +524,6 @@ def _runner(key: Key, candidate: Candidate, plan: Plan, arrays: Trial, out: Arra
     if key.deployment == "call":
         return lambda: arrays.plan(candidate)(arrays.input, residual=arrays.residual)
     return lambda: plan(arrays.input, out=out, residual=arrays.residual)
-
-
-def order_by_preference(results: Sequence[Result], incumbent: str | None) -> list[Result]:
-    """Return results by time, but the first chosen among those within the tie margin of the fastest.
-
-    Between equals the order is: the incumbent, the smaller error, the smaller workspace, the name. So noise
-    cannot flip a choice back and forth. Who left the race early cannot win.
-    """
-    by_time = sorted(results, key=lambda result: (result.median, result.name))
-    rounds = max(result.rounds for result in results)
-    finishers = [result for result in by_time if result.rounds == rounds]
-    limit = finishers[0].median * (1 + TIE_MARGIN)
-    equals = [result for result in finishers if result.median <= limit]
-    winner = min(equals, key=lambda r: (r.name != incumbent, r.error, r.workspace, r.name))
-    return [winner, *(result for result in by_time if result is not winner)]
 
 
 def rivals(entry: Entry) -> Iterator[tuple[str, float]]:

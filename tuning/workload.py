@@ -11,15 +11,17 @@ A workload file is::
     - 1x56x56x256 * 1x1x256x64 VALID
 
 A layer is a mapping of ``problem`` (any text that ``Problem.parse`` reads) and, where it helps, ``count`` (a
-whole number, 1 where unsaid) and ``name``; or just the problem's text. Anything else is an error, since a
-misspelt ``count`` would silently weigh a layer wrongly. So are aliases: nobody needs them here, and a small
-file of them can stand for an enormous one.
+whole number, 1 where unsaid) and ``name``; or just the problem's text. A recording of a program also says the
+``seconds`` that all those calls took together, and the ``deployment`` and ``threads`` that they were made with.
+Anything else is an error, since a misspelt ``count`` would silently weigh a layer wrongly. So are aliases: nobody
+needs them here, and a small file of them can stand for an enormous one.
 """
 
 import contextlib
 import difflib
 import functools
 import importlib.resources
+import math
 import os
 import reprlib
 from collections.abc import Iterable, Mapping
@@ -30,10 +32,12 @@ from typing import Any, Self
 from convdispatch import safe_yaml
 from convdispatch.errors import ArgumentError, ArgumentTypeError, WorkloadError
 from convdispatch.problem import Problem
+from convdispatch.profile import DEPLOYMENTS
 
 _EXAMPLE = "1x56x56x64 * 3x3x64x64 SAME"
-#: A larger file is some other file; a thousand layers take a tenth of this.
-_MOST_BYTES = 1 << 20
+#: A larger file is some other file; a recording of a hundred thousand problems fits.
+_MOST_BYTES = 16 << 20
+_KEYS = ("name", "count", "problem", "seconds", "deployment", "threads")
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,18 @@ class Layer:
         problem: the convolution.
         count: how often it runs in one pass of the workload, at least 1.
         name: what its network calls it; several names joined by ``+`` where several layers pose one problem.
+        seconds: what all its calls took together, where they were recorded.
+        deployment: ``"plan"`` or ``"call"``, where it is known how it is called.
+        threads: the most threads that its calls may use, where that is known.
 
     """
 
     problem: Problem
     count: int = 1
     name: str = ""
+    seconds: float | None = None
+    deployment: str | None = None
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.problem, Problem):
@@ -57,6 +67,24 @@ class Layer:
         _check_count("count", self.count)
         if not isinstance(self.name, str):
             raise ArgumentTypeError(f"name must be text; got {reprlib.repr(self.name)}")
+        if self.seconds is not None:
+            _check_seconds(self.seconds)
+        if self.deployment is not None and self.deployment not in DEPLOYMENTS:
+            raise ArgumentError(
+                f"deployment must be one of {', '.join(DEPLOYMENTS)}; got {reprlib.repr(self.deployment)}"
+            )
+        if self.threads is not None:
+            _check_count("threads", self.threads)
+
+    @property
+    def posed(self) -> tuple[Problem, str | None, int | None]:
+        """What is to be decided for it: problem, deployment and threads."""
+        return self.problem, self.deployment, self.threads
+
+    def plus(self, other: "Layer") -> "Layer":
+        """Return this layer with another's calls and seconds added."""
+        known = [seconds for seconds in (self.seconds, other.seconds) if seconds is not None]
+        return replace(self, count=self.count + other.count, seconds=sum(known) if known else None)
 
 
 @dataclass(frozen=True)
@@ -102,11 +130,14 @@ class Workload:
         return replace(self, layers=layers)
 
     def distinct(self) -> Self:
-        """Return this workload with equal problems merged: counts added, first place and name kept."""
-        merged: dict[Problem, Layer] = {}
+        """Return this workload with equal problems merged: counts and seconds added, first place and name kept.
+
+        A recorded problem stays apart for each deployment and thread count that it was called with.
+        """
+        merged: dict[Any, Layer] = {}
         for layer in self.layers:
-            first = merged.get(layer.problem)
-            merged[layer.problem] = replace(first, count=first.count + layer.count) if first else layer
+            first = merged.get(layer.posed)
+            merged[layer.posed] = first.plus(layer) if first else layer
         return replace(self, layers=tuple(merged.values()))
 
     def to_yaml(self) -> str:
@@ -114,10 +145,10 @@ class Workload:
         import yaml  # noqa: PLC0415  # only files need it
 
         head = {"name": self.name, "title": self.title, "source": self.source}
-        rows = [{"name": layer.name, "count": layer.count, "problem": layer.problem.text} for layer in self.layers]
+        rows = [{key: getattr(layer, key) for key in _KEYS} | {"problem": layer.problem.text} for layer in self.layers]
 
         def dump(mapping: dict[str, Any], *, flow: bool) -> str:
-            filled = {key: value for key, value in mapping.items() if value != ""}
+            filled = {key: value for key, value in mapping.items() if value not in ("", None)}
             return yaml.safe_dump(
                 filled, default_flow_style=flow, sort_keys=False, allow_unicode=True, width=float("inf")
             )
@@ -248,7 +279,7 @@ def _layer(where: str, item: Any) -> Layer:
     row = item if isinstance(item, dict) else {"problem": item}
     if isinstance(name := row.get("name"), str) and name:
         where = f"{where} ({name})"
-    _check_keys(where, row, ("name", "count", "problem"))
+    _check_keys(where, row, _KEYS)
     if "problem" not in row:
         raise WorkloadError(f'{where}: there is no problem; add one such as problem: "{_EXAMPLE}"')
     problem = row["problem"]
@@ -271,3 +302,10 @@ def _check_count(name: str, value: Any) -> None:
         raise ArgumentTypeError(f"{name} must be a whole number of at least 1; got {reprlib.repr(value)}")
     if value < 1:
         raise ArgumentError(f"{name} must be a whole number of at least 1; got {value}")
+
+
+def _check_seconds(value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ArgumentTypeError(f"seconds must be a number of at least 0; got {reprlib.repr(value)}")
+    if not 0 <= value < math.inf:
+        raise ArgumentError(f"seconds must be a number of at least 0; got {value}")

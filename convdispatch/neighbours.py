@@ -1,0 +1,278 @@
+"""The tuned problems nearest to a new one, with what was measured of them.
+
+Neighbours are picked by the text of the profile's keys alone, and of the nearest few only the lines with results are
+read, so that a profile of thousands of entries costs nothing that is felt.
+"""
+
+import functools
+import math
+import re
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from convdispatch import machine, profile
+from convdispatch.backend import item_bytes
+from convdispatch.calibration import Sizes
+from convdispatch.problem import Problem
+from convdispatch.profile import Entry, Profile
+
+#: How many neighbours are asked, and how near (in the distance of ``Place``) they must be.
+_MOST_NEIGHBOURS, _FARTHEST = 3, 1.7
+
+
+# Where a problem lies --------------------------------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """A problem among others.
+
+    Attributes:
+        kind: what must be the same for a measurement to say anything: dtype, class of filter size, whether there are
+            strides and dilations, dense or grouped or depthwise.
+        counts: output pixels, channels and filters of a group, groups, taps, stride.
+        manner: what else costs time: 1 where the data format is NCHW, a residual is added, a costly activation done.
+        sizes: bytes of filters and images.
+    """
+
+    kind: tuple[object, ...]
+    counts: tuple[float, ...]
+    manner: tuple[int, ...]
+    sizes: Sizes
+
+
+#: A unit of distance is a neighbourhood's width: about four times the pixels, or three times the channels.
+_BY_DOUBLING = np.array((0.5, 0.6, 0.6, 0.4, 0.6, 0.6))
+_BY_MANNER = np.array((0.5, 0.3, 0.4))
+_COSTLY = ("gelu", "silu", "sigmoid", "tanh")
+
+Points = np.ndarray[tuple[int, int], np.dtype[np.float64]]
+
+
+def coordinates(places: Iterable[Place]) -> Points:
+    """Return a row of coordinates for each place, in which distance is Euclidean."""
+    both = [(place.counts, place.manner) for place in places]
+    counts, manner = np.array([pair[0] for pair in both], float), np.array([pair[1] for pair in both], float)
+    points: Points = np.hstack([np.log2(counts) * _BY_DOUBLING, manner * _BY_MANNER])
+    return points
+
+
+_SHAPES = re.compile(r"(\d+)x(\d+)x(\d+)x(\d+)( NCHW)? \* (\d+)x(\d+)x(\d+)x(\d+) (.+)")
+_PADS = re.compile(r"pad=(\d+)(?:,(\d+))?(?:,(\d+),(\d+))?")
+
+
+class _Rest(NamedTuple):
+    """What stands behind the filter shape; ``pads`` are rows and columns in all, None for SAME."""
+
+    pads: tuple[int, int] | None
+    strides: tuple[int, int]
+    dilations: tuple[int, int]
+    dtype: str
+    item_bytes: int
+    manner: tuple[int, int]
+
+
+@functools.lru_cache(maxsize=256)
+def _rest(words: str) -> _Rest:
+    """Read padding, strides, dilations, dtype and epilogue; KeyError or ValueError where something is else."""
+    pads: tuple[int, int] | None = (0, 0)
+    dtype, epilogue = "float32", ""
+    pairs = {"stride": (1, 1), "dilation": (1, 1)}
+    for word in words.split():
+        name, is_set, value = word.partition("=")
+        if word.startswith("+"):
+            epilogue += word
+        elif name in pairs:
+            first, _, second = value.partition("x")
+            pairs[name] = int(first), int(second or first)
+        elif word in {"SAME", "SAME_LOWER"}:
+            pads = None
+        elif match := _PADS.fullmatch(word):
+            one, two, three, four = match.groups()
+            pads = (int(one) + int(two), int(three) + int(four)) if three else (2 * int(one), 2 * int(two or one))
+        elif word != "VALID" and not is_set:
+            dtype = word
+    manner = int("+residual" in epilogue), int(any(name in epilogue for name in _COSTLY))
+    return _Rest(pads, pairs["stride"], pairs["dilation"], dtype, item_bytes(dtype), manner)
+
+
+@functools.lru_cache(maxsize=256)
+def _kernel_class(kh: int, kw: int) -> str:
+    if kh == kw and kh in {1, 3, 5}:
+        return f"{kh}x{kw}"
+    if 1 in {kh, kw}:
+        return "line"
+    return "large" if kh * kw > 49 else "other"
+
+
+def place_of(text: str) -> Place | None:
+    """Return where a problem lies, from its canonical text; None for other texts and for problems without work."""
+    match = _SHAPES.fullmatch(text)
+    if match is None:
+        return None
+    numbers = match.groups()
+    n, h, w, c = int(numbers[0]), int(numbers[1]), int(numbers[2]), int(numbers[3])
+    if numbers[4]:
+        h, w, c = w, c, h
+    kh, kw, group_c, k = int(numbers[5]), int(numbers[6]), int(numbers[7]), int(numbers[8])
+    try:
+        pads, (down, across), dilations, dtype, size, manner = _rest(numbers[9])
+        if pads is None:
+            oh, ow = -(-h // down), -(-w // across)
+        else:
+            oh = (h + pads[0] - (kh - 1) * dilations[0] - 1) // down + 1
+            ow = (w + pads[1] - (kw - 1) * dilations[1] - 1) // across + 1
+    except (KeyError, ValueError, ZeroDivisionError):
+        return None  # a hand-written key, which has no say here
+    if min(n, oh, ow, group_c, k) < 1 or c % group_c:
+        return None
+    groups = c // group_c
+    grouping = "dense" if groups == 1 else "depthwise" if group_c == 1 else "grouped"
+    kind = (dtype, _kernel_class(kh, kw), down == across == 1, dilations == (1, 1), grouping)
+    counts = (n * oh * ow, group_c, max(1.0, k / groups), groups, kh * kw, down * across)
+    sizes = Sizes(kh * kw * group_c * k * size, n * (h * w * c + oh * ow * k) * size)
+    return Place(kind, counts, (int(bool(numbers[4])), *manner), sizes)
+
+
+# The measurements around it --------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """One candidate's measurement: what it was estimated to take, and took, in seconds."""
+
+    backend: str
+    version: int
+    config: str
+    estimate: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A tuned problem near a new one: its text, its place, its distance, and what was measured."""
+
+    text: str
+    place: Place
+    distance: float
+    rows: tuple[Row, ...]
+
+    @property
+    def weight(self) -> float:
+        """How much it has to say: 1 where nothing is between, little at a distance of 1.5."""
+        return math.exp(-(self.distance**2))
+
+
+class _Index:
+    """A profile's keys of one machine, deployment and thread budget, by kind of problem."""
+
+    def __init__(self, keys: Iterable[str], tail: str) -> None:
+        # Texts and numbers only: thousands of objects would be a burden on every later garbage collection.
+        self._keys: dict[tuple[object, ...], list[str]] = {}
+        places: dict[tuple[object, ...], list[Place]] = {}
+        for key in keys:
+            if key.endswith(tail) and (place := place_of(key.removesuffix(tail))) is not None:
+                self._keys.setdefault(place.kind, []).append(key)
+                places.setdefault(place.kind, []).append(place)
+        self._points = {kind: coordinates(members) for kind, members in places.items()}
+
+    def nearest(self, place: Place) -> Iterator[tuple[float, str]]:
+        """Yield distances and keys, the nearest first; twice as many as are asked, since some may say nothing."""
+        if place.kind not in self._points:
+            return
+        away = self._points[place.kind] - coordinates([place])
+        squares = np.einsum("ij,ij->i", away, away)
+        some = range(len(squares))
+        if len(squares) > 2 * _MOST_NEIGHBOURS:  # sorting thousands to have six would take longer than all the rest
+            some = np.argpartition(squares, 2 * _MOST_NEIGHBOURS)[: 2 * _MOST_NEIGHBOURS].tolist()
+        for square, key in sorted((float(squares[number]), self._keys[place.kind][number]) for number in some):
+            if square > _FARTHEST**2:
+                return
+            yield math.sqrt(square), key
+
+
+_ROW, _MEDIAN, _ESTIMATE = "  - {backend: ", "median_us: ", ", estimate_us: "
+
+
+def rows_of(text: str) -> tuple[Row, ...]:
+    """Return an entry's results from its text as ``profile`` writes it; lines that look otherwise are passed over.
+
+    Reading the YAML takes a hundred times as long, which matters to the first call of a shape.
+    """
+    if "\n  flags:" in text:
+        return ()  # what is doubtful serves its own problem for want of better, but nobody else's
+    found = []
+    for line in text.partition("\n  failures:")[0].split("\n"):
+        if not line.startswith(_ROW) or (last := line.rfind(_ESTIMATE)) < 0:
+            continue
+        backend, _, rest = line[len(_ROW) : last].partition(", version: ")
+        version, _, rest = rest.partition(", config: {")
+        config, _, rest = rest.partition("}, ")
+        median = rest.partition(_MEDIAN)[2].partition(",")[0]
+        try:
+            taken, expected = float(median), float(line[last + len(_ESTIMATE) :].rstrip(" }"))
+            if expected > 0 and taken > 0:
+                found.append(Row(backend, int(version), config.replace(": ", "="), expected / 1e6, taken / 1e6))
+        except ValueError:
+            continue  # made by hand
+    return tuple(found)
+
+
+def _rows_in_memory(entry: Entry) -> tuple[Row, ...]:
+    return tuple(
+        Row(r.backend, r.version, str(r.config), r.estimate, r.median)
+        for r in (() if entry.flags else entry.results)
+        if r.estimate and r.median
+    )
+
+
+class _File:
+    """What of one profile has been looked at."""
+
+    def __init__(self, file: Profile) -> None:
+        self.chunks = file.chunks()
+        self.indices: dict[str, _Index] = {}
+        self.rows: dict[str, tuple[Row, ...]] = {}
+
+    def index(self, tail: str) -> _Index:
+        if tail not in self.indices:
+            self.indices[tail] = _Index(self.chunks, tail)
+        return self.indices[tail]
+
+    def rows_of(self, key: str) -> tuple[Row, ...]:
+        if key not in self.rows:
+            self.rows[key] = rows_of(self.chunks[key])
+        return self.rows[key]
+
+
+_looked_at: weakref.WeakKeyDictionary[Profile, _File] = weakref.WeakKeyDictionary()
+
+
+def neighbours(problem: Problem, deployment: str, threads: int, files: list[Profile]) -> list[Neighbour]:
+    """Return the tuned problems nearest to this one, the nearest first; of one in several layers, the first counts."""
+    place = place_of(problem.text)
+    if place is None:
+        return []
+    tail = f" | {deployment} | {threads} threads | {machine.current().id}"
+    memory = {str(entry.key): entry for entry in profile.remembered()}
+    found: dict[str, Neighbour] = {}
+
+    def gather(nearest: Iterator[tuple[float, str]], rows: Callable[[str], tuple[Row, ...]]) -> None:
+        """Take the nearest that are new and say something."""
+        taken = 0
+        for distance, key in nearest:
+            text = key.removesuffix(tail)
+            if text not in found and (said := rows(key)) and (its_place := place_of(text)) is not None:
+                found[text] = Neighbour(text, its_place, distance, said)
+                taken += 1
+                if taken == _MOST_NEIGHBOURS:
+                    return
+
+    if memory:
+        gather(_Index(memory, tail).nearest(place), lambda key: _rows_in_memory(memory[key]))
+    for file in files:
+        looked = _looked_at.get(file) or _looked_at.setdefault(file, _File(file))
+        gather((pair for pair in looked.index(tail).nearest(place) if pair[1] not in memory), looked.rows_of)
+    return sorted(found.values(), key=lambda each: (each.distance, each.text))[:_MOST_NEIGHBOURS]

@@ -1,0 +1,269 @@
+"""Estimates from the nearest tuned problems: who is near, what they say, and how much it is trusted."""
+
+import dataclasses
+import math
+import warnings
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scripted import FakeClock, Scripted, only
+from strategies import problems
+
+from convdispatch import calibration, dispatch, machine, neighbours, profile, registry, transfer
+from convdispatch.backend import Config, Effort
+from convdispatch.explain import explain_problem
+from convdispatch.neighbours import Row, place_of, rows_of
+from convdispatch.problem import Problem
+from convdispatch.profile import Entry, Failure, Key, Result
+
+HERE = machine.current()
+TARGET = Problem.parse("1x28x28x64 * 3x3x64x64 SAME")
+NEAR = Problem.parse("1x28x28x64 * 3x3x64x96 SAME")
+NEXT = Problem.parse("1x56x56x64 * 3x3x64x64 SAME")
+FAR = Problem.parse("64x224x224x64 * 3x3x64x64 SAME")
+OTHER_KINDS = [
+    Problem.parse(text)
+    for text in (
+        "1x28x28x64 * 1x1x64x64 SAME",
+        "1x28x28x64 * 3x3x64x64 SAME stride=2",
+        "1x28x28x64 * 3x3x64x64 SAME dilation=2",
+        "1x28x28x64 * 3x3x1x64 SAME",
+        "1x28x28x64 * 3x3x64x64 SAME float64",
+    )
+]
+
+
+# Places and rows -------------------------------------------------------------------------------------------------
+
+
+@given(problem=problems())
+def test_a_place_is_the_same_from_the_text_as_from_the_problem(problem: Problem) -> None:
+    place = place_of(problem.text)
+    if problem.is_trivial:
+        assert place is None
+        return
+    assert place is not None
+    assert place.sizes == calibration.sizes_of(problem)
+    pixels = problem.n * problem.oh * problem.ow
+    assert place.counts[:4] == (pixels, problem.group_c, problem.group_k, problem.groups)
+    assert place.manner[:2] == (problem.data_format == "NCHW", problem.epilogue.residual)
+    assert place.kind[0] == problem.dtype
+    assert place.kind[2:4] == (problem.strides == (1, 1), problem.dilations == (1, 1))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "nonsense", "1x2 * 3", "1x4x4x2 * 3x3x2x2 SAME stride=x", "1x4x4x2 * 3x3x0x2 SAME"]
+)
+def test_what_is_no_problem_has_no_place(text: str) -> None:
+    assert place_of(text) is None
+
+
+_results = st.builds(
+    Result,
+    st.sampled_from(["fft", "im2col", "my-own.one"]),
+    st.integers(1, 9),
+    st.dictionaries(st.sampled_from(["m", "rows", "loop"]), st.integers(0, 99) | st.sampled_from(["filters", "a-b"]))
+    .map(Config),
+    st.integers(1, 9999).map(lambda n: n / 1e6),
+    st.just(0.01),
+    st.just(7),
+    st.just(1e-7),
+    st.just(0),
+    st.none() | st.just((1e-6, 2e-6)),
+    st.integers(1, 9999).map(lambda n: n / 1e6),
+)  # fmt: skip
+
+
+@given(results=st.lists(_results, min_size=1, max_size=4, unique_by=lambda r: r.name), fails=st.booleans())
+def test_rows_read_in_haste_are_those_that_are_read_with_care(results: list[Result], fails: bool) -> None:
+    failures = (Failure("fft", 1, Config(), "results: {backend: fft, median_us: 3, estimate_us: 4}"),) if fails else ()
+    entry = Entry(Key(TARGET, "plan", 2, HERE.id), tuple(results), failures)
+    text = profile.dump_entry(entry)
+    careful = profile.Profile(f"format: 1\n\n{text}", "text").get(entry.key)
+    assert careful is not None
+    expected = [Row(r.backend, r.version, str(r.config), r.estimate or 0.0, r.median) for r in careful.results]
+    assert sorted(rows_of(text)) == sorted(expected)
+
+
+def test_rows_without_an_estimate_and_of_doubtful_entries_are_passed_over() -> None:
+    entry = know(NEAR, quick=2.0)
+    bare = dataclasses.replace(entry, results=(dataclasses.replace(entry.winner, estimate=None),))
+    assert rows_of(profile.dump_entry(entry))
+    assert rows_of(profile.dump_entry(bare)) == ()
+    assert rows_of(profile.dump_entry(dataclasses.replace(entry, flags=("busy",)))) == ()
+
+
+# Choices ---------------------------------------------------------------------------------------------------------
+
+
+def entry_of(problem: Problem, *, estimate: float = 1.0, version: int = 1, **seconds: float) -> Entry:
+    rows = [
+        Result(name, version, Config(), time, 0.0, 7, 1e-7, 0, estimate=estimate * (1.0 if name == "quick" else 2.0))
+        for name, time in seconds.items()
+    ]
+    key = Key(problem, "plan", machine.usable_cores(), HERE.id)
+    return Entry(key, tuple(sorted(rows, key=lambda row: row.median)))
+
+
+def know(problem: Problem, **about: Any) -> Entry:
+    """Write into the user's profile what two backends took, of which "quick" was estimated twice as fast."""
+    entry = entry_of(problem, **about)
+    profile.write(profile.user_path(), [entry], HERE)
+    profile.forget()
+    return entry
+
+
+@pytest.fixture
+def two() -> dict[str, Scripted]:
+    """Two backends: by estimate "quick" takes 1 s, "steady" 2 s."""
+    backends = {name: Scripted(name, FakeClock(), 1.0, expected=expected) for name, expected in
+                (("quick", 1.0), ("steady", 2.0))}  # fmt: skip
+    only(*backends.values())
+    return backends
+
+
+def chosen(problem: Problem = TARGET, deployment: str = "plan", forced: Any = None) -> tuple[str, str]:
+    decision = dispatch.decide(problem, deployment, dispatch.parse_forced(forced))
+    return decision.candidate.backend.name, decision.evidence.detail
+
+
+def test_a_near_problem_corrects_the_estimates_and_the_evidence_names_it(two: dict[str, Scripted]) -> None:
+    assert chosen() == ("quick", "1e+06 us predicted")
+    know(NEAR, quick=6.0, steady=2.0)
+    name, detail = chosen()
+    assert name == "steady"
+    assert f"us predicted (from 1 tuned neighbour, nearest {NEAR}, confidence 0." in detail
+    assert sum(backend.calls + backend.prepared for backend in two.values()) == 0
+
+
+@pytest.mark.parametrize("problem", [FAR, *OTHER_KINDS], ids=str)
+def test_what_is_far_or_of_another_kind_has_no_say(two: dict[str, Scripted], problem: Problem) -> None:
+    know(problem, quick=6.0, steady=2.0)
+    assert chosen() == ("quick", "1e+06 us predicted")
+    assert chosen(problem)[0] == "steady"
+
+
+@pytest.mark.parametrize(
+    "about",
+    [{"version": 2}, {"estimate": 0.5}],
+    ids=["another version", "other estimates"],
+)
+def test_what_was_measured_of_other_code_has_no_say(two: dict[str, Scripted], about: dict[str, Any]) -> None:
+    know(NEAR, quick=6.0, steady=2.0, **about)
+    assert chosen() == ("quick", "1e+06 us predicted")
+
+
+def test_other_deployments_threads_and_machines_have_no_say(two: dict[str, Scripted]) -> None:
+    entry = know(OTHER_KINDS[0], quick=6.0, steady=2.0)
+    changes = ({"deployment": "call"}, {"threads": machine.usable_cores() + 1}, {"machine": "other-2c-00000000"})
+    for change in changes:
+        moved = dataclasses.replace(entry, key=dataclasses.replace(entry.key, problem=NEAR, **change))
+        profile.write(profile.user_path(), [moved], HERE)
+    profile.forget()
+    assert chosen() == ("quick", "1e+06 us predicted")
+    assert chosen(deployment="call")[0] == "steady"
+
+
+def test_what_this_process_remembers_counts_above_the_file(two: dict[str, Scripted]) -> None:
+    know(NEAR, quick=1.0, steady=2.0)
+    profile.remember(entry_of(NEAR, quick=6.0, steady=2.0))
+    assert chosen()[0] == "steady"
+
+
+def test_a_config_of_its_own_counts_more_than_its_backend(two: dict[str, Scripted]) -> None:
+    class Tiled(Scripted):
+        def estimate(self, problem: Problem, config: Config, machine: Any) -> float:
+            return float(config.integer("tile"))
+
+        def configs(self, problem: Problem, effort: Effort) -> tuple[Config, ...]:
+            return tuple(Config(tile=tile) for tile in (4, 5, 6))
+
+    only(Tiled("tiled", FakeClock()))
+    rows = [
+        Result("tiled", 1, Config(tile=tile), seconds, 0.0, 7, 1e-7, 0, estimate=float(tile))
+        for tile, seconds in ((5, 3.0), (4, 14.0))
+    ]
+    entry = Entry(Key(NEAR, "plan", machine.usable_cores(), HERE.id), tuple(rows))
+    profile.write(profile.user_path(), [entry], HERE)
+    ranked = transfer.rank(TARGET, registry.available().values(), machine.usable_cores(), "plan").estimates
+    assert [estimate.candidate.config["tile"] for estimate in ranked] == [5, 6, 4]
+
+
+@given(seconds=st.floats(0.1, 10), count=st.integers(1, 4))
+def test_confidence_is_a_share_and_the_nearer_the_larger(seconds: float, count: int) -> None:
+    backend = Scripted("quick", FakeClock())
+
+    def confidence(*distances: float, scatter: float = 0.0) -> float:
+        place = place_of(TARGET.text)
+        assert place is not None
+        around = [
+            neighbours.Neighbour(
+                TARGET.text, place, distance, (Row("quick", 1, "", 1.0, seconds * math.exp(scatter * (-1) ** number)),)
+            )
+            for number, distance in enumerate(distances)
+        ]
+        return transfer.Local(around, {"quick": backend}, transfer._Correctors(None, "plan")).confidence
+
+    assert 0 < confidence(*[1.0] * count) < confidence(*[0.5] * count) < confidence(*[0.0] * count) < 1
+    assert confidence(*[0.5] * count) < confidence(*[0.5] * (count + 1))
+    assert confidence(0.3, 0.3, scatter=0.5) < confidence(0.3, 0.3)
+
+
+def test_neighbours_who_disagree_wildly_are_not_heard(two: dict[str, Scripted]) -> None:
+    know(NEAR, quick=50.0, steady=0.01)
+    know(NEXT, quick=0.01, steady=50.0)
+    assert chosen() == ("quick", "1e+06 us predicted")
+
+
+def test_the_nearest_are_the_nearest(two: dict[str, Scripted]) -> None:
+    for side in range(20, 60, 4):
+        know(Problem.parse(f"1x{side}x{side}x64 * 3x3x64x64 SAME"), quick=6.0, steady=2.0)
+    found = neighbours.neighbours(TARGET, "plan", machine.usable_cores(), profile.files())
+    distances = [each.distance for each in found]
+    assert len(found) == 3
+    assert distances == sorted(distances)
+    assert found[0].text == TARGET.text  # which was tuned too, and is nearest to itself
+    by_pixels = sorted(range(20, 60, 4), key=lambda side: abs(math.log(side / 28)))[:3]
+    assert {each.text.split("x")[1] for each in found} == {str(side) for side in by_pixels}
+
+
+def test_a_forced_backend_gets_its_config_from_neighbours_too_and_explain_says_the_same(
+    two: dict[str, Scripted],
+) -> None:
+    know(NEAR, quick=6.0, steady=2.0)
+    assert chosen(forced="quick")[0] == "quick"
+    found = explain_problem(TARGET)
+    assert found.chosen == "steady"
+    rows = {row.backend: row for row in found.rows}
+    assert rows["quick"].estimate is not None
+    assert rows["steady"].estimate is not None
+    assert rows["steady"].estimate < rows["quick"].estimate
+    assert f"nearest {NEAR}" in str(found.evidence)
+
+
+def test_hand_written_and_broken_entries_are_no_neighbours_and_no_crash(two: dict[str, Scripted]) -> None:
+    entry = know(NEAR, quick=6.0, steady=2.0)
+    path = profile.user_path()
+    path.write_text(path.read_text().replace("median_us: ", "median_us: about "))
+    profile.forget()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert chosen() == ("quick", "1e+06 us predicted")
+    path.write_text(path.read_text().replace(str(entry.key), "what | is | this |" + entry.key.machine))
+    profile.forget()
+    assert chosen() == ("quick", "1e+06 us predicted")
+
+
+def test_calibration_and_neighbours_do_not_correct_the_same_error_twice(two: dict[str, Scripted]) -> None:
+    own = calibration.Correction(1, (math.log(3.0), 0.0, 0.0, 0.0, 0.0))
+    made = calibration.Calibration(HERE.id, "calibrate", 50, backends={"quick": own})
+    profile.write(profile.user_path(), [entry_of(NEAR, quick=3.0, steady=2.0)], HERE, calibration.dump(made))
+    ranked = transfer.rank(TARGET, two.values(), machine.usable_cores(), "plan")
+    assert ranked.calibrated
+    assert ranked.local is not None
+    assert {e.candidate.backend.name: e.seconds for e in ranked.estimates} == {
+        "steady": pytest.approx(2.0, rel=1e-3),
+        "quick": pytest.approx(3.0, rel=1e-3),
+    }

@@ -1,0 +1,208 @@
+"""A child process that answers requests, held so that it may crash, hang or be stopped without harm to its parent.
+
+Requests and replies are lines of JSON on the child's stdin and stdout. The child leads a process group of its own,
+which is killed as a whole.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from convdispatch import settings
+from convdispatch.problem import Problem
+
+#: Seconds that idle thread pools spin at most, where idle processes cannot be stopped.
+_SPIN = 0.15
+#: Seconds in which a child that says no more has to end by itself.
+_LAST_WORDS = 5.0
+
+Reply = Callable[[Mapping[str, Any]], None]
+
+
+# Inside the child ---------------------------------------------------------------------------------------------------
+
+
+def requests() -> tuple[Iterator[dict[str, Any]], Reply]:
+    """Return what is asked of this process, one by one, and what to answer with; what libraries print is none."""
+    _die_with_parent()
+    asked = os.fdopen(os.dup(0), encoding="utf-8")
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+
+    def reply(data: Mapping[str, Any]) -> None:
+        replies.write(json.dumps(data) + "\n")
+        replies.flush()
+
+    return (json.loads(line) for line in asked), reply
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to end this process, stopped or not, when its parent ends in whatever way."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+# The other end of the pipe ------------------------------------------------------------------------------------------
+
+
+def search_path() -> str:
+    """Return where a child finds convdispatch if it is not installed, also for another interpreter."""
+    root = Path(sys.modules[Problem.__module__].__file__ or "").absolute().parent.parent
+    given = os.environ.get("PYTHONPATH", "")
+    installed = root.name in {"site-packages", "dist-packages"}  # another interpreter must not see these
+    return os.pathsep.join(path for path in ("" if installed else str(root), given) if path)
+
+
+class ChildLostError(Exception):
+    """A child crashed; the message says how."""
+
+
+class Child:
+    """A child process, and the requests to it."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Start the process.
+
+        Args:
+            command: what to run.
+            environment: all of its environment variables; what it calls is not recorded in any case.
+
+        Raises:
+            OSError: if it cannot be started.
+        """
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the child
+        self._closed = False
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        started: queue.SimpleQueue[subprocess.Popen[str] | OSError] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._run, args=(command, environment, started), daemon=True)
+        self._reader.start()
+        outcome = started.get()
+        if isinstance(outcome, OSError):
+            self._errors.close()
+            raise outcome
+        self._process = outcome
+
+    def _run(
+        self, command: Sequence[str], environment: Mapping[str, str],
+        started: "queue.SimpleQueue[subprocess.Popen[str] | OSError]",
+    ) -> None:  # fmt: skip
+        # The thread that reads also starts the process: Linux takes the end of the thread that did so for the
+        # parent's, and the thread that asks may end long before the child does.
+        environment = {name: value for name, value in environment.items() if name != f"{settings.PREFIX}RECORD"}
+        try:
+            process = subprocess.Popen(  # noqa: S603  # this interpreter or the one the user names
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
+                encoding="utf-8", env=environment, start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            started.put(error)
+            return
+        started.put(process)
+        assert process.stdout is not None  # noqa: S101  # for the type checker
+        for line in process.stdout:
+            self._lines.put(line)
+        self._lines.put("")
+
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether the process has not ended."""
+        return self._process.poll() is None
+
+    def send(self, request: Mapping[str, Any]) -> None:
+        """Ask something.
+
+        Raises:
+            OSError: if the process does not listen any more.
+        """
+        assert self._process.stdin is not None  # noqa: S101  # for the type checker
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+
+    def receive(self, timeout: float) -> dict[str, Any]:
+        """Return the next answer.
+
+        Raises:
+            TimeoutError: if there is none within this many seconds.
+            ChildLostError: if the process ended.
+        """
+        try:
+            line = self._lines.get(timeout=timeout)
+        except queue.Empty:
+            raise TimeoutError from None
+        if not line:
+            raise ChildLostError(self.end())
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+    def end(self) -> str:
+        """Return how the process ended, or is ended now, with the last line that it wrote."""
+        try:
+            code = self._process.wait(timeout=_LAST_WORDS)
+        except subprocess.TimeoutExpired:  # it cannot answer any more, but still runs
+            self.kill()
+            code = self._process.wait()
+        said = self.said().splitlines()
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return f"crashed ({how}){f': {said[-1]}' if said else ''}"
+
+    def said(self) -> str:
+        """Return the last of what it wrote to stderr."""
+        self._errors.seek(0)
+        return self._errors.read()[-4000:].decode(errors="replace").strip()
+
+    def pause(self) -> None:
+        """Stop the process while it is not asked anything: pools that spin after a call take others' cores."""
+        if hasattr(signal, "SIGSTOP"):
+            self._signal("SIGSTOP")
+        else:
+            time.sleep(_SPIN)
+
+    def go_on(self) -> None:
+        """Undo ``pause``."""
+        self._signal("SIGCONT")
+
+    def _signal(self, name: str) -> None:
+        if hasattr(signal, name):
+            self._process.send_signal(getattr(signal, name))
+
+    def kill(self) -> None:
+        """End the process and what it forked: a library's helper would keep the pipe open."""
+        if hasattr(os, "killpg"):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # it leads a session, so this is its group
+        self._process.kill()
+
+    def close(self) -> None:
+        """End the process and close its streams; once is enough."""
+        if self._closed:  # its number may be another's by now
+            return
+        self._closed = True
+        self.kill()
+        self._process.wait()
+        self._reader.join(timeout=1)
+        # A stream that is still being read cannot be closed: something that the child started has outlived it.
+        output = None if self._reader.is_alive() else self._process.stdout
+        for stream in (self._process.stdin, output, self._errors):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()

@@ -1,0 +1,60 @@
+"""How OpenCV runs a convolution."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from convdispatch.problem import Problem
+from convdispatch.tuning.engine_onnx import onnx_model
+from convdispatch.tuning.engines import Build, Case, Deployment, load, nchw, nhwc, only
+
+
+class OpenCV:
+    """OpenCV: ``filter2D`` where each output comes from one channel, and its network module."""
+
+    def __init__(self, threads: int) -> None:
+        self._cv2 = load("cv2")
+        self._cv2.setNumThreads(threads)
+        self.version = self._cv2.__version__
+
+    def rejects(self, problem: Problem) -> str | None:
+        """Take float32 without what its importer has no single way to say."""
+        if problem.epilogue.residual:
+            return "not compared with residuals"
+        return only(problem, "float32")
+
+    def deployments(self, case: Case) -> Mapping[str, Build]:
+        """Return the filter, where it applies, and the network."""
+        p, ways = case.problem, {"dnn": lambda: self._net(case)}
+        plain = p.strides == (1, 1) and p.dilations == (1, 1) and not p.epilogue
+        within = p.pads[0] < p.kh and p.pads[2] < p.kw and p.oh <= p.h and p.ow <= p.w
+        if plain and within and p.group_c == 1 and p.k <= 16:
+            ways["filter2D"] = lambda: self._filters(case)
+        return ways
+
+    def _net(self, case: Case) -> Deployment:
+        net = self._cv2.dnn.readNetFromONNX(np.frombuffer(onnx_model(case), np.uint8))
+        x = nchw(case.x)
+
+        def run() -> Any:
+            net.setInput(x)  # each time: without new input there is nothing new to compute
+            return net.forward()
+
+        return Deployment(run, nhwc)
+
+    def _filters(self, case: Case) -> Deployment:
+        cv2, p = self._cv2, case.problem
+        planes, out = nchw(case.x), np.empty((p.n, p.k, p.h, p.w), np.float32)
+        anchor = p.pads[2], p.pads[0]
+        jobs = [
+            (planes[n, k // p.group_k], out[n, k], np.ascontiguousarray(case.w[:, :, 0, k]))
+            for n in range(p.n)
+            for k in range(p.k)
+        ]
+
+        def run() -> None:
+            for plane, target, kernel in jobs:
+                cv2.filter2D(plane, -1, kernel, target, anchor, 0, cv2.BORDER_CONSTANT)
+
+        return Deployment(run, lambda _: nhwc(out[:, :, : p.oh, : p.ow]))

@@ -1,0 +1,264 @@
+"""Recording: what a program really calls, how often and for how long, as a workload to tune.
+
+A recording is process-wide: the calls of all threads count, those of worker threads too. A call that another call
+makes inside, or that tuning makes to measure, is not the program's and does not count.
+"""
+
+import atexit
+import contextlib
+import os
+import threading
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from convdispatch import observe, safe_file, settings
+from convdispatch.errors import ConvDispatchError, WorkloadError
+from convdispatch.problem import Problem
+from convdispatch.tuning import workload as workloads
+from convdispatch.tuning.workload import Layer, Workload
+
+_SECONDS_TO_WAIT = 30.0
+#: A recording of a whole program is written at its end, and this often before: not every program ends well.
+_SECONDS_BETWEEN_WRITES = 30.0
+
+
+class Recording:
+    """The calls that were made while it was active; an iterable of layers, the most time first.
+
+    ``convdispatch.tune`` takes it as it is.
+    """
+
+    def __init__(self) -> None:
+        """Begin without calls."""
+        self._lock = threading.Lock()
+        self._calls: dict[tuple[Problem, str, int | None], tuple[int, float]] = {}
+
+    def add(self, problem: Problem, deployment: str, threads: int | None, seconds: float) -> None:
+        """Count one call."""
+        if problem.is_trivial:
+            return  # there is nothing to tune
+        key = problem, deployment, threads
+        with self._lock:
+            count, total = self._calls.get(key, (0, 0.0))
+            self._calls[key] = count + 1, total + seconds
+
+    def take(self) -> tuple[Layer, ...]:
+        """Return the layers and begin anew."""
+        with self._lock:
+            calls, self._calls = self._calls, {}
+        return _layers(calls)
+
+    def put_back(self, layers: Iterable[Layer]) -> None:
+        """Add the calls that ``take`` took."""
+        with self._lock:
+            for layer in layers:
+                key = layer.problem, layer.deployment or "plan", layer.threads
+                count, total = self._calls.get(key, (0, 0.0))
+                self._calls[key] = count + layer.count, total + (layer.seconds or 0.0)
+
+    def __iter__(self) -> Iterator[Layer]:
+        with self._lock:
+            calls = dict(self._calls)
+        return iter(_layers(calls))
+
+    def after_fork(self) -> None:
+        """Have a forked child count on, whatever its parent's other threads were doing."""
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<recording of {self.calls} calls of {len(list(self))} problems, {self.seconds:.3g} s>"
+
+    @property
+    def calls(self) -> int:
+        """How many calls were made."""
+        return sum(layer.count for layer in self)
+
+    @property
+    def seconds(self) -> float:
+        """How long all of them took together."""
+        return sum(layer.seconds or 0.0 for layer in self)
+
+    @property
+    def workload(self) -> Workload:
+        """The recording as a workload.
+
+        Raises:
+            WorkloadError: if nothing was called.
+        """
+        return Workload("recording", tuple(self), title="recorded calls")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a workload file; to one that is there already, the calls are added.
+
+        Raises:
+            WorkloadError: if nothing was called, the file there is no workload, or it cannot be written.
+        """
+        merge(Path(path), self.workload)
+
+
+def _layers(calls: dict[tuple[Problem, str, int | None], tuple[int, float]]) -> tuple[Layer, ...]:
+    rows = [
+        Layer(problem, count, seconds=seconds, deployment=deployment, threads=threads)
+        for (problem, deployment, threads), (count, seconds) in calls.items()
+    ]
+    return tuple(sorted(rows, key=lambda layer: -(layer.seconds or 0.0)))
+
+
+def merge(path: Path, recorded: Workload) -> None:
+    """Add a workload's calls to those of a file, under a lock: many processes may do so at once.
+
+    Raises:
+        WorkloadError: if the file there is no workload, or it cannot be written; it is then as it was.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with safe_file.exclusive(path, _SECONDS_TO_WAIT):
+            if path.exists() and path.stat().st_size:
+                old = workloads.load(path)
+                recorded = Workload(old.name, old.layers + recorded.layers, old.title, old.source)
+            both = recorded.distinct()
+            rows = sorted(both.layers, key=lambda layer: -(layer.seconds or 0.0))
+            Workload(both.name, tuple(rows), both.title, both.source).dump(path)
+    except OSError as error:
+        raise WorkloadError(f"{path}: the recording cannot be written: {error}") from None
+
+
+# Who records ----------------------------------------------------------------------------------------------------
+
+_active: list[Recording] = []
+_change = threading.Lock()
+
+
+def _tell(problem: Problem, deployment: str, threads: int | None, seconds: float) -> None:
+    for recording in tuple(_active):
+        recording.add(problem, deployment, threads, seconds)
+
+
+def _start(recording: Recording) -> None:
+    with _change:
+        _active.append(recording)
+        observe.watch(_tell)
+
+
+def _stop(recording: Recording) -> None:
+    with _change:
+        if recording in _active:
+            _active.remove(recording)
+        if not _active:
+            observe.watch(None)
+
+
+def _after_fork() -> None:
+    for recording in _active:
+        recording.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+@contextlib.contextmanager
+def record(path: str | os.PathLike[str] | None = None) -> Iterator[Recording]:
+    """Record every ``conv2d`` and every call of a plan in this process, of all threads, while the block runs.
+
+    Args:
+        path: a workload file to add the calls to at the end, also where the block raises.
+
+    Yields:
+        The recording. It can be looked at any time, and tuned afterwards: ``convdispatch.tune(recording)``.
+
+    Raises:
+        WorkloadError: if the file cannot be written.
+
+    Examples:
+        >>> import numpy as np, convdispatch
+        >>> with record() as workload:
+        ...     y = convdispatch.conv2d(np.ones((1, 8, 8, 3), "f4"), np.ones((3, 3, 3, 4), "f4"))
+        >>> [(str(layer.problem), layer.count, layer.deployment) for layer in workload]
+        [('1x8x8x3 * 3x3x3x4 SAME', 1, 'call')]
+    """
+    recording = Recording()
+    _start(recording)
+    try:
+        yield recording
+    finally:
+        _stop(recording)
+        if path is not None and recording.calls:
+            recording.save(path)
+
+
+# A whole program ------------------------------------------------------------------------------------------------
+
+
+class ProgramRecording(Recording):
+    """Records the process from now to its end into a file, and each forked child's calls beside its parent's."""
+
+    def __init__(self, path: Path) -> None:
+        """Keep the path; absolute, since a program may go elsewhere."""
+        super().__init__()
+        self.path = path.absolute()
+        self._writing = threading.Lock()
+        self._written = time.monotonic()
+
+    def add(self, problem: Problem, deployment: str, threads: int | None, seconds: float) -> None:
+        """Count one call, and now and then write, in the background."""
+        super().add(problem, deployment, threads, seconds)
+        now = time.monotonic()
+        if now - self._written > _SECONDS_BETWEEN_WRITES:
+            self._written = now
+            threading.Thread(target=self.write, name="convdispatch-record", daemon=True).start()
+
+    def write(self) -> None:
+        """Move what was counted into the file; into one beside it, with a warning, if that one cannot be used."""
+        with self._writing:
+            layers = self.take()
+            if not layers:
+                return
+            recorded = Workload("recording", layers, title="recorded calls")
+            try:
+                merge(self.path, recorded)
+            except ConvDispatchError as error:
+                beside = self.path.with_name(f"{self.path.stem}-{os.getpid()}.yaml")
+                try:
+                    merge(beside, recorded)
+                except ConvDispatchError:
+                    self.put_back(layers)  # for the next attempt
+                    where = "kept for another attempt"
+                else:
+                    where = f"written to {beside}"
+                warnings.warn(f"recorded calls are {where}: {error}", stacklevel=2)
+
+    def after_fork(self) -> None:
+        """Begin anew in a forked child: what was counted before is the parent's to write."""
+        super().after_fork()
+        self._writing = threading.Lock()
+        self._calls = {}
+        self._written = time.monotonic()
+
+
+def record_program(path: Path | None = None) -> ProgramRecording | None:
+    """Record this process to its end into the file that ``CONVDISPATCH_RECORD`` names, if it names one.
+
+    Forked children record too. One that ends by ``os._exit`` or a signal keeps what was written up to then; those
+    that multiprocessing starts write when they end.
+    """
+    target = path or settings.record_path()
+    if target is None:
+        return None
+    recording = ProgramRecording(target)
+    _start(recording)
+    atexit.register(recording.write)
+    if hasattr(os, "fork"):
+        # A child of multiprocessing ends without atexit, and forgets what was to be done at its parent's end.
+        from multiprocessing import util  # noqa: PLC0415
+
+        util.register_after_fork(recording, _write_at_the_end_of_a_child)
+    return recording
+
+
+def _write_at_the_end_of_a_child(recording: ProgramRecording) -> None:
+    from multiprocessing import util  # noqa: PLC0415
+
+    util.Finalize(None, recording.write, exitpriority=100)
