@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from convdispatch import heuristic, settings
+from convdispatch import heuristic, registry, settings
 from convdispatch.arguments import Array
 from convdispatch.problem import LOW_PRECISION, Problem
 from convdispatch.reference import conv2d
-from convdispatch.tuning import tuner
+from convdispatch.tuning import peak, tuner
 from convdispatch.tuning.busy import Conditions, Watch
 from convdispatch.tuning.engine_field import EngineField
 from convdispatch.tuning.engines import OWN, Case
@@ -31,6 +31,8 @@ from convdispatch.tuning.workload import Layer, Workload
 
 #: Seconds of one sample.
 SAMPLE = 0.015
+#: Operations from which on a layer without a transform should be near the peak.
+_LARGE = 50e6
 #: Error over the largest exact output from which on a float result is wrong: 3e-4 for float32. The fastest
 #: transforms stay below a third of it, arithmetic in bfloat16 or TF32 does not.
 _ULPS = 2500
@@ -133,6 +135,7 @@ class Report:
         versions: of the engines that there are.
         missing: the engines that there are not, and why.
         seconds: how long it took.
+        peak: float32 operations a second of a loop of products on as many threads, measured between the layers.
     """
 
     workload: Workload
@@ -142,6 +145,16 @@ class Report:
     versions: Mapping[str, str]
     missing: Mapping[str, str]
     seconds: float
+    peak: float | None = None
+
+    @property
+    def direct(self) -> list[tuple[LayerResult, float]]:
+        """Large layers that convdispatch did in float32 without a transform, with the part of the peak it reached."""
+        return [
+            (result, result.layer.problem.flops / result.own.best / self.peak)
+            for result in self.layers
+            if self.peak and result.own.seconds and _is_direct(result)
+        ]
 
     @property
     def busy(self) -> list[str]:
@@ -169,6 +182,12 @@ class Report:
         own = [result.layer.count * result.own.median for result, _ in self.compared]
         others = [seconds * ratio for seconds, (_, ratio) in zip(own, self.compared, strict=True)]
         return sum(others) / sum(own) if own else None
+
+
+def _is_direct(result: LayerResult) -> bool:
+    problem, backend = result.layer.problem, result.own.deployment.partition("(")[0].strip()
+    local = backend in registry.names() and registry.get(backend).numerics.kind == "local"
+    return local and problem.dtype == "float32" and problem.flops >= _LARGE
 
 
 # The run ------------------------------------------------------------------------------------------------------------
@@ -214,8 +233,9 @@ def bench(
     order = random.Random(seed)  # noqa: S311  # shuffling, not secrets
     watch = watch or functools.partial(Watch, budget)
     with EngineField(dict.fromkeys([own, *against]), budget, timeout) as engines:
-        results = []
+        results, peaks = [], []
         for layer in load.layers:
+            peaks.append(peak.flops(budget))
             result = _layer(layer, engines, rounds, sample, watch, order)
             for _ in range(attempts - 1):
                 if result.conditions.complaints():
@@ -224,7 +244,8 @@ def bench(
             if on_progress is not None:
                 on_progress(result)
     elapsed = time.monotonic() - started
-    return Report(load, budget, rounds, tuple(results), engines.versions, engines.missing, elapsed)
+    limit = statistics.median(peaks)
+    return Report(load, budget, rounds, tuple(results), engines.versions, engines.missing, elapsed, limit)
 
 
 def _layer(
