@@ -1,4 +1,4 @@
-"""The command line: ``convdispatch tune | warmup | explain | backends | profile``.
+"""The command line: ``convdispatch tune | calibrate | validate | warmup | explain | backends | bench | profile``.
 
 Exit codes: 0 done, 1 an error that is explained, 2 wrong usage, 3 the time limit left problems untuned, 4 no backend
 could do some problem (or, on a cluster, the workers were lost), 5 the machine is busy and nothing was measured, 130

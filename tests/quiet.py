@@ -1,4 +1,4 @@
-"""A machine that nobody else uses."""
+"""Watches of a machine that nobody else uses, and of one that others do."""
 
 from typing import ClassVar
 
@@ -27,3 +27,10 @@ class QuietWatch(Watch):
 
     def now(self) -> float:
         return self.time[0]
+
+
+class BusyWatch(QuietWatch):
+    """Sees a loop that has to wait for a core."""
+
+    def loop(self) -> tuple[float, float]:
+        return 1.0, 0.5

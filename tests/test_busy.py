@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from quiet import QuietWatch
+from quiet import BusyWatch, QuietWatch
 from scripted import PROBLEM, RULES, FakeClock, Scripted, only
 
 import convdispatch
@@ -24,13 +24,6 @@ from convdispatch.tuning.tuner import tune, tune_problem
 
 OTHER = Problem.parse("1x5x5x2 * 1x1x2x3 VALID")
 SAYS = "a fixed loop waited for a core for 50.0% of its time"
-
-
-class BusyWatch(QuietWatch):
-    """Sees a loop that has to wait for a core."""
-
-    def loop(self) -> tuple[float, float]:
-        return 1.0, 0.5
 
 
 class Machine:

@@ -12,16 +12,18 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from quiet import BusyWatch
 from scripted import RULES, FakeClock, Scripted, only
 
-from convdispatch import calibration, dispatch, machine, profile, settings
+import convdispatch
+from convdispatch import calibration, dispatch, machine, profile, quarantine, settings
 from convdispatch.backend import Candidate, Config
 from convdispatch.calibration import Calibration, Correction
 from convdispatch.cli import main
 from convdispatch.cli_validate import print_validation
 from convdispatch.problem import Problem
 from convdispatch.profile import Key
-from convdispatch.tuning import calibrate, tuner, validate
+from convdispatch.tuning import busy, calibrate, tuner, validate
 from convdispatch.tuning.held_out import draw_problems
 from convdispatch.tuning.race import Rules, Samples
 from convdispatch.tuning.regret import Duel, duel, paired_ratio, summary
@@ -232,6 +234,32 @@ def test_busy_conditions_are_kept_with_the_problem(clock: FakeClock) -> None:
     assert [each.problem for each in found.doubtful] == PROBLEMS[1:2]
 
 
+def test_a_busy_machine_holds_up_no_validation_and_is_told_of(
+    clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only(Scripted("boasts", clock))
+    monkeypatch.setattr(tuner, "make_watch", BusyWatch)
+    found = validated(clock, PROBLEMS[:2], conditions=busy.since(lambda: tuner.make_watch(1)))
+    said = "a fixed loop waited for a core for 50.0% of its time"
+    assert [case.conditions for case in found.cases] == [said, said]
+    refused = CliRunner().invoke(main, ["calibrate", "--threads", "1"])
+    assert refused.exit_code == 5
+    assert "waiting up to 10 s" in refused.stderr
+
+
+def test_quarantined_backends_take_no_part_and_nothing_is_recorded(clock: FakeClock) -> None:
+    good, bad = Scripted("good", clock), Scripted("bad", clock, 0.1)
+    only(good, bad)
+    quarantine.add(Candidate(bad, Config()), PROBLEMS[0], "crashed")
+    before = profile.user_path().read_text()
+    with convdispatch.record() as recording:
+        found = validated(clock, PROBLEMS[:2])
+        assert profile.user_path().read_text() == before
+        calibrate.calibrate(problems=PROBLEMS, clock=clock, rules=RULES)
+    assert {name for case in found.cases for name in case.chosen.values()} == {"good"}
+    assert (good.calls > 0, bad.calls, recording.calls) == (True, 0, 0)
+
+
 # Problems, and the commands ---------------------------------------------------------------------------------------
 
 
@@ -266,8 +294,8 @@ def test_validate_prints_figures_and_targets(clock: FakeClock, monkeypatch: pyte
 
 
 def test_a_report_of_a_busy_machine_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    busy = report(case(noise=1.2), case("a", "b", 1.5))
-    print_validation(dataclasses.replace(busy, failed={"some problem": "some reason"}, calibrating=Cost(3.0, 0.0)))
+    noisy = report(case(noise=1.2), case("a", "b", 1.5))
+    print_validation(dataclasses.replace(noisy, failed={"some problem": "some reason"}, calibrating=Cost(3.0, 0.0)))
     said = capsys.readouterr().out
     assert "the machine was busy for 1 of 2 problems" in said
     assert "1 of 2 problems have another winner, by 50.0% of its time at most (target 2%, 1%: missed)" in said
