@@ -239,8 +239,8 @@ def _lines(found: Report, *, allow_busy: bool, verbose: bool) -> list[str]:
     if found.direct:
         (lowest, part), (_, best) = (pick(found.direct, key=lambda pair: pair[1]) for pick in (min, max))
         lines.append(
-            f"a loop of products alone does {(found.peak or 0) / 1e9:.0f} GFLOP/s here; of that, convdispatch without a "
-            f"transform reached {part:.0%} ({lowest.layer.name or lowest.layer.problem}) to {best:.0%} from 50 MFLOP on"
+            f"a loop of products alone does {(found.peak or 0) / 1e9:.0f} GFLOP/s here; of that, convdispatch without "
+            f"a transform reached {part:.0%} ({lowest.layer.name or lowest.layer.problem}) to {best:.0%} from 50 MFLOP on"
             f"{mark}"
         )
     count = len(found.compared)
