@@ -6,13 +6,8 @@ asleep; who calls takes parts of the work too, and waits only for helpers that c
 whoever calls meanwhile does its work alone, so nobody waits for a lock.
 """
 
-import contextlib
-import ctypes
 import functools
 import os
-import threading
-from collections.abc import Callable
-from typing import cast
 
 from numba import types
 
@@ -28,6 +23,7 @@ from convdispatch.backends._atomics import (
     write,
     yield_core,
 )
+from convdispatch.backends._cores import Helpers
 from convdispatch.backends._jit import njit
 from convdispatch.backends._memory import aligned
 from convdispatch.backends._threads import run_all
@@ -106,55 +102,17 @@ def _share(team, function, block, count, places):  # type: ignore[no-untyped-def
     write(team + _LOCK, 0)
 
 
-def _find_current_core() -> Callable[[], int]:
-    """Return the C library's ``sched_getcpu`` where threads can be told which cores to use, else what knows nothing."""
-    if hasattr(os, "sched_setaffinity"):
-        with contextlib.suppress(OSError, AttributeError):
-            return cast("Callable[[], int]", ctypes.PyDLL(None).sched_getcpu)
-    return lambda: -1
-
-
-_current_core = _find_current_core()
-
-
 class _Team:
     """The helpers of this process, and the memory through which they are told what to do."""
 
     def __init__(self) -> None:
         self._words = aligned((_WORDS,), "int64")
         self.address: int = self._words.ctypes.data
-        self._size = 0
-        self._lock = threading.Lock()
-        self._threads: list[int] = []
-        self._avoided = -1
+        self.helpers = Helpers()
 
-    def grow(self, size: int) -> None:
-        """Have at least this many helpers."""
-        if self._size >= size:
-            return
-        with self._lock:
-            while self._size < size:
-                helper = threading.Thread(target=_serve, args=(self.address,), name="convdispatch", daemon=True)
-                helper.start()
-                if helper.native_id is not None:
-                    self._threads.append(helper.native_id)
-                self._size += 1
-            self._avoided = -1
-
-    def keep_off_the_callers_core(self) -> None:
-        """Let the helpers run on any core but this one.
-
-        A scheduler may wake a thread on the core of who woke it, though another is idle; there it would wait until
-        the caller has done all the work.
-        """
-        here = _current_core()
-        if here == self._avoided or here < 0:
-            return
-        self._avoided = here
-        others = os.sched_getaffinity(0) - {here}
-        for thread in self._threads if others else ():
-            with contextlib.suppress(OSError):
-                os.sched_setaffinity(thread, others)
+    def serve(self) -> None:
+        """Help whoever calls, for ever."""
+        _serve(self.address)
 
 
 _team = _Team()
@@ -183,8 +141,8 @@ def run_parts(kernel: int, block: int, count: int, threads: int) -> None:
         _alone(kernel, block, 0, count)
     elif CAN_SLEEP:
         team = _team
-        team.grow(threads - 1)
-        team.keep_off_the_callers_core()
+        team.helpers.grow(threads - 1, team.serve)
+        team.helpers.keep_off_the_callers_core()
         _share(team.address, kernel, block, count, threads - 1)
     else:
         run_all([functools.partial(_alone, kernel, block, number, number + 1) for number in range(count)], threads)

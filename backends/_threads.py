@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import threadpoolctl
 
+from convdispatch.backends._cores import Helpers
+
 Job = Callable[[], object]
 
 
@@ -66,17 +68,13 @@ class _Team:
     """Threads that wait for work."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._size = 0
+        self._helpers = Helpers()
         self._offers: queue.SimpleQueue[_Work] = queue.SimpleQueue()
 
     def offer(self, work: "_Work", places: int) -> None:
         """Let up to this many threads join some work, if they come while it lasts."""
-        if self._size < places:
-            with self._lock:
-                while self._size < places:
-                    threading.Thread(target=self._wait_for_work, name="convdispatch", daemon=True).start()
-                    self._size += 1
+        self._helpers.grow(places, self._wait_for_work)
+        self._helpers.keep_off_the_callers_core()
         for _ in range(places):
             self._offers.put(work)
 

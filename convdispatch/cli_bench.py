@@ -238,10 +238,10 @@ def _lines(found: Report, *, allow_busy: bool, verbose: bool) -> list[str]:
     mark = " (busy: not to be relied on)" if found.busy else ""
     if found.direct:
         (lowest, part), (_, best) = (pick(found.direct, key=lambda pair: pair[1]) for pick in (min, max))
+        worst = lowest.layer.name or lowest.layer.problem
         lines.append(
-            f"a loop of products alone does {(found.peak or 0) / 1e9:.0f} GFLOP/s here; of that, convdispatch without "
-            f"a transform reached {part:.0%} ({lowest.layer.name or lowest.layer.problem}) to {best:.0%} from 50 MFLOP on"
-            f"{mark}"
+            f"a loop of products alone does {(found.peak or 0) / 1e9:.0f} GFLOP/s here; without a transform, and from "
+            f"50 MFLOP on, convdispatch reached {part:.0%} ({worst}) to {best:.0%} of it{mark}"
         )
     count = len(found.compared)
     whole = "" if count == len(found.layers) else f" of the {count} compared"

@@ -115,9 +115,9 @@ def test_the_teams_threads_keep_off_the_callers_core_and_the_caller_stays_free()
     plan = convdispatch.plan((1, 20, 20, 16), np.ones((3, 3, 16, 32), "f4"), backend=("implicit_gemm", {"threads": 2}))
     plan(np.ones((1, 20, 20, 16), np.float32))
     assert os.sched_getaffinity(0) == before
-    avoided = _team._team._avoided
+    avoided = _team._team.helpers.avoided
     assert avoided in before
-    for thread in _team._team._threads:
+    for thread in _team._team.helpers.threads:
         assert avoided not in os.sched_getaffinity(thread)
 
 
