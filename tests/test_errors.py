@@ -180,8 +180,8 @@ ROWS: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
     "a config that is none": ({"backend": ("fft", 3)}, ArgumentTypeError, ("backend", "('fft', 3)")),
     "an unhashable config": ({"backend": ("fft", {"tile": [8]})}, ArgumentTypeError, ("backend", "[8]")),
     "three parts of a backend": ({"backend": ("fft", {}, 1)}, ArgumentTypeError, ("backend", "('fft', {}, 1)")),
-    "winograd with a stride": (
-        {"backend": "winograd", "strides": 2}, BackendRejectedError, ("'winograd'", "strides", "stride=2")
+    "winograd with a stride of 3": (
+        {"backend": "winograd", "strides": 3}, BackendRejectedError, ("'winograd'", "strides", "stride=3")
     ),
     "winograd with 7x7 filters": (
         {"backend": "winograd", "filters": ones(7, 7, 4, 8), "padding": 3}, BackendRejectedError,
