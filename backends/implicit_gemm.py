@@ -197,9 +197,8 @@ def _parts(problem: Problem, rows: int, blocks: int, threads: int) -> list[tuple
     wanted = 1 if threads == 1 else 4 * threads
     down = -(-tiles // most)
     if down >= wanted or p.k * p.taps * size < p.n * p.h * p.w * p.c * size:  # cut the larger of input and filters
-        down = min(tiles, max(down, wanted))
-    elif down > 1 and down % threads:
-        down = min(tiles, down + threads - down % threads)
+        down = max(down, wanted)
+    down = min(tiles, -(-down // threads) * threads if down > 1 else 1)  # as many for each thread
     across = min(blocks, -(-wanted // down))
     return [(*tile, *block) for tile in split(tiles, down) for block in split(blocks, across)]
 

@@ -1,5 +1,6 @@
 """A busy machine: how it is noticed, waited for, refused, and marked. The machine here does as it is told."""
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterator
@@ -333,3 +334,10 @@ def test_nobody_is_left_with_ticks_of_the_real_machine() -> None:
     watch = tuner.make_watch(2)
     assert isinstance(watch.ticks(), Ticks | None)
     assert watch.look().complaints() == []
+
+
+def test_tasks_that_use_no_core_make_no_machine_busy() -> None:
+    quiet = Conditions(spread=0.0, waiting=0.0, others=0.0, steal=0.0, missing=0.0, load=1.0)
+    assert quiet.complaints() == []
+    assert dataclasses.replace(quiet, others=0.05).complaints() == ["other tasks wanted 100.0% of the cores"]
+    assert dataclasses.replace(quiet, others=None).complaints() == ["other tasks wanted 100.0% of the cores"]

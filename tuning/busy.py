@@ -38,6 +38,10 @@ _WORDS = {
 }
 
 
+#: Use of the cores by others that is none.
+_IDLE = 0.02
+
+
 @dataclass(frozen=True)
 class Conditions:
     """What the machine was like during a measurement, as parts of 1; None where the system does not say.
@@ -59,8 +63,14 @@ class Conditions:
     load: float | None = None
 
     def complaints(self) -> list[str]:
-        """Return in words what says that the machine was busy; nothing if it was quiet."""
+        """Return in words what says that the machine was busy; nothing if it was quiet.
+
+        Tasks that seem to run count only where nobody tells how much of the cores they used, or where they used some:
+        a glance may catch an engine that is just being stopped.
+        """
         values = {name: getattr(self, name) for name in LIMITS}
+        if self.others is not None and self.others < _IDLE:
+            del values["load"]
         return [
             _WORDS[name].format(value) for name, value in values.items() if value is not None and value > LIMITS[name]
         ]
