@@ -33,7 +33,9 @@ _BAND_BYTES = 768 << 10
 #: An image whose copies would be larger is cut into bands all the same, of up to so many bytes.
 _WHOLE_BYTES, _LARGEST_BAND = 32 << 20, 4 << 20
 #: Rows that are computed twice or in vain by bands cost time; with more than this part, the image is converted whole.
-_WASTE = 0.06
+_WASTE = 0.08
+#: Pixels that are copied and multiplied together, about.
+_PIXELS = 16
 
 _ARGUMENTS = Arguments(
     input=array_of(4), residual=array_of(4), out=array_of(4), template=array_of(1, "int64"), places=integers_of(3),
@@ -165,8 +167,11 @@ def _least_wasteful(problem: Problem, step: int, threads: int, most: int, least:
         if p.n * bands < 2 * threads - (threads == 1):
             continue
         again = bands * _taken(p, rows) * p.w * p.c / max(1, p.h * p.w * p.c) - 1
-        waste = bands * -(-rows // step) * step / (-(-p.oh // step) * step) + 0.03 * max(0.0, again)
-        if waste < least:
+        waste = bands * -(-rows // step) * step / (-(-p.oh // step) * step)
+        waste *= -(-p.n * bands // threads) * threads / (p.n * bands)  # some threads have one band more
+        waste *= -(-rows * p.ow // _PIXELS) * _PIXELS / (rows * p.ow)
+        waste += 0.03 * max(0.0, again)
+        if waste <= least:
             best, least = rows, waste
     return best
 

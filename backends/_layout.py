@@ -11,6 +11,7 @@ from llvmlite import ir
 from numba import literally, types  # type: ignore[attr-defined]  # its stubs forgot one
 
 from convdispatch.backends._jit import njit
+from convdispatch.backends._memory import CACHE_LINE
 from convdispatch.backends._vector import (
     I32,
     Codegen,
@@ -129,6 +130,16 @@ def _convert(source, target, count, into, lanes, itemsize, storage):  # type: ig
 
 
 @njit()
+def _before_line(address, size, lanes):  # type: ignore[no-untyped-def]
+    """Return a start, 0 or less, from which steps of so many lanes come to where a cache line begins.
+
+    Planes of a power of two are all in the same few places of the cache; a line that is needed twice is gone by then.
+    """
+    short = (-address % CACHE_LINE // size) % lanes
+    return short - lanes if short else 0
+
+
+@njit()
 def _gather_planes(source, plane, target, channels, pixels, lanes, itemsize, storage):  # type: ignore[no-untyped-def]
     """Copy ``pixels`` of planes ``plane`` bytes apart to ``[pixels, channels]``.
 
@@ -143,10 +154,10 @@ def _gather_planes(source, plane, target, channels, pixels, lanes, itemsize, sto
                 value = decode(source + c * plane + p * stored, 0, 1, 1, itemsize, storage)
                 encode(target + (p * channels + c) * itemsize, 0, value, 0)
         return
-    for i in range(0, pixels, lanes):
-        p = min(i, pixels - lanes)
-        for j in range(0, channels, lanes):
-            c = max(0, min(j, channels - lanes))
+    for j in range(0, channels, lanes):  # the outer loop: of so many planes, hardware foresees what is read next
+        c = max(0, min(j, channels - lanes))
+        for i in range(_before_line(source, stored, lanes), pixels, lanes):
+            p = max(0, min(i, pixels - lanes))
             if channels >= lanes:
                 square = decode(source + c * plane + p * stored, plane, lanes, lanes, itemsize, storage)
             else:
@@ -186,10 +197,10 @@ def _scatter_planes(source, target, plane, channels, pixels, lanes, itemsize, st
                 encode(target + c * plane + p * stored, 0, value, storage)
         return
     some = np.empty(lanes * lanes * itemsize, np.uint8)
-    for i in range(0, pixels, lanes):
-        p = min(i, pixels - lanes)
-        for j in range(0, channels, lanes):
-            c = max(0, min(j, channels - lanes))
+    for j in range(0, channels, lanes):
+        c = max(0, min(j, channels - lanes))
+        for i in range(_before_line(target, stored, lanes), pixels, lanes):
+            p = max(0, min(i, pixels - lanes))
             square = decode(source + (p * channels + c) * itemsize, channels * itemsize, lanes, lanes, itemsize, 0)
             if channels >= lanes:
                 encode(target + c * plane + p * stored, plane, transposed(square), storage)

@@ -2,8 +2,8 @@
 
 Waking a sleeping thread takes tens of microseconds, and so does handing it Python's lock: as long as a small layer.
 Here a helper waits in compiled code, watching memory for about a twentieth of a millisecond after it has worked, then
-asleep; who calls takes parts of the work too, and waits only for helpers that came. One call at a time is shared out;
-whoever calls meanwhile does its work alone, so nobody waits for a lock.
+asleep; who calls takes parts of the work too, and waits only for helpers that came. One call at a time is shared out,
+and none where callers keep the cores busy as it is; the others do their work alone, so nobody waits for a lock.
 """
 
 import functools
@@ -11,6 +11,7 @@ import os
 
 from numba import types
 
+from convdispatch import machine
 from convdispatch.backends._atomics import (
     CAN_SLEEP,
     add,
@@ -34,9 +35,9 @@ _TURNS_BEFORE_YIELDING = 2000
 _CLOSED = 1 << 30
 
 # The words of a team, those that different threads change on cache lines of their own: bytes from its address.
-_LOCK, _GENERATION, _PLACES, _NEXT, _LEFT, _SLEEPERS = (64 * line for line in range(6))
-_FUNCTION, _BLOCK, _COUNT = (64 * 6 + 8 * word for word in range(3))
-_WORDS = 7 * 8
+_LOCK, _GENERATION, _PLACES, _NEXT, _LEFT, _SLEEPERS, _CALLERS = (64 * line for line in range(7))
+_FUNCTION, _BLOCK, _COUNT, _CORES = (64 * 7 + 8 * word for word in range(4))
+_WORDS = 8 * 8
 
 
 @njit()
@@ -78,9 +79,11 @@ def _alone(function, block, first, last):  # type: ignore[no-untyped-def]
 @njit(types.void(types.int64, types.int64, types.int64, types.int64, types.int64))
 def _share(team, function, block, count, places):  # type: ignore[no-untyped-def]
     """Run all parts of a kernel's work together with up to ``places`` helpers."""
-    if not exchange_if(team + _LOCK, 0, 1):
+    callers = add(team + _CALLERS, 1) + 1
+    if callers > max(1, read(team + _CORES) // 2) or not exchange_if(team + _LOCK, 0, 1):
         for number in range(count):
             call_kernel(function, block, number)
+        add(team + _CALLERS, -1)
         return
     write(team + _FUNCTION, function)
     write(team + _BLOCK, block)
@@ -100,6 +103,7 @@ def _share(team, function, block, count, places):  # type: ignore[no-untyped-def
         if turns > _TURNS_BEFORE_YIELDING:
             yield_core()
     write(team + _LOCK, 0)
+    add(team + _CALLERS, -1)
 
 
 class _Team:
@@ -107,6 +111,7 @@ class _Team:
 
     def __init__(self) -> None:
         self._words = aligned((_WORDS,), "int64")
+        self._words[_CORES // 8] = machine.usable_cores()
         self.address: int = self._words.ctypes.data
         self.helpers = Helpers()
 

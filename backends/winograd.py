@@ -79,6 +79,13 @@ def _scratch(problem: Problem, m: int, tile: tuple[int, int], part: tuple[int, i
     return _side(problem, m) ** 2 * (part[1] - part[0]) * (padded + tile[1] * lanes)
 
 
+@functools.cache
+def _both_ways(m: int, r: int, stride: int) -> Array:
+    """Return the matrix from the r * r values of a filter to its n * n transformed ones."""
+    g = np.array(strided(m, r, stride).g, np.float64)
+    return np.kron(g, g)
+
+
 def _side(problem: Problem, m: int) -> int:
     """Return the side of a tile's input."""
     return problem.strides[0] * (m - 1) + problem.kh
@@ -171,10 +178,9 @@ class Winograd(PackedBackend):
         p, m, tile = problem, _size(problem, config), _tile(problem)
         lanes = vector_bytes() // item_bytes(p.dtype)
         block = tile[1] * lanes
-        g = np.array(strided(m, p.kh, p.strides[0]).g, np.float64)
-        split_up = np.asarray(filters, np.float64).reshape(p.kh, p.kw, p.group_c, p.groups, p.group_k)
-        u = np.einsum("ip,pqcgk,jq->gijck", g, split_up, g, optimize=True)
-        packed = by_blocks(u.reshape(p.groups, -1, p.group_c, p.group_k).astype(p.dtype), block)
+        u = _both_ways(m, p.kh, p.strides[0]) @ np.asarray(filters, np.float64).reshape(p.kh * p.kw, -1)
+        by_group = u.astype(p.dtype).reshape(-1, p.group_c, p.groups, p.group_k).transpose(2, 0, 1, 3)
+        packed = by_blocks(by_group, block)
         added = np.empty(0, p.dtype) if bias is None else by_blocks(bias.reshape(p.groups, p.group_k), block)
         parts = _parts(p, m, tile, packed.shape[0] * packed.shape[1], config.threads)
         values = {
