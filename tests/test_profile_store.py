@@ -375,7 +375,7 @@ def test_of_a_large_profile_only_what_is_asked_for_is_parsed(path: Path, monkeyp
     chunk = profile.dump_entry(entry())
     texts = [chunk.replace("1x6x6x2", f"{n}x6x6x2", 1) for n in range(1, 1001)]
     path.write_text(text_of(machines={HERE.id: HERE.describe(), "like": LIKE}) + "\n".join(texts))
-    parsed = noted(monkeypatch, "_parse_entry")
+    parsed = noted(monkeypatch, "parse_entry")
     keys = noted(monkeypatch, "parse_key")
     with settings.options(profile=path):
         asked = entry(problem=PROBLEM.replace(n=777)).key
@@ -394,7 +394,7 @@ def test_a_write_to_a_large_profile_parses_nothing_but_what_it_replaces(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path.write_text(MANY)
-    parsed = noted(monkeypatch, "_parse_entry")
+    parsed = noted(monkeypatch, "parse_entry")
     profile.write(path, [entry(problem=PROBLEM.replace(n=4))], HERE)
     assert parsed == []
     profile.write(path, [entry(row("direct"))], HERE)
