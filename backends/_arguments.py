@@ -4,6 +4,9 @@ A kernel is compiled as ``kernel(block, number)``: the address of its arguments,
 team of threads can run it without the interpreter (``_team``), and Python fills in a few addresses instead of taking
 five arrays apart in every call. An array is its address and its shape; it is C-contiguous, and empty where the
 address is 0. A float is its bits.
+
+Compiled code that is called like this cannot raise. So a kernel ends by adding one to the word ``done_at`` of its
+block, and a part that lacked memory shows by being missing there.
 """
 
 import struct
@@ -64,6 +67,8 @@ class Arguments:
         for name, field in fields.items():
             self.at[name] = self.words
             self.words += field.words
+        self.done_at = self.words  # a count of the parts that came to their end
+        self.words += 1
         self.unpack = _unpacker(tuple(fields.values()))
 
     def pack(self, **values: Any) -> Array:

@@ -18,7 +18,7 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Kernel, item_bytes
 from convdispatch.backends._arguments import INTEGER, Arguments, CompiledKernel, array_of, integers_of
-from convdispatch.backends._atomics import call_kernel, write
+from convdispatch.backends._atomics import add, call_kernel, write
 from convdispatch.backends._jit import hold
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._layout import SAME, STORAGES, stage, unstage
@@ -39,11 +39,11 @@ _PIXELS = 16
 
 _ARGUMENTS = Arguments(
     input=array_of(4), residual=array_of(4), out=array_of(4), template=array_of(1, "int64"), places=integers_of(3),
-    kernel=INTEGER, parts=INTEGER, spoiled_at=INTEGER, inner=integers_of(3), outer=integers_of(3), rows=integers_of(4),
-    planar=INTEGER, spoiled=INTEGER,
+    kernel=INTEGER, parts=INTEGER, spoiled_at=INTEGER, done_at=INTEGER, inner=integers_of(3), outer=integers_of(3),
+    rows=integers_of(4), planar=INTEGER, spoiled=INTEGER,
 )  # fmt: skip
 unpack = _ARGUMENTS.unpack
-_SPOILED_AT = 8 * _ARGUMENTS.at["spoiled"]
+_SPOILED_AT, _DONE_AT = 8 * _ARGUMENTS.at["spoiled"], 8 * _ARGUMENTS.done_at
 
 
 @functools.cache
@@ -52,7 +52,7 @@ def _by_bands(lanes: int, itemsize: int, storage: int) -> CompiledKernel:
 
     def convolve(arguments, number):  # type: ignore[no-untyped-def]
         (
-            x, residual, out, template, places, kernel, parts, spoiled_at, inner, outer, rows, planar, _,
+            x, residual, out, template, places, kernel, parts, spoiled_at, done_at, inner, outer, rows, planar, _,
         ) = unpack(arguments, itemsize)  # fmt: skip
         taken, made, step, top = rows
         bands = (outer[0] + made - 1) // made
@@ -83,6 +83,8 @@ def _by_bands(lanes: int, itemsize: int, storage: int) -> CompiledKernel:
         own = result + again * deep * itemsize
         unstage(own, at_out, band * made, made - again, outer, planar, lanes, itemsize, storage)
         hold(scratch)
+        if block[done_at] == parts:
+            add(arguments + _DONE_AT, 1)
 
     return CompiledKernel(convolve, _ARGUMENTS)
 
@@ -204,6 +206,7 @@ class BandedKernel:
         p, form = problem, _Storage.of(problem)
         values = {
             "template": inner.block, "places": inner.places, "kernel": inner.address, "parts": inner.count,
+            "done_at": inner.done_at,
             "spoiled_at": -1 if inner.spoiled_at is None else inner.spoiled_at, "inner": (p.h, p.w, p.c),
             "outer": (p.oh, p.ow, p.k), "rows": (_taken(p, rows), rows, p.strides[0], p.pads[0]),
             "planar": form.planar,

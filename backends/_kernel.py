@@ -22,6 +22,7 @@ class PackedKernel:
         places: where in the block the addresses of input, out and residual go.
         spoiled_at: where in the block it reports sums that are not finite, None if it does not.
         count: parts of its work.
+        done_at: where in the block it counts the parts that it has done.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class PackedKernel:
         if not p.epilogue.residual:
             self.block[self.places[2] + 1 : self.places[2] + 5] = 0
         self.spoiled_at = arguments.at.get("spoiled")
+        self.done_at = arguments.done_at
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PackedKernel, self._recipe
@@ -64,4 +66,6 @@ class PackedKernel:
         if residual is not None:
             block[at[2]] = address(residual)
         run_parts(self.address, address(block), self.count, self._threads)
+        if block[self.done_at] != self.count:
+            raise MemoryError(f"{self.count - block[self.done_at]} of {self.count} parts of a convolution failed")
         return None if self.spoiled_at is None else bool(block[self.spoiled_at])

@@ -13,7 +13,7 @@ import numpy as np
 from numba import literally  # type: ignore[attr-defined]  # its stubs forgot one
 
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
-from convdispatch.backends._atomics import write
+from convdispatch.backends._atomics import add, write
 from convdispatch.backends._epilogue import RELU, RELU6, activate
 from convdispatch.backends._jit import hold, njit
 from convdispatch.backends._tile import (
@@ -202,7 +202,7 @@ ARGUMENTS = Arguments(
     parts=array_of(2, "int64"), spoiled=INTEGER,
 )  # fmt: skip
 unpack = ARGUMENTS.unpack
-_SPOILED_AT = 8 * ARGUMENTS.at["spoiled"]
+_SPOILED_AT, _DONE_AT = 8 * ARGUMENTS.at["spoiled"], 8 * ARGUMENTS.done_at
 
 
 @functools.cache
@@ -249,5 +249,6 @@ def compiled(m: int, r: int, stride: int, rows: int, vectors: int, lanes: int, i
         for lane in range(lanes):
             if check[lane] != 0:
                 write(arguments + _SPOILED_AT, 1)
+        add(arguments + _DONE_AT, 1)
 
     return CompiledKernel(convolve, ARGUMENTS)

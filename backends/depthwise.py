@@ -24,6 +24,7 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, item_bytes
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
+from convdispatch.backends._atomics import add
 from convdispatch.backends._epilogue import RELU, RELU6, activate
 from convdispatch.backends._jit import njit
 from convdispatch.backends._kernel import PackedKernel
@@ -82,6 +83,7 @@ _ARGUMENTS = Arguments(
     window=integers_of(8), strip=INTEGER, code=INTEGER, slope=FLOAT, parts=array_of(2, "int64"),
 )  # fmt: skip
 unpack = _ARGUMENTS.unpack
+_DONE_AT = 8 * _ARGUMENTS.done_at
 
 
 @functools.cache
@@ -166,6 +168,7 @@ def _compiled(  # noqa: C901, PLR0915
                                 store(sums, tile, scratch_table.ctypes.data, 0)
                             more = residual[n, oh] if residual.size else residual.reshape(0, 0)
                             _finish(out[n, oh], more, bias, scratch, ow, apart, k0, members, member, code, slope)
+        add(arguments + _DONE_AT, 1)
 
     return CompiledKernel(convolve, _ARGUMENTS)
 

@@ -24,6 +24,7 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, item_bytes
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
+from convdispatch.backends._atomics import add
 from convdispatch.backends._epilogue import RELU, RELU6, activate
 from convdispatch.backends._jit import njit
 from convdispatch.backends._kernel import PackedKernel
@@ -131,6 +132,7 @@ _ARGUMENTS = Arguments(
     parts=array_of(2, "int64"),
 )  # fmt: skip
 unpack = _ARGUMENTS.unpack
+_DONE_AT = 8 * _ARGUMENTS.done_at
 
 
 @functools.cache
@@ -256,6 +258,7 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
                             for i in range(flat.size):
                                 flat[i] += added[i]
                         _finish(flat, code, slope)
+        add(arguments + _DONE_AT, 1)
 
     return CompiledKernel(convolve, _ARGUMENTS)
 

@@ -16,6 +16,7 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, item_bytes
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
+from convdispatch.backends._atomics import add
 from convdispatch.backends._epilogue import RELU, RELU6, activate
 from convdispatch.backends._jit import njit
 from convdispatch.backends._kernel import PackedKernel
@@ -110,6 +111,7 @@ _ARGUMENTS = Arguments(
     window=integers_of(8), groups=INTEGER, code=INTEGER, slope=FLOAT, parts=array_of(2, "int64"),
 )  # fmt: skip
 unpack = _ARGUMENTS.unpack
+_DONE_AT = 8 * _ARGUMENTS.done_at
 
 
 @functools.cache
@@ -179,6 +181,7 @@ def _compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKer
             if code > RELU6:
                 first = (first_tile + t) * rows
                 _finish(flat[first : min(first + rows, pixels), k0 : k0 + count], code, slope)
+        add(arguments + _DONE_AT, 1)
 
     return CompiledKernel(convolve, _ARGUMENTS)
 

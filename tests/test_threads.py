@@ -12,6 +12,9 @@ import pytest
 
 import convdispatch
 from convdispatch.backends import _arguments, _memory, _team, _threads
+from convdispatch.backends._atomics import add
+from convdispatch.backends._kernel import PackedKernel
+from convdispatch.problem import Problem
 
 BACKENDS = ("implicit_gemm", "winograd", "im2col", "fft", "numba")
 
@@ -166,3 +169,28 @@ def test_an_address_is_where_the_first_element_lies() -> None:
     for view in (array, array[1:], array[:, ::-1], array[..., 2], np.empty((0, 3)), array.astype(np.float32)):
         assert _memory.address(view) == view.ctypes.data
         assert _memory._address(view) == view.ctypes.data
+
+
+def _fail(arguments, number):  # type: ignore[no-untyped-def]
+    _, out, _, _ = unpack_failing(arguments, 4)
+    if number == 1:
+        raise ValueError("as where memory is short")
+    out[0, 0, 0, 0] = 1
+    add(arguments + _FAILING_DONE, 1)
+
+
+_FAILING = _arguments.Arguments(
+    **{name: _arguments.array_of(4) for name in ("input", "out", "residual")}, parts=_arguments.INTEGER
+)
+unpack_failing = _FAILING.unpack
+_FAILING_DONE = 8 * _FAILING.done_at
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # which is how Numba tells of it
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_part_that_fails_in_compiled_code_is_an_error(threads: int) -> None:
+    problem = Problem.parse("1x1x1x1 * 1x1x1x1 VALID")
+    kernel = PackedKernel(lambda: _arguments.CompiledKernel(_fail, _FAILING), problem, {}, 3, threads)
+    one = np.ones((1, 1, 1, 1), np.float32)
+    with pytest.raises(MemoryError, match="1 of 3"):
+        kernel(one, np.zeros_like(one), None)
