@@ -208,6 +208,8 @@ class Depthwise(PackedBackend):
         loads = p.kw // taps * ((tile - 1) * stride + 2 * taps)
         row = _FMA_SECONDS_PER_BYTE * lanes * size * tile * p.kw + _LOAD_SECONDS * loads
         row *= 1 if p.group_c == 1 else 0.75 * p.group_c
+        if p.group_c > 3 and tile > _TILES[_registers()][1]:
+            row *= _SPILLED
         seconds = tiles * (row * _rows_inside(p) + _TILE_SECONDS)
         if not _shares_vectors(p) or p.epilogue.code > RELU6:
             seconds += tiles * tile * lanes * (_VALUE_SECONDS if p.epilogue.code <= RELU6 else 3 * _VALUE_SECONDS)
@@ -241,6 +243,7 @@ class Depthwise(PackedBackend):
 _PARTS = 2  # jobs a thread, so that one that comes late finds work left
 _FMA_SECONDS_PER_BYTE = 4.3e-12  # of a vector
 _LOAD_SECONDS = 2e-10
+_SPILLED = 1.3  # the longest tile and the filters of several channels do not all stay in registers
 _TILE_SECONDS = 15e-9
 _VALUE_SECONDS = 1.5e-9  # of an output that is finished by itself
 _MEMORY_BYTES_PER_SECOND = 8e9

@@ -223,7 +223,7 @@ class ImplicitGemm(PackedBackend):
         here = current()
         choices = [Config(rows=rows, vectors=vectors) for rows, vectors in _tiles(problem)]
         choices.sort(key=lambda config: self.estimate_plain(problem, config, here))
-        return choices[: 3 if effort in {"estimate", "measure"} else None]
+        return choices[: 4 if effort in {"estimate", "measure"} else None]
 
     def workspace_plain(self, problem: Problem, config: Config) -> int:
         """Return the bytes of each thread's table and tile."""
