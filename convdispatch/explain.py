@@ -102,7 +102,7 @@ def bytes_text(count: int) -> str:
     """Return a size for people, e.g. ``"1.5 MiB"``."""
     size, unit = float(count), "B"
     for larger in ("KiB", "MiB", "GiB"):
-        if size < 1024:
+        if size < 999.5:  # three digits are shown
             break
         size, unit = size / 1024, larger
     return f"{size:.3g} {unit}"
