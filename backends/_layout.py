@@ -20,6 +20,7 @@ from convdispatch.backends._vector import (
     intrinsic,
     load_at,
     parts_of,
+    spaced,
 )
 
 #: How floats lie in memory: as the kernel computes with them, or in 16 bits.
@@ -27,12 +28,13 @@ SAME, FLOAT16, BFLOAT16 = 0, 1, 2
 STORAGES = {"float16": FLOAT16, "bfloat16": BFLOAT16}
 
 
-def _decoded(b: Any, vector: Vector, storage: int, address: Any, size: int) -> Any:
+def _decoded(b: Any, vector: Vector, storage: int, address: Any) -> Any:
     if storage == SAME:
         return load_at(b, vector.ir, address, 0, vector.itemsize)
     if storage == FLOAT16:
-        return b.fpext(load_at(b, ir.VectorType(ir.HalfType(), size), address, 0, 2), vector.ir)
-    wide = b.zext(load_at(b, ir.VectorType(ir.IntType(16), size), address, 0, 2), ir.VectorType(I32, size))
+        return b.fpext(load_at(b, ir.VectorType(ir.HalfType(), vector.lanes), address, 0, 2), vector.ir)
+    halves = load_at(b, ir.VectorType(ir.IntType(16), vector.lanes), address, 0, 2)
+    wide = b.zext(halves, ir.VectorType(I32, vector.lanes))
     return b.bitcast(b.shl(wide, _all(wide.type, 16)), vector.ir)
 
 
@@ -63,10 +65,8 @@ def decode(
     kind = types.UniTuple(vector, count.literal_value)  # type: ignore[no-untyped-call]
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        place, values = arguments[0], []
-        for _ in range(count.literal_value):
-            values.append(_decoded(b, vector, storage.literal_value, place, vector.lanes))
-            place = b.add(place, arguments[1])
+        places = spaced(b, arguments[0], arguments[1], count.literal_value)
+        values = [_decoded(b, vector, storage.literal_value, place) for place in places]
         return context.make_tuple(b, kind, values)
 
     return kind(types.int64, types.int64, count, lanes, itemsize, storage), codegen
@@ -78,11 +78,10 @@ def encode(typing: Any, address: Any, step: Any, tile: Any, storage: Any) -> tup
     vector = tile.dtype
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        place = arguments[0]
-        for value in parts_of(b, arguments[2], len(tile)):
+        places = spaced(b, arguments[0], arguments[1], len(tile))
+        for value, place in zip(parts_of(b, arguments[2], len(tile)), places, strict=True):
             stored = _encoded(b, vector, storage.literal_value, value)
             b.store(stored, address_of(b, place, 0, stored.type), align=2 if storage.literal_value else vector.itemsize)
-            place = b.add(place, arguments[1])
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, tile, storage), codegen
@@ -179,7 +178,7 @@ def _few_planes(
             which = ir.Constant(last.type, number)
             plane = b.select(b.icmp_signed("<", which, last), which, last)
             place = b.add(arguments[0], b.mul(plane, arguments[1]))
-            values.append(_decoded(b, vector, storage.literal_value, place, vector.lanes))
+            values.append(_decoded(b, vector, storage.literal_value, place))
         return context.make_tuple(b, kind, values)
 
     return kind(types.int64, types.int64, types.int64, lanes, itemsize, storage), codegen

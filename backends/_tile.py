@@ -4,14 +4,13 @@ A tile is ``rows`` times ``vectors``: of ``implicit_gemm``, output pixels times 
 innermost loop loads ``vectors`` vectors of packed filters and, for each row, multiplies them with one input value.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from convdispatch import machine
 from convdispatch.backends._vector import (
     I32,
     I64,
@@ -24,7 +23,8 @@ from convdispatch.backends._vector import (
     intrinsic,
     load_at,
     parts_of,
-    vector_bytes,
+    registers,
+    spaced,
 )
 
 #: Tiles, rows x vectors, by the number of vector registers: sums, one input and the filters' vectors fit in them.
@@ -32,9 +32,8 @@ _TILES = {32: ((6, 4), (5, 4), (14, 2), (8, 2), (8, 3), (10, 1)), 16: ((6, 2), (
 
 
 def register_tiles() -> tuple[tuple[int, int], ...]:
-    """Return the tiles, rows x vectors, that suit the registers: 16 on x86 without AVX-512, 32 elsewhere."""
-    x86 = any(name in machine.current().system for name in ("x86_64", "AMD64"))
-    return _TILES[16 if x86 and vector_bytes() < 64 else 32]
+    """Return the tiles, rows x vectors, that suit the registers."""
+    return _TILES[registers()]
 
 
 @intrinsic
@@ -87,19 +86,26 @@ def add_to_all(typing: Any, tile: Any, rows: Any, address: Any) -> tuple[Any, Co
     return tile(tile, rows, address), codegen
 
 
+def _places(b: Any, tile: Any, rows: Any, table: Any, offset: Any) -> Iterator[tuple[int, int, Any]]:
+    """Yield of each vector of a tile its number, its number within its row, and a pointer to its place.
+
+    The places of a row begin ``offset`` bytes behind its address in the table.
+    """
+    vector, vectors = tile.dtype, len(tile) // rows.literal_value
+    for row in range(rows.literal_value):
+        start = b.add(load_at(b, I64, table, row * 8, 8), offset)
+        for v in range(vectors):
+            yield row * vectors + v, v, address_of(b, start, v * vector.lanes * vector.itemsize, vector.ir)
+
+
 @intrinsic
 def add_to_each(typing: Any, tile: Any, rows: Any, outputs: Any, offset: Any) -> tuple[Any, Codegen]:
     """Return the tile with each row's vectors, ``offset`` bytes behind its address, added to it: a residual."""
-    vector, vectors = tile.dtype, len(tile) // rows.literal_value
-    size = vector.itemsize
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         sums = parts_of(b, arguments[0], len(tile))
-        for row in range(rows.literal_value):
-            start = b.add(load_at(b, I64, arguments[2], row * 8, 8), arguments[3])
-            for v in range(vectors):
-                more = load_at(b, vector.ir, start, v * vector.lanes * size, size)
-                sums[row * vectors + v] = b.fadd(sums[row * vectors + v], more)
+        for i, _, place in _places(b, tile, rows, *arguments[2:]):
+            sums[i] = b.fadd(sums[i], b.load(place, align=tile.dtype.itemsize))
         return context.make_tuple(b, signature.return_type, sums)
 
     return tile(tile, rows, outputs, offset), codegen
@@ -126,15 +132,11 @@ def clamp(typing: Any, tile: Any, low: Any, high: Any) -> tuple[Any, Codegen]:
 @intrinsic
 def store(typing: Any, tile: Any, rows: Any, outputs: Any, offset: Any) -> tuple[Any, Codegen]:
     """Store each row's vectors ``offset`` bytes behind its address in the table at ``outputs``."""
-    vector, vectors = tile.dtype, len(tile) // rows.literal_value
-    size = vector.itemsize
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         sums = parts_of(b, arguments[0], len(tile))
-        for row in range(rows.literal_value):
-            start = b.add(load_at(b, I64, arguments[2], row * 8, 8), arguments[3])
-            for v in range(vectors):
-                b.store(sums[row * vectors + v], address_of(b, start, v * vector.lanes * size, vector.ir), align=size)
+        for i, _, place in _places(b, tile, rows, *arguments[2:]):
+            b.store(sums[i], place, align=tile.dtype.itemsize)
         return context.get_dummy_value()
 
     return types.void(tile, rows, outputs, offset), codegen
@@ -146,14 +148,11 @@ def store_some(typing: Any, tile: Any, rows: Any, outputs: Any, offset: Any, cou
     vector, vectors = tile.dtype, len(tile) // rows.literal_value
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        values, _, table, behind, valid = arguments
+        values, _, *where, valid = arguments
         sums, masks = parts_of(b, values, len(tile)), _masks(b, vector, vectors, valid)
-        for row in range(rows.literal_value):
-            start = b.add(load_at(b, I64, table, row * 8, 8), behind)
-            for v in range(vectors):
-                at = address_of(b, start, v * vector.lanes * vector.itemsize, vector.ir)
-                align = ir.Constant(I32, vector.itemsize)
-                b.call(_masked(b, "store", vector, at), [sums[row * vectors + v], at, align, masks[v]])
+        align = ir.Constant(I32, vector.itemsize)
+        for i, v, place in _places(b, tile, rows, *where):
+            b.call(_masked(b, "store", vector, place), [sums[i], place, align, masks[v]])
         return context.get_dummy_value()
 
     return types.void(tile, rows, outputs, offset, types.int64), codegen
@@ -165,15 +164,11 @@ def add_some_to_each(typing: Any, tile: Any, rows: Any, outputs: Any, offset: An
     vector, vectors = tile.dtype, len(tile) // rows.literal_value
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        values, _, table, behind, valid = arguments
+        values, _, *where, valid = arguments
         sums, masks = parts_of(b, values, len(tile)), _masks(b, vector, vectors, valid)
-        for row in range(rows.literal_value):
-            start = b.add(load_at(b, I64, table, row * 8, 8), behind)
-            for v in range(vectors):
-                at = address_of(b, start, v * vector.lanes * vector.itemsize, vector.ir)
-                align, none = ir.Constant(I32, vector.itemsize), ir.Constant(vector.ir, None)
-                more = b.call(_masked(b, "load", vector, at), [at, align, masks[v], none])
-                sums[row * vectors + v] = b.fadd(sums[row * vectors + v], more)
+        align, none = ir.Constant(I32, vector.itemsize), ir.Constant(vector.ir, None)
+        for i, v, place in _places(b, tile, rows, *where):
+            sums[i] = b.fadd(sums[i], b.call(_masked(b, "load", vector, place), [place, align, masks[v], none]))
         return context.make_tuple(b, signature.return_type, sums)
 
     return tile(tile, rows, outputs, offset, types.int64), codegen
@@ -209,10 +204,9 @@ def gather(
     kind = types.UniTuple(vector, count.literal_value)  # type: ignore[no-untyped-call]
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        place, values = arguments[0], []
-        for _ in range(count.literal_value):
-            values.append(load_at(b, vector.ir, b.add(load_at(b, I64, place, 0, 8), arguments[2]), 0, vector.itemsize))
-            place = b.add(place, arguments[1])
+        table, step, offset, *_ = arguments
+        starts = [load_at(b, I64, place, 0, 8) for place in spaced(b, table, step, count.literal_value)]
+        values = [load_at(b, vector.ir, b.add(start, offset), 0, vector.itemsize) for start in starts]
         return context.make_tuple(b, kind, values)
 
     return kind(types.int64, types.int64, types.int64, count, lanes, itemsize), codegen
@@ -225,10 +219,8 @@ def load_apart(typing: Any, address: Any, step: Any, count: Any, lanes: Any, ite
     kind = types.UniTuple(vector, count.literal_value)  # type: ignore[no-untyped-call]
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        place, values = arguments[0], []
-        for _ in range(count.literal_value):
-            values.append(load_at(b, vector.ir, place, 0, vector.itemsize))
-            place = b.add(place, arguments[1])
+        places = spaced(b, arguments[0], arguments[1], count.literal_value)
+        values = [load_at(b, vector.ir, place, 0, vector.itemsize) for place in places]
         return context.make_tuple(b, kind, values)
 
     return kind(types.int64, types.int64, count, lanes, itemsize), codegen
@@ -240,10 +232,9 @@ def save_apart(typing: Any, address: Any, step: Any, tile: Any) -> tuple[Any, Co
     vector = tile.dtype
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        place = arguments[0]
-        for value in parts_of(b, arguments[2], len(tile)):
+        places = spaced(b, arguments[0], arguments[1], len(tile))
+        for value, place in zip(parts_of(b, arguments[2], len(tile)), places, strict=True):
             b.store(value, address_of(b, place, 0, vector.ir), align=vector.itemsize)
-            place = b.add(place, arguments[1])
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, tile), codegen

@@ -36,6 +36,16 @@ def vector_bytes() -> int:
     return machine.current().vector_bytes
 
 
+def is_x86() -> bool:
+    """Return whether compiled code is for x86."""
+    return any(name in machine.current().system for name in ("x86_64", "AMD64"))
+
+
+def registers() -> int:
+    """Return how many vector registers there are: 16 on x86 without AVX-512, 32 elsewhere."""
+    return 16 if is_x86() and vector_bytes() < 64 else 32
+
+
 class Vector(types.Type):
     """The Numba type of a vector of floats."""
 
@@ -83,6 +93,14 @@ def fused_multiply_add(b: Any, x: Any, y: Any, z: Any, vector: Vector) -> Any:
 
 def parts_of(b: Any, values: Any, count: int) -> list[Any]:
     return [b.extract_value(values, i) for i in range(count)]
+
+
+def spaced(b: Any, first: Any, step: Any, count: int) -> list[Any]:
+    """Return addresses that lie ``step`` bytes apart."""
+    places = [first]
+    while len(places) < count:
+        places.append(b.add(places[-1], step))
+    return places
 
 
 Codegen = Callable[[Any, Any, Any, Any], Any]

@@ -32,7 +32,7 @@ from convdispatch.backends._memory import aligned
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._threads import split
 from convdispatch.backends._tile import add_to_all, add_to_each, clamp, store, zeros
-from convdispatch.backends._vector import vector_bytes
+from convdispatch.backends._vector import registers, vector_bytes
 from convdispatch.backends._weave import add_rows, unweave, weave
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine, current
@@ -324,7 +324,7 @@ class ImageRows(PackedBackend):
     def configs_plain(self, problem: Problem, effort: Effort) -> Sequence[Config]:
         """Return tiles, the one with the smallest estimate first."""
         here = current()
-        choices = [Config(rows=rows, vectors=vectors) for rows, vectors in _TILES[_registers()]]
+        choices = [Config(rows=rows, vectors=vectors) for rows, vectors in _TILES[registers()]]
         choices.sort(key=lambda config: self.estimate_plain(problem, config, here))
         return choices[: 2 if effort in {"estimate", "measure"} else None]
 
@@ -389,17 +389,12 @@ def _taps(kh: int) -> int:
     return -(-kh // -(-kh // _MOST_TAPS))
 
 
-def _registers() -> int:
-    """Return the vector registers: 16 where vectors are AVX's, 32 with AVX-512 and on arm."""
-    return 16 if vector_bytes() == 32 or ("x86_64" in current().system and vector_bytes() == 16) else 32
-
-
 def _tile(config: Config) -> tuple[int, int]:
-    default = _TILES[_registers()][0]
+    default = _TILES[registers()][0]
     tile = config.integer("rows", default[0]), config.integer("vectors", default[1])
     if not (1 <= tile[0] <= 28 and 1 <= tile[1] <= 8 and tile[0] * tile[1] <= 31):
         raise ArgumentError(
             f"config rows x vectors of image_rows must be sums that fit in registers, such as "
-            f"{' or '.join(f'{rows}x{vectors}' for rows, vectors in _TILES[_registers()])}; got {tile[0]}x{tile[1]}"
+            f"{' or '.join(f'{rows}x{vectors}' for rows, vectors in _TILES[registers()])}; got {tile[0]}x{tile[1]}"
         )
     return tile

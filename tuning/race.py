@@ -124,7 +124,7 @@ def _outside(count: int, confidence: float) -> int | None:
     """
     tail, found = 0.0, None
     for skip in range((count + 1) // 2):
-        tail += math.comb(count, skip) / 2.0**count
+        tail += math.comb(count, skip) / 2**count
         if 2 * tail > 1 - confidence:
             break
         found = skip
