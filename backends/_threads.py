@@ -23,6 +23,19 @@ def _blas() -> threadpoolctl.ThreadpoolController:
     return threadpoolctl.ThreadpoolController().select(user_api="blas")
 
 
+def _set_blas_threads(counts: Sequence[int]) -> None:
+    """Set each BLAS's number of threads, whichever thread asks.
+
+    From 3.7 on threadpoolctl lets one thread of a process set OpenBLAS's and silently ignores the others; here it does
+    not matter who asks, since ``_BlasScope`` counts for all of them.
+    """
+    for library, count in zip(_blas().lib_controllers, counts, strict=True):
+        give_up = getattr(library, "clear_controlling_thread", lambda **_: None)
+        give_up(force=True)
+        library.set_num_threads(count)
+        give_up(force=True)
+
+
 class _BlasScope:
     """BLAS has one thread count a process: the first block in saves it, the last one out restores it."""
 
@@ -35,16 +48,14 @@ class _BlasScope:
         with self._lock:
             if not self._inside:
                 self._saved = [library.get_num_threads() for library in _blas().lib_controllers]
-                for library in _blas().lib_controllers:
-                    library.set_num_threads(1)
+                _set_blas_threads([1] * len(self._saved))
             self._inside += 1
 
     def leave(self) -> None:
         with self._lock:
             self._inside -= 1
             if not self._inside:
-                for library, threads in zip(_blas().lib_controllers, self._saved, strict=True):
-                    library.set_num_threads(threads)
+                _set_blas_threads(self._saved)
 
 
 _scope = _BlasScope()

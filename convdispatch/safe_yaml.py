@@ -6,6 +6,7 @@ from convdispatch.errors import ConvDispatchError
 
 #: Nothing that convdispatch writes or reads is nested deeper than this.
 _DEPTH = 8
+_TOO_DEEP = "nothing here is nested so deeply"
 
 
 class YamlError(ConvDispatchError, ValueError):
@@ -36,6 +37,8 @@ def load(text: str | bytes) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else None
+        if "nesting" in str(error.problem):  # PyYAML from 6.0.4 on looks ahead, and finds it first
+            raise YamlError(_TOO_DEEP, line) from None
         raise YamlError(f"this is not YAML: {error.problem or error.context}", line) from None
     except YamlError:
         raise
@@ -54,4 +57,4 @@ def _check_shape(text: str | bytes, loader: Any) -> None:
         if isinstance(event, yaml.AliasEvent):
             raise YamlError("aliases are not read here; write the value out", line)
         if depth > _DEPTH:
-            raise YamlError("nothing here is nested so deeply", line)
+            raise YamlError(_TOO_DEEP, line)

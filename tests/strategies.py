@@ -9,6 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from convdispatch.arguments import Array
+from convdispatch.backend import Backend, Candidate, Config
 from convdispatch.epilogue import ACTIVATIONS, INTEGER_ACTIVATIONS, Epilogue
 from convdispatch.problem import DATA_FORMATS, DTYPES, INTEGERS, PADDINGS, Problem, dtype_of, padding_of
 
@@ -130,6 +131,20 @@ def problems(
         data_format=draw(st.sampled_from(DATA_FORMATS)),
         epilogue=Epilogue() if plain else draw(epilogues(dtype)),
     )
+
+
+#: Between them, every backend does one: whole or depthwise, floats or integers.
+_USUAL = ("1x9x9x32 * 3x3x32x8 SAME", "1x9x9x32 * 3x3x1x32 SAME", "1x9x9x32 * 3x3x32x8 SAME int8")
+
+
+def fits(backend: Backend, problem: Problem) -> bool:
+    """Return whether a backend takes a problem."""
+    return Candidate(backend, Config()).rejects(problem) is None
+
+
+def runs_here(backend: Backend) -> bool:
+    """Return whether a backend does anything on this machine, which may lack the instructions it is for."""
+    return any(fits(backend, Problem.parse(text)) for text in _USUAL)
 
 
 def _pairs(low: int, high: int) -> st.SearchStrategy[tuple[int, int]]:

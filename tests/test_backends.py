@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from strategies import FLOAT_DTYPES, USABLE_DTYPES, Case, cases, from_format, numbers, problems, to_format, written
+from strategies import (
+    FLOAT_DTYPES,
+    USABLE_DTYPES,
+    Case,
+    cases,
+    fits,
+    from_format,
+    numbers,
+    problems,
+    runs_here,
+    to_format,
+    written,
+)
 
 import convdispatch
 from convdispatch import reference, registry
@@ -27,9 +39,12 @@ SMALL_MACHINE = Machine("test (test)", ("sse2",), 1, (16 << 10, 256 << 10, 1 << 
 @pytest.fixture(name="backend", params=BACKENDS)
 def _backend(request: pytest.FixtureRequest) -> Backend:
     try:
-        return registry.get(request.param)
+        backend = registry.get(request.param)
     except BackendUnavailableError as error:
         pytest.skip(str(error))
+    if not runs_here(backend):
+        pytest.skip("the processor lacks the instructions that it is for")
+    return backend
 
 
 @pytest.fixture(name="floats")
@@ -57,10 +72,6 @@ def configs_of(backend: Backend, seen: Problem) -> Iterator[Config]:
 def with_activation(case: Case, activation: str) -> Problem:
     slope = 0.2 if activation == "leaky_relu" else 0.0
     return case.problem.replace(epilogue=Epilogue(bias=True, residual=True, activation=activation, slope=slope))
-
-
-def fits(backend: Backend, problem: Problem) -> bool:
-    return Candidate(backend, Config()).rejects(problem) is None
 
 
 # Right ----------------------------------------------------------------------------------------------------------
