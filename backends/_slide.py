@@ -7,11 +7,13 @@ from llvmlite import ir
 
 from convdispatch.backends._vector import (
     I32,
+    I64,
     Codegen,
     fused_multiply_add,
     intrinsic,
     load_at,
     parts_of,
+    spaced,
 )
 
 
@@ -28,26 +30,25 @@ class _Window:
     def of(cls, *literals: Any) -> "_Window":
         return cls(*(literal.literal_value for literal in literals))
 
+    def span(self, outputs: int) -> int:
+        """Return how many pixels so many outputs see."""
+        return (outputs - 1) * self.stride + self.taps
 
-def _slide(b: Any, tile: Any, window: _Window, values: Any, address: Any, step: Any, filters: Any, *clip: Any) -> Any:
+
+def _slide(b: Any, tile: Any, window: _Window, values: Any, places: list[Any], filters: Any) -> Any:
     vector, count, taps, channels = tile.dtype, len(tile), window.taps, window.channels
     size, groups = vector.itemsize, vector.lanes // window.filters
     sums = parts_of(b, values, count)
     weights = [load_at(b, vector.ir, filters, i * vector.lanes * size, size) for i in range(taps * channels)]
     pixel = ir.VectorType(vector.ir.element, groups * channels)
-    column, jump, width, zero = clip or [None] * 4
-    for p in range((count - 1) * window.stride + taps):
+    for p, place in enumerate(places):
         users = [o for o in range(count) if 0 <= p - o * window.stride < taps]
         if users:
-            # As unsigned, -1 is large.
-            place = b.select(b.icmp_unsigned("<", column, width), address, zero) if clip else address
             loaded = load_at(b, pixel, place, 0, size)
             for c in range(channels):
                 x = _spread(b, loaded, groups, channels, window.filters, c)
                 for o in users:
                     sums[o] = fused_multiply_add(b, x, weights[(p - o * window.stride) * channels + c], sums[o], vector)
-        address = b.add(address, step)
-        column = b.add(column, jump) if clip else None
     return sums
 
 
@@ -74,27 +75,23 @@ def slide(
     window = _Window.of(taps, stride, channels, filters)
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        sums = _slide(b, tile, window, arguments[0], *arguments[5:])
-        return context.make_tuple(b, signature.return_type, sums)
+        places = spaced(b, arguments[5], arguments[6], window.span(len(tile)))
+        return context.make_tuple(b, tile, _slide(b, tile, window, arguments[0], places, arguments[7]))
 
     return tile(tile, taps, stride, channels, filters, inputs, step, weights), codegen
 
 
 @intrinsic
-def slide_clipped(
+def slide_found(
     typing: Any,
-    tile: Any, taps: Any, stride: Any, channels: Any, filters: Any, inputs: Any, step: Any, weights: Any,
-    column: Any, jump: Any, width: Any, zero: Any,
+    tile: Any, taps: Any, stride: Any, channels: Any, filters: Any, table: Any, offset: Any, weights: Any,
 ) -> tuple[Any, Codegen]:  # fmt: skip
-    """Do as ``slide`` does where pixels may lie outside the image: these are read at the address ``zero`` instead.
-
-    Pixel ``p`` is in column ``column + p * jump`` of ``width`` columns.
-    """
+    """Do as ``slide`` does with pixels that lie anywhere: ``offset`` bytes behind the addresses in a table."""
     window = _Window.of(taps, stride, channels, filters)
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        sums = _slide(b, tile, window, arguments[0], *arguments[5:])
-        return context.make_tuple(b, signature.return_type, sums)
+        starts = [load_at(b, I64, arguments[5], 8 * p, 8) for p in range(window.span(len(tile)))]
+        places = [b.add(start, arguments[6]) for start in starts]
+        return context.make_tuple(b, tile, _slide(b, tile, window, arguments[0], places, arguments[7]))
 
-    kinds = (tile, taps, stride, channels, filters, inputs, step, weights, column, jump, width, zero)
-    return tile(*kinds), codegen
+    return tile(tile, taps, stride, channels, filters, table, offset, weights), codegen

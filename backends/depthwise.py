@@ -26,14 +26,14 @@ from convdispatch.backend import Config, Effort, item_bytes
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
 from convdispatch.backends._epilogue import RELU, RELU6, activate
-from convdispatch.backends._jit import njit
+from convdispatch.backends._jit import hold, njit
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import aligned
 from convdispatch.backends._packed import PackedBackend
-from convdispatch.backends._slide import slide, slide_clipped
+from convdispatch.backends._slide import slide, slide_found
 from convdispatch.backends._threads import split
 from convdispatch.backends._tile import add_to_all, add_to_each, clamp, store, zeros
-from convdispatch.backends._vector import vector_bytes
+from convdispatch.backends._vector import registers, vector_bytes
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine, current
 from convdispatch.problem import Problem, dtype_of
@@ -59,22 +59,44 @@ def _inside(start, step, taps, size):  # type: ignore[no-untyped-def]
 
 
 @njit()
-def _finish(out, residual, bias, scratch, first, apart, k0, members, member, code, slope):  # type: ignore[no-untyped-def]
-    """Finish a tile value by value: spread filters of one channel, apply what has no instruction."""
+def _find(pixels, first, column, width, rows, zero, steps):  # type: ignore[no-untyped-def]
+    """Fill the table with the addresses of the pixels under a tile, of zeros where they are beside the image.
+
+    The table is ``[rows, chunks of taps, pixels under a tile]``. Return how many runs of pixels there are.
+    """
+    row_step, chunks, chunk_columns, span, jump, pixel = steps
+    at = 0
+    for _ in range(rows):
+        for j in range(chunks):
+            for p in range(span):
+                moved = j * chunk_columns + p * jump
+                pixels[at] = first + moved * pixel if 0 <= column + moved < width else zero
+                at += 1
+        first += row_step
+    return rows * chunks
+
+
+@njit()
+def _spread(out, residual, bias, scratch, where, k0, member):  # type: ignore[no-untyped-def]
+    """Store the sums of one of several filters of each channel, value by value, with bias and residual."""
     outputs, lanes = scratch.shape
     for o in range(outputs):
-        ow = first + o * apart
+        ow = where[0] + o * where[1]
         for lane in range(lanes if ow >= 0 else 0):
-            k = (k0 + lane) * members + member
-            if members == 1:
-                total = out[ow, k]
-            else:
-                total = scratch[o, lane]
-                if bias.size:
-                    total += bias[k]
-                if residual.size:
-                    total += residual[ow, k]
-            out[ow, k] = activate(total, code, slope)
+            k = (k0 + lane) * member[0] + member[1]
+            total = scratch[o, lane]
+            if bias.size:
+                total += bias[k]
+            if residual.size:
+                total += residual[ow, k]
+            out[ow, k] = total
+
+
+@njit()
+def _finish(values, code, slope):  # type: ignore[no-untyped-def]
+    """Apply an activation to the outputs of one pixel, value by value."""
+    for k in range(values.size):
+        values[k] = activate(values[k], code, slope)
 
 
 #: ``filters`` is ``[blocks, members, KH, KW, C // groups, lanes]``, a block being what a vector of outputs needs.
@@ -111,9 +133,15 @@ def _compiled(  # noqa: C901, PLR0915
         pixel, result, tap_bytes = channels * itemsize, filters * itemsize, group_c * lanes * itemsize
         apart = dw if dilated else 1
         jump, phases = apart if taps > 1 else sw, min(apart, columns)
-        residual_offset = residual.ctypes.data - out.ctypes.data
+        line, reach = width * pixel, (span - 1) * jump + (kw - taps) * dw
+        chunk, filter_bytes = dw * taps * pixel, kh * kw * tap_bytes
+        more = residual.ctypes.data - out.ctypes.data
+        # Without a bias, vectors of zeros: a step of 0 stays with the first.
+        start, start_step = (bias.ctypes.data, itemsize) if bias.size else (zero.ctypes.data, 0)
+        low, high = (0.0 if RELU <= code <= RELU6 else -math.inf), (6.0 if code == RELU6 else math.inf)
         table = np.empty(tile, np.int64)
         places = table.ctypes.data
+        pixels = np.empty(kh * (kw // taps) * span, np.int64)
         scratch = np.empty((tile, lanes), out.dtype)
         scratch_table = np.empty(tile, np.int64)
         for o in range(tile):
@@ -122,7 +150,7 @@ def _compiled(  # noqa: C901, PLR0915
             for row in range(part[0], part[1]):
                 n, oh = divmod(row, rows)
                 above = oh * sh - top
-                low, high = _inside(above, dh, kh, height)
+                first, last = _inside(above, dh, kh, height)
                 tiles = (min(strip, columns - begin) + tile * apart - 1) // (tile * apart)
                 for task in range(tiles * phases):
                     number, phase = divmod(task, phases)
@@ -132,42 +160,50 @@ def _compiled(  # noqa: C901, PLR0915
                         table[o] = out.ctypes.data + (row * columns + phase + max(o0 + o, 0) * apart) * result
                     ow = phase + o0 * apart
                     column = ow * sw - left
-                    clipped = column < 0 or column + (span - 1) * jump + (kw - taps) * dw >= width
-                    window_at = x.ctypes.data + ((n * height + above) * width + column) * pixel
-                    for block in range(blocks):
-                        k0 = min(block * lanes, filters // members - lanes)
-                        c0 = k0 // group_k * group_c
-                        for member in range(members):
-                            packed = w.ctypes.data + (block * members + member) * kh * kw * tap_bytes
-                            sums = zeros(tile, 1, lanes, itemsize)
-                            for i in range(low, high):
-                                from_row = window_at + i * dh * width * pixel + c0 * itemsize
-                                for j in range(0, kw, taps):
-                                    here = from_row + j * dw * pixel
-                                    weights = packed + (i * kw + j) * tap_bytes
-                                    if clipped:
-                                        sums = slide_clipped(
-                                            sums, taps, stride, group_c, group_k, here, jump * pixel, weights,
-                                            column + j * dw, jump, width, zero.ctypes.data,
-                                        )  # fmt: skip
-                                    else:
-                                        sums = slide(sums, taps, stride, group_c, group_k, here, jump * pixel, weights)
-                            if members == 1:
-                                if bias.size:
-                                    sums = add_to_all(sums, tile, bias.ctypes.data + k0 * itemsize)
-                                if residual.size:
-                                    sums = add_to_each(sums, tile, places, residual_offset + k0 * itemsize)
-                                if code == RELU:
-                                    sums = clamp(sums, 0.0, math.inf)
-                                elif code == RELU6:
-                                    sums = clamp(sums, 0.0, 6.0)
-                                store(sums, tile, places, k0 * itemsize)
-                                if code <= RELU6:
-                                    continue
-                            else:
-                                store(sums, tile, scratch_table.ctypes.data, 0)
-                            more = residual[n, oh] if residual.size else residual.reshape(0, 0)
-                            _finish(out[n, oh], more, bias, scratch, ow, apart, k0, members, member, code, slope)
+                    from_row = x.ctypes.data + ((n * height + above + first * dh) * width + column) * pixel
+                    weights = w.ctypes.data + first * kw * tap_bytes
+                    if members == 1 and column >= 0 and column + reach < width:
+                        for block in range(blocks):
+                            k0 = min(block * lanes, filters - lanes)
+                            here, packed = from_row + k0 // group_k * group_c * itemsize, weights + block * filter_bytes
+                            sums = add_to_all(zeros(tile, 1, lanes, itemsize), tile, start + k0 * start_step)
+                            for _ in range(first, last):
+                                for j in range(kw // taps):
+                                    at, taps_at = here + j * chunk, packed + j * taps * tap_bytes
+                                    sums = slide(sums, taps, stride, group_c, group_k, at, jump * pixel, taps_at)
+                                here += dh * line
+                                packed += kw * tap_bytes
+                            if residual.size:
+                                sums = add_to_each(sums, tile, places, more + k0 * itemsize)
+                            store(clamp(sums, low, high), tile, places, k0 * itemsize)
+                    else:
+                        found = _find(pixels, from_row, column, width, last - first, zero.ctypes.data, (
+                            dh * line, kw // taps, taps * dw, span, jump, pixel))  # fmt: skip
+                        for block in range(blocks):
+                            k0 = min(block * lanes, filters // members - lanes)
+                            offset = k0 // group_k * group_c * itemsize
+                            for member in range(members):
+                                packed = weights + (block * members + member) * filter_bytes
+                                sums = zeros(tile, 1, lanes, itemsize)
+                                if members == 1:
+                                    sums = add_to_all(sums, tile, start + k0 * start_step)
+                                for i in range(found):
+                                    sums = slide_found(
+                                        sums, taps, stride, group_c, group_k, pixels.ctypes.data + i * span * 8,
+                                        offset, packed + i * taps * tap_bytes,
+                                    )  # fmt: skip
+                                if members == 1:
+                                    if residual.size:
+                                        sums = add_to_each(sums, tile, places, more + k0 * itemsize)
+                                    store(clamp(sums, low, high), tile, places, k0 * itemsize)
+                                else:
+                                    store(sums, tile, scratch_table.ctypes.data, 0)
+                                    added = residual[n, oh] if residual.size else residual.reshape(0, 0)
+                                    _spread(out[n, oh], added, bias, scratch, (ow, apart), k0, (members, member))
+                    if code and (members > 1 or code > RELU6):
+                        for o in range(max(0, -o0), tile):
+                            _finish(out[n, oh, ow + o * apart], code, slope)
+        hold(pixels)
         add(arguments + _DONE_AT, 1)
 
     return CompiledKernel(convolve, _ARGUMENTS)
@@ -192,7 +228,7 @@ class Depthwise(PackedBackend):
     def configs_plain(self, problem: Problem, effort: Effort) -> Sequence[Config]:  # noqa: ARG002  # they are few
         """Return tiles, the one with the smallest estimate first."""
         here = current()
-        choices = [Config(columns=columns) for columns in _TILES[_registers()]]
+        choices = [Config(columns=columns) for columns in _TILES[registers()]]
         return sorted(choices, key=lambda config: self.estimate_plain(problem, config, here))
 
     def workspace_plain(self, problem: Problem, config: Config) -> int:  # noqa: ARG002
@@ -208,7 +244,7 @@ class Depthwise(PackedBackend):
         loads = p.kw // taps * ((tile - 1) * stride + 2 * taps)
         row = _FMA_SECONDS_PER_BYTE * lanes * size * tile * p.kw + _LOAD_SECONDS * loads
         row *= 1 if p.group_c == 1 else 0.75 * p.group_c
-        if p.group_c > 3 and tile > _TILES[_registers()][1]:
+        if p.group_c > 3 and tile > _TILES[registers()][1]:
             row *= _SPILLED
         seconds = tiles * (row * _rows_inside(p) + _TILE_SECONDS)
         if not _shares_vectors(p) or p.epilogue.code > RELU6:
@@ -233,7 +269,7 @@ class Depthwise(PackedBackend):
         kept = np.empty(0, dtype_of(p.dtype)) if bias is None else np.array(bias)
         parts = split(p.n * p.oh, 1 if config.threads == 1 else _PARTS * config.threads)
         values = {
-            "filters": packed, "bias": kept, "zero": aligned((2 * lanes,), p.dtype),
+            "filters": packed, "bias": kept, "zero": aligned((p.c + 2 * lanes,), p.dtype),
             "window": (p.kh, p.kw, p.pads[0], p.pads[2], *p.strides, *p.dilations), "strip": _strip(p, tile),
             "code": p.epilogue.code, "slope": p.epilogue.slope, "parts": np.array(parts, np.int64),
         }  # fmt: skip
@@ -250,13 +286,8 @@ _MEMORY_BYTES_PER_SECOND = 8e9
 _LAUNCH_SECONDS = 4e-6
 
 
-def _registers() -> int:
-    """Return the vector registers: 16 where vectors are AVX's, 32 with AVX-512 and on arm."""
-    return 16 if vector_bytes() == 32 or ("x86_64" in current().system and vector_bytes() == 16) else 32
-
-
 def _tile(config: Config) -> int:
-    choices = _TILES[_registers()]
+    choices = _TILES[registers()]
     tile = config.integer("columns", choices[0])
     if not 1 <= tile <= 2 * choices[0]:
         raise ArgumentError(
