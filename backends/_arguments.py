@@ -20,7 +20,7 @@ from numba import types
 from numba.np import arrayobj
 
 from convdispatch.arguments import Array
-from convdispatch.backends._jit import array, integers, njit
+from convdispatch.backends._jit import array, compiled_address, integers
 from convdispatch.backends._vector import I64, Codegen, intrinsic
 
 _SIGNATURE = types.void(types.int64, types.int64)
@@ -135,10 +135,7 @@ class CompiledKernel:
 
     def __init__(self, function: Callable[..., Any], arguments: Arguments) -> None:
         """Compile ``function(block, number)``, kept on disk where some folder is writable."""
-        dispatcher: Any = njit(_SIGNATURE)(function)
-        self._keep = dispatcher  # or the code would go
-        result = dispatcher.overloads[_SIGNATURE.args]
-        self.address: int = result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
+        self.address = compiled_address(_SIGNATURE, function)
         self.arguments = arguments
 
 

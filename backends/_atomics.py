@@ -7,10 +7,9 @@ from numba import types
 from numba.core import cgutils
 
 from convdispatch import machine
-from convdispatch.backends._vector import I32, I64, Codegen, intrinsic
+from convdispatch.backends._vector import I32, I64, Codegen, intrinsic, is_x86
 
 _SYSTEM = machine.current().system
-_X86 = any(name in _SYSTEM for name in ("x86_64", "AMD64"))
 #: Linux's number for the system call that sleeps on a word of memory, where this file knows it.
 _FUTEX = {"Linux x86_64": 202, "Linux aarch64": 98}.get(_SYSTEM)
 _WAIT, _WAKE = 128, 129  # between threads of one process
@@ -69,7 +68,7 @@ def pause(typing: Any) -> tuple[Any, Codegen]:
     """Let the processor rest for a moment in a loop that waits."""
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        if _X86:
+        if is_x86():
             kind = ir.FunctionType(ir.VoidType(), [])
             b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.x86.sse2.pause"), [])  # type: ignore[no-untyped-call]
         return context.get_dummy_value()
@@ -87,6 +86,18 @@ def yield_core(typing: Any) -> tuple[Any, Codegen]:
         return context.get_dummy_value()
 
     return types.void(), codegen
+
+
+@intrinsic
+def current_core(typing: Any) -> tuple[Any, Codegen]:
+    """Return the number of the core that this runs on; only where threads can sleep on memory."""
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(I32, [])
+        call = cgutils.get_or_insert_function(b.module, kind, "sched_getcpu")  # type: ignore[no-untyped-call]
+        return b.sext(b.call(call, []), I64)
+
+    return types.int64(), codegen
 
 
 def _futex(context: Any, b: Any, address: Any, operation: int, value: Any) -> Any:

@@ -19,11 +19,11 @@ from convdispatch.arguments import Array
 from convdispatch.backend import Config, Kernel, item_bytes
 from convdispatch.backends._arguments import INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add, call_kernel, write
+from convdispatch.backends._entry import ArrayKind, Entry
 from convdispatch.backends._jit import hold
-from convdispatch.backends._kernel import PackedKernel
+from convdispatch.backends._kernel import PackedKernel, run
 from convdispatch.backends._layout import SAME, STORAGES, stage, unstage
 from convdispatch.backends._memory import CACHE_LINE, aligned
-from convdispatch.backends._team import run_parts
 from convdispatch.backends._threads import split
 from convdispatch.backends._vector import vector_bytes
 from convdispatch.problem import Problem
@@ -93,6 +93,7 @@ _COPY = Arguments(
     source=INTEGER, target=INTEGER, shape=integers_of(3), planar=INTEGER, back=INTEGER, parts=array_of(2, "int64")
 )
 unpack_copy = _COPY.unpack
+_COPIED_AT = 8 * _COPY.done_at
 
 
 @functools.cache
@@ -108,6 +109,7 @@ def _by_rows(lanes: int, itemsize: int, storage: int) -> CompiledKernel:
             unstage(source + computed, target + stored, first, last - first, shape, planar, lanes, itemsize, storage)
         else:
             stage(source + stored, target + computed, first, last - first, shape, planar, lanes, itemsize, storage)
+        add(arguments + _COPIED_AT, 1)
 
     return CompiledKernel(convert, _COPY)
 
@@ -205,8 +207,8 @@ class BandedKernel:
         self._recipe = inner, problem, rows, threads
         p, form = problem, _Storage.of(problem)
         values = {
-            "template": inner.block, "places": inner.places, "kernel": inner.address, "parts": inner.count,
-            "done_at": inner.done_at,
+            "template": inner.block, "places": inner.places, "kernel": inner.kernel.address,
+            "parts": inner.count, "done_at": inner.kernel.arguments.done_at,
             "spoiled_at": -1 if inner.spoiled_at is None else inner.spoiled_at, "inner": (p.h, p.w, p.c),
             "outer": (p.oh, p.ow, p.k), "rows": (_taken(p, rows), rows, p.strides[0], p.pads[0]),
             "planar": form.planar,
@@ -222,6 +224,10 @@ class BandedKernel:
         """Convolve ``input`` into ``out``; see ``convdispatch.backend.Kernel``."""
         told = self._bands(input, out, residual)
         return told if self._reports else None
+
+    def entry(self, input_like: ArrayKind, out_like: ArrayKind) -> Entry | None:
+        """Return the short way into this kernel; see ``PackedKernel.entry``."""
+        return self._bands.entry(input_like, out_like)
 
 
 class ConvertedKernel:
@@ -261,7 +267,7 @@ class ConvertedKernel:
             source=source.ctypes.data, target=target.ctypes.data, shape=shape, planar=form.planar, back=back,
             parts=parts,
         )  # fmt: skip
-        run_parts(self._kernel.address, block.ctypes.data, len(parts), 1 if cut == 1 else self._threads)
+        run(self._kernel, block, len(parts), 1 if cut == 1 else self._threads)
 
 
 def _room(shape: tuple[int, ...], dtype: str) -> Array:

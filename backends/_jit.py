@@ -31,6 +31,18 @@ def njit(signature: Any = None) -> Callable[[Callable[..., Any]], Callable[..., 
     return decorate
 
 
+_compiled: list[Any] = []
+
+
+def compiled_address(signature: Any, function: Callable[..., Any]) -> int:
+    """Compile a function for a signature, and return the address where C finds it, for ever."""
+    dispatcher: Any = njit(signature)(function)
+    _compiled.append(dispatcher)  # or the code would go
+    result = dispatcher.overloads[signature.args]
+    address: int = result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
+    return address
+
+
 @njit()
 def hold(array):  # type: ignore[no-untyped-def]
     """Keep an array alive up to this call, where only its address was used since; else it might be freed before."""

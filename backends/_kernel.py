@@ -5,9 +5,27 @@ from typing import Any
 
 from convdispatch.arguments import Array
 from convdispatch.backends._arguments import CompiledKernel
+from convdispatch.backends._entry import ArrayKind, Entry, entry
 from convdispatch.backends._memory import address
 from convdispatch.backends._team import run_parts
 from convdispatch.problem import Problem
+
+
+def run(kernel: CompiledKernel, block: Array, count: int, threads: int) -> None:
+    """Run the parts of a kernel's work on up to this many threads.
+
+    Args:
+        kernel: what to run.
+        block: its packed arguments; the arrays they mean must be alive.
+        count: how many parts there are.
+        threads: most threads to use.
+
+    Raises:
+        MemoryError: if a part did not come to its end.
+    """
+    run_parts(kernel.address, address(block), count, threads)
+    if (done := block[kernel.arguments.done_at]) != count:
+        raise MemoryError(f"{count - done} of {count} parts of a convolution failed")
 
 
 class PackedKernel:
@@ -17,12 +35,11 @@ class PackedKernel:
     the kernel sets it where a sum is not finite, and calls return whether it did.
 
     Attributes:
-        address: the compiled kernel's.
+        kernel: the compiled kernel.
         block: its packed arguments, but for the addresses of a call's arrays.
         places: where in the block the addresses of input, out and residual go.
         spoiled_at: where in the block it reports sums that are not finite, None if it does not.
         count: parts of its work.
-        done_at: where in the block it counts the parts that it has done.
     """
 
     def __init__(
@@ -44,8 +61,8 @@ class PackedKernel:
         """
         self._recipe = compiled, problem, values, count, threads
         self.count, self._threads = count, threads
-        self._kernel, p = compiled(), problem
-        self.address, arguments = self._kernel.address, self._kernel.arguments
+        self.kernel, p = compiled(), problem
+        arguments = self.kernel.arguments
         self.block = arguments.pack(**values)
         self.places = tuple(arguments.at[name] for name in ("input", "out", "residual"))
         for at, shape in zip(self.places, ((p.n, p.h, p.w, p.c), *2 * ((p.n, p.oh, p.ow, p.k),)), strict=True):
@@ -53,7 +70,6 @@ class PackedKernel:
         if not p.epilogue.residual:
             self.block[self.places[2] + 1 : self.places[2] + 5] = 0
         self.spoiled_at = arguments.at.get("spoiled")
-        self.done_at = arguments.done_at
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PackedKernel, self._recipe
@@ -65,7 +81,10 @@ class PackedKernel:
         block[at[0]], block[at[1]] = address(input), address(out)
         if residual is not None:
             block[at[2]] = address(residual)
-        run_parts(self.address, address(block), self.count, self._threads)
-        if block[self.done_at] != self.count:
-            raise MemoryError(f"{self.count - block[self.done_at]} of {self.count} parts of a convolution failed")
+        run(self.kernel, block, self.count, self._threads)
         return None if self.spoiled_at is None else bool(block[self.spoiled_at])
+
+    def entry(self, input_like: ArrayKind, out_like: ArrayKind) -> Entry | None:
+        """Return the short way into this kernel for arrays of such shapes and dtypes, or None where there is none."""
+        places = self.places[0], self.places[1]
+        return entry(self.kernel, self.block, places, self.spoiled_at, self.count, self._threads, input_like, out_like)

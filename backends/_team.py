@@ -9,6 +9,7 @@ and none where callers keep the cores busy as it is; the others do their work al
 import functools
 import os
 
+import numpy as np
 from numba import types
 
 from convdispatch import machine
@@ -16,6 +17,7 @@ from convdispatch.backends._atomics import (
     CAN_SLEEP,
     add,
     call_kernel,
+    current_core,
     exchange_if,
     pause,
     read,
@@ -36,7 +38,7 @@ _CLOSED = 1 << 30
 
 # The words of a team, those that different threads change on cache lines of their own: bytes from its address.
 _LOCK, _GENERATION, _PLACES, _NEXT, _LEFT, _SLEEPERS, _CALLERS = (64 * line for line in range(7))
-_FUNCTION, _BLOCK, _COUNT, _CORES = (64 * 7 + 8 * word for word in range(4))
+_FUNCTION, _BLOCK, _COUNT, _CORES, _HELPERS, _AVOIDED = (64 * 7 + 8 * word for word in range(6))
 _WORDS = 8 * 8
 
 
@@ -71,13 +73,13 @@ def _serve(team):  # type: ignore[no-untyped-def]
 
 
 @njit(types.void(types.int64, types.int64, types.int64, types.int64))
-def _alone(function, block, first, last):  # type: ignore[no-untyped-def]
+def alone(function, block, first, last):  # type: ignore[no-untyped-def]
     for number in range(first, last):
         call_kernel(function, block, number)
 
 
 @njit(types.void(types.int64, types.int64, types.int64, types.int64, types.int64))
-def _share(team, function, block, count, places):  # type: ignore[no-untyped-def]
+def share(team, function, block, count, places):  # type: ignore[no-untyped-def]
     """Run all parts of a kernel's work together with up to ``places`` helpers."""
     callers = add(team + _CALLERS, 1) + 1
     if callers > max(1, read(team + _CORES) // 2) or not exchange_if(team + _LOCK, 0, 1):
@@ -106,6 +108,17 @@ def _share(team, function, block, count, places):  # type: ignore[no-untyped-def
     add(team + _CALLERS, -1)
 
 
+@njit(types.boolean(types.int64, types.int64))
+def ready(team, places):  # type: ignore[no-untyped-def]
+    """Return whether a call can be shared out with so many helpers, or is done alone, without more ado."""
+    crowded = read(team + _CALLERS) >= max(1, read(team + _CORES) // 2)
+    return read(team + _HELPERS) >= places and (crowded or read(team + _AVOIDED) == current_core())
+
+
+#: Where the words of this process's team are; a forked child has another team.
+whereabouts = np.zeros(1, np.int64)
+
+
 class _Team:
     """The helpers of this process, and the memory through which they are told what to do."""
 
@@ -114,6 +127,13 @@ class _Team:
         self._words[_CORES // 8] = machine.usable_cores()
         self.address: int = self._words.ctypes.data
         self.helpers = Helpers()
+        whereabouts[0] = self.address
+
+    def prepare(self, places: int) -> None:
+        """Have at least this many helpers, and none of them on the caller's core."""
+        self.helpers.grow(places, self.serve)
+        self.helpers.keep_off_the_callers_core()
+        self._words[_HELPERS // 8], self._words[_AVOIDED // 8] = self.helpers.count, self.helpers.avoided
 
     def serve(self) -> None:
         """Help whoever calls, for ever."""
@@ -143,11 +163,10 @@ def run_parts(kernel: int, block: int, count: int, threads: int) -> None:
     """
     threads = min(threads, count)
     if threads <= 1:
-        _alone(kernel, block, 0, count)
+        alone(kernel, block, 0, count)
     elif CAN_SLEEP:
         team = _team
-        team.helpers.grow(threads - 1, team.serve)
-        team.helpers.keep_off_the_callers_core()
-        _share(team.address, kernel, block, count, threads - 1)
+        team.prepare(threads - 1)
+        share(team.address, kernel, block, count, threads - 1)
     else:
-        run_all([functools.partial(_alone, kernel, block, number, number + 1) for number in range(count)], threads)
+        run_all([functools.partial(alone, kernel, block, number, number + 1) for number in range(count)], threads)

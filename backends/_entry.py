@@ -1,0 +1,249 @@
+"""The way from Python into a compiled kernel without the interpreter: a C function that takes two arrays.
+
+To check two arrays, put their addresses into a block and start a kernel takes the interpreter some three microseconds,
+as long as a small layer. So a plan's usual call goes to a function of CPython's own kind, compiled like the kernels: it
+reads what it must know of the arrays from their objects, copies the block of arguments to the stack, releases the
+interpreter's lock and runs the parts. It answers True if all is done. It answers None, and has done nothing that
+matters, wherever something is out of the ordinary (another dtype, shape or layout, arrays that overlap, sums that are
+not finite, helpers that are missing or on the caller's core): then the call goes the long way, which knows all cases
+and has the words for errors.
+
+Arrays and functions are read as C code reads them, by the layout that NumPy's and CPython's headers promise. Where
+that, or the platform, is not as expected, there is no such way in, and every call goes the long way.
+"""
+
+import ctypes
+import functools
+import math
+import sysconfig
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from convdispatch.arguments import Array
+from convdispatch.backends import _team
+from convdispatch.backends._arguments import INTEGER, Arguments, CompiledKernel, array_of, integers_of
+from convdispatch.backends._atomics import CAN_SLEEP, read
+from convdispatch.backends._jit import compiled_address, njit
+from convdispatch.backends._memory import address
+from convdispatch.backends._vector import I64, Codegen, intrinsic
+
+Entry = Callable[[Array, Array], bool | None]
+ArrayKind = tuple[tuple[int, ...], np.dtype[Any]]
+
+# Bytes from an object's address: CPython's object.h, NumPy's ndarraytypes.h.
+_TYPE = 8
+_HEAD = object.__basicsize__
+_DATA, _NDIM, _SHAPE, _DTYPE, _FLAGS = (_HEAD + 8 * word for word in (0, 1, 2, 5, 6))
+_CONTIGUOUS, _ALIGNED, _WRITABLE = 0x1, 0x100, 0x400
+_READABLE, _STORABLE = _CONTIGUOUS | _ALIGNED, _CONTIGUOUS | _ALIGNED | _WRITABLE
+_INT = (1 << 32) - 1  # a C int is the lower half of a word
+
+_MOST_DIMENSIONS = 6
+#: Room for a copy of a block on the stack; kernels take some 60 words.
+_STACK_WORDS = 128
+_FASTCALL = 0x80
+
+#: What the function must know of a kernel: ``template`` is its block but for two arrays, ``whereabouts`` has the
+#: address of the team's, ``places`` are where in the block the arrays' addresses go, ``shapes`` input's and out's.
+_RECIPE = Arguments(
+    template=array_of(1, "int64"), kernel=INTEGER, parts=INTEGER, threads=INTEGER, whereabouts=INTEGER,
+    places=integers_of(2), done_at=INTEGER, spoiled_at=INTEGER, array_type=INTEGER, dtypes=integers_of(2),
+    sizes=integers_of(2), ndim=INTEGER, shapes=integers_of(2 * _MOST_DIMENSIONS), answers=integers_of(2),
+)  # fmt: skip
+unpack = _RECIPE.unpack
+
+
+@intrinsic
+def _stack(typing: Any) -> tuple[Any, Codegen]:
+    """Return the address of room for a block on the stack of the function that this is written in."""
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        room = cgutils.alloca_once(b, ir.ArrayType(I64, _STACK_WORDS))  # type: ignore[no-untyped-call]
+        return b.ptrtoint(room, I64)
+
+    return types.int64(), codegen
+
+
+def _word(b: Any, place: Any) -> Any:
+    return b.inttoptr(place, ir.PointerType(I64))
+
+
+@intrinsic
+def _at(typing: Any, place: Any) -> tuple[Any, Codegen]:
+    """Return the word at an address."""
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        return b.load(_word(b, arguments[0]), align=8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def _put(typing: Any, place: Any, value: Any) -> tuple[Any, Codegen]:
+    """Store a word at an address."""
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        b.store(arguments[1], _word(b, arguments[0]), align=8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+def _call(b: Any, name: str, *words: Any) -> Any:
+    """Call a function of CPython's; its arguments and result are words."""
+    kind = ir.FunctionType(I64, [I64] * len(words))
+    return b.call(cgutils.get_or_insert_function(b.module, kind, name), words)  # type: ignore[no-untyped-call]
+
+
+@intrinsic
+def _release_lock(typing: Any) -> tuple[Any, Codegen]:
+    """Release the interpreter's lock; return what takes it back."""
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        return _call(b, "PyEval_SaveThread")
+
+    return types.int64(), codegen
+
+
+@intrinsic
+def _take_lock(typing: Any, state: Any) -> tuple[Any, Codegen]:
+    """Take the interpreter's lock back."""
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        _call(b, "PyEval_RestoreThread", arguments[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
+def _count_reference(typing: Any, place: Any) -> tuple[Any, Codegen]:
+    """Count one more reference to the object at an address."""
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        _call(b, "Py_IncRef", arguments[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@njit()
+def _is_usual(array, flags, kind, dtype, ndim, shape, first):  # type: ignore[no-untyped-def]
+    """Return whether the object at an address is an array of this dtype and shape, with these flags set."""
+    if _at(array + _TYPE) != kind or _at(array + _DTYPE) != dtype:
+        return False
+    if _at(array + _FLAGS) & flags != flags or _at(array + _NDIM) & _INT != ndim:
+        return False
+    lengths = _at(array + _SHAPE)
+    for axis in range(ndim):  # noqa: SIM110  # Numba has no all()
+        if _at(lengths + 8 * axis) != shape[first + axis]:
+            return False
+    return True
+
+
+def _enter(recipe, given, count):  # type: ignore[no-untyped-def]
+    """Run a recipe's kernel on two arrays: a ``PyObject *(*)(PyObject *, PyObject *const *, Py_ssize_t)``."""
+    (
+        template, kernel, parts, threads, whereabouts, places, done_at, spoiled_at, array_type, dtypes, sizes, ndim,
+        shapes, answers,
+    ) = unpack(_at(recipe + _DATA), 4)  # fmt: skip
+    answer = answers[0]
+    if count == 2:
+        x, y, team = _at(given), _at(given + 8), _at(whereabouts)
+        usual = _is_usual(x, _READABLE, array_type, dtypes[0], ndim, shapes, 0)
+        usual = usual and _is_usual(y, _STORABLE, array_type, dtypes[1], ndim, shapes, _MOST_DIMENSIONS)
+        source = target = 0  # which overlap
+        if usual and (threads <= 1 or _team.ready(team, threads - 1)):
+            source, target = _at(x + _DATA), _at(y + _DATA)
+        if source + sizes[0] <= target or target + sizes[1] <= source:
+            block = _stack()
+            for word in range(template.size):
+                _put(block + 8 * word, template[word])
+            _put(block + 8 * places[0], source)
+            _put(block + 8 * places[1], target)
+            state = _release_lock()
+            if threads > 1:
+                _team.share(team, kernel, block, parts, threads - 1)
+            else:
+                _team.alone(kernel, block, 0, parts)
+            _take_lock(state)
+            if read(block + 8 * done_at) == parts and (spoiled_at < 0 or read(block + 8 * spoiled_at) == 0):
+                answer = answers[1]
+    _count_reference(answer)
+    return answer
+
+
+class _Method(ctypes.Structure):
+    """CPython's ``PyMethodDef``."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("function", ctypes.c_void_p),
+        ("flags", ctypes.c_int),
+        ("doc", ctypes.c_char_p),
+    )
+
+
+def _is_known() -> bool:
+    """Return whether arrays lie in memory as their headers say, under the interpreter that this is made for."""
+    if not CAN_SLEEP or sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return False
+    known = np.empty((2, 3))
+    word = ctypes.c_int64.from_address
+    start = id(known)
+    shape = word(start + _SHAPE).value
+    return (
+        word(start + _TYPE).value == id(np.ndarray)
+        and word(start + _DATA).value == known.ctypes.data
+        and word(start + _NDIM).value & _INT == known.ndim
+        and (word(shape).value, word(shape + 8).value) == known.shape
+        and word(start + _DTYPE).value == id(known.dtype)
+        and word(start + _FLAGS).value & _INT & (_STORABLE | 0x2) == _STORABLE
+    )
+
+
+@functools.cache
+def _method() -> tuple[_Method, Callable[[Any, Array, None], Entry]] | None:
+    """Return the compiled function in CPython's form, and what binds it to a recipe; None where it cannot be had."""
+    if not _is_known():
+        return None
+    function = compiled_address(types.int64(types.int64, types.int64, types.int64), _enter)
+    bind = ctypes.pythonapi.PyCFunction_NewEx
+    bind.argtypes, bind.restype = (ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p), ctypes.py_object
+    return _Method(b"entry", function, _FASTCALL, None), bind
+
+
+def entry(
+    kernel: CompiledKernel, block: Array, places: tuple[int, int], spoiled_at: int | None, count: int, threads: int,
+    input_like: ArrayKind, out_like: ArrayKind,
+) -> Entry | None:  # fmt: skip
+    """Return the short way into a kernel, or None where there is none.
+
+    Args:
+        kernel: the compiled kernel.
+        block: its arguments but for two arrays; what it means must outlive the entry.
+        places: where in the block the addresses of input and out go.
+        spoiled_at: where it reports sums that are not finite, if it does.
+        count: parts of its work.
+        threads: most threads to use.
+        input_like, out_like: shape and dtype of the arrays that are taken.
+    """
+    method, ndim = _method(), len(input_like[0])
+    if method is None or len(block) > _STACK_WORDS or ndim > _MOST_DIMENSIONS:
+        return None
+    like = (input_like, out_like)
+    recipe = _RECIPE.pack(
+        template=block, kernel=kernel.address, parts=count, threads=min(threads, count),
+        whereabouts=address(_team.whereabouts), places=places, done_at=kernel.arguments.done_at,
+        spoiled_at=-1 if spoiled_at is None else spoiled_at, array_type=id(np.ndarray),
+        dtypes=[id(dtype) for _, dtype in like], sizes=[math.prod(shape) * dtype.itemsize for shape, dtype in like],
+        ndim=ndim, shapes=[length for shape, _ in like for length in (*shape, *[0] * (_MOST_DIMENSIONS - ndim))],
+        answers=(id(None), id(True)),
+    )  # fmt: skip
+    definition, bind = method
+    return bind(ctypes.byref(definition), recipe, None)
