@@ -213,7 +213,7 @@ class Depthwise(PackedBackend):
     """Vectors along the channels, each of a group of few or of its own; any filter, stride, dilation and padding."""
 
     name = "depthwise"
-    version = 2
+    version = 3
 
     def rejects_plain(self, problem: Problem) -> str | None:
         """Return None, or why the problem is not depthwise, or that integers are missing."""

@@ -169,7 +169,7 @@ def test_nothing_is_held_on_to() -> None:
 
 
 def test_helpers_that_are_missing_are_the_long_ways_business(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_team.whereabouts, 0, _team.whereabouts[0])  # put back in the end, as the team is
+    monkeypatch.setattr(_team, "whereabouts", _team.whereabouts.copy())
     monkeypatch.setattr(_team, "_team", _team._Team())
     x = RNG.standard_normal((1, 64, 64, 16), np.float32)
     made, out = convdispatch.plan(x, W, backend=("implicit_gemm", {"threads": 4})), np.empty_like(x)
