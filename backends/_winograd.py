@@ -16,6 +16,7 @@ from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, Compiled
 from convdispatch.backends._atomics import add, write
 from convdispatch.backends._epilogue import RELU, RELU6, activate
 from convdispatch.backends._jit import hold, njit
+from convdispatch.backends._memory import CACHE_LINE
 from convdispatch.backends._tile import (
     add_doubts,
     add_to_all,
@@ -33,6 +34,18 @@ from convdispatch.backends._vector import load, save
 
 transform_input = linear(lambda m, r, stride: strided(m, r, stride).bt)
 transform_output = linear(lambda m, r, stride: strided(m, r, stride).at)
+
+
+def odd_lines(count: int, itemsize: int) -> int:
+    """Return at least so many values that fill an odd number of cache lines.
+
+    The points of a tile are as far apart as all tiles of a job; were that a multiple of 4 KiB, all n * n of them would
+    want the same few places of L1.
+    """
+    return (-(-count * itemsize // CACHE_LINE) | 1) * CACHE_LINE // itemsize
+
+
+_odd_lines = njit()(odd_lines)
 
 
 @njit()
@@ -75,14 +88,14 @@ def _copy_last_channels(pixels, x, start, first, count, edge, itemsize):  # type
 
 @njit()
 def _enter(x, flat, shape, pads, dilations, zero, channels, first, count, values, m, r, stride, n, lanes, itemsize):  # type: ignore[no-untyped-def]
-    """Transform tiles ``first`` on, of channels ``channels[0]`` on, into ``values [points, count, padded]``."""
+    """Transform tiles ``first`` on, of channels ``channels[0]`` on, into ``values [points, count * padded]``."""
     literally(m), literally(r), literally(stride), literally(n), literally(lanes), literally(itemsize)
-    points, lane_bytes, padded = n * n, lanes * itemsize, values.shape[2]
+    points, lane_bytes, padded = n * n, lanes * itemsize, -(-channels[1] // lanes) * lanes
     pixels, edge_table = np.empty(points, np.int64), np.empty(points, np.int64)
     edge, half = np.zeros((points, lanes), values.dtype), np.empty(points * lanes, values.dtype)
     for p in range(points):
         edge_table[p] = edge.ctypes.data + p * lane_bytes
-    between = count * padded * itemsize
+    between = values.shape[1] * itemsize
     for t in range(count):
         _find_pixels(first + t, x, shape, m, n, stride, pads, dilations, itemsize, zero, pixels)
         for c in range(0, padded, lanes):
@@ -111,14 +124,13 @@ def _pass(inputs, offset, weights, group_c, outputs, behind, rows, vectors, lane
 
 
 @njit()
-def _multiply(values, packed, group_c, products, rows, less, least, vectors, lanes, itemsize):  # type: ignore[no-untyped-def]
-    """Store ``values [points, count, padded] @ packed [points, group_c, block]`` in ``products``.
+def _multiply(values, count, packed, group_c, products, rows, less, least, vectors, lanes, itemsize):  # type: ignore[no-untyped-def]
+    """Store ``values [points, count * padded] @ packed [points, group_c, block]`` in ``products``.
 
     The tiles are shared out evenly among passes of at most ``rows``, each by the register tile that wastes least.
     """
     literally(rows), literally(less), literally(least), literally(vectors), literally(lanes), literally(itemsize)
-    points, count, padded = values.shape
-    step = products.shape[2] * itemsize
+    points, padded, step = values.shape[0], -(-group_c // lanes) * lanes, vectors * lanes * itemsize
     passes = -(-count // rows)
     table = np.empty((2, count + rows), np.int64)
     for row in range(count + rows):  # beyond the last tile, the last one again
@@ -127,8 +139,8 @@ def _multiply(values, packed, group_c, products, rows, less, least, vectors, lan
         table[1, row] = products.ctypes.data + tile * step
     inputs, outputs = table.ctypes.data, table.ctypes.data + (count + rows) * 8
     for point in range(points):  # the filters of a point come from a far cache once, and stay for the other passes
-        weights, behind = packed + point * group_c * step, point * count * step
-        offset = point * count * padded * itemsize
+        weights, behind = packed + point * group_c * step, point * products.shape[1] * itemsize
+        offset = point * values.shape[1] * itemsize
         for number in range(passes):
             first = number * count // passes
             now = (number + 1) * count // passes - first
@@ -156,18 +168,36 @@ def _finish(sums, out, residual, bias, image, a, b, k0, count, code, slope):  # 
 
 @njit()
 def _leave(  # type: ignore[no-untyped-def]
-    products, first, out, residual, bias, k0, valid, dilations, code, slope, doubts, m, r, stride, n, lanes, itemsize
+    products,
+    first,
+    count,
+    step,
+    out,
+    residual,
+    bias,
+    k0,
+    valid,
+    dilations,
+    code,
+    slope,
+    doubts,
+    m,
+    r,
+    stride,
+    n,
+    lanes,
+    itemsize,
 ):
     """Transform products back, finish them and store ``valid`` filters from ``k0`` on; return the doubts."""
     literally(m), literally(r), literally(stride), literally(n), literally(lanes), literally(itemsize)
-    count, step, lane_bytes = products.shape[1], products.shape[2] * itemsize, lanes * itemsize
+    lane_bytes, between = lanes * itemsize, products.shape[1] * itemsize
     half, done = np.empty(n * m * lanes, out.dtype), np.empty((m * m, lanes), out.dtype)
     for t in range(count):
         image, oh, ow = _place(first + t, out.shape, m, dilations)
         for k in range(0, valid, lanes):
             start = products.ctypes.data + t * step + k * itemsize
             for j in range(n):
-                column = load_apart(start + j * count * step, n * count * step, n, lanes, itemsize)
+                column = load_apart(start + j * between, n * between, n, lanes, itemsize)
                 save_apart(half.ctypes.data + j * lane_bytes, n * lane_bytes, transform_output(column, m, r, stride))
             for i in range(m):
                 line = load_apart(half.ctypes.data + i * n * lane_bytes, lane_bytes, n, lanes, itemsize)
@@ -220,11 +250,12 @@ def compiled(m: int, r: int, stride: int, rows: int, vectors: int, lanes: int, i
         here = (x.ctypes.data, x.shape[0], x.shape[1], x.shape[2], x.shape[3])
         padded = -(-group_c // lanes) * lanes
         count = last - first
-        scratch = np.empty(points * count * (padded + block) + lanes, x.dtype)
+        entering, leaving = _odd_lines(count * padded, itemsize), _odd_lines(count * block, itemsize)
+        scratch = np.empty(points * (entering + leaving) + lanes, x.dtype)
         start = (-scratch.ctypes.data // itemsize) % lanes  # or every vector lies across two cache lines
-        middle = start + points * count * padded
-        values = scratch[start:middle].reshape(points, count, padded)
-        products = scratch[middle : middle + points * count * block].reshape(points, count, block)
+        middle = start + points * entering
+        values = scratch[start:middle].reshape(points, entering)
+        products = scratch[middle : middle + points * leaving].reshape(points, leaving)
         check = np.zeros(lanes, x.dtype)
         doubts = load(check.ctypes.data, lanes, itemsize)
         entered = -1
@@ -238,12 +269,12 @@ def compiled(m: int, r: int, stride: int, rows: int, vectors: int, lanes: int, i
                 )  # fmt: skip
                 entered = group
             packed = u.ctypes.data + task * points * group_c * step
-            _multiply(values, packed, group_c, products, rows, less, least, vectors, lanes, itemsize)
+            _multiply(values, count, packed, group_c, products, rows, less, least, vectors, lanes, itemsize)
             added = bias[task * block : (task + 1) * block]
             valid = min(block, group_k - member * block)
             doubts = _leave(
-                products, first, out, residual, added, group * group_k + member * block, valid, dilations, code, slope,
-                doubts, m, r, stride, n, lanes, itemsize,
+                products, first, count, step, out, residual, added, group * group_k + member * block, valid, dilations,
+                code, slope, doubts, m, r, stride, n, lanes, itemsize,
             )  # fmt: skip
         save(check.ctypes.data, doubts)
         for lane in range(lanes):

@@ -45,56 +45,68 @@ _CACHED_TABLE = 96 << 10
 
 
 @njit()
-def _locate(first, pixels, x, size, out, zero, window, table):  # type: ignore[no-untyped-def]
-    """Fill the table for the tile of pixels from ``first`` on; return whether its windows lie inside the image.
+def _locate(place, x, size, out, zero, window, table):  # type: ignore[no-untyped-def]
+    """Fill the table for the tile of pixels from ``place`` on: (image, row, column) of the output.
 
     The first row of the table is the outputs' addresses, the second the windows' (meaningful if all lie inside), the
-    rest, filled if they do not, the address of each tap.
+    rest, filled if they do not, the address of each tap. Return whether all windows lie inside the image, and the place
+    behind the tile.
     """
-    (_, height, width, channels), (_, rows, columns, filters) = x[1:], out[1:]
+    (_, height, width, channels), (images, rows, columns, filters) = x[1:], out[1:]
     kh, kw, top, left, sh, sw, dh, dw = window
-    inside = True
-    image, oh, ow = _pixel(first, rows, columns)
-    for r in range(table.shape[1]):
-        ih, iw = oh * sh - top, ow * sw - left
-        table[0, r] = out[0] + ((image * rows + oh) * columns + ow) * filters * size
-        table[1, r] = x[0] + ((image * height + ih) * width + iw) * channels * size
-        inside &= ih >= 0 and iw >= 0 and ih + (kh - 1) * dh < height and iw + (kw - 1) * dw < width
-        if first + r + 1 < pixels:  # beyond the last pixel, the last one again
-            image, oh, ow = _next(image, oh, ow, rows, columns)
+    image, oh, ow = place
+    ih, iw, pixels = oh * sh - top, ow * sw - left, table.shape[1]
+    stored = out[0] + ((image * rows + oh) * columns + ow) * filters * size
+    seen = x[0] + ((image * height + ih) * width + iw) * channels * size
+    below, right = (kh - 1) * dh, (kw - 1) * dw
+    if ow + pixels <= columns:  # as a rule, all in one row
+        for r in range(pixels):
+            table[0, r] = stored + r * filters * size
+            table[1, r] = seen + r * sw * channels * size
+        inside = ih >= 0 and iw >= 0 and ih + below < height and iw + (pixels - 1) * sw + right < width
+    else:
+        inside = True
+        for r in range(pixels):
+            ih, iw = oh * sh - top, ow * sw - left
+            table[0, r] = out[0] + ((image * rows + oh) * columns + ow) * filters * size
+            table[1, r] = x[0] + ((image * height + ih) * width + iw) * channels * size
+            inside &= ih >= 0 and iw >= 0 and ih + below < height and iw + right < width
+            image, oh, ow = _next((image, oh, ow), (images, rows, columns))
     if not inside:
-        image, oh, ow = _pixel(first, rows, columns)
-        for r in range(table.shape[1]):
+        image, oh, ow = place
+        for r in range(pixels):
             for i in range(kh):
                 ih = oh * sh - top + i * dh
                 for j in range(kw):
                     iw = ow * sw - left + j * dw
-                    seen = 0 <= ih < height and 0 <= iw < width
                     behind = (i * dh * width + j * dw) * channels * size
-                    table[2 + i * kw + j, r] = table[1, r] + behind if seen else zero
-            if first + r + 1 < pixels:
-                image, oh, ow = _next(image, oh, ow, rows, columns)
-    return inside
-
-
-@njit()
-def _pixel(number, rows, columns):  # type: ignore[no-untyped-def]
-    image, rest = divmod(number, rows * columns)
-    oh, ow = divmod(rest, columns)
-    return image, oh, ow
-
-
-@njit()
-def _next(image, oh, ow, rows, columns):  # type: ignore[no-untyped-def]
-    """Return the place of the next pixel: a division each would take as long as a small tile's products."""
-    ow += 1
-    if ow == columns:
-        ow = 0
+                    is_seen = 0 <= ih < height and 0 <= iw < width
+                    table[2 + i * kw + j, r] = table[1, r] + behind if is_seen else zero
+            image, oh, ow = _next((image, oh, ow), (images, rows, columns))
+    image, oh, ow = place
+    if ow + pixels < columns:
+        return inside, (image, oh, ow + pixels)
+    ow += pixels
+    while ow >= columns and image < images:
+        ow -= columns
         oh += 1
         if oh == rows:
             oh = 0
             image += 1
-    return image, oh, ow
+    return inside, (image, oh, ow)
+
+
+@njit()
+def _next(place, shape):  # type: ignore[no-untyped-def]
+    """Return the place of the next pixel, of the last one again behind it: a division each would take far longer."""
+    image, oh, ow = place
+    if ow + 1 < shape[2]:
+        return image, oh, ow + 1
+    if oh + 1 < shape[1]:
+        return image, oh + 1, 0
+    if image + 1 < shape[0]:
+        return image + 1, 0, 0
+    return place
 
 
 @njit()
@@ -120,10 +132,10 @@ def _compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKer
     block = vectors * lanes
     step = block * itemsize
 
-    def convolve(arguments, number):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
+    def convolve(arguments, job):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
         """Compute the tiles of pixels ``part[0:2]`` for the blocks of filters ``part[2:4]``."""
         x, w, bias, residual, out, zero, window, groups, code, slope, parts = unpack(arguments, itemsize)
-        first_tile, last_tile, first_block, last_block = parts[number]
+        first_tile, last_tile, first_block, last_block = parts[job]
         kh, kw, _, _, _, _, dh, dw = window
         channels, filters = x.shape[3], out.shape[3]
         group_c, group_k, per_group = channels // groups, filters // groups, w.shape[1]
@@ -134,53 +146,53 @@ def _compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKer
         flat = out.reshape(pixels, filters)
         tiles = last_tile - first_tile
         table, inside = np.empty((tiles, 2 + kh * kw, rows), np.int64), np.empty(tiles, np.bool_)
+        image, rest = divmod(first_tile * rows, out.shape[1] * out.shape[2])
+        place = (image, rest // out.shape[2], rest % out.shape[2])
         for t in range(tiles):
-            inside[t] = _locate(
-                (first_tile + t) * rows, pixels, here, itemsize, there, zero.ctypes.data, window, table[t]
-            )  # fmt: skip
+            inside[t], place = _locate(place, here, itemsize, there, zero.ctypes.data, window, table[t])
         # Taps of one row are one run through memory, if nothing lies between them.
         joined = dw == 1 and groups == 1
         segments, run = (kh, kw * group_c) if joined else (kh * kw, group_c)
-        for task in range(tiles * (last_block - first_block)):
-            block_number, t = divmod(task, tiles)
-            number = first_block + block_number
+        table_at, table_step = table.ctypes.data, (2 + kh * kw) * rows * 8
+        for number in range(first_block, last_block):
             group, member = divmod(number, per_group)
             k0, count = group * group_k + member * block, min(block, group_k - member * block)
-            packed = w.ctypes.data + number * kh * kw * group_c * step
-            outputs = table.ctypes.data + t * (2 + kh * kw) * rows * 8
-            inputs, behind = outputs + rows * 8, group * group_c * itemsize
-            sums = zeros(rows, vectors, lanes, itemsize)
-            if inside[t]:
-                for s in range(segments):
-                    gap = s * dh * here[3] if joined else s // kw * dh * here[3] + s % kw * dw
-                    offset = behind + gap * channels * itemsize
-                    for c in range(run):
-                        sums = multiply_add(sums, rows, inputs, offset + c * itemsize, packed)
-                        packed += step
-            else:
-                for tap in range(kh * kw):
-                    taps = inputs + (1 + tap) * rows * 8
-                    for c in range(group_c):
-                        sums = multiply_add(sums, rows, taps, behind + c * itemsize, packed)
-                        packed += step
-            if bias.size:
-                sums = add_to_all(sums, rows, bias.ctypes.data + number * step)
-            if residual.size:
-                if count == block:
-                    sums = add_to_each(sums, rows, outputs, residual_offset + k0 * itemsize)
+            weights, behind = w.ctypes.data + number * kh * kw * group_c * step, group * group_c * itemsize
+            for t in range(tiles):
+                outputs = table_at + t * table_step
+                inputs, packed = outputs + rows * 8, weights
+                sums = zeros(rows, vectors, lanes, itemsize)
+                if bias.size:
+                    sums = add_to_all(sums, rows, bias.ctypes.data + number * step)
+                if inside[t]:
+                    for s in range(segments):
+                        gap = s * dh * here[3] if joined else s // kw * dh * here[3] + s % kw * dw
+                        offset = behind + gap * channels * itemsize
+                        for c in range(run):
+                            sums = multiply_add(sums, rows, inputs, offset + c * itemsize, packed)
+                            packed += step
                 else:
-                    sums = add_some_to_each(sums, rows, outputs, residual_offset + k0 * itemsize, count)
-            if code == RELU:
-                sums = clamp(sums, 0.0, math.inf)
-            elif code == RELU6:
-                sums = clamp(sums, 0.0, 6.0)
-            if count == block:
-                store(sums, rows, outputs, k0 * itemsize)
-            else:
-                store_some(sums, rows, outputs, k0 * itemsize, count)
-            if code > RELU6:
-                first = (first_tile + t) * rows
-                _finish(flat[first : min(first + rows, pixels), k0 : k0 + count], code, slope)
+                    for tap in range(kh * kw):
+                        taps = inputs + (1 + tap) * rows * 8
+                        for c in range(group_c):
+                            sums = multiply_add(sums, rows, taps, behind + c * itemsize, packed)
+                            packed += step
+                if residual.size:
+                    if count == block:
+                        sums = add_to_each(sums, rows, outputs, residual_offset + k0 * itemsize)
+                    else:
+                        sums = add_some_to_each(sums, rows, outputs, residual_offset + k0 * itemsize, count)
+                if code == RELU:
+                    sums = clamp(sums, 0.0, math.inf)
+                elif code == RELU6:
+                    sums = clamp(sums, 0.0, 6.0)
+                if count == block:
+                    store(sums, rows, outputs, k0 * itemsize)
+                else:
+                    store_some(sums, rows, outputs, k0 * itemsize, count)
+                if code > RELU6:
+                    first = (first_tile + t) * rows
+                    _finish(flat[first : min(first + rows, pixels), k0 : k0 + count], code, slope)
         add(arguments + _DONE_AT, 1)
 
     return CompiledKernel(convolve, _ARGUMENTS)
@@ -210,7 +222,7 @@ class ImplicitGemm(PackedBackend):
     """Tiles of outputs summed in registers, the input read where it lies; any filter, stride and padding."""
 
     name = "implicit_gemm"
-    version = 2
+    version = 3
 
     def rejects_plain(self, problem: Problem) -> str | None:
         """Return None, or that integers or filters are missing."""
@@ -251,7 +263,7 @@ class ImplicitGemm(PackedBackend):
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Pack the filters by blocks; compile for the tile if that has not been done."""
-        p, tile = problem, _tile(config)
+        p, tile = _flat(problem), _tile(config)
         lanes = vector_bytes() // item_bytes(p.dtype)
         block = tile[1] * lanes
         grouped = filters.reshape(p.kh, p.kw, p.group_c, p.groups, p.group_k)
@@ -270,6 +282,14 @@ class ImplicitGemm(PackedBackend):
 _PEAK_PER_BYTE = 1.8e9  # FLOP/s of one core for each byte of vector width
 _FILTER_BYTES_PER_SECOND = 3e10
 _LAUNCH_SECONDS = 4e-6
+
+
+def _flat(problem: Problem) -> Problem:
+    """Return the same problem with all pixels in one row, where that is the same: with 1x1 filters of stride 1."""
+    p = problem
+    if not p.is_pointwise or p.strides != (1, 1) or any(p.pads):
+        return p
+    return p.replace(n=1, h=1, w=p.n * p.h * p.w)
 
 
 def _tiles(problem: Problem) -> list[tuple[int, int]]:

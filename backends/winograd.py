@@ -28,7 +28,7 @@ from convdispatch.backends._threads import split
 from convdispatch.backends._tile import register_tiles
 from convdispatch.backends._toomcook import amplification, roundings, strided
 from convdispatch.backends._vector import vector_bytes
-from convdispatch.backends._winograd import compiled
+from convdispatch.backends._winograd import compiled, odd_lines
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine, current
 from convdispatch.problem import Problem
@@ -75,8 +75,8 @@ def _parts(
 def _scratch(problem: Problem, m: int, tile: tuple[int, int], part: tuple[int, int, int, int]) -> int:
     """Return how many values a job's transformed tiles and products are."""
     lanes = vector_bytes() // item_bytes(problem.dtype)
-    padded = -(-problem.group_c // lanes) * lanes
-    return _side(problem, m) ** 2 * (part[1] - part[0]) * (padded + tile[1] * lanes)
+    padded, size, count = -(-problem.group_c // lanes) * lanes, item_bytes(problem.dtype), part[1] - part[0]
+    return _side(problem, m) ** 2 * (odd_lines(count * padded, size) + odd_lines(count * tile[1] * lanes, size))
 
 
 @functools.cache
@@ -117,7 +117,7 @@ class Winograd(PackedBackend):
     """Minimal filtering, F(2x2) to F(6x6), for 3x3 and 5x5 filters of stride 1, any dilation, and of stride 2."""
 
     name = "winograd"
-    version = 3
+    version = 4
     numerics = Numerics("transform", growth=_growth)
 
     def rejects_plain(self, problem: Problem) -> str | None:
