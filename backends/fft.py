@@ -15,7 +15,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import scipy.fft
@@ -72,15 +72,28 @@ class _Cut:
         return list(itertools.product(*ranges))
 
 
-def _reach(problem: Problem, axis: int) -> int:
-    """Return the filter's length along an axis in steps of the stride."""
-    return (problem.extent[axis] - 1) // problem.strides[axis] + 1
+@dataclass(frozen=True)
+class _Geometry:
+    """What is the same however a problem is cut.
+
+    Attributes:
+        reach: the filter's lengths in steps of the stride.
+        whole: good transform lengths that do an axis in one tile.
+        phases: which pixels between two steps the taps meet, rows and columns.
+    """
+
+    reach: tuple[int, int]
+    whole: tuple[int, int]
+    phases: tuple[tuple[int, int], ...]
 
 
-def _whole(problem: Problem, axis: int) -> int:
-    """Return the good transform length that does an axis in one tile."""
-    length = (problem.oh, problem.ow)[axis] + _reach(problem, axis) - 1
-    return int(scipy.fft.next_fast_len(length, real=True))
+@functools.lru_cache(maxsize=1024)
+def _geometry(problem: Problem) -> _Geometry:
+    p = problem
+    reach = (p.extent[0] - 1) // p.strides[0] + 1, (p.extent[1] - 1) // p.strides[1] + 1
+    whole = tuple(int(scipy.fft.next_fast_len(n + r - 1, real=True)) for n, r in zip((p.oh, p.ow), reach, strict=True))
+    met = [sorted({i * d % s for i in range(k)}) for k, d, s in zip((p.kh, p.kw), p.dilations, p.strides, strict=True)]
+    return _Geometry(reach, (whole[0], whole[1]), tuple((row, column) for row in met[0] for column in met[1]))
 
 
 def _cut(problem: Problem, config: Config) -> _Cut:
@@ -90,7 +103,7 @@ def _cut(problem: Problem, config: Config) -> _Cut:
         ArgumentError: if the tile is smaller than the filter, or anything is no positive whole number.
     """
     tile = config.integer("tile") if "tile" in config else _ranked(problem)[0].integer("tile")
-    least = max(_reach(problem, 0), _reach(problem, 1))
+    least = max(_geometry(problem).reach)
     if tile < least:
         raise ArgumentError(f"config tile of fft must be at least {least} with this filter; got {tile}")
     if config.threads < 1:
@@ -100,12 +113,11 @@ def _cut(problem: Problem, config: Config) -> _Cut:
 
 @functools.lru_cache(maxsize=1024)
 def _cut_to(problem: Problem, tile: int, threads: int) -> _Cut:
-    p = problem
-    rows, columns = (min(tile, _whole(p, axis)) for axis in (0, 1))
-    steps = rows - _reach(p, 0) + 1, columns - _reach(p, 1) + 1
+    p, fixed = problem, _geometry(problem)
+    rows, columns = min(tile, fixed.whole[0]), min(tile, fixed.whole[1])
+    steps = rows - fixed.reach[0] + 1, columns - fixed.reach[1] + 1
     tiles = -(-p.oh // steps[0]), -(-p.ow // steps[1])
-    met = [sorted({i * d % s for i in range(k)}) for k, d, s in zip((p.kh, p.kw), p.dilations, p.strides, strict=True)]
-    cut = _Cut((rows, columns), steps, tiles, (1, 1, 1), tuple((row, column) for row in met[0] for column in met[1]))
+    cut = _Cut((rows, columns), steps, tiles, (1, 1, 1), fixed.phases)
     # Large spectra of filters are the traffic: then few large blocks, else blocks that stay in cache.
     spectra = _spectra_bytes(p, cut)
     budget = min(_MOST_WORKSPACE, max(16 * _MIB, 2 * spectra)) // threads
@@ -115,7 +127,7 @@ def _cut_to(problem: Problem, tile: int, threads: int) -> _Cut:
     wide = min(fit, tiles[1])
     high = _evenly(tiles[0], fit // wide) if wide == tiles[1] else 1
     images = _evenly(p.n, fit // math.prod(tiles)) if high == tiles[0] else 1
-    return replace(cut, block=(images, high, wide))
+    return _Cut(cut.lengths, steps, tiles, (images, high, wide), fixed.phases)
 
 
 def _across(problem: Problem, cut: _Cut, threads: int) -> int:
@@ -276,8 +288,8 @@ def _growth(problem: Problem, config: Config) -> float:
 @functools.lru_cache(maxsize=1024)
 def _ranked(problem: Problem) -> tuple[Config, ...]:
     """Return every config worth trying: those of moderate memory first, then by time."""
-    p = problem
-    least, whole = max(_reach(p, 0), _reach(p, 1)), max(_whole(p, 0), _whole(p, 1))
+    p, fixed = problem, _geometry(problem)
+    least, whole = max(fixed.reach), max(fixed.whole)
     tiles = [tile for tile in _TILES if least <= tile < whole] + [whole]
 
     def order(config: Config) -> tuple[bool, float]:

@@ -198,23 +198,27 @@ def _compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKer
     return CompiledKernel(convolve, _ARGUMENTS)
 
 
-@functools.lru_cache(maxsize=1024)
-def _parts(problem: Problem, rows: int, blocks: int, threads: int) -> list[tuple[int, int, int, int]]:
-    """Return the jobs: ranges of tiles and of blocks of filters.
+def _cut(problem: Problem, rows: int, blocks: int, threads: int) -> tuple[int, int, int]:
+    """Return the tiles, into how many ranges they are cut, and into how many the blocks of filters.
 
     A job takes one block of filters after another through its tiles, so that the block is in L1 and the tiles' input,
     read again for every block, in L2.
     """
     p, size = problem, item_bytes(problem.dtype)
+    images = p.n * p.h * p.w * p.c * size
     tiles = -(-p.n * p.oh * p.ow // rows)
-    each = max(1, p.n * p.h * p.w * p.c * size // tiles)
-    most = max(1, min(_CACHED_INPUT // each, _CACHED_TABLE // ((2 + p.kh * p.kw) * rows * 8)))
+    most = max(1, min(_CACHED_INPUT // max(1, images // tiles), _CACHED_TABLE // ((2 + p.kh * p.kw) * rows * 8)))
     wanted = 1 if threads == 1 else 4 * threads
     down = -(-tiles // most)
-    if down >= wanted or p.k * p.taps * size < p.n * p.h * p.w * p.c * size:  # cut the larger of input and filters
+    if down >= wanted or p.k * p.taps * size < images:  # cut the larger of input and filters
         down = max(down, wanted)
     down = min(tiles, -(-down // threads) * threads if down > 1 else 1)  # as many for each thread
-    across = min(blocks, -(-wanted // down))
+    return tiles, down, min(blocks, -(-wanted // down))
+
+
+def _parts(problem: Problem, rows: int, blocks: int, threads: int) -> list[tuple[int, int, int, int]]:
+    """Return the jobs: ranges of tiles and of blocks of filters."""
+    tiles, down, across = _cut(problem, rows, blocks, threads)
     return [(*tile, *block) for tile in split(tiles, down) for block in split(blocks, across)]
 
 
@@ -241,24 +245,22 @@ class ImplicitGemm(PackedBackend):
         """Return the bytes of each thread's table and tile."""
         rows, vectors = _tile(config)
         blocks = problem.groups * -(-problem.group_k * item_bytes(problem.dtype) // (vectors * vector_bytes()))
-        parts = _parts(problem, rows, blocks, config.threads)
-        most = max(last - first for first, last, *_ in parts)
-        return min(config.threads, len(parts)) * most * (1 + rows * (2 + problem.kh * problem.kw) * 8)
+        tiles, down, across = _cut(problem, rows, blocks, config.threads)
+        return min(config.threads, down * across) * -(-tiles // down) * (1 + rows * (2 + problem.kh * problem.kw) * 8)
 
     def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return products, those with padding included, by what a tile loads for each; tables; filters' traffic."""
         p, (rows, vectors) = problem, _tile(config)
         block = vectors * machine.vector_bytes // item_bytes(p.dtype)
-        tiles = -(-p.n * p.oh * p.ow // rows)
         blocks = p.groups * -(-p.group_k // block)
+        tiles, down, across = _cut(p, rows, blocks, config.threads)
         peak = _PEAK_PER_BYTE * machine.vector_bytes * 4 / item_bytes(p.dtype)
         loads = 1 + 0.1 * (rows + vectors) / (rows * vectors)
         compute = 2 * tiles * rows * blocks * block * p.taps / peak * loads
         each = tiles * (blocks * 15e-9 + rows * (4e-9 + _border(p) * p.kh * p.kw * 2e-9))
         traffic = blocks * block * p.taps * item_bytes(p.dtype) / _FILTER_BYTES_PER_SECOND
-        parts = _parts(p, rows, blocks, config.threads)
-        traffic *= len({part[:2] for part in parts}) if blocks * block * p.taps * item_bytes(p.dtype) > 1 << 19 else 1
-        used = min(config.threads, machine.cores, len(parts))
+        traffic *= down if blocks * block * p.taps * item_bytes(p.dtype) > 1 << 19 else 1
+        used = min(config.threads, machine.cores, down * across)
         return (compute + each + traffic) / (0.98 * used if used > 1 else 1) + 4e-6 + _LAUNCH_SECONDS * (used > 1)
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:

@@ -55,11 +55,8 @@ def _tiles(problem: Problem, m: int) -> int:
     return p.n * math.prod(p.dilations) * -(-rows // m) * -(-columns // m)
 
 
-@functools.lru_cache(maxsize=1024)
-def _parts(
-    problem: Problem, m: int, tile: tuple[int, int], blocks: int, threads: int
-) -> list[tuple[int, int, int, int]]:
-    """Return the jobs: a range of tiles, and a range of blocks of filters."""
+def _cut(problem: Problem, m: int, tile: tuple[int, int], blocks: int, threads: int) -> tuple[int, int, int]:
+    """Return the tiles, into how many ranges they are cut, and into how many the blocks of filters."""
     p, tiles = problem, _tiles(problem, m)
     lanes = vector_bytes() // item_bytes(p.dtype)
     each = _side(p, m) ** 2 * (p.group_c + tile[1] * lanes) * item_bytes(p.dtype)
@@ -67,15 +64,22 @@ def _parts(
     most = max(tile[0], most - most % tile[0])
     down = -(-tiles // most)
     if tiles >= threads * LEAST_TILES // 2:
-        down = -(-down // threads) * threads
-    across = min(blocks, -(-threads // down))
+        down = min(tiles, -(-down // threads) * threads)
+    return tiles, down, min(blocks, -(-threads // down))
+
+
+def _parts(
+    problem: Problem, m: int, tile: tuple[int, int], blocks: int, threads: int
+) -> list[tuple[int, int, int, int]]:
+    """Return the jobs: a range of tiles, and a range of blocks of filters."""
+    tiles, down, across = _cut(problem, m, tile, blocks, threads)
     return [(*some, *block) for some in split(tiles, down) for block in split(blocks, across)]
 
 
-def _scratch(problem: Problem, m: int, tile: tuple[int, int], part: tuple[int, int, int, int]) -> int:
-    """Return how many values a job's transformed tiles and products are."""
+def _scratch(problem: Problem, m: int, tile: tuple[int, int], count: int) -> int:
+    """Return how many values the transformed tiles and products of a job of so many tiles are."""
     lanes = vector_bytes() // item_bytes(problem.dtype)
-    padded, size, count = -(-problem.group_c // lanes) * lanes, item_bytes(problem.dtype), part[1] - part[0]
+    padded, size = -(-problem.group_c // lanes) * lanes, item_bytes(problem.dtype)
     return _side(problem, m) ** 2 * (odd_lines(count * padded, size) + odd_lines(count * tile[1] * lanes, size))
 
 
@@ -150,9 +154,10 @@ class Winograd(PackedBackend):
         """Return the bytes of the transformed tiles and products of the jobs under way."""
         m, tile = _size(problem, config), _tile(problem)
         block = tile[1] * vector_bytes() // item_bytes(problem.dtype)
-        parts = _parts(problem, m, tile, problem.groups * -(-problem.group_k // block), config.threads)
-        largest = max(_scratch(problem, m, tile, part) for part in parts)
-        return min(config.threads, len(parts)) * largest * item_bytes(problem.dtype)
+        blocks = problem.groups * -(-problem.group_k // block)
+        tiles, down, across = _cut(problem, m, tile, blocks, config.threads)
+        largest = _scratch(problem, m, tile, -(-tiles // down))
+        return min(config.threads, down * across) * largest * item_bytes(problem.dtype)
 
     def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return the seconds of the products, the transforms, and the filters' traffic."""
@@ -160,9 +165,7 @@ class Winograd(PackedBackend):
         n, width = _side(p, m), machine.vector_bytes / 64 * 4 / size
         block = tile[1] * machine.vector_bytes // size
         blocks = -(-p.group_k // block)
-        parts = _parts(p, m, tile, p.groups * blocks, config.threads)
-        tiles, down = _tiles(p, m), len({part[:2] for part in parts})
-        across = len(parts) // down
+        tiles, down, across = _cut(p, m, tile, p.groups * blocks, config.threads)
         rows = 1.05 * tiles  # the passes share them out evenly
         padded = -(-p.group_c // (machine.vector_bytes // size)) * machine.vector_bytes // size
         products = 2 * rows * n * n * p.groups * p.group_c * blocks * block / (_FLOPS * width)
@@ -170,7 +173,7 @@ class Winograd(PackedBackend):
         pixels = tiles * p.groups * (n * n + m * m * blocks) * _PIXEL_SECONDS
         filters = down * n * n * p.group_c * p.groups * blocks * block * size
         work = products + values * (n + 1) / 2 / (_TRANSFORM_VALUES * width * 4) + pixels + filters / _FILTER_BYTES / 4
-        used = min(config.threads, machine.cores, len(parts))
+        used = min(config.threads, machine.cores, down * across)
         return work / (0.97 * used if used > 1 else 1) + 4e-6 + _LAUNCH_SECONDS * (used > 1)
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:

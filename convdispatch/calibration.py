@@ -257,11 +257,11 @@ def current(files: list[Profile] | None = None) -> Calibration | None:
 
 def _from(file: Profile) -> Calibration | None:
     here = machine.current().id
-    text = file.chunks().get(profile.CALIBRATION + here)
-    if text is None:
+    key = profile.CALIBRATION + here
+    if key not in file.keys():  # noqa: SIM118  # a profile is no mapping
         return None
     try:
-        return parse(here, text)
+        return parse(here, file.text(key))
     except ProfileError as error:
         warnings.warn(f"{file.name}: calibration {here} is ignored: {error}", ProfileWarning, stacklevel=3)
         return None

@@ -72,12 +72,12 @@ def _decide(
             return Decision(found.candidate, Evidence("replay", found.evidence.detail))
         _miss(problem, deployment, options)
         return _estimated(problem, deployment, options)
-    return (
-        _from_profile(problem, deployment, options, exact=True)
-        or _tuned(problem, deployment, options)
-        or _from_profile(problem, deployment, options)
-        or _estimated(problem, deployment, options)
-    )
+    if options.tuning == "on-miss" and (
+        found := _from_profile(problem, deployment, options, exact=True) or _tuned(problem, deployment, options)
+    ):
+        return found
+    with profile.looked_at_once():
+        return _from_profile(problem, deployment, options) or _estimated(problem, deployment, options)
 
 
 def _miss(problem: Problem, deployment: str, options: Options, why: str = "") -> None:

@@ -99,10 +99,14 @@ def _rest(words: str) -> _Rest:
     return _Rest(pads, pairs["stride"], pairs["dilation"], dtype, item_bytes(dtype), manner)
 
 
+#: Filter sizes that are a class of their own, and how keys of such problems show it at a glance.
+_SQUARES = {f"{side}x{side}": f" * {side}x{side}x" for side in (1, 3, 5)}
+
+
 @functools.lru_cache(maxsize=256)
 def _kernel_class(kh: int, kw: int) -> str:
-    if kh == kw and kh in {1, 3, 5}:
-        return f"{kh}x{kw}"
+    if (square := f"{kh}x{kw}") in _SQUARES:
+        return square
     if 1 in {kh, kw}:
         return "line"
     return "large" if kh * kw > 49 else "other"
@@ -163,6 +167,13 @@ class Neighbour:
     def weight(self) -> float:
         """How much it has to say: 1 where nothing is between, little at a distance of 1.5."""
         return math.exp(-(self.distance**2))
+
+
+def _of_class(keys: Iterable[str], kernel: object) -> Iterable[str]:
+    """Return the keys of a class of filter sizes, and maybe more, without reading them."""
+    if mark := _SQUARES.get(str(kernel)):
+        return (key for key in keys if mark in key)
+    return (key for key in keys if not any(square in key for square in _SQUARES.values()))
 
 
 class _Index:
@@ -232,18 +243,19 @@ class _File:
     """What of one profile has been looked at."""
 
     def __init__(self, file: Profile) -> None:
-        self.chunks = file.chunks()
-        self.indices: dict[str, _Index] = {}
+        self._file = weakref.proxy(file)
+        self.indices: dict[tuple[str, object], _Index] = {}
         self.rows: dict[str, tuple[Row, ...]] = {}
 
-    def index(self, tail: str) -> _Index:
-        if tail not in self.indices:
-            self.indices[tail] = _Index(self.chunks, tail)
-        return self.indices[tail]
+    def index(self, tail: str, kernel: object) -> _Index:
+        """Return the index for a class of filter sizes: reading thousands of keys takes as long as a large call."""
+        if (tail, kernel) not in self.indices:
+            self.indices[tail, kernel] = _Index(_of_class(self._file.keys(), kernel), tail)
+        return self.indices[tail, kernel]
 
     def rows_of(self, key: str) -> tuple[Row, ...]:
         if key not in self.rows:
-            self.rows[key] = rows_of(self.chunks[key])
+            self.rows[key] = rows_of(self._file.text(key))
         return self.rows[key]
 
 
@@ -274,5 +286,6 @@ def neighbours(problem: Problem, deployment: str, threads: int, files: list[Prof
         gather(_Index(memory, tail).nearest(place), lambda key: _rows_in_memory(memory[key]))
     for file in files:
         looked = _looked_at.get(file) or _looked_at.setdefault(file, _File(file))
-        gather((pair for pair in looked.index(tail).nearest(place) if pair[1] not in memory), looked.rows_of)
+        nearest = looked.index(tail, place.kind[1]).nearest(place)
+        gather((pair for pair in nearest if pair[1] not in memory), looked.rows_of)
     return sorted(found.values(), key=lambda each: (each.distance, each.text))[:_MOST_NEIGHBOURS]

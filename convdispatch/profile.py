@@ -9,9 +9,11 @@ with evidence that says what differs, until that problem is tuned there.
 """
 
 import contextlib
+import functools
 import threading
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -34,6 +36,7 @@ from convdispatch.profile_text import (
     cut,
     dump_entry,
     dump_machine,
+    first_shape,
     parse_entry,
     parse_key,
     signature,
@@ -74,7 +77,7 @@ class Profile:
         self.name = name
         self._parsed: dict[str, Entry | None] = {}
         self._notes: dict[str, dict[str, str]] = {}
-        self._spellings: dict[tuple[str, ...], list[str]] | None = None
+        self._spellings: dict[str, list[str]] | None = None
         self._machines: dict[str, dict[str, Any]] | None = None
         self._text = text
         self._chunks: list[Chunk] = []
@@ -97,6 +100,10 @@ class Profile:
     def chunks(self) -> dict[str, str]:
         """Return every top-level key with its text, machines too; of a key that stands twice, the last."""
         return {chunk.key: self._text[chunk.start : chunk.end] for chunk in self._chunks}
+
+    def keys(self) -> Iterable[str]:
+        """Return every top-level key, machines too."""
+        return self._places.keys()
 
     def notes(self, kind: str) -> dict[str, str]:
         """Return the texts of the keys that begin with one of ``NOTES``, by key."""
@@ -196,12 +203,12 @@ class Profile:
         if self._spellings is None:
             self._spellings = {}
             for chunk in self._chunks:
-                if chunk.is_entry:
-                    self._spellings.setdefault(signature(chunk.key), []).append(chunk.key)
-        for other in self._spellings.get(signature(text), ()):
-            with contextlib.suppress(ConvDispatchError):
-                if parse_key(other) == key:
-                    return other
+                self._spellings.setdefault(first_shape(chunk.key), []).append(chunk.key)
+        for other in self._spellings.get(first_shape(text), ()):
+            if signature(other) == signature(text):
+                with contextlib.suppress(ConvDispatchError):
+                    if parse_key(other) == key:
+                        return other
         return None
 
     def changed(self, changes: Mapping[str, str | None]) -> str:
@@ -258,6 +265,7 @@ class Profile:
         warnings.warn(f"{self.name}, line {line}: entry {text!r:.120} is ignored: {said}", ProfileWarning, stacklevel=2)
 
 
+@functools.cache
 def user_path() -> Path:
     """Return the file that tuning writes where no project profile is set."""
     import platformdirs  # noqa: PLC0415
@@ -265,6 +273,7 @@ def user_path() -> Path:
     return platformdirs.user_cache_path("convdispatch", appauthor=False) / "profile.yaml"
 
 
+@functools.cache
 def system_path() -> Path:
     """Return the file an administrator may write for all users."""
     import platformdirs  # noqa: PLC0415
@@ -284,10 +293,15 @@ def layers() -> list[tuple[str, Path]]:
     project = settings.current().profile
     found = [("project", project)] if project else []
     found += [("user", user_path()), ("system", system_path())]
-    packaged = resources.files("convdispatch.configs") / "profile.yaml"
-    if isinstance(packaged, Path):
+    if (packaged := _packaged_path()) is not None:
         found.append(("packaged", packaged))
     return found
+
+
+@functools.cache
+def _packaged_path() -> Path | None:
+    path = resources.files("convdispatch.configs") / "profile.yaml"
+    return path if isinstance(path, Path) else None
 
 
 def read(path: Path) -> Profile:
@@ -392,6 +406,14 @@ class _Store:
 
     def file(self, path: Path) -> Profile:
         """Return the file's profile, read again if it has changed; a bad file is warned of and empty."""
+        looked_at = _looked_at.get()
+        if looked_at is None:
+            return self._newest(path)
+        if path not in looked_at:
+            looked_at[path] = self._newest(path)
+        return looked_at[path]
+
+    def _newest(self, path: Path) -> Profile:
         try:
             status = path.stat()
             stamp = status.st_mtime_ns, status.st_size, status.st_ino
@@ -411,6 +433,17 @@ class _Store:
 
 _store = _Store()
 _sole: Path | None = None
+_looked_at: ContextVar[dict[Path, Profile] | None] = ContextVar("convdispatch_looked_at", default=None)
+
+
+@contextlib.contextmanager
+def looked_at_once() -> Iterator[None]:
+    """Look whether files have changed only once inside the block, where all that is decided rests on one state."""
+    token = _looked_at.set({})
+    try:
+        yield
+    finally:
+        _looked_at.reset(token)
 
 
 @contextlib.contextmanager

@@ -236,6 +236,11 @@ def behind_comments(text: str) -> str:
 _SIGNATURE = re.compile(r"\s*([\dx]+)[^*|]*\*\s*([\dx]+)[^|]*\|\s*(\w+)\s*\|\s*(\d+)[^|]*\|\s*(\S*)")
 
 
+def first_shape(key: str) -> str:
+    """Return a key's first word, the input's shape, which stands first in all ways to write it."""
+    return key.partition("*")[0].strip().partition(" ")[0]
+
+
 def signature(key: str) -> tuple[str, ...]:
     """Return what all ways to write one key have in common, quickly: shapes, deployment, threads, machine."""
     match = _SIGNATURE.match(key)
