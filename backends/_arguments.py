@@ -21,6 +21,7 @@ from numba.np import arrayobj
 
 from convdispatch.arguments import Array
 from convdispatch.backends._jit import array, compiled_address, integers
+from convdispatch.backends._memory import address
 from convdispatch.backends._vector import I64, Codegen, intrinsic
 
 _SIGNATURE = types.void(types.int64, types.int64)
@@ -73,23 +74,19 @@ class Arguments:
 
     def pack(self, **values: Any) -> Array:
         """Return a block with these values; arrays are not kept alive by it, and those left out are empty."""
-        block = np.zeros(self.words, np.int64)
+        words = [0] * self.words
         for name, value in values.items():
-            self.put(block, name, value)
-        return block
-
-    def put(self, block: Array, name: str, value: Any) -> None:
-        """Set one value of a block."""
-        at, field = self.at[name], self.fields[name]
-        if field.ndim:
-            block[at] = value.ctypes.data if value.size else 0
-            block[at + 1 : at + 1 + field.ndim] = value.shape
-        elif field.count:
-            block[at : at + field.count] = value
-        elif field.floating:
-            block[at] = struct.unpack("q", struct.pack("d", value))[0]
-        else:
-            block[at] = value
+            at, field = self.at[name], self.fields[name]
+            if field.ndim:
+                words[at] = address(value) if value.size else 0
+                words[at + 1 : at + 1 + field.ndim] = value.shape
+            elif field.count:
+                words[at : at + field.count] = map(int, value)
+            elif field.floating:
+                words[at] = struct.unpack("q", struct.pack("d", value))[0]
+            else:
+                words[at] = int(value)
+        return np.array(words, np.int64)
 
 
 def _unpacker(fields: tuple[Field, ...]) -> Any:

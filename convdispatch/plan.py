@@ -22,6 +22,8 @@ from convdispatch.problem import Problem, dtype_of
 
 #: Bytes of an output from which on it pays to begin at a cache line.
 _LARGE = 1 << 15
+#: Usual calls of a plan before it gets a short way into its kernel: what is called once is done sooner without.
+_RUNS_BEFORE = 2
 #: Who redoes the images that a transform spoiled, the first that is available.
 _LOCAL = ("im2col", "direct")
 
@@ -98,7 +100,8 @@ class Plan:
         self._direct_store = self._can_store_directly()
         self._input_shape, self._output_shape = problem.input_shape, problem.output_shape
         self._plain = self._needs_nothing_done()
-        self._enter = self._short_way()
+        self._enter: Callable[[Any, Any], bool | None] | None = None
+        self._runs = 0
         self._output_bytes = math.prod(problem.output_shape) * self._result.itemsize
 
     def _set_dtypes(self) -> None:
@@ -112,15 +115,14 @@ class Plan:
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state["candidate"] = (self.candidate.backend.name, self.candidate.config)
-        del state["_lock"], state["_enter"]
-        return state
+        del state["_lock"]
+        return state | {"_enter": None, "_runs": 0}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         name, config = state.pop("candidate")
         self.__dict__.update(state)
         self.candidate = Candidate(registry.get(name), config)
         self._set_dtypes()  # `is` tells dtypes apart, and a pickle makes new ones
-        self._enter = self._short_way()
         self._lock = threading.Lock()
 
     @property
@@ -213,6 +215,9 @@ class Plan:
         assert self._kernel is not None  # noqa: S101  # or the plan is not plain
         if self._kernel(x, out, None) and self._filters is not None:
             self._redo_images(list(range(self.problem.n)), self._filters, x, out, None)
+        self._runs += 1
+        if self._runs == _RUNS_BEFORE:
+            self._enter = self._short_way()
         return out
 
     # Arrays in -------------------------------------------------------------------------------------------------

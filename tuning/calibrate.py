@@ -38,12 +38,12 @@ PROBLEMS = tuple(
         "1x200x200x3 * 21x21x3x2 SAME",
     )
 )
-RULES = Rules(rounds=5, sample_seconds=0.001, race_seconds=0.3, drop=float("inf"))
+RULES = Rules(rounds=3, sample_seconds=0.0005, race_seconds=0.2, drop=float("inf"))
 #: Packing takes as long as there are bytes: larger filters than these need not be packed to know it.
 _MOST_PACKED = 1 << 20
 #: What is estimated to take longer than this says little for its time, unless it is within a few times of the best;
 #: so does whatever is estimated hopelessly slower.
-_LONGEST, _LEAST_RANGE, _HOPELESS = 0.03, 4.0, 16.0
+_LONGEST, _LEAST_RANGE, _HOPELESS = 0.015, 4.0, 8.0
 
 
 @dataclass(frozen=True)
