@@ -207,6 +207,10 @@ def _is_known() -> bool:
     )
 
 
+#: For ever, since bound functions point to it; there are several where threads were the first at the same moment.
+_methods: list[_Method] = []
+
+
 @functools.cache
 def _method() -> tuple[_Method, Callable[[Any, Array, None], Entry]] | None:
     """Return the compiled function in CPython's form, and what binds it to a recipe; None where it cannot be had."""
@@ -215,7 +219,8 @@ def _method() -> tuple[_Method, Callable[[Any, Array, None], Entry]] | None:
     function = compiled_address(types.int64(types.int64, types.int64, types.int64), _enter)
     bind = ctypes.pythonapi.PyCFunction_NewEx
     bind.argtypes, bind.restype = (ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p), ctypes.py_object
-    return _Method(b"entry", function, _FASTCALL, None), bind
+    _methods.append(_Method(b"entry", function, _FASTCALL, None))
+    return _methods[-1], bind
 
 
 def entry(

@@ -18,7 +18,7 @@ from convdispatch.backend import Config, Effort, item_bytes
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
 from convdispatch.backends._epilogue import RELU, RELU6, activate
-from convdispatch.backends._jit import njit
+from convdispatch.backends._jit import hold, njit
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import aligned, by_blocks
 from convdispatch.backends._packed import PackedBackend
@@ -193,6 +193,7 @@ def _compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKer
                 if code > RELU6:
                     first = (first_tile + t) * rows
                     _finish(flat[first : min(first + rows, pixels), k0 : k0 + count], code, slope)
+        hold(table)
         add(arguments + _DONE_AT, 1)
 
     return CompiledKernel(convolve, _ARGUMENTS)
