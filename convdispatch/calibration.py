@@ -222,6 +222,19 @@ def _rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
+def better_text(key: str, one: str, other: str) -> str:
+    """Return whichever of two calibrations of a machine knows more: measured for the purpose, by more, later."""
+
+    def worth(text: str) -> tuple[bool, int, str]:
+        try:
+            read = parse(key.removeprefix(profile.CALIBRATION), text)
+        except ProfileError:
+            return False, -1, ""
+        return read.source == "calibrate", read.measurements, read.made
+
+    return max(one, other, key=worth)
+
+
 def broken(where: Profile) -> dict[str, str]:
     """Return the keys of a profile's calibrations that cannot be read, with why."""
     found = {}

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 Forced = tuple[str, Config | None] | None
 
 _one_miss_at_a_time = threading.Lock()
+#: What this process has measured again because its entry was made on a busy machine; a second time would find no more.
+_measured_again: set[Key] = set()
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,7 @@ def _decide(
             return Decision(found.candidate, Evidence("replay", found.evidence.detail))
         _miss(problem, deployment, options)
         return _estimated(problem, deployment, options)
-    if options.tuning == "on-miss" and (
-        found := _from_profile(problem, deployment, options, exact=True) or _tuned(problem, deployment, options)
-    ):
+    if options.tuning == "on-miss" and (found := _on_miss(problem, deployment, options)):
         return found
     with profile.looked_at_once():
         return _from_profile(problem, deployment, options) or _estimated(problem, deployment, options)
@@ -215,8 +215,18 @@ def _allows(result: Result, problem: Problem, options: Options, held: quarantine
     return heuristic.accurate_by_measure(backend, problem, result.error, options)
 
 
+def _on_miss(problem: Problem, deployment: str, options: Options) -> Decision | None:
+    """Return what is known of just this problem, measured now if need be; once more if others disturbed it then."""
+    key = key_for(problem, deployment, options)
+    known = next((found.entry for found in profile.find(key) if found.exact), None)
+    if known is not None and known.is_busy and key not in _measured_again:
+        _measured_again.add(key)
+        return _tuned(problem, deployment, options) or _from_profile(problem, deployment, options, exact=True)
+    return _from_profile(problem, deployment, options, exact=True) or _tuned(problem, deployment, options)
+
+
 def _tuned(problem: Problem, deployment: str, options: Options) -> Decision | None:
-    if options.tuning != "on-miss" or problem.is_empty:
+    if problem.is_empty:
         return None
     from convdispatch.tuning import tuner  # noqa: PLC0415  # needed only where something is measured
 
@@ -225,14 +235,16 @@ def _tuned(problem: Problem, deployment: str, options: Options) -> Decision | No
     everyone = registry.available()
     with _one_miss_at_a_time:
         known = profile.find(key)
-        if any(found.exact and tuner.suffices(found.entry, cast("Effort", effort), everyone) for found in known):
+        settled = (found.entry for found in known if found.exact and not found.entry.is_busy)
+        if any(tuner.suffices(entry, cast("Effort", effort), everyone) for entry in settled):
             # Another thread has measured it meanwhile; or nothing measured is allowed, and doing so again is no use.
             return _from_profile(problem, deployment, options, exact=True)
         try:
             old = known[0].entry if known else None
             outcome = tuner.tune_problem(
-                key, effort=cast("Effort", effort), seconds=options.time_limit, incumbent=old, sparing=True
-            )
+                key, effort=cast("Effort", effort), seconds=options.time_limit, incumbent=old,
+                sparing=old is None or not old.is_busy,
+            )  # fmt: skip
         except BackendError as error:
             warnings.warn(f"tuning {problem} failed: {error}", ProfileWarning, stacklevel=2)
             return None

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from convdispatch import machine, profile
+from convdispatch import fingerprint, machine, profile
 from convdispatch.backend import item_bytes
 from convdispatch.calibration import Sizes
 from convdispatch.problem import Problem
@@ -22,6 +22,8 @@ from convdispatch.profile import Entry, Profile
 
 #: How many neighbours are asked, and how near (in the distance of ``Place``) they must be.
 _MOST_NEIGHBOURS, _FARTHEST = 3, 1.7
+#: What a machine much like this one is away from it: its measurements have half as much to say at a distance of 0.5.
+_STRANGE = 0.5
 
 
 # Where a problem lies --------------------------------------------------------------------------------------------
@@ -156,12 +158,21 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A tuned problem near a new one: its text, its place, its distance, and what was measured."""
+    """A tuned problem near a new one.
+
+    Attributes:
+        text: the problem.
+        place: where it lies.
+        distance: how far away.
+        rows: what was measured of it.
+        here: whether it was measured on this very machine, and not on one much like it.
+    """
 
     text: str
     place: Place
     distance: float
     rows: tuple[Row, ...]
+    here: bool = True
 
     @property
     def weight(self) -> float:
@@ -246,6 +257,18 @@ class _File:
         self._file = weakref.proxy(file)
         self.indices: dict[tuple[str, object], _Index] = {}
         self.rows: dict[str, tuple[Row, ...]] = {}
+        self._alike: dict[int, list[str]] = {}
+
+    def alike(self, threads: int) -> list[str]:
+        """Return the ids of the file's machines that are much like this one, for a thread budget."""
+        if threads not in self._alike:
+            here = machine.current()
+            self._alike[threads] = [
+                name
+                for name, fields in self._file.machines().items()
+                if name != here.id and fingerprint.compare(fields, here, threads).grade != "hard"
+            ]
+        return self._alike[threads]
 
     def index(self, tail: str, kernel: object) -> _Index:
         """Return the index for a class of filter sizes: reading thousands of keys takes as long as a large call."""
@@ -267,25 +290,30 @@ def neighbours(problem: Problem, deployment: str, threads: int, files: list[Prof
     place = place_of(problem.text)
     if place is None:
         return []
-    tail = f" | {deployment} | {threads} threads | {machine.current().id}"
     memory = {str(entry.key): entry for entry in profile.remembered()}
     found: dict[str, Neighbour] = {}
 
-    def gather(nearest: Iterator[tuple[float, str]], rows: Callable[[str], tuple[Row, ...]]) -> None:
+    def tail_of(name: str) -> str:
+        return f" | {deployment} | {threads} threads | {name}"
+
+    def gather(index: _Index, tail: str, rows: Callable[[str], tuple[Row, ...]], strange: float = 0.0) -> None:
         """Take the nearest that are new and say something."""
         taken = 0
-        for distance, key in nearest:
+        for distance, key in index.nearest(place):
             text = key.removesuffix(tail)
             if text not in found and (said := rows(key)) and (its_place := place_of(text)) is not None:
-                found[text] = Neighbour(text, its_place, distance, said)
+                found[text] = Neighbour(text, its_place, distance + strange, said, not strange)
                 taken += 1
                 if taken == _MOST_NEIGHBOURS:
                     return
 
+    mine, kernel = tail_of(machine.current().id), place.kind[1]
     if memory:
-        gather(_Index(memory, tail).nearest(place), lambda key: _rows_in_memory(memory[key]))
-    for file in files:
-        looked = _looked_at.get(file) or _looked_at.setdefault(file, _File(file))
-        nearest = looked.index(tail, place.kind[1]).nearest(place)
-        gather((pair for pair in nearest if pair[1] not in memory), looked.rows_of)
+        gather(_Index(memory, mine), mine, lambda key: _rows_in_memory(memory[key]))
+    looked_at = [_looked_at.get(file) or _looked_at.setdefault(file, _File(file)) for file in files]
+    for looked in looked_at:
+        gather(looked.index(mine, kernel), mine, looked.rows_of)
+    for looked in looked_at:
+        for name in looked.alike(threads):
+            gather(looked.index(tail_of(name), kernel), tail_of(name), looked.rows_of, _STRANGE)
     return sorted(found.values(), key=lambda each: (each.distance, each.text))[:_MOST_NEIGHBOURS]

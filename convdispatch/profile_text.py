@@ -37,6 +37,8 @@ from convdispatch.problem import Problem
 DEPLOYMENTS = ("plan", "call")
 MACHINE = "machine "
 CALIBRATION = "calibration "
+#: Flag of what was measured while others used the machine.
+BUSY = "busy"
 #: First words of top-level keys that are neither machines nor entries; other modules know what they hold.
 NOTES = (CALIBRATION, "quarantine ")
 
@@ -135,6 +137,11 @@ class Entry:
     def winner(self) -> Result:
         """The result that was chosen."""
         return self.results[0]
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether others used the machine meanwhile; such an entry is used, and measured again."""
+        return BUSY in self.flags
 
     def best(self, allows: Callable[[Result], bool]) -> Result | None:
         """Return the winner, or the fastest other result that is allowed, or None."""

@@ -166,11 +166,11 @@ def join(target: Profile, sources: Sequence[Profile], here: Machine) -> Joined:
         for entry in _readable(source):
             groups.setdefault(entry.key, []).append(entry)
             counts[grade(source, entry.key, here)] += 1
-        others |= {
-            key: text
-            for key, text in source.chunks().items()
-            if key.startswith((MACHINE, *NOTES)) and key not in others
-        }
+        for head, text in source.chunks().items():
+            if head.startswith(CALIBRATION):
+                others[head] = calibration.better_text(head, others.get(head, text), text)
+            elif head.startswith((MACHINE, *NOTES)):
+                others.setdefault(head, text)
     there, broken = target.chunks(), target.broken()
     changes: dict[str, str | None] = {}
     sorted_keys: dict[str, list[Key]] = {"new": [], "better": [], "kept": []}
@@ -182,9 +182,12 @@ def join(target: Profile, sources: Sequence[Profile], here: Machine) -> Joined:
             changes |= {spelt: None for spelt in (target.spelling(key),) if spelt is not None}
             changes[str(key)] = profile.dump_entry(best)
     used = {f"{MACHINE}{key.machine}" for key in groups}
-    changes |= {
-        key: text for key, text in others.items() if key not in there and (key in used or key.startswith(NOTES))
-    }
+    for head, text in others.items():
+        if head.startswith(CALIBRATION) and head in there:
+            if calibration.better_text(head, there[head], text) != there[head]:
+                changes[head] = text
+        elif head not in there and (head in used or head.startswith(NOTES)):
+            changes[head] = text
     keys = {name: tuple(found) for name, found in sorted_keys.items()}
     return Joined(changes, keys["new"], keys["better"], keys["kept"], refused, counts)
 

@@ -117,7 +117,7 @@ def _offs(
         if (says := heard.get((name, version))) is None:
             backend = backends.get(name)
             says = backend is not None and backend.version == version
-            says = says and backend is not None and _estimates_as_then(backend, neighbour.text, row)
+            says = says and backend is not None and _estimates_as_then(backend, neighbour, row)
             heard[name, version] = says
         if says:
             config, threads = _without_threads(row.config)
@@ -140,19 +140,22 @@ def _config(text: str) -> Config:
     return Config({key: int(value) if value.isdigit() else value for key, _, value in items})
 
 
-#: Whether a backend estimates as when its stored estimates were made: its code may have changed, its kernels not.
-_as_then: weakref.WeakKeyDictionary[Backend, bool] = weakref.WeakKeyDictionary()
+#: Whether a backend estimates as when its stored estimates were made: its code may have changed, its kernels not; and
+#: on a machine much like this one it may have gone by other caches. Here, and there.
+_as_then: weakref.WeakKeyDictionary[Backend, dict[bool, bool]] = weakref.WeakKeyDictionary()
 
 
-def _estimates_as_then(backend: Backend, text: str, row: Row) -> bool:
+def _estimates_as_then(backend: Backend, neighbour: Neighbour, row: Row) -> bool:
     """Return whether stored estimates of a backend are those it would make now; one is tried, once a process."""
-    if backend not in _as_then:
+    known = _as_then.setdefault(backend, {})
+    if neighbour.here not in known:
         try:
-            now = Candidate(backend, _config(row.config)).estimate(Problem.parse(text), machine.current())
+            problem = Problem.parse(neighbour.text)
+            now = Candidate(backend, _config(row.config)).estimate(problem, machine.current())
         except Exception:  # noqa: BLE001  # a backend that cannot estimate what it was measured on has changed
             now = None
-        _as_then[backend] = now is not None and abs(math.log(max(now, 1e-12) / row.estimate)) < _SAME
-    return _as_then[backend]
+        known[neighbour.here] = now is not None and abs(math.log(max(now, 1e-12) / row.estimate)) < _SAME
+    return known[neighbour.here]
 
 
 # The ranking -----------------------------------------------------------------------------------------------------

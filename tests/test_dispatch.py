@@ -58,10 +58,13 @@ def result(backend: str, median: float = 1.0, **more: Any) -> Result:
     return Result(backend, median=median, **{**values, **more})
 
 
-def know(*results: Result, problem: Problem = PROBLEM, failures: tuple[Failure, ...] = (), **about: Any) -> Entry:
+def know(
+    *results: Result, problem: Problem = PROBLEM, failures: tuple[Failure, ...] = (), flags: tuple[str, ...] = (),
+    **about: Any,
+) -> Entry:  # fmt: skip
     """Write an entry into the user's profile."""
     parts = {"deployment": "plan", "threads": machine.usable_cores(), "machine": machine.current().id}
-    entry = Entry(Key(problem, **{**parts, **about}), results, failures)
+    entry = Entry(Key(problem, **{**parts, **about}), results, failures, flags=flags)
     profile.write(profile.user_path(), [entry], machine.current())
     profile.forget()
     return entry
@@ -306,6 +309,19 @@ def test_on_miss_measures_again_when_a_winner_is_stale(three: dict[str, Scripted
     know(result("steady", version=7))
     with settings.options(tuning="on-miss"):
         assert chosen() == ("steady", "tuned")
+
+
+def test_on_miss_measures_once_again_what_a_busy_machine_spoiled(three: dict[str, Scripted]) -> None:
+    know(result("quick"), flags=(profile.BUSY,))
+    with settings.options(tuning="on-miss"):
+        assert chosen() == ("steady", "tuned")
+        calls = [backend.calls for backend in three.values()]
+        assert all(calls)
+        assert chosen() == ("steady", "profile")
+    know(result("quick"), flags=(profile.BUSY,))  # and again: but this process has had its try
+    with settings.options(tuning="on-miss"):
+        assert chosen() == ("quick", "profile")
+    assert [backend.calls for backend in three.values()] == calls
 
 
 def test_on_miss_leaves_empty_problems_alone(three: dict[str, Scripted]) -> None:

@@ -73,7 +73,8 @@ def won(
     table = raced(true, noise, seed)
     seconds = comparable_seconds(table)
     results = [Result(name, 1, Config(), seconds[name], 0.0, len(table[name].seconds), 0.0, 0) for name in table]
-    return order_by_preference(results, incumbent, pick=pick, standings=standings(table))[0].name
+    picks = () if pick is None else (pick,)
+    return order_by_preference(results, incumbent, picks=picks, standings=standings(table))[0].name
 
 
 # Never slower -------------------------------------------------------------------------------------------------------
@@ -160,23 +161,31 @@ def test_who_is_preferred_wins_only_where_it_is_equal(other: Standing, winner: s
 @pytest.mark.parametrize("how", ["pick", "incumbent"])
 def test_the_pick_and_the_incumbent_give_way_only_to_who_beats_them(kept: Standing, winner: str, how: str) -> None:
     results = [result("leader", 1.0), result("kept", kept.median)]
-    named = {"pick": "kept"} if how == "pick" else {"incumbent": "kept"}
+    named = {"picks": ["kept"]} if how == "pick" else {"incumbent": "kept"}
     at = {"leader": LEADS, "kept": kept}
     assert order_by_preference(results, standings=at, **named)[0].name == winner  # type: ignore[arg-type]
 
 
 def test_the_incumbent_comes_before_the_pick_and_the_pick_before_the_rest() -> None:
     results = [result("a", 1.0, error=0.0), result("pick", 1.0, error=1e-6), result("old", 1.001, error=1e-5)]
-    assert order_by_preference(results, "old", pick="pick")[0].name == "old"
-    assert order_by_preference(results, pick="pick")[0].name == "pick"
+    assert order_by_preference(results, "old", picks=["pick"])[0].name == "old"
+    assert order_by_preference(results, picks=["pick"])[0].name == "pick"
     assert order_by_preference(results)[0].name == "a"
+
+
+def test_of_two_picks_that_are_as_fast_the_first_wins_whatever_the_clock_says() -> None:
+    for seconds in ((1.0, 1.004), (1.004, 1.0)):
+        results = [result("own", seconds[0]), result("informed", seconds[1]), result("other", 0.999)]
+        assert order_by_preference(results, picks=["own", "informed"])[0].name == "own"
+    beaten = [result("own", 1.05), result("informed", 1.004), result("other", 1.0)]
+    assert order_by_preference(beaten, picks=["own", "informed"])[0].name == "informed"
 
 
 def test_a_beaten_pick_is_not_replaced_by_who_is_as_slow() -> None:
     # "near" is equal to the leader and more exact, but it does not beat the pick by the margin.
     results = [result("leader", 1.0, error=1e-6), result("near", 1.009, error=1e-7), result("pick", 1.015)]
     at = {"leader": LEADS, "near": Standing(1.008, 1.009, 1.0095), "pick": Standing(1.012, 1.015, 1.02)}
-    assert order_by_preference(results, pick="pick", standings=at)[0].name == "leader"
+    assert order_by_preference(results, picks=["pick"], standings=at)[0].name == "leader"
     assert order_by_preference(results, standings=at)[0].name == "near"
 
 

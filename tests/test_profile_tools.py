@@ -421,6 +421,21 @@ def test_calibrations_are_kept_by_every_tool_and_go_with_their_machine(path: Pat
     assert set(prune(Profile(broken, "x.yaml"), Selection(broken=True)).changes) == {key}
 
 
+@pytest.mark.parametrize("turn", [1, -1])
+def test_of_two_calibrations_the_one_that_knows_more_is_kept(turn: int) -> None:
+    ranked = [
+        Calibration(HERE.id, "tune", 50, made="2026-02-01T00:00:00+00:00"),
+        Calibration(HERE.id, "tune", 90, made="2026-01-01T00:00:00+00:00"),
+        Calibration(HERE.id, "calibrate", 40, made="2026-01-01T00:00:00+00:00"),
+        Calibration(HERE.id, "calibrate", 40, made="2026-02-01T00:00:00+00:00"),
+    ]
+    for less, more in itertools.pairwise(ranked):
+        texts = [next(iter(calibration.dump(one).values())) for one in (less, more)][::turn]
+        first, second = (of(entry(), more=text) for text in texts)
+        joined = Profile(first.changed(join(first, [second], HERE).changes), "joined")
+        assert calibration.parse(HERE.id, joined.text(f"calibration {HERE.id}")) == more
+
+
 def test_a_quarantine_that_cannot_be_read_is_found_and_pruned_as_broken(path: Path) -> None:
     key = f"quarantine fft version 1 | {HERE.id}"
     text = text_of(entry(), more=f"{key}:\n  when: 2026-01-01\n")

@@ -14,6 +14,7 @@ from strategies import problems
 from convdispatch import calibration, dispatch, machine, neighbours, profile, registry, transfer
 from convdispatch.backend import Config, Effort
 from convdispatch.explain import explain_problem
+from convdispatch.machine import Machine
 from convdispatch.neighbours import Row, place_of, rows_of
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Failure, Key, Result
@@ -136,6 +137,35 @@ def test_a_near_problem_corrects_the_estimates_and_the_evidence_names_it(two: di
     assert name == "steady"
     assert f"us predicted (from 1 tuned neighbour, nearest {NEAR}, confidence 0." in detail
     assert sum(backend.calls + backend.prepared for backend in two.values()) == 0
+
+
+def know_elsewhere(problem: Problem, there: Machine, **seconds: Any) -> None:
+    """Write into the user's profile what two backends took on another machine."""
+    entry = entry_of(problem, **seconds)
+    elsewhere = dataclasses.replace(entry, key=dataclasses.replace(entry.key, machine=there.id))
+    profile.write(profile.user_path(), [elsewhere], there)
+    profile.forget()
+
+
+def test_a_machine_much_like_this_one_has_a_say_too_but_a_smaller_one(two: dict[str, Scripted]) -> None:
+    know_elsewhere(NEAR, dataclasses.replace(HERE, libraries=("numpy 1.99",)), quick=6.0, steady=2.0)
+    name, detail = chosen()
+    assert name == "steady"
+    strange = float(detail.rpartition("confidence ")[2].rstrip(")"))
+    know(NEAR, quick=6.0, steady=2.0)
+    assert f"nearest {NEAR}" in chosen()[1]
+    assert float(chosen()[1].rpartition("confidence ")[2].rstrip(")")) > strange
+
+
+def test_what_was_measured_here_counts_where_both_were(two: dict[str, Scripted]) -> None:
+    know(NEAR, quick=1.0, steady=2.0)
+    know_elsewhere(NEAR, dataclasses.replace(HERE, libraries=("numpy 1.99",)), quick=6.0, steady=2.0)
+    assert chosen()[0] == "quick"
+
+
+def test_another_kind_of_machine_has_no_say(two: dict[str, Scripted]) -> None:
+    know_elsewhere(NEAR, dataclasses.replace(HERE, cpu="Another (riscv)"), quick=6.0, steady=2.0)
+    assert chosen() == ("quick", "1e+06 us predicted")
 
 
 @pytest.mark.parametrize("problem", [FAR, *OTHER_KINDS], ids=str)

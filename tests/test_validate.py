@@ -291,6 +291,16 @@ def test_validate_prints_figures_and_targets(clock: FakeClock, monkeypatch: pyte
     assert data["regret"]["bare"]["mean"] == pytest.approx(3.0)
     assert data["cases"][0]["champion"] == "modest"
     assert CliRunner().invoke(main, ["validate", "--problems", "0"]).exit_code == 1
+    assert CliRunner().invoke(main, [*arguments, "--check"]).exit_code == 4
+
+
+def test_all_targets_reached_needs_every_one_of_them() -> None:
+    good = report(case(), case())
+    assert good.reached
+    assert not report(case(), case("a", "b", 1.5)).reached
+    assert not report(case(), case(replayed=False)).reached
+    assert not dataclasses.replace(good, failed={"some problem": "some reason"}).reached
+    assert not report().reached
 
 
 def test_a_report_of_a_busy_machine_says_so(capsys: pytest.CaptureFixture[str]) -> None:

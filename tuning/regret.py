@@ -25,6 +25,10 @@ class Summary:
     worst: float
     count: int
 
+    def within(self, mean: float, p95: float) -> bool:
+        """Return whether mean and 95th percentile are no larger than these."""
+        return self.mean <= mean and self.p95 <= p95
+
 
 def summary(ratios: Sequence[float]) -> Summary | None:
     """Return the summary of ratios, None of none."""

@@ -16,7 +16,7 @@ from convdispatch.backend import Backend, Candidate, Effort
 from convdispatch.errors import ArgumentError, BackendError, BusyMachineError, ProfileError, ProfileWarning
 from convdispatch.plan import Plan
 from convdispatch.problem import Problem
-from convdispatch.profile import Entry, Failure, Found, Key, Result
+from convdispatch.profile import BUSY, Entry, Failure, Found, Key, Result
 from convdispatch.reference import Verdict
 from convdispatch.settings import EFFORTS
 from convdispatch.tuning import calibrate, hard_inputs, isolation, stakes
@@ -42,8 +42,6 @@ from convdispatch.tuning.workload import Layer, Workload
 Status = Literal["tuned", "known", "left", "failed"]
 #: Seconds that a tuning run waits for a busy machine to become quiet, before it refuses.
 PATIENCE = 10.0
-#: Who was measured while others used the machine; such an entry is measured again.
-BUSY = "busy"
 #: Makes what watches the machine for a thread budget; tests replace it.
 make_watch: Callable[[int], Watch] = Watch
 _LONGEST_REASON = 300
@@ -101,7 +99,7 @@ class TuneReport:
     @property
     def flagged(self) -> int:
         """How many layers have an entry that was measured on a busy machine, and so is to be measured again."""
-        return sum(report.entry is not None and BUSY in report.entry.flags for report in self.layers)
+        return sum(report.entry is not None and report.entry.is_busy for report in self.layers)
 
 
 @isolation.children()
@@ -290,7 +288,7 @@ def _known(key: Key, path: Path) -> Found | None:
 
 def _stands(found: Found | None, effort: Effort, backends: dict[str, Backend], again: Sequence[str]) -> bool:
     """Return whether what the profile has is for just this key and nothing is to be measured anew."""
-    if found is None or not found.exact or BUSY in found.entry.flags or _failed(found.entry, again):
+    if found is None or not found.exact or found.entry.is_busy or _failed(found.entry, again):
         return False
     return suffices(found.entry, effort, backends)
 
@@ -335,13 +333,21 @@ def _entrants(key: Key, effort: Effort, backends: dict[str, Backend]) -> tuple[l
     return raced, tuple(estimate.candidate.name for estimate in hopeless)
 
 
-def _pick(key: Key, backends: dict[str, Backend]) -> list[Candidate]:
-    """Return whom the estimate would choose without tuning, as ``dispatch`` does; empty where it cannot tell."""
+def _picks(key: Key, backends: dict[str, Backend]) -> list[Candidate]:
+    """Return whom estimates would choose without tuning; empty where they cannot tell.
+
+    First the backends' own estimates' pick, which is the same in every run; then that of ``dispatch``, which goes by
+    what was tuned before, too.
+    """
     free = replace(settings.current(), forbid=(), accuracy="standard", memory_limit=None)
     usable = heuristic.usable(key.problem, free)[0]
     fit = [b for name, b in usable.items() if name in backends and heuristic.accurate_by_kind(b, free)]
-    ranked = transfer.rank(key.problem, fit, key.threads, key.deployment).estimates
-    return [estimate.candidate for estimate in ranked[:1] if estimate.seconds is not None]
+    ranked = (
+        heuristic.rank(key.problem, fit, key.threads),
+        transfer.rank(key.problem, fit, key.threads, key.deployment).estimates,
+    )
+    best = [estimates[0] for estimates in ranked if estimates and estimates[0].seconds is not None]
+    return list({estimate.candidate.name: estimate.candidate for estimate in best}.values())
 
 
 def predicted(result: Result, key: Key) -> float | None:
@@ -366,7 +372,7 @@ def tune_problem(
 ) -> Outcome:
     """Check and race the candidates of one problem.
 
-    The estimate's own pick and the old winner always take part; ``preference`` has the rule by which one wins. A race
+    What estimates would pick and the old winner always take part; ``preference`` has the rule by which one wins. A race
     that others disturbed is run again with twice the rounds; if they disturb that too, the entry is flagged.
 
     Args:
@@ -387,9 +393,9 @@ def tune_problem(
     """
     taking_part = registry.available() if backends is None else backends
     entrants, left_out = _entrants(key, effort, taking_part)
-    pick = _pick(key, taking_part)
-    entrants += pick
-    again = rematch(key, effort, entrants, incumbent, pick) if sparing else None
+    picks = _picks(key, taking_part)
+    entrants += picks
+    again = rematch(key, effort, entrants, incumbent, picks) if sparing else None
     entrants += [old for old in still_there(incumbent) if incumbent and old.name == incumbent.winner.name]
     rules = rules or RULES[effort]
     # Two races at once would time each other; and a backend may itself convolve, which must not start a race.
@@ -409,7 +415,7 @@ def tune_problem(
     ordered = order_by_preference(
         results,
         incumbent.winner.name if incumbent else None,
-        pick=pick[0].name if pick else None,
+        picks=[candidate.name for candidate in picks],
         standings=measured.standings,
         margin=rules.margin,
     )

@@ -111,6 +111,17 @@ class Validation:
         return max((case.apart for case in self.cases if case.flipped), default=1.0)
 
     @property
+    def agrees(self) -> bool:
+        """Whether the two tunes are as alike as they should be."""
+        return self.flips <= FLIPS and self.apart <= APART
+
+    @property
+    def reached(self) -> bool:
+        """Whether all targets are reached, and every problem could be tried."""
+        within = [(found := self.regret(way)) is not None and found.within(*most) for way, most in TARGETS.items()]
+        return all(within) and self.agrees and self.replayed == len(self.cases) and not self.failed
+
+    @property
     def replayed(self) -> int:
         """For how many problems a fresh start chose the stored winner."""
         return sum(case.replayed for case in self.cases)
