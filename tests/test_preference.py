@@ -163,7 +163,7 @@ def test_the_pick_and_the_incumbent_give_way_only_to_who_beats_them(kept: Standi
     results = [result("leader", 1.0), result("kept", kept.median)]
     named = {"picks": ["kept"]} if how == "pick" else {"incumbent": "kept"}
     at = {"leader": LEADS, "kept": kept}
-    assert order_by_preference(results, standings=at, **named)[0].name == winner  # type: ignore[arg-type]
+    assert order_by_preference(results, standings=at, **named)[0].name == winner
 
 
 def test_the_incumbent_comes_before_the_pick_and_the_pick_before_the_rest() -> None:
