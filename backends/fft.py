@@ -22,7 +22,7 @@ import scipy.fft
 
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config, Effort, Kernel, Numerics, item_bytes
-from convdispatch.backends._threads import run_all, run_numpy, split
+from convdispatch.backends._threads import run_numpy, split
 from convdispatch.backends._windows import overlap
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine
@@ -200,7 +200,9 @@ class FftKernel:
         x = x.reshape(self.cut.spectrum, p.groups, math.prod(tiles), -1)
         sums = np.empty((*x.shape[:-1], p.group_k), x.dtype)
         parts = [slice(*part) for part in split(len(x), workers)]
-        run_all([functools.partial(np.matmul, x[part], self.spectra[part], out=sums[part]) for part in parts], workers)
+        run_numpy(
+            [functools.partial(np.matmul, x[part], self.spectra[part], out=sums[part]) for part in parts], workers
+        )
         del x
         sums = sums.reshape(self.cut.lengths[0], half, p.groups, *tiles, p.group_k)
         y = self._inverse(sums, 0, workers).transpose(3, 4, 5, 0, 1, 2, 6)

@@ -100,7 +100,9 @@ def calls() -> None:
     x, w = np.ones((1, 8, 8, 16), np.float32), np.ones((3, 3, 16, 16), np.float32)
     plan = convdispatch.plan(x, w, padding="SAME")
     out = plan(x)
-    kernel: Any = plan._kernel  # noqa: SLF001  # what a call is compared with
+    plan(x)  # what is called again gets its short way
+    kernel: Any = plan._enter or plan._kernel  # noqa: SLF001  # what a call is compared with
+    arrays = (x, out) if plan._enter else (x, out, None)  # noqa: SLF001
 
     def micros(run: Run) -> float:
         times = []
@@ -111,7 +113,7 @@ def calls() -> None:
             times.append((time.perf_counter() - before) * 1e3)
         return min(times)
 
-    inside, packed = micros(lambda: kernel(x, out, None)), micros(lambda: convdispatch.plan(x, w, padding="SAME"))
+    inside, packed = micros(lambda: kernel(*arrays)), micros(lambda: convdispatch.plan(x, w, padding="SAME"))
     call, whole = micros(lambda: plan(x, out=out)), micros(lambda: convdispatch.conv2d(x, w, padding="SAME"))
     print(f"  plan(x, out=y): {call:.1f} us, {call - inside:.1f} us above its kernel")
     print(f"  conv2d(x, w): {whole:.1f} us; making a plan {packed:.1f} us; {whole - packed - call:.1f} us above both")

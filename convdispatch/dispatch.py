@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 Forced = tuple[str, Config | None] | None
 
 _one_miss_at_a_time = threading.Lock()
-#: What this process has measured again because its entry was made on a busy machine; a second time would find no more.
-_measured_again: set[Key] = set()
+#: What this process has measured on a miss: if others disturbed that, it waits for another process, or for ``tune``.
+_measured: set[Key] = set()
 
 
 @dataclass(frozen=True)
@@ -219,8 +219,7 @@ def _on_miss(problem: Problem, deployment: str, options: Options) -> Decision | 
     """Return what is known of just this problem, measured now if need be; once more if others disturbed it then."""
     key = key_for(problem, deployment, options)
     known = next((found.entry for found in profile.find(key) if found.exact), None)
-    if known is not None and known.is_busy and key not in _measured_again:
-        _measured_again.add(key)
+    if known is not None and known.is_busy and key not in _measured:
         return _tuned(problem, deployment, options) or _from_profile(problem, deployment, options, exact=True)
     return _from_profile(problem, deployment, options, exact=True) or _tuned(problem, deployment, options)
 
@@ -233,6 +232,7 @@ def _tuned(problem: Problem, deployment: str, options: Options) -> Decision | No
     effort = "measure" if options.effort == "estimate" else options.effort
     key = key_for(problem, deployment, options)
     everyone = registry.available()
+    _measured.add(key)
     with _one_miss_at_a_time:
         known = profile.find(key)
         settled = (found.entry for found in known if found.exact and not found.entry.is_busy)

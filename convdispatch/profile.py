@@ -86,9 +86,9 @@ class Profile:
         self._format: Chunk | None = None
         self._end_marks: list[Chunk] = []
         for chunk in cut(text):
-            if chunk.key.startswith("format:"):
+            if chunk.key.startswith("format:") and self._format is None:
                 self._format = chunk
-            elif chunk.key == "...":
+            elif chunk.key == "..." or chunk.key.startswith("format:"):  # a second one says nothing
                 self._end_marks.append(chunk)
             elif chunk.key != "---":
                 self._places.setdefault(chunk.key, []).append(len(self._chunks))

@@ -8,7 +8,7 @@ import hypothesis
 import pytest
 from quiet import QuietWatch
 
-from convdispatch import profile, registry, settings
+from convdispatch import dispatch, profile, registry, settings
 from convdispatch.errors import BackendRejectedError
 from convdispatch.tuning import tuner
 
@@ -37,6 +37,7 @@ def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(profile, "user_path", lambda: tmp_path / "user" / "profile.yaml")
     monkeypatch.setattr(profile, "system_path", lambda: tmp_path / "system" / "profile.yaml")
     monkeypatch.setattr(tuner, "make_watch", QuietWatch)
+    monkeypatch.setattr(dispatch, "_measured", set())
     settings.from_environment.cache_clear()
     profile.forget()
     yield

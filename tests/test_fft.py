@@ -2,6 +2,7 @@
 
 import pickle
 import tracemalloc
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import convdispatch
 from convdispatch.arguments import Array
 from convdispatch.backend import Config
 from convdispatch.backends.fft import Fft
@@ -263,3 +265,14 @@ def test_estimate_grows_with_the_work_and_shrinks_with_the_machine() -> None:
     wide = Machine(**{**vars(MACHINE), "isa": ("avx512f",)})
     assert seconds(base, Config(tile=16), wide) < seconds(base, Config(tile=16))
     assert all(seconds(text) > 0 for text in SPECIAL.values())
+
+
+def test_no_thread_warns_of_what_is_not_finite() -> None:
+    x, w = np.ones((1, 40, 40, 16), np.float32), np.ones((5, 5, 16, 8), np.float32)
+    x[0, 3, 3, 3] = np.inf
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for tile in (16, 64):  # blocks for all threads; one block, whose products are shared out
+            y = convdispatch.plan(x, w, backend=("fft", {"tile": tile, "threads": 2}))(x)
+            assert np.isinf(y[0, 3, 3]).all()
+            assert np.isfinite(y[0, 20, 20]).all()
