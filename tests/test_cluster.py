@@ -358,7 +358,8 @@ def run(*words: object) -> Any:
 def test_the_command_tunes_on_real_workers_with_real_backends(three: Any, tmp_path: Path) -> None:
     file = tmp_path / "profile.yaml"
     lead = tmp_path / "scheduler.json"
-    three.write_scheduler_file(lead)
+    # Dask's own way to write it fails where a worker has sent metrics, whose keys are tuples.
+    lead.write_text(json.dumps({"address": three.scheduler.address}))
     three.run(be_quiet)
     words = (SMALL, "--backends", "direct,im2col", "--profile", file)
     done = run(*words, "--dask", lead)
