@@ -216,6 +216,7 @@ def _lines(found: Validation) -> list[str]:
             f"the machine was busy for {len(found.doubtful)} of {count} problems (the best differed from itself by "
             f"more than {NOISY - 1:.0%}, or others ran); their figures say little"
         )
+        lines += _without_doubt(found.in_quiet)
         lines += [f"  {case.problem}: {case.conditions}" for case in found.doubtful if case.conditions]
     for way, (_, most) in TARGETS.items():
         worst = sorted((case for case in found.cases if case.regret(way) > most), key=lambda case: -case.regret(way))
@@ -225,6 +226,16 @@ def _lines(found: Validation) -> list[str]:
         ]
     lines += [f"failed: {problem}: {reason}" for problem, reason in found.failed.items()]
     return [*lines, f"in {found.seconds:.0f} s"]
+
+
+def _without_doubt(rest: Validation) -> list[str]:
+    """Return what the problems that were measured in quiet say by themselves."""
+    if not rest.cases:
+        return []
+    by_way = (f"{_WORDS[way]} {mean}, {p95}" for way in TARGETS for mean, p95, _ in [_figures(rest.regret(way))])
+    flipped = sum(case.flipped for case in rest.cases)
+    apart = f", by {rest.apart - 1:.1%} of its time at most" if flipped else ""
+    return [f"  the {len(rest.cases)} others: {'; '.join(by_way)}; {flipped} have another winner{apart}"]
 
 
 def _cost(cost: Cost) -> str:

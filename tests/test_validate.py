@@ -309,6 +309,9 @@ def test_a_report_of_a_busy_machine_says_so(capsys: pytest.CaptureFixture[str]) 
     said = capsys.readouterr().out
     assert "the machine was busy for 1 of 2 problems" in said
     assert "1 of 2 problems have another winner, by 50.0% of its time at most (target 2%, 1%: missed)" in said
+    assert "the 1 others: " in said
+    assert "tuned 1.500, 1.500" not in said.partition("the 1 others")[0]
+    assert "1 have another winner, by 50.0% of its time at most" in said.partition("the 1 others")[2]
     assert "failed: some problem: some reason" in said
     assert "cost of calibrating: 3.0 s, nothing had to be compiled" in said
 

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from convdispatch.problem import Problem
@@ -135,6 +135,12 @@ class Validation:
     def median_drift(self) -> float:
         """The median of winners' times now over those stored."""
         return statistics.median(case.drift for case in self.cases) if self.cases else 1.0
+
+    @property
+    def in_quiet(self) -> "Validation":
+        """The same without the doubtful cases."""
+        doubtful = set(map(id, self.doubtful))
+        return replace(self, cases=tuple(case for case in self.cases if id(case) not in doubtful))
 
     @property
     def doubtful(self) -> tuple[Case, ...]:
