@@ -108,7 +108,7 @@ def share(team, function, block, count, places):  # type: ignore[no-untyped-def]
     add(team + _CALLERS, -1)
 
 
-@njit(types.boolean(types.int64, types.int64))
+@njit()
 def ready(team, places):  # type: ignore[no-untyped-def]
     """Return whether a call can be shared out with so many helpers, or is done alone, without more ado."""
     crowded = read(team + _CALLERS) >= max(1, read(team + _CORES) // 2)
