@@ -356,9 +356,8 @@ def test_threads_that_miss_at_once_measure_once_and_agree(three: dict[str, Scrip
 
     with ThreadPoolExecutor(4) as pool:
         assert set(pool.map(ask, range(8))) == {"steady"}
-    # Once for random input and the race, twice for hard inputs: three filters are too few for all kinds at once. And
-    # once more for the twin of whom estimates would pick.
-    assert [backend.prepared for backend in three.values()] == [4, 3, 3]
+    # Once for random input and the race, twice for hard inputs: three filters are too few for all kinds at once.
+    assert [backend.prepared for backend in three.values()] == [3, 3, 3]
 
 
 # Forced --------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import functools
 import itertools
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -787,37 +786,3 @@ def test_trials_are_the_same_every_time() -> None:
     first, second = Trial.random(PROBLEM), Trial.random(PROBLEM)
     assert np.array_equal(first.input, second.input)
     assert np.array_equal(first.filters, second.filters)
-
-
-# The control ------------------------------------------------------------------------------------------------------
-
-
-class Uneven(Scripted):
-    """Who takes another time whenever it is prepared: where things lie in memory."""
-
-    def __init__(self, name: str, clock: FakeClock, seconds: Sequence[float], **more: Any) -> None:
-        """Take these times in turn."""
-        super().__init__(name, clock, seconds[0], **more)
-        self.turns = itertools.cycle(seconds)
-
-    def prepare(self, *arguments: Any) -> Any:
-        """Prepare, and be as fast as it is this one's turn to be."""
-        kernel, taken = super().prepare(*arguments), next(self.turns)
-
-        def run(*arrays: Any) -> Any:
-            self.seconds = taken
-            return kernel(*arrays)
-
-        return run
-
-
-@pytest.mark.parametrize(("luck", "winner"), [(1.0, "rival"), (1.04, "pick"), (1.5, "rival")])
-def test_who_differs_from_the_pick_by_less_than_the_pick_from_itself_is_equal(luck: float, winner: str) -> None:
-    clock = FakeClock()
-    # The pick is prepared for random input first, then for hard inputs, and last as its own twin.
-    pick = Uneven("pick", clock, [1.03, 1.03, 1.03, 1.03 * luck], expected=0.5)
-    slow = 1.0 if luck < 1.2 else 0.9  # noise makes a margin of 5 % at most
-    only(pick, Scripted("rival", clock, slow, expected=1.0))
-    entry = tune_problem(key(), clock=clock, rules=RULES).entry
-    assert entry.winner.backend == winner
-    assert {row.backend for row in entry.results} == {"pick", "rival"}  # the twin is nobody's business

@@ -159,15 +159,6 @@ def standings(table: Mapping[str, Samples], among: Iterable[str] | None = None) 
     return found
 
 
-def apart(table: Mapping[str, Samples], one: str, other: str) -> float:
-    """Return by which part two runners' times differ, by the median of their rounds' ratios; 0 where one is missing."""
-    if not {one, other} <= set(table):
-        return 0.0
-    ratios = _ratios(table[one], table[other])
-    middle = statistics.median(ratios) if ratios else 1.0
-    return max(middle, 1 / middle) - 1 if 0 < middle < math.inf else 0.0
-
-
 def comparable_seconds(table: Mapping[str, Samples]) -> dict[str, float]:
     """Return the seconds of a call by name, as if all had run in the same rounds at the same moments.
 

@@ -31,7 +31,6 @@ from convdispatch.tuning.race import (
     Run,
     Samples,
     Standing,
-    apart,
     comparable_intervals,
     comparable_seconds,
     race,
@@ -46,8 +45,6 @@ PATIENCE = 10.0
 #: Makes what watches the machine for a thread budget; tests replace it.
 make_watch: Callable[[int], Watch] = Watch
 _LONGEST_REASON = 300
-#: Name of the second runner of a race's control, and the largest margin that its noise can make.
-_TWIN, _MOST_NOISE = "the control once more", 0.05
 _one_at_a_time = threading.Lock()
 
 
@@ -376,8 +373,7 @@ def tune_problem(
     """Check and race the candidates of one problem.
 
     What estimates would pick and the old winner always take part; ``preference`` has the rule by which one wins. A race
-    that others disturbed is run again with twice the rounds; if they disturb that too, the entry is flagged. The pick
-    races against a twin of itself as well: candidates that differ by less than those two are equal.
+    that others disturbed is run again with twice the rounds; if they disturb that too, the entry is flagged.
 
     Args:
         key: the problem, deployment, thread budget and machine.
@@ -405,13 +401,12 @@ def tune_problem(
     # Two races at once would time each other; and a backend may itself convolve, which must not start a race.
     with _one_at_a_time, settings.options(tuning="off"), observe.unwatched():
         raced, refused = isolation.admitted(key.problem, entrants if again is None else again.entrants)
-        control = picks[0].name if picks else ""
-        measured = _measure(key, raced, rules, clock, seconds, control)
+        measured = _measure(key, raced, rules, clock, seconds)
         if again is not None and not again.holds(measured.results):
             again = None
             raced, also_refused = isolation.admitted(key.problem, entrants)
             refused = list(dict.fromkeys((*refused, *also_refused)))
-            measured = _measure(key, raced, rules, clock, seconds, control)
+            measured = _measure(key, raced, rules, clock, seconds)
     results = [replace(row, estimate=predicted(row, key)) for row in measured.results]
     failures = [*refused, *measured.failures]
     if not results:
@@ -422,7 +417,7 @@ def tune_problem(
         incumbent.winner.name if incumbent else None,
         picks=[candidate.name for candidate in picks],
         standings=measured.standings,
-        margin=max(rules.margin, min(measured.noise, _MOST_NOISE)),
+        margin=rules.margin,
     )
     flags: tuple[str, ...] = (BUSY,) if measured.busy else ()
     lost_before: tuple[tuple[str, int], ...] = ()
@@ -444,36 +439,17 @@ def _nobody(backends: dict[str, Backend] | None) -> str:
 
 @dataclass(frozen=True)
 class _Measured:
-    """What became of a problem's candidates.
-
-    Attributes:
-        results, failures: of those that were right, and of the others.
-        standings: everybody's time over the leader's.
-        busy: what said that the machine was busy meanwhile.
-        noise: by which part the control's time differed from its own.
-    """
+    """What became of a problem's candidates, and what said that the machine was busy meanwhile."""
 
     results: list[Result]
     failures: list[Failure]
     standings: dict[str, Standing]
     busy: tuple[str, ...]
-    noise: float
 
 
 def _measure(
-    key: Key,
-    entrants: Sequence[Candidate],
-    rules: Rules,
-    clock: Clock,
-    seconds: float | None = None,
-    control: str = "",
+    key: Key, entrants: Sequence[Candidate], rules: Rules, clock: Clock, seconds: float | None = None
 ) -> _Measured:
-    """Check and race candidates; the control, if it takes part, against a twin of itself too.
-
-    The twin is the same candidate with its filters packed once more and an output of its own. By how much the two
-    differ is what a difference must exceed to mean anything here and now: where things lie in memory, and what else the
-    machine does, is measured along.
-    """
     arrays = trial(key.problem)
     failures: list[Failure] = []
     checked: dict[str, tuple[float, int]] = {}
@@ -481,7 +457,7 @@ def _measure(
     by_name = {candidate.name: candidate for candidate in entrants}
 
     def fail(name: str, reason: str) -> None:
-        candidate = by_name[control if name == _TWIN else name]
+        candidate = by_name[name]
         reason = textwrap.shorten(reason, _LONGEST_REASON, placeholder=" ...")
         failures.append(Failure(candidate.backend.name, candidate.backend.version, candidate.config, reason))
 
@@ -499,20 +475,10 @@ def _measure(
             continue
         checked[name] = verdict.error, workspace
         runners[name] = _runner(key, candidate, plan, arrays, out)
-    if control in runners:
-        try:
-            plan = arrays.plan(by_name[control])
-        except Exception as error:  # noqa: BLE001
-            fail(_TWIN, f"{type(error).__name__}: {error}")
-            del runners[control]
-        else:
-            runners[_TWIN] = _runner(key, by_name[control], plan, arrays, arrays.spoiled_output())
     table, busy = _race_in_quiet(
-        runners, rules, clock, key.threads, seconds, control,
+        runners, rules, clock, key.threads, seconds,
         on_failure=lambda name, error: fail(name, f"{type(error).__name__}: {error}"),
     )  # fmt: skip
-    noise = apart(table, control, _TWIN)
-    table.pop(_TWIN, None)
     times, intervals = comparable_seconds(table), comparable_intervals(table)
     results = [
         Result(
@@ -521,7 +487,7 @@ def _measure(
         )
         for name, samples in table.items()
     ]  # fmt: skip
-    return _Measured(results, failures, standings(table), busy, noise)
+    return _Measured(results, failures, standings(table), busy)
 
 
 def _worse(verdict: Verdict, candidate: Candidate, problem: Problem) -> Verdict:
@@ -538,7 +504,6 @@ def _race_in_quiet(
     clock: Clock,
     threads: int,
     seconds: float | None,
-    control: str,
     on_failure: Callable[[str, Exception], None],
 ) -> tuple[dict[str, Samples], tuple[str, ...]]:
     """Race, once more and longer if others disturb it; return the times, and what said that the machine was busy."""
@@ -553,8 +518,6 @@ def _race_in_quiet(
         watch.start()
         now = replace(rules, rounds=rounds, race_seconds=left)
         table = race(runners, now, clock, on_failure=on_failure, on_round=watch.glance)
-        if _TWIN in runners and not {control, _TWIN} <= set(table):  # one of them raised, and they are the same
-            table = {name: samples for name, samples in table.items() if name not in {control, _TWIN}}
         busy = tuple(watch.finish().complaints())
         if not busy:
             break
