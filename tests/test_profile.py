@@ -593,3 +593,14 @@ def test_names_are_as_people_write_them() -> None:
     assert result("winograd", config=Config(threads=2, m=4)).name == "winograd(m=4, threads=2)"
     assert Failure("fft", 1, Config(), "no").name == "fft"
     assert all(character in string.printable for character in entry().tuned)
+
+
+def test_inside_a_block_files_are_looked_at_once_and_afterwards_again() -> None:
+    profile.write(profile.user_path(), [entry()], machine.current())
+    wanted = entry().key
+    with profile.looked_at_once():
+        before = profile.files()
+        profile.user_path().unlink()
+        assert profile.files() == before
+        assert str(wanted) in {text for file in profile.files() for text in file.keys()}  # noqa: SIM118
+    assert str(wanted) not in {text for file in profile.files() for text in file.keys()}  # noqa: SIM118

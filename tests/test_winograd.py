@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from convdispatch import machine
 from convdispatch.arguments import Array
 from convdispatch.backend import Config
+from convdispatch.backends._memory import CACHE_LINE
 from convdispatch.backends._toomcook import POINTS, Matrix, amplification, strided, transforms
+from convdispatch.backends._winograd import odd_lines
 from convdispatch.backends.winograd import BLOCK_BYTES, Winograd
 from convdispatch.backends.winograd import SIZES as ALL_SIZES
 from convdispatch.errors import ArgumentError
@@ -263,3 +265,11 @@ def test_configs_begin_with_the_smaller_estimate() -> None:
         assert {config["m"] for config in configs} == set(SIZES)
         assert seconds == sorted(seconds)
         assert 0 < seconds[0] < 1
+
+
+@given(st.integers(1, 10**6), st.sampled_from([4, 8]))
+def test_points_lie_an_odd_number_of_cache_lines_apart(count: int, itemsize: int) -> None:
+    values = odd_lines(count, itemsize)
+    lines, rest = divmod(values * itemsize, CACHE_LINE)
+    assert (lines % 2, rest) == (1, 0)
+    assert count <= values < count + 2 * CACHE_LINE // itemsize
