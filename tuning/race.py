@@ -53,7 +53,7 @@ _MOST_REPEATS = 1000
 DECIDED, REPORTED = 0.995, 0.95
 
 RULES = {
-    "measure": Rules(rounds=101, sample_seconds=0.002, race_seconds=1.5),
+    "measure": Rules(rounds=61, sample_seconds=0.002, race_seconds=1.0),
     "patient": Rules(rounds=121, sample_seconds=0.005, race_seconds=8.0, drop_after=5),
     "exhaustive": Rules(rounds=241, sample_seconds=0.01, race_seconds=60.0, drop=3.0, drop_after=9),
 }
