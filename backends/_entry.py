@@ -110,26 +110,22 @@ def _release_lock(typing: Any) -> tuple[Any, Codegen]:
     return types.int64(), codegen
 
 
-@intrinsic
-def _take_lock(typing: Any, state: Any) -> tuple[Any, Codegen]:
-    """Take the interpreter's lock back."""
+def _told(name: str) -> Any:
+    """Return an intrinsic that calls a function of CPython's with one word and expects nothing back."""
 
-    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        _call(b, "PyEval_RestoreThread", arguments[0])
-        return context.get_dummy_value()
+    @intrinsic
+    def tell(typing: Any, word: Any) -> tuple[Any, Codegen]:
+        def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+            _call(b, name, arguments[0])
+            return context.get_dummy_value()
 
-    return types.void(types.int64), codegen
+        return types.void(types.int64), codegen
+
+    return tell
 
 
-@intrinsic
-def _count_reference(typing: Any, place: Any) -> tuple[Any, Codegen]:
-    """Count one more reference to the object at an address."""
-
-    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        _call(b, "Py_IncRef", arguments[0])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
+#: Take the interpreter's lock back; count one more reference to the object at an address.
+_take_lock, _count_reference = _told("PyEval_RestoreThread"), _told("Py_IncRef")
 
 
 @njit()

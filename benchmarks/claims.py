@@ -101,7 +101,7 @@ def calls() -> None:
     plan = convdispatch.plan(x, w, padding="SAME")
     out = plan(x)
     plan(x)  # what is called again gets its short way
-    kernel: Any = plan._enter or plan._kernel  # noqa: SLF001  # what a call is compared with
+    kernel: Any = plan._enter or plan._kernel  # noqa: SLF001  # where compiled code begins: what a call is compared with
     arrays = (x, out) if plan._enter else (x, out, None)  # noqa: SLF001
 
     def micros(run: Run) -> float:
@@ -115,7 +115,7 @@ def calls() -> None:
 
     inside, packed = micros(lambda: kernel(*arrays)), micros(lambda: convdispatch.plan(x, w, padding="SAME"))
     call, whole = micros(lambda: plan(x, out=out)), micros(lambda: convdispatch.conv2d(x, w, padding="SAME"))
-    print(f"  plan(x, out=y): {call:.1f} us, {call - inside:.1f} us above its kernel")
+    print(f"  plan(x, out=y): {call:.1f} us, {call - inside:.1f} us above its way into compiled code")
     print(f"  conv2d(x, w): {whole:.1f} us; making a plan {packed:.1f} us; {whole - packed - call:.1f} us above both")
 
 

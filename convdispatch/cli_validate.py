@@ -200,7 +200,7 @@ def _verdict(summary: Summary | None, target: tuple[float, float] | None) -> str
 
 def _lines(found: Validation) -> list[str]:
     """Return what is said below the table."""
-    count, flipped = len(found.cases), sum(case.flipped for case in found.cases)
+    count, flipped = len(found.cases), found.flipped
     reached = "reached" if found.agrees else "missed"
     said = f"two tunes: {flipped} of {count} problems have another winner, by {found.apart - 1:.1%} of its time at most"
     lines = [f"{said} (target {FLIPS:.0%}, {APART - 1:.0%}: {reached})"]
@@ -233,9 +233,8 @@ def _without_doubt(rest: Validation) -> list[str]:
     if not rest.cases:
         return []
     by_way = (f"{_WORDS[way]} {mean}, {p95}" for way in TARGETS for mean, p95, _ in [_figures(rest.regret(way))])
-    flipped = sum(case.flipped for case in rest.cases)
-    apart = f", by {rest.apart - 1:.1%} of its time at most" if flipped else ""
-    return [f"  the {len(rest.cases)} others: {'; '.join(by_way)}; {flipped} have another winner{apart}"]
+    apart = f", by {rest.apart - 1:.1%} of its time at most" if rest.flipped else ""
+    return [f"  the {len(rest.cases)} others: {'; '.join(by_way)}; {rest.flipped} have another winner{apart}"]
 
 
 def _cost(cost: Cost) -> str:

@@ -190,7 +190,7 @@ class Plan:
     def _short_way(self) -> Callable[[Any, Any], bool | None] | None:
         """Return what runs the kernel on two usual arrays, and answers True if it did; None where there is no such."""
         make = getattr(self._kernel, "entry", None)
-        if make is None or not self._plain:
+        if make is None:
             return None
         way: Callable[[Any, Any], bool | None] | None = make(
             (self._input_shape, self._dtype), (self._output_shape, self._result)

@@ -101,9 +101,14 @@ class Validation:
         return summary([case.duel.noise for case in self.cases])
 
     @property
+    def flipped(self) -> int:
+        """For how many problems the two tunes chose differently."""
+        return sum(case.flipped for case in self.cases)
+
+    @property
     def flips(self) -> float:
         """Part of the problems for which the two tunes chose differently."""
-        return sum(case.flipped for case in self.cases) / len(self.cases) if self.cases else 0.0
+        return self.flipped / len(self.cases) if self.cases else 0.0
 
     @property
     def apart(self) -> float:
