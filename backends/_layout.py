@@ -17,6 +17,7 @@ from convdispatch.backends._vector import (
     Codegen,
     Vector,
     address_of,
+    clear,
     intrinsic,
     load_at,
     parts_of,
@@ -139,7 +140,7 @@ def _before_line(address, size, lanes):  # type: ignore[no-untyped-def]
 
 
 @njit()
-def _gather_planes(source, plane, target, channels, pixels, lanes, itemsize, storage):  # type: ignore[no-untyped-def]
+def gather_planes(source, plane, target, channels, pixels, lanes, itemsize, storage):  # type: ignore[no-untyped-def]
     """Copy ``pixels`` of planes ``plane`` bytes apart to ``[pixels, channels]``.
 
     With fewer channels than lanes, each pixel's vector is stored whole and the next covers its surplus; the target has
@@ -186,7 +187,7 @@ def _few_planes(
 
 @njit()
 def _scatter_planes(source, target, plane, channels, pixels, lanes, itemsize, storage):  # type: ignore[no-untyped-def]
-    """Undo ``_gather_planes``; a vector may be read beyond the last pixel, where the source has room for it."""
+    """Undo ``gather_planes``; a vector may be read beyond the last pixel, where the source has room for it."""
     literally(lanes), literally(itemsize), literally(storage)
     stored = 2 if storage else itemsize
     if pixels < lanes:
@@ -232,13 +233,13 @@ def stage(source, target, first, rows, shape, planar, lanes, itemsize, storage):
         if planar:
             at = source + (first + low) * width * stored
             plane = height * width * stored
-            _gather_planes(at, plane, target + low * line, channels, (high - low) * width, lanes, itemsize, storage)
+            gather_planes(at, plane, target + low * line, channels, (high - low) * width, lanes, itemsize, storage)
         else:
             at = source + (first + low) * width * channels * stored
             _convert(at, target + low * line, (high - low) * width * channels, False, lanes, itemsize, storage)
-    _clear(target, min(low, rows) * line)
+    clear(target, min(low, rows) * line)
     if high < rows:
-        _clear(target + max(high, 0) * line, (rows - max(high, 0)) * line)
+        clear(target + max(high, 0) * line, (rows - max(high, 0)) * line)
 
 
 @njit()
@@ -253,16 +254,3 @@ def unstage(source, target, first, rows, shape, planar, lanes, itemsize, storage
     else:
         at = target + first * width * channels * stored
         _convert(source, at, rows * width * channels, True, lanes, itemsize, storage)
-
-
-@intrinsic
-def _clear(typing: Any, address: Any, count: Any) -> tuple[Any, Codegen]:
-    """Set bytes to zero."""
-
-    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        pointer = address_of(b, arguments[0], 0, ir.IntType(8))
-        memset = b.module.declare_intrinsic("llvm.memset", [pointer.type, ir.IntType(64)])
-        b.call(memset, [pointer, ir.Constant(ir.IntType(8), 0), arguments[1], ir.Constant(ir.IntType(1), 0)])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen

@@ -53,3 +53,12 @@ def by_blocks(values: Array, block: int) -> Array:
         part = values[..., number * block : (number + 1) * block]
         packed[:, number, ..., : part.shape[-1]] = part
     return packed
+
+
+def odd_lines(count: int, itemsize: int) -> int:
+    """Return at least so many values that fill an odd number of cache lines.
+
+    Values that are transformed together lie so far apart; were that a multiple of 4 KiB, all of them would want the
+    same few places of L1.
+    """
+    return (-(-count * itemsize // CACHE_LINE) | 1) * CACHE_LINE // itemsize

@@ -23,7 +23,7 @@ def intrinsic(function: Callable[..., Any]) -> Any:
     return extending.intrinsic(prefer_literal=True)(function)
 
 
-I32, I64 = ir.IntType(32), ir.IntType(64)
+I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 SCALARS = {4: (types.float32, ir.FloatType(), "f32"), 8: (types.float64, ir.DoubleType(), "f64")}
 
 
@@ -103,6 +103,11 @@ def spaced(b: Any, first: Any, step: Any, count: int) -> list[Any]:
     return places
 
 
+def opaque(b: Any, value: Any) -> Any:
+    """Return an integer that the compiler knows nothing of: it cannot compute it ahead and keep it on the stack."""
+    return b.call(ir.InlineAsm(ir.FunctionType(I64, [I64]), "", "=r,0"), [value])
+
+
 Codegen = Callable[[Any, Any, Any, Any], Any]
 
 
@@ -150,6 +155,38 @@ def fma(typing: Any, x: Any, y: Any, z: Any) -> tuple[Any, Codegen]:
         return fused_multiply_add(b, arguments[0], arguments[1], arguments[2], x)
 
     return x(x, y, z), codegen
+
+
+# Bytes that lie side by side.
+
+
+@intrinsic
+def clear(typing: Any, address: Any, count: Any) -> tuple[Any, Codegen]:
+    """Set bytes to zero."""
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        pointer = address_of(b, arguments[0], 0, I8)
+        memset = b.module.declare_intrinsic("llvm.memset", [pointer.type, I64])
+        b.call(memset, [pointer, ir.Constant(I8, 0), arguments[1], ir.Constant(ir.IntType(1), 0)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def copy(typing: Any, target: Any, source: Any, count: Any) -> tuple[Any, Codegen]:
+    """Copy bytes from one address to another; Numba's own slices move one element at a time."""
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        to, origin = (address_of(b, address, 0, I8) for address in arguments[:2])
+        memcpy = b.module.declare_intrinsic("llvm.memcpy", [to.type, origin.type, I64])
+        b.call(memcpy, [to, origin, arguments[2], ir.Constant(ir.IntType(1), 0)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+# Arithmetic in plain Python.
 
 
 def _elementwise(operation: Any, instruction: str) -> None:

@@ -16,34 +16,20 @@ from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, Compiled
 from convdispatch.backends._atomics import add, write
 from convdispatch.backends._epilogue import RELU, RELU6, activate
 from convdispatch.backends._jit import hold, njit
-from convdispatch.backends._memory import CACHE_LINE
+from convdispatch.backends._memory import odd_lines
 from convdispatch.backends._tile import (
     add_doubts,
     add_to_all,
     clamp,
     gather,
-    linear,
     load_apart,
     multiply_add,
     save_apart,
     store,
     zeros,
 )
-from convdispatch.backends._toomcook import strided
+from convdispatch.backends._transforms import transform_input, transform_output
 from convdispatch.backends._vector import load, save
-
-transform_input = linear(lambda m, r, stride: strided(m, r, stride).bt)
-transform_output = linear(lambda m, r, stride: strided(m, r, stride).at)
-
-
-def odd_lines(count: int, itemsize: int) -> int:
-    """Return at least so many values that fill an odd number of cache lines.
-
-    The points of a tile are as far apart as all tiles of a job; were that a multiple of 4 KiB, all n * n of them would
-    want the same few places of L1.
-    """
-    return (-(-count * itemsize // CACHE_LINE) | 1) * CACHE_LINE // itemsize
-
 
 _odd_lines = njit()(odd_lines)
 

@@ -25,15 +25,16 @@ from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, item_bytes
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
-from convdispatch.backends._epilogue import RELU, RELU6, activate
+from convdispatch.backends._epilogue import RELU, RELU6
 from convdispatch.backends._jit import njit
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import aligned
 from convdispatch.backends._packed import PackedBackend
+from convdispatch.backends._planes import WOVEN, fill, finish_line, put_line
 from convdispatch.backends._threads import split
 from convdispatch.backends._tile import add_to_all, add_to_each, clamp, store, zeros
 from convdispatch.backends._vector import registers, vector_bytes
-from convdispatch.backends._weave import add_rows, unweave, weave
+from convdispatch.backends._weave import add_rows
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine, current
 from convdispatch.problem import Problem
@@ -46,77 +47,6 @@ _TILES = {32: ((8, 2), (12, 1), (4, 4), (4, 2)), 16: ((4, 2), (8, 1), (4, 1))}
 _PANEL, _STAGE = 192 << 10, 48 << 10
 #: A filter of up to this many values is not worth a copy of what it reads.
 _IN_PLACE = 100
-#: Up to so many channels or filters are taken apart and interleaved in registers.
-_WOVEN = 4
-
-
-@njit()
-def _fill(panel, image, first_row, step, first_column, rows, columns, like):  # type: ignore[no-untyped-def]
-    """Copy a window of an image into planes, zeros where it reaches outside; every ``step``-th row of the image."""
-    height, width, channels = image.shape
-    lanes = like[0].lanes
-    low = min(max(0, -first_column), columns)
-    high = max(low, min(columns, width - first_column))
-    moved = channels * panel.itemsize
-    apart = panel.shape[1] * panel.shape[2] * panel.itemsize
-    for q in range(rows):
-        row = first_row + q * step
-        inside = 0 <= row < height
-        for c in range(channels):
-            panel[c, q, : low if inside else columns] = 0
-            panel[c, q, high:columns] = 0
-        if not inside:
-            continue
-        if 1 < channels <= _WOVEN and high - low >= lanes:
-            target = np.int64(panel.ctypes.data) + q * panel.shape[2] * panel.itemsize
-            source = np.int64(image.ctypes.data) + (row * width + first_column) * moved
-            for i in range(low, high, lanes):
-                o = min(i, high - lanes)
-                if channels == 2:
-                    unweave(target + o * panel.itemsize, source + o * moved, apart, 2, like)
-                elif channels == 3:
-                    unweave(target + o * panel.itemsize, source + o * moved, apart, 3, like)
-                else:
-                    unweave(target + o * panel.itemsize, source + o * moved, apart, 4, like)
-        else:
-            for c in range(channels):
-                part, taken = panel[c, q, low:high], image[row, first_column + low :, c]
-                for i in range(part.size):
-                    part[i] = taken[i]
-
-
-@njit()
-def _weave(line, stage, r, like):  # type: ignore[no-untyped-def]
-    """Interleave the staged results of row ``r``: ``line [columns, K]`` of ``stage [K, rows, columns]``."""
-    columns, filters = line.shape
-    lanes = like[0].lanes
-    if 1 < filters <= _WOVEN and columns >= lanes:
-        target, source = np.int64(line.ctypes.data), np.int64(stage[0, r].ctypes.data)
-        apart, moved = stage.shape[1] * stage.shape[2] * stage.itemsize, filters * stage.itemsize
-        for i in range(0, columns, lanes):
-            o = min(i, columns - lanes)
-            if filters == 2:
-                weave(target + o * moved, source + o * stage.itemsize, apart, 2, like)
-            elif filters == 3:
-                weave(target + o * moved, source + o * stage.itemsize, apart, 3, like)
-            else:
-                weave(target + o * moved, source + o * stage.itemsize, apart, 4, like)
-    else:
-        for k in range(filters):
-            part = stage[k, r, :columns]
-            for i in range(columns):
-                line[i, k] = part[i]
-
-
-@njit()
-def _finish(values, code, slope):  # type: ignore[no-untyped-def]
-    """Apply an activation to values that lie side by side."""
-    if code == RELU:
-        for i in range(values.size):
-            values[i] = max(values[i], 0)
-    elif code:
-        for i in range(values.size):
-            values[i] = activate(values[i], code, slope)
 
 
 @njit()
@@ -186,7 +116,7 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
             left, right = strip * along, columns if strip == strips - 1 else (strip + 1) * along
             staged = filters > 1 or right - left < across or bottom - top < rows
             if not in_place:
-                _fill(
+                fill(
                     planes, x[n], phase - pads[0] + top * dh, dh, left - pads[2],
                     max(bottom - top, rows) + kh - 1, max(right - left, across) + (kw - 1) * dw, like,
                 )  # fmt: skip
@@ -210,7 +140,7 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
                     elif rows_inside and iw >= 0 and iw + across + (kw - 1) * dw <= width:
                         source, step = here + ((n * height + ih) * width + iw) * itemsize, dh * width * itemsize
                     else:
-                        _fill(planes, x[n], ih, dh, iw, rows + kh - 1, across + (kw - 1) * dw, like)
+                        fill(planes, x[n], ih, dh, iw, rows + kh - 1, across + (kw - 1) * dw, like)
                     for k in range(filters):
                         sums = zeros(rows, vectors, lanes, itemsize)
                         first_channel = k // group_k * group_c
@@ -246,18 +176,13 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
                         store(sums, rows, table, offset)
                         if code > RELU6:
                             for r in range(rows):
-                                _finish(out[n, phase + (oh + r) * dh, left + ow : left + ow + across, 0], code, slope)
+                                finish_line(
+                                    out[n, phase + (oh + r) * dh, left + ow : left + ow + across, 0], code, slope
+                                )
                 if staged:
                     for r in range(count):
                         row = phase + (oh + r) * dh
-                        line = out[n, row, left:right]
-                        _weave(line, stage, r, like)
-                        flat = line.reshape(line.size)
-                        if residual.size:
-                            added = residual[n, row, left:right].reshape(line.size)
-                            for i in range(flat.size):
-                                flat[i] += added[i]
-                        _finish(flat, code, slope)
+                        put_line(out, residual, n, row, left, right, stage, r, code, slope, like, lanes, itemsize)
         add(arguments + _DONE_AT, 1)
 
     return CompiledKernel(convolve, _ARGUMENTS)
@@ -349,9 +274,9 @@ class ImageRows(PackedBackend):
         copies = 0.0
         if not cut.in_place:
             high = cut.shape[0] * rows
-            copies += pixels * (1 + (p.kh - 1) / high) * (0.1e-9 if p.c <= _WOVEN else 0.4e-9)
+            copies += pixels * (1 + (p.kh - 1) / high) * (0.1e-9 if p.c <= WOVEN else 0.4e-9)
         if p.k > 1 or p.ow < across or p.oh // phases < rows:
-            copies += outputs * (0.25e-9 if p.k <= _WOVEN else 1e-9)
+            copies += outputs * (0.25e-9 if p.k <= WOVEN else 1e-9)
         copies += outputs * 3e-9 * (p.epilogue.code > RELU6)
         moved = (pixels + outputs * (2 if p.epilogue.residual else 1)) * size / _BYTES_PER_SECOND
         used = min(config.threads, machine.cores, cut.panels)

@@ -22,13 +22,13 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, Numerics, item_bytes
 from convdispatch.backends._kernel import PackedKernel
-from convdispatch.backends._memory import aligned, by_blocks
+from convdispatch.backends._memory import aligned, by_blocks, odd_lines
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._threads import split
 from convdispatch.backends._tile import register_tiles
 from convdispatch.backends._toomcook import amplification, roundings, strided
 from convdispatch.backends._vector import vector_bytes
-from convdispatch.backends._winograd import compiled, odd_lines
+from convdispatch.backends._winograd import compiled
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine, current
 from convdispatch.problem import Problem

@@ -81,6 +81,13 @@ def epilogues(draw: st.DrawFn, dtype: str = "float32") -> Epilogue:
     return Epilogue(draw(st.booleans()), draw(st.booleans()), activation, slope)
 
 
+# What kernels are compiled for comes in a few kinds: each costs seconds, and there are hundreds of combinations.
+#: A filter's rows; taps of a row with the stride along it; channels and filters of a group.
+_HEIGHTS = (1, 2, 3, 5)
+_ALONG = ((3, 1), (1, 1), (2, 1), (3, 2), (5, 1), (4, 3))
+_GROUPS = ((2, 2), (4, 4), (3, 2), (2, 3))
+
+
 @st.composite
 def problems(
     draw: st.DrawFn, *, dtypes: Sequence[str] = MIXED_DTYPES, empty: bool = True, plain: bool = False, side: int = 20
@@ -95,12 +102,13 @@ def problems(
         side: most rows and columns before padding.
     """
     least = 0 if empty and draw(st.integers(0, 5)) == 5 else 1
-    # Every third problem has the filters that Winograd is about.
-    if draw(st.integers(0, 2)) == 0:
-        kernel, strides, dilations = (3, 3), (1, 1), (1, 1)
+    # Every third problem has the filters that Winograd is about, some have those of a fast FIR.
+    if which := draw(st.sampled_from((3, 0, 0, 3, 0, 9))):
+        kernel, strides, dilations = (which, which), (1, 1), (1, 1)
     else:
-        kernel = draw(_pairs(1, 5))
-        strides, dilations = draw(_pairs(1, 3)), draw(st.one_of(st.just((1, 1)), _pairs(1, 3)))
+        (kw, stride), kh = draw(st.sampled_from(_ALONG)), draw(st.sampled_from(_HEIGHTS))
+        kernel, strides = (kh, kw), (draw(st.integers(1, 3)), stride)
+        dilations = draw(st.one_of(st.just((1, 1)), _pairs(1, 3)))
     groups, group_c, group_k = draw(_parts(least))
     image = draw(_pairs(least, side))
     extent = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
@@ -133,8 +141,10 @@ def problems(
     )
 
 
-#: Between them, every backend does one: whole or depthwise, floats or integers.
-_USUAL = ("1x9x9x32 * 3x3x32x8 SAME", "1x9x9x32 * 3x3x1x32 SAME", "1x9x9x32 * 3x3x32x8 SAME int8")
+#: Between them, every backend does one: whole or depthwise, floats or integers, small filters or large.
+_USUAL = (
+    "1x9x9x32 * 3x3x32x8 SAME", "1x9x9x32 * 3x3x1x32 SAME", "1x9x9x32 * 3x3x32x8 SAME int8", "1x9x9x2 * 9x9x2x1 SAME",
+)  # fmt: skip
 
 
 def fits(backend: Backend, problem: Problem) -> bool:
@@ -158,8 +168,9 @@ def _parts(draw: st.DrawFn, least: int) -> tuple[int, int, int]:
     if kind == "whole":
         return 1, draw(st.integers(least, 9)), draw(st.integers(least, 10))
     if kind == "grouped":
-        return draw(st.integers(2, 4)), draw(st.integers(max(least, 1), 4)), draw(st.integers(least, 4))
-    return draw(st.integers(2, 9)), 1, draw(st.integers(least, 3))
+        group_c, group_k = draw(st.sampled_from(_GROUPS))
+        return draw(st.integers(2, 4)), group_c, draw(st.sampled_from((group_k, group_k, least)))
+    return draw(st.sampled_from((3, 8, 9))), 1, draw(st.integers(least, 3))
 
 
 def numbers(problem: Problem, seed: int = 0) -> Case:

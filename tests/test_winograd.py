@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from convdispatch import machine
 from convdispatch.arguments import Array
 from convdispatch.backend import Config
-from convdispatch.backends._memory import CACHE_LINE
+from convdispatch.backends._memory import CACHE_LINE, odd_lines
 from convdispatch.backends._toomcook import POINTS, Matrix, amplification, strided, transforms
-from convdispatch.backends._winograd import odd_lines
 from convdispatch.backends.winograd import BLOCK_BYTES, Winograd
 from convdispatch.backends.winograd import SIZES as ALL_SIZES
 from convdispatch.errors import ArgumentError

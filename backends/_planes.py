@@ -1,0 +1,109 @@
+"""Images of few channels as planes: windows copied out with zeros around them, and results interleaved again."""
+
+import numpy as np
+from numba import literally  # type: ignore[attr-defined]  # its stubs forgot one
+
+from convdispatch.backends._epilogue import RELU, activate
+from convdispatch.backends._jit import njit
+from convdispatch.backends._layout import SAME, gather_planes
+from convdispatch.backends._vector import copy
+from convdispatch.backends._weave import unweave, weave
+
+#: Up to so many channels or filters are taken apart and interleaved in registers.
+WOVEN = 4
+
+
+@njit()
+def fill(panel, image, first_row, step, first_column, rows, columns, like):  # type: ignore[no-untyped-def]
+    """Copy a window of an image into planes, zeros where it reaches outside; every ``step``-th row of the image."""
+    height, width, channels = image.shape
+    lanes = like[0].lanes
+    low = min(max(0, -first_column), columns)
+    high = max(low, min(columns, width - first_column))
+    moved = channels * panel.itemsize
+    apart = panel.shape[1] * panel.shape[2] * panel.itemsize
+    for q in range(rows):
+        row = first_row + q * step
+        inside = 0 <= row < height
+        for c in range(channels):
+            panel[c, q, : low if inside else columns] = 0
+            panel[c, q, high:columns] = 0
+        if not inside:
+            continue
+        if 1 < channels <= WOVEN and high - low >= lanes:
+            target = np.int64(panel.ctypes.data) + q * panel.shape[2] * panel.itemsize
+            source = np.int64(image.ctypes.data) + (row * width + first_column) * moved
+            for i in range(low, high, lanes):
+                o = min(i, high - lanes)
+                if channels == 2:
+                    unweave(target + o * panel.itemsize, source + o * moved, apart, 2, like)
+                elif channels == 3:
+                    unweave(target + o * panel.itemsize, source + o * moved, apart, 3, like)
+                else:
+                    unweave(target + o * panel.itemsize, source + o * moved, apart, 4, like)
+        elif channels == 1:
+            source = np.int64(image.ctypes.data) + (row * width + first_column + low) * panel.itemsize
+            copy(np.int64(panel[0, q].ctypes.data) + low * panel.itemsize, source, (high - low) * panel.itemsize)
+        else:
+            for c in range(channels):
+                part, taken = panel[c, q, low:high], image[row, first_column + low :, c]
+                for i in range(part.size):
+                    part[i] = taken[i]
+
+
+@njit()
+def weave_line(line, stage, r, like, lanes, itemsize):  # type: ignore[no-untyped-def]
+    """Interleave the staged results of row ``r``: ``line [columns, K]`` of ``stage [K, rows, columns]``."""
+    literally(lanes), literally(itemsize)
+    columns, filters = line.shape
+    target, source = np.int64(line.ctypes.data), np.int64(stage[0, r].ctypes.data)
+    apart, moved = stage.shape[1] * stage.shape[2] * itemsize, filters * itemsize
+    done = 0
+    if filters == 1:
+        copy(target, source, columns * itemsize)
+        done = columns
+    elif filters <= WOVEN and columns >= lanes:
+        for i in range(0, columns, lanes):
+            o = min(i, columns - lanes)
+            if filters == 2:
+                weave(target + o * moved, source + o * itemsize, apart, 2, like)
+            elif filters == 3:
+                weave(target + o * moved, source + o * itemsize, apart, 3, like)
+            else:
+                weave(target + o * moved, source + o * itemsize, apart, 4, like)
+        done = columns
+    elif filters > WOVEN:
+        surplus = max(0, lanes - filters)  # values behind the last pixel's, which are the next line's
+        whole = columns - (surplus + filters - 1) // filters
+        if whole >= lanes:
+            gather_planes(source, apart, target, filters, whole, lanes, itemsize, SAME)
+            done = whole
+    for k in range(filters):
+        part = stage[k, r, :columns]
+        for i in range(done, columns):
+            line[i, k] = part[i]
+
+
+@njit()
+def finish_line(values, code, slope):  # type: ignore[no-untyped-def]
+    """Apply an activation to values that lie side by side."""
+    if code == RELU:
+        for i in range(values.size):
+            values[i] = max(values[i], 0)
+    elif code:
+        for i in range(values.size):
+            values[i] = activate(values[i], code, slope)
+
+
+@njit()
+def put_line(out, residual, image, row, left, right, stage, r, code, slope, like, lanes, itemsize):  # type: ignore[no-untyped-def]
+    """Store a line of output, from column ``left`` to ``right``: the staged results of row ``r``, finished."""
+    literally(lanes), literally(itemsize)
+    line = out[image, row, left:right]
+    weave_line(line, stage, r, like, lanes, itemsize)
+    flat = line.reshape(line.size)
+    if residual.size:
+        added = residual[image, row, left:right].reshape(line.size)
+        for i in range(flat.size):
+            flat[i] += added[i]
+    finish_line(flat, code, slope)
