@@ -242,13 +242,18 @@ def save_apart(typing: Any, address: Any, step: Any, tile: Any) -> tuple[Any, Co
 
 @intrinsic
 def add_doubts(typing: Any, doubts: Any, tile: Any) -> tuple[Any, Codegen]:
-    """Return a vector that becomes NaN where any of the tile's values is NaN or infinite, and stays 0 elsewhere."""
+    """Return a vector that becomes NaN where any of the tile's values is NaN or infinite, and stays 0 elsewhere.
+
+    Values that overflow when summed are doubted too. Their sum keeps what waits for the doubts before short.
+    """
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        total = arguments[0]
-        for value in parts_of(b, arguments[1], len(tile)):
-            total = fused_multiply_add(b, value, ir.Constant(doubts.ir, None), total, doubts)
-        return total
+        values = parts_of(b, arguments[1], len(tile))
+        while len(values) > 1:
+            values = [b.fadd(*pair) for pair in zip(values[::2], values[1::2], strict=False)] + values[
+                len(values) & ~1 :
+            ]
+        return fused_multiply_add(b, values[0], ir.Constant(doubts.ir, None), arguments[0], doubts)
 
     return doubts(doubts, tile), codegen
 

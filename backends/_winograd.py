@@ -1,9 +1,9 @@
 """The kernel of ``winograd``: transform some tiles, multiply, transform back, all while they are in cache.
 
-A tile is n x n input pixels and m x m outputs, n = stride * (m - 1) + r. Its transformed values are
-``[n * n, tiles, C]``; for each of the n * n points they are multiplied with the transformed filters ``[C, block]`` by
-the register tiles of ``implicit_gemm``, and the products ``[n * n, tiles, block]`` of one block of filters are
-transformed back before the next block's are made.
+A tile is n x n input pixels and m x m outputs, n = stride * (m - 1) + r. A folded pixel is fold x fold of the image's.
+The transformed values are ``[n * n, tiles, C]``, C being the values of a pixel. For each of the n * n points they are
+multiplied with the transformed filters ``[C, block]`` by the register tiles of ``implicit_gemm``, and the products
+``[n * n, tiles, block]`` of one block of filters are transformed back before the next block's are made.
 """
 
 import functools
@@ -20,6 +20,7 @@ from convdispatch.backends._memory import odd_lines
 from convdispatch.backends._tile import (
     add_doubts,
     add_to_all,
+    add_to_each,
     clamp,
     gather,
     load_apart,
@@ -52,12 +53,23 @@ def _place(tile, shape, m, dilations):  # type: ignore[no-untyped-def]
 def _find_pixels(tile, x, shape, m, n, stride, pads, dilations, itemsize, zero, pixels):  # type: ignore[no-untyped-def]
     """Fill the table with the addresses of a tile's n x n input pixels, of zeros where there is padding."""
     image, oh, ow = _place(tile, shape, m, dilations)
+    top, left = oh * stride - pads[0], ow * stride - pads[1]
+    step = (dilations[0] * x[3] * x[4] * itemsize, dilations[1] * x[4] * itemsize)
+    line = x[0] + ((image * x[2] + top) * x[3] + left) * x[4] * itemsize
+    bottom, right = top + (n - 1) * dilations[0], left + (n - 1) * dilations[1]
+    if top >= 0 and left >= 0 and bottom < x[2] and right < x[3]:
+        for i in range(n):
+            for j in range(n):
+                pixels[i * n + j] = line + j * step[1]
+            line += step[0]
+        return
     for i in range(n):
-        ih = oh * stride - pads[0] + i * dilations[0]
+        ih = top + i * dilations[0]
         for j in range(n):
-            iw = ow * stride - pads[1] + j * dilations[1]
+            iw = left + j * dilations[1]
             inside = 0 <= ih < x[2] and 0 <= iw < x[3]
-            pixels[i * n + j] = x[0] + ((image * x[2] + ih) * x[3] + iw) * x[4] * itemsize if inside else zero
+            pixels[i * n + j] = line + j * step[1] if inside else zero
+        line += step[0]
 
 
 @njit()
@@ -73,14 +85,27 @@ def _copy_last_channels(pixels, x, start, first, count, edge, itemsize):  # type
 
 
 @njit()
+def _transform(pixels, offset, half, to, between, m, r, stride, n, lanes, itemsize):  # type: ignore[no-untyped-def]
+    """Transform one vector of channels of a tile, whose n x n pixels are in a table, to points ``between`` apart."""
+    literally(m), literally(r), literally(stride), literally(n), literally(lanes), literally(itemsize)
+    lane_bytes = lanes * itemsize
+    for j in range(n):
+        column = gather(pixels + j * 8, n * 8, offset, n, lanes, itemsize)
+        save_apart(half + j * lane_bytes, n * lane_bytes, transform_input(column, m, r, stride))
+    for i in range(n):
+        line = load_apart(half + i * n * lane_bytes, lane_bytes, n, lanes, itemsize)
+        save_apart(to + i * n * between, between, transform_input(line, m, r, stride))
+
+
+@njit()
 def _enter(x, flat, shape, pads, dilations, zero, channels, first, count, values, m, r, stride, n, lanes, itemsize):  # type: ignore[no-untyped-def]
     """Transform tiles ``first`` on, of channels ``channels[0]`` on, into ``values [points, count * padded]``."""
     literally(m), literally(r), literally(stride), literally(n), literally(lanes), literally(itemsize)
-    points, lane_bytes, padded = n * n, lanes * itemsize, -(-channels[1] // lanes) * lanes
+    points, padded = n * n, -(-channels[1] // lanes) * lanes
     pixels, edge_table = np.empty(points, np.int64), np.empty(points, np.int64)
     edge, half = np.zeros((points, lanes), values.dtype), np.empty(points * lanes, values.dtype)
     for p in range(points):
-        edge_table[p] = edge.ctypes.data + p * lane_bytes
+        edge_table[p] = edge.ctypes.data + p * lanes * itemsize
     between = values.shape[1] * itemsize
     for t in range(count):
         _find_pixels(first + t, x, shape, m, n, stride, pads, dilations, itemsize, zero, pixels)
@@ -89,34 +114,85 @@ def _enter(x, flat, shape, pads, dilations, zero, channels, first, count, values
             if c + lanes > channels[1]:
                 _copy_last_channels(pixels, flat, x[0], channels[0] + c, channels[1] - c, edge, itemsize)
                 table, offset = edge_table.ctypes.data, 0
-            for j in range(n):
-                column = gather(table + j * 8, n * 8, offset, n, lanes, itemsize)
-                save_apart(half.ctypes.data + j * lane_bytes, n * lane_bytes, transform_input(column, m, r, stride))
             to = values.ctypes.data + (t * padded + c) * itemsize
-            for i in range(n):
-                line = load_apart(half.ctypes.data + i * n * lane_bytes, lane_bytes, n, lanes, itemsize)
-                save_apart(to + i * n * between, between, transform_input(line, m, r, stride))
+            _transform(table, offset, half.ctypes.data, to, between, m, r, stride, n, lanes, itemsize)
+    hold(edge), hold(edge_table)
 
 
 @njit()
-def _pass(inputs, offset, weights, group_c, outputs, behind, rows, vectors, lanes, itemsize):  # type: ignore[no-untyped-def]
-    """Store the products of some tiles at one point: those whose addresses are at ``inputs`` and ``outputs``."""
+def _find_folded(tile, row, x, flat, shape, m, n, fold, pads, edge, pixels):  # type: ignore[no-untyped-def]
+    """Fill the table with the addresses of row ``row`` of a tile's n x n folded pixels.
+
+    Such a row is as many values as ``fold`` pixels have, neighbours in the image; what is not, or lies too near its end
+    to be read by whole vectors, is copied to ``edge``.
+    """
+    image, oh, ow = _place(tile, shape, m, (1, 1))
+    run, room, size = fold * x[4], edge.shape[1], flat.itemsize
+    top, left = oh * fold - pads[0] + row, ow * fold - pads[1]
+    start = ((image * x[2] + top) * x[3] + left) * x[4]
+    step, last = fold * x[3] * x[4], start + (n - 1) * (fold * x[3] * x[4] + run)
+    if top >= 0 and left >= 0 and top + (n - 1) * fold < x[2] and left + n * fold <= x[3] and last + room <= flat.size:
+        for i in range(n):
+            for j in range(n):
+                pixels[i * n + j] = x[0] + (start + i * step + j * run) * size
+        return
+    for i in range(n):
+        ih = top + i * fold
+        for j in range(n):
+            iw, p, index = left + j * fold, i * n + j, start + i * step + j * run
+            if 0 <= ih < x[2] and 0 <= iw <= x[3] - fold and index + room <= flat.size:
+                pixels[p] = x[0] + index * size
+                continue
+            low, high = max(0, -iw) * x[4], min(fold, x[3] - iw) * x[4]
+            for v in range(run):
+                edge[p, v] = flat[index + v] if 0 <= ih < x[2] and low <= v < high else 0
+            pixels[p] = edge.ctypes.data + p * room * size
+
+
+@njit()
+def _enter_folded(  # type: ignore[no-untyped-def]
+    x, flat, shape, pads, first, count, values, m, r, n, fold, lanes, itemsize
+):
+    """Do as ``_enter`` does with folded pixels; each of their ``fold`` rows fills up vectors."""
+    literally(m), literally(r), literally(n), literally(lanes), literally(itemsize)
+    points, room = n * n, -(-fold * x[4] // lanes) * lanes
+    pixels, edge = np.empty(points, np.int64), np.zeros((points, room), values.dtype)
+    half, between = np.empty(points * lanes, values.dtype), values.shape[1] * itemsize
+    for t in range(count):
+        for row in range(fold):
+            _find_folded(first + t, row, x, flat, shape, m, n, fold, pads, edge, pixels)
+            for c in range(0, room, lanes):
+                to = values.ctypes.data + ((t * fold + row) * room + c) * itemsize
+                start, offset = pixels.ctypes.data, c * itemsize
+                _transform(start, offset, half.ctypes.data, to, between, m, r, 1, n, lanes, itemsize)
+    hold(edge)
+
+
+@njit()
+def _pass(inputs, offset, weights, runs, outputs, behind, rows, vectors, lanes, itemsize):  # type: ignore[no-untyped-def]
+    """Store the products of some tiles at one point: those whose addresses are at ``inputs`` and ``outputs``.
+
+    Of each tile, ``runs[0]`` times ``runs[1]`` values count; each run fills up vectors.
+    """
     literally(rows), literally(vectors), literally(lanes), literally(itemsize)
-    sums = zeros(rows, vectors, lanes, itemsize)
-    for c in range(group_c):
-        sums = multiply_add(sums, rows, inputs, offset + c * itemsize, weights)
-        weights += vectors * lanes * itemsize
+    sums, room = zeros(rows, vectors, lanes, itemsize), -(-runs[1] // lanes) * lanes
+    for run in range(runs[0]):
+        for c in range(runs[1]):
+            sums = multiply_add(sums, rows, inputs, offset + (run * room + c) * itemsize, weights)
+            weights += vectors * lanes * itemsize
     store(sums, rows, outputs, behind)
 
 
 @njit()
-def _multiply(values, count, packed, group_c, products, rows, less, least, vectors, lanes, itemsize):  # type: ignore[no-untyped-def]
-    """Store ``values [points, count * padded] @ packed [points, group_c, block]`` in ``products``.
+def _multiply(values, count, packed, runs, products, rows, less, least, vectors, lanes, itemsize):  # type: ignore[no-untyped-def]
+    """Store ``values [points, count * padded] @ packed [points, values of a pixel, block]``.
 
-    The tiles are shared out evenly among passes of at most ``rows``, each by the register tile that wastes least.
+    A pixel is ``runs[0]`` times ``runs[1]`` values. The tiles are shared out evenly among passes of at most ``rows``,
+    each by the register tile that wastes least.
     """
     literally(rows), literally(less), literally(least), literally(vectors), literally(lanes), literally(itemsize)
-    points, padded, step = values.shape[0], -(-group_c // lanes) * lanes, vectors * lanes * itemsize
+    points, step = values.shape[0], vectors * lanes * itemsize
+    padded = runs[0] * -(-runs[1] // lanes) * lanes
     passes = -(-count // rows)
     table = np.empty((2, count + rows), np.int64)
     for row in range(count + rows):  # beyond the last tile, the last one again
@@ -125,18 +201,18 @@ def _multiply(values, count, packed, group_c, products, rows, less, least, vecto
         table[1, row] = products.ctypes.data + tile * step
     inputs, outputs = table.ctypes.data, table.ctypes.data + (count + rows) * 8
     for point in range(points):  # the filters of a point come from a far cache once, and stay for the other passes
-        weights, behind = packed + point * group_c * step, point * products.shape[1] * itemsize
+        weights, behind = packed + point * runs[0] * runs[1] * step, point * products.shape[1] * itemsize
         offset = point * values.shape[1] * itemsize
         for number in range(passes):
             first = number * count // passes
             now = (number + 1) * count // passes - first
             x, y = inputs + first * 8, outputs + first * 8
             if now > less:
-                _pass(x, offset, weights, group_c, y, behind, rows, vectors, lanes, itemsize)
+                _pass(x, offset, weights, runs, y, behind, rows, vectors, lanes, itemsize)
             elif now > least:
-                _pass(x, offset, weights, group_c, y, behind, less, vectors, lanes, itemsize)
+                _pass(x, offset, weights, runs, y, behind, less, vectors, lanes, itemsize)
             else:
-                _pass(x, offset, weights, group_c, y, behind, least, vectors, lanes, itemsize)
+                _pass(x, offset, weights, runs, y, behind, least, vectors, lanes, itemsize)
     hold(table)
 
 
@@ -150,6 +226,23 @@ def _finish(sums, out, residual, bias, image, a, b, k0, count, code, slope):  # 
         if residual.size:
             total += residual[image, a, b, k0 + lane]
         out[image, a, b, k0 + lane] = activate(total, code, slope)
+
+
+@njit()
+def _find_outputs(where, out, residual, m, dilations, nowhere, table):  # type: ignore[no-untyped-def]
+    """Fill ``table[0]`` with the addresses of a tile's m x m outputs, ``table[1]`` with those of their residuals.
+
+    ``where`` is the tile's image, first row and first column. What lies outside the image is ``nowhere``.
+    """
+    image, oh, ow = where
+    for i in range(m):
+        a = oh + i * dilations[0]
+        for j in range(m):
+            b, p = ow + j * dilations[1], i * m + j
+            inside = a < out.shape[1] and b < out.shape[2]
+            behind = ((image * out.shape[1] + a) * out.shape[2] + b) * out.shape[3] * out.itemsize
+            table[0, p] = out.ctypes.data + behind if inside else nowhere
+            table[1, p] = residual.ctypes.data + behind if inside else nowhere
 
 
 @njit()
@@ -176,42 +269,46 @@ def _leave(  # type: ignore[no-untyped-def]
 ):
     """Transform products back, finish them and store ``valid`` filters from ``k0`` on; return the doubts."""
     literally(m), literally(r), literally(stride), literally(n), literally(lanes), literally(itemsize)
-    lane_bytes, between = lanes * itemsize, products.shape[1] * itemsize
-    half, done = np.empty(n * m * lanes, out.dtype), np.empty((m * m, lanes), out.dtype)
+    lane_bytes, between, room = lanes * itemsize, products.shape[1] * itemsize, -(-valid // lanes) * lanes
+    half, done = np.empty(n * m * lanes, out.dtype), np.empty((m, lanes), out.dtype)
+    table, nowhere = np.empty((2, m * m), np.int64), np.zeros(out.shape[3] + lanes, out.dtype)
+    outputs, residuals = table[0].ctypes.data, table[1].ctypes.data
     for t in range(count):
         image, oh, ow = _place(first + t, out.shape, m, dilations)
-        for k in range(0, valid, lanes):
+        _find_outputs((image, oh, ow), out, residual, m, dilations, nowhere.ctypes.data, table)
+        down = min(m, -(-(out.shape[1] - oh) // dilations[0]))
+        across = min(m, -(-(out.shape[2] - ow) // dilations[1]))
+        for k in range(0, room, lanes):
             start = products.ctypes.data + t * step + k * itemsize
             for j in range(n):
                 column = load_apart(start + j * between, n * between, n, lanes, itemsize)
                 save_apart(half.ctypes.data + j * lane_bytes, n * lane_bytes, transform_output(column, m, r, stride))
-            for i in range(m):
+            for i in range(down):
                 line = load_apart(half.ctypes.data + i * n * lane_bytes, lane_bytes, n, lanes, itemsize)
                 sums = transform_output(line, m, r, stride)
                 doubts = add_doubts(doubts, sums)
-                save_apart(done.ctypes.data + i * m * lane_bytes, lane_bytes, sums)
-            for i in range(min(m, -(-(out.shape[1] - oh) // dilations[0]))):
-                for j in range(min(m, -(-(out.shape[2] - ow) // dilations[1]))):
-                    a, b = oh + i * dilations[0], ow + j * dilations[1]
-                    if k + lanes <= valid and code <= RELU6:
-                        value = load_apart(done.ctypes.data + (i * m + j) * lane_bytes, 0, 1, lanes, itemsize)
-                        index = ((image * out.shape[1] + a) * out.shape[2] + b) * out.shape[3] + k0 + k
-                        if bias.size:
-                            value = add_to_all(value, 1, bias.ctypes.data + k * itemsize)
-                        if residual.size:
-                            value = add_to_all(value, 1, residual.ctypes.data + index * itemsize)
-                        if code == RELU:
-                            value = clamp(value, 0.0, math.inf)
-                        elif code == RELU6:
-                            value = clamp(value, 0.0, 6.0)
-                        save_apart(out.ctypes.data + index * itemsize, 0, value)
-                    else:
-                        few = min(lanes, valid - k)
-                        _finish(done[i * m + j], out, residual, bias[k:], image, a, b, k0 + k, few, code, slope)
+                if k + lanes <= valid and code <= RELU6:
+                    offset = (k0 + k) * itemsize
+                    if bias.size:
+                        sums = add_to_all(sums, m, bias.ctypes.data + k * itemsize)
+                    if residual.size:
+                        sums = add_to_each(sums, m, residuals + i * m * 8, offset)
+                    if code == RELU:
+                        sums = clamp(sums, 0.0, math.inf)
+                    elif code == RELU6:
+                        sums = clamp(sums, 0.0, 6.0)
+                    store(sums, m, outputs + i * m * 8, offset)
+                else:
+                    save_apart(done.ctypes.data, lane_bytes, sums)
+                    few, a = min(lanes, valid - k), oh + i * dilations[0]
+                    for j in range(across):
+                        b = ow + j * dilations[1]
+                        _finish(done[j], out, residual, bias[k:], image, a, b, k0 + k, few, code, slope)
+    hold(half), hold(nowhere), hold(table)
     return doubts
 
 
-#: ``filters`` is ``[groups, blocks of a group, points, C // groups, block]``, filled up with zeros, ``bias`` alike.
+#: ``filters`` is ``[groups, blocks of a group, points, values of a pixel, block]``, its ends zeros; so is ``bias``.
 ARGUMENTS = Arguments(
     input=array_of(4), filters=array_of(5), bias=array_of(1), residual=array_of(4), out=array_of(4), zero=array_of(1),
     pads=integers_of(2), dilations=integers_of(2), groups=INTEGER, code=INTEGER, slope=FLOAT,
@@ -222,7 +319,9 @@ _SPOILED_AT, _DONE_AT = 8 * ARGUMENTS.at["spoiled"], 8 * ARGUMENTS.done_at
 
 
 @functools.cache
-def compiled(m: int, r: int, stride: int, rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKernel:
+def compiled(
+    m: int, r: int, stride: int, fold: int, rows: int, vectors: int, lanes: int, itemsize: int
+) -> CompiledKernel:
     """Return the kernel for F(m x m, r x r) with register tiles of up to rows x vectors."""
     n, block = stride * (m - 1) + r, vectors * lanes
     points, step = n * n, block * itemsize
@@ -232,9 +331,11 @@ def compiled(m: int, r: int, stride: int, rows: int, vectors: int, lanes: int, i
         """Compute the tiles ``part[0:2]`` for the blocks of filters ``part[2:4]``."""
         x, u, bias, residual, out, zero, pads, dilations, groups, code, slope, parts, _ = unpack(arguments, itemsize)
         first, last, first_block, last_block = parts[number]
-        group_c, group_k, per_group = x.shape[3] // groups, out.shape[3] // groups, u.shape[1]
+        group_k, per_group = out.shape[3] // groups, u.shape[1]
+        group_c = x.shape[3] // groups
+        runs = (fold, fold * group_c)
         here = (x.ctypes.data, x.shape[0], x.shape[1], x.shape[2], x.shape[3])
-        padded = -(-group_c // lanes) * lanes
+        padded = fold * -(-runs[1] // lanes) * lanes
         count = last - first
         entering, leaving = _odd_lines(count * padded, itemsize), _odd_lines(count * block, itemsize)
         scratch = np.empty(points * (entering + leaving) + lanes, x.dtype)
@@ -249,13 +350,17 @@ def compiled(m: int, r: int, stride: int, rows: int, vectors: int, lanes: int, i
             group, member = divmod(task, per_group)
             if group != entered:
                 channels = (group * group_c, group_c)
-                _enter(
-                    here, x.reshape(x.size), out.shape, pads, dilations, zero.ctypes.data, channels, first,
-                    count, values, m, r, stride, n, lanes, itemsize,
-                )  # fmt: skip
+                flat = x.reshape(x.size)
+                if fold > 1:
+                    _enter_folded(here, flat, out.shape, pads, first, count, values, m, r, n, fold, lanes, itemsize)
+                else:
+                    _enter(
+                        here, flat, out.shape, pads, dilations, zero.ctypes.data, channels, first, count, values,
+                        m, r, stride, n, lanes, itemsize,
+                    )  # fmt: skip
                 entered = group
-            packed = u.ctypes.data + task * points * group_c * step
-            _multiply(values, count, packed, group_c, products, rows, less, least, vectors, lanes, itemsize)
+            packed = u.ctypes.data + task * points * runs[0] * runs[1] * step
+            _multiply(values, count, packed, runs, products, rows, less, least, vectors, lanes, itemsize)
             added = bias[task * block : (task + 1) * block]
             valid = min(block, group_k - member * block)
             doubts = _leave(

@@ -16,6 +16,7 @@ matrices and their errors are in ``_toomcook``, the kernel is in ``_winograd``.
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -35,10 +36,14 @@ from convdispatch.problem import Problem
 
 #: Sides of output tiles by the filters' side and the stride.
 SIZES = {(3, 1): (2, 4, 6), (5, 1): (2, 4), (3, 2): (2, 4), (5, 2): (2,)}
+#: Folded: the side of tiles, the sides of filters that are left, and most channels of what is then a pixel.
+_FOLDED_SIZE, _FOLDED_FILTERS, _FOLDED_CHANNELS = 4, (3, 4), 64
 #: Scratch for the tiles of one job: about what a second-level cache holds. But never fewer than LEAST_TILES, or the
 #: filters, read again for every job, would be most of the traffic.
 BLOCK_BYTES = 768 << 10
 LEAST_TILES = 24
+#: Of a folded image, with few products a point, transforms are most of the work, and go faster nearer to L1.
+_FOLDED_BYTES, _FOLDED_TILES = 192 << 10, 12
 
 # Rates of one core with 64-byte vectors; narrower ones are slower in proportion.
 _FLOPS = 1.1e11  # of the products, float32
@@ -48,6 +53,62 @@ _FILTER_BYTES = 1.6e10  # transformed filters on their way from far caches
 _LAUNCH_SECONDS = 4e-6
 
 
+@dataclass(frozen=True)
+class _Form:
+    """Which algorithm is used, and on what.
+
+    Attributes:
+        m: side of a tile of outputs.
+        r: side of a filter.
+        stride: of a tile's outputs among its inputs.
+        fold: so many rows and columns of the image are one pixel of the algorithm; 1 where pixels are pixels.
+        run: values of such a pixel that are neighbours in memory: the channels of ``fold`` columns.
+    """
+
+    m: int
+    r: int
+    stride: int
+    fold: int
+    run: int
+
+    @property
+    def n(self) -> int:
+        """Side of a tile's input."""
+        return self.stride * (self.m - 1) + self.r
+
+    @property
+    def depth(self) -> int:
+        """Values of a pixel, over which products are summed."""
+        return self.fold * self.run
+
+    def padded(self, lanes: int) -> int:
+        """Return the values of a pixel in scratch memory: each run fills up vectors."""
+        return self.fold * -(-self.run // lanes) * lanes
+
+
+def _folds(problem: Problem) -> bool:
+    """Return whether the image may be folded: pixels become channels, and the stride 1."""
+    p, stride = problem, problem.strides[0]
+    return (
+        p.groups == 1 and stride > 1 and p.strides == (stride, stride) and p.dilations == (1, 1) and p.kh == p.kw
+        and -(-p.kh // stride) in _FOLDED_FILTERS and stride * stride * p.c <= _FOLDED_CHANNELS
+    )  # fmt: skip
+
+
+def _form(problem: Problem, config: Config) -> _Form:
+    p, stride = problem, problem.strides[0]
+    sizes, folds = SIZES.get((p.kh, stride), ()), _folds(p)
+    m, folded = config.get("m", 4 if 4 in sizes or not sizes else sizes[0]), config.get("folded", not sizes)
+    known = [f"m={size}" for size in sizes] + [f"m={_FOLDED_SIZE}, folded=True"] * folds
+    whole = isinstance(m, int) and not isinstance(m, bool)
+    if not whole or (m not in sizes if not folded else not folds or m != _FOLDED_SIZE):
+        given = f"m={m!r}, folded={folded!r}" if "folded" in config else f"m={m!r}"
+        raise ArgumentError(f"winograd's config needs {' or '.join(known)}, the side of an output tile; got {given}")
+    if folded:
+        return _Form(m, -(-p.kh // stride), 1, stride, stride * p.c)  # type: ignore[arg-type]
+    return _Form(m, p.kh, stride, 1, p.group_c)  # type: ignore[arg-type]
+
+
 def _tiles(problem: Problem, m: int) -> int:
     """Return the tiles of all images: those of each of the pictures that a dilation makes."""
     p = problem
@@ -55,32 +116,34 @@ def _tiles(problem: Problem, m: int) -> int:
     return p.n * math.prod(p.dilations) * -(-rows // m) * -(-columns // m)
 
 
-def _cut(problem: Problem, m: int, tile: tuple[int, int], blocks: int, threads: int) -> tuple[int, int, int]:
+def _cut(problem: Problem, form: _Form, tile: tuple[int, int], blocks: int, threads: int) -> tuple[int, int, int]:
     """Return the tiles, into how many ranges they are cut, and into how many the blocks of filters."""
-    p, tiles = problem, _tiles(problem, m)
+    p, tiles = problem, _tiles(problem, form.m)
     lanes = vector_bytes() // item_bytes(p.dtype)
-    each = _side(p, m) ** 2 * (p.group_c + tile[1] * lanes) * item_bytes(p.dtype)
-    most = max(LEAST_TILES, BLOCK_BYTES // each)
+    each = form.n**2 * (form.depth + tile[1] * lanes) * item_bytes(p.dtype)
+    room, least = (_FOLDED_BYTES, _FOLDED_TILES) if form.fold > 1 else (BLOCK_BYTES, LEAST_TILES)
+    most = max(least, room // each)
     most = max(tile[0], most - most % tile[0])
     down = -(-tiles // most)
-    if tiles >= threads * LEAST_TILES // 2:
+    if tiles >= threads * least // 2:
         down = min(tiles, -(-down // threads) * threads)
     return tiles, down, min(blocks, -(-threads // down))
 
 
 def _parts(
-    problem: Problem, m: int, tile: tuple[int, int], blocks: int, threads: int
+    problem: Problem, form: _Form, tile: tuple[int, int], blocks: int, threads: int
 ) -> list[tuple[int, int, int, int]]:
     """Return the jobs: a range of tiles, and a range of blocks of filters."""
-    tiles, down, across = _cut(problem, m, tile, blocks, threads)
+    tiles, down, across = _cut(problem, form, tile, blocks, threads)
     return [(*some, *block) for some in split(tiles, down) for block in split(blocks, across)]
 
 
-def _scratch(problem: Problem, m: int, tile: tuple[int, int], count: int) -> int:
+def _scratch(problem: Problem, form: _Form, tile: tuple[int, int], count: int) -> int:
     """Return how many values the transformed tiles and products of a job of so many tiles are."""
-    lanes = vector_bytes() // item_bytes(problem.dtype)
-    padded, size = -(-problem.group_c // lanes) * lanes, item_bytes(problem.dtype)
-    return _side(problem, m) ** 2 * (odd_lines(count * padded, size) + odd_lines(count * tile[1] * lanes, size))
+    size = item_bytes(problem.dtype)
+    lanes = vector_bytes() // size
+    entered, left = count * form.padded(lanes), count * tile[1] * lanes
+    return form.n**2 * (odd_lines(entered, size) + odd_lines(left, size))
 
 
 @functools.cache
@@ -90,24 +153,20 @@ def _both_ways(m: int, r: int, stride: int) -> Array:
     return np.kron(g, g)
 
 
-def _side(problem: Problem, m: int) -> int:
-    """Return the side of a tile's input."""
-    return problem.strides[0] * (m - 1) + problem.kh
+def _by_pixels(filters: Array, form: _Form) -> Array:
+    """Return ``[KH, KW, C, K]`` in float64 as ``[r * r, channels of a pixel, K]``."""
+    kh, kw, c, k = filters.shape
+    whole = np.zeros((form.r * form.fold, form.r * form.fold, c, k))
+    whole[:kh, :kw] = filters
+    phases = whole.reshape(form.r, form.fold, form.r, form.fold, c, k).transpose(0, 2, 1, 3, 4, 5)
+    return phases.reshape(form.r**2, form.fold**2 * c, k)
 
 
 def _growth(problem: Problem, config: Config) -> float:
     """Return the bound's factor: roundings along the way (in eps / 2), times what the transforms make of them."""
-    m, r, stride = _size(problem, config), problem.kh, problem.strides[0]
-    return (problem.group_c + roundings(m, r, stride)) / 2 * amplification(m, r, stride)
-
-
-def _size(problem: Problem, config: Config) -> int:
-    sizes = SIZES.get((problem.kh, problem.strides[0]), (2,))
-    m = config.get("m", 4)
-    if not isinstance(m, int) or isinstance(m, bool) or m not in sizes:
-        known = " or ".join(f"m={size}" for size in sizes)
-        raise ArgumentError(f"winograd's config needs {known}, the side of an output tile; got m={m!r}")
-    return m
+    form = _form(problem, config)
+    kind = form.m, form.r, form.stride
+    return (form.depth + roundings(*kind)) / 2 * amplification(*kind)
 
 
 def _tile(problem: Problem) -> tuple[int, int]:
@@ -126,11 +185,11 @@ class Winograd(PackedBackend):
 
     def rejects_plain(self, problem: Problem) -> str | None:
         """Return the first thing about the problem that the algorithm has no answer to."""
-        kh, kw, strides = problem.kh, problem.kw, problem.strides
+        kh, kw, strides, folds = problem.kh, problem.kw, problem.strides, _folds(problem)
         checks = (
-            (kh != kw or (kh, 1) not in SIZES, f"filters are {kh}x{kw}, not 3x3 or 5x5"),
+            (kh != kw or not (folds or (kh, 1) in SIZES), f"filters are {kh}x{kw}, not 3x3 or 5x5"),
             (
-                strides[0] != strides[1] or (kh, strides[0]) not in SIZES,
+                strides[0] != strides[1] or not (folds or (kh, strides[0]) in SIZES),
                 "strides other than 1 and 2 leave out the neighbours whose work is shared",
             ),
             (strides != (1, 1) and problem.dilations != (1, 1), "its tiles have a stride or a dilation, not both"),
@@ -143,53 +202,55 @@ class Winograd(PackedBackend):
     def configs_plain(self, problem: Problem, effort: Effort) -> Sequence[Config]:  # noqa: ARG002
         """Return the tile sizes, first the one with the smallest estimate here."""
         here = current()
-        sizes = (Config(m=m) for m in SIZES[problem.kh, problem.strides[0]])
-        return sorted(sizes, key=lambda config: self.estimate_plain(problem, config, here))
+        choices = [Config(m=m) for m in SIZES.get((problem.kh, problem.strides[0]), ())]
+        choices += [Config(m=_FOLDED_SIZE, folded=True)] * _folds(problem)
+        return sorted(choices, key=lambda config: self.estimate_plain(problem, config, here))
 
     def step(self, problem: Problem, config: Config) -> int:
         """Return the rows of a tile."""
-        return _size(problem, config)
+        return _form(problem, config).m
 
     def workspace_plain(self, problem: Problem, config: Config) -> int:
         """Return the bytes of the transformed tiles and products of the jobs under way."""
-        m, tile = _size(problem, config), _tile(problem)
+        form, tile = _form(problem, config), _tile(problem)
         block = tile[1] * vector_bytes() // item_bytes(problem.dtype)
         blocks = problem.groups * -(-problem.group_k // block)
-        tiles, down, across = _cut(problem, m, tile, blocks, config.threads)
-        largest = _scratch(problem, m, tile, -(-tiles // down))
+        tiles, down, across = _cut(problem, form, tile, blocks, config.threads)
+        largest = _scratch(problem, form, tile, -(-tiles // down))
         return min(config.threads, down * across) * largest * item_bytes(problem.dtype)
 
     def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return the seconds of the products, the transforms, and the filters' traffic."""
-        p, m, tile, size = problem, _size(problem, config), _tile(problem), item_bytes(problem.dtype)
-        n, width = _side(p, m), machine.vector_bytes / 64 * 4 / size
+        p, form, tile, size = problem, _form(problem, config), _tile(problem), item_bytes(problem.dtype)
+        n, m, width = form.n, form.m, machine.vector_bytes / 64 * 4 / size
         block = tile[1] * machine.vector_bytes // size
         blocks = -(-p.group_k // block)
-        tiles, down, across = _cut(p, m, tile, p.groups * blocks, config.threads)
+        tiles, down, across = _cut(p, form, tile, p.groups * blocks, config.threads)
         rows = 1.05 * tiles  # the passes share them out evenly
-        padded = -(-p.group_c // (machine.vector_bytes // size)) * machine.vector_bytes // size
-        products = 2 * rows * n * n * p.groups * p.group_c * blocks * block / (_FLOPS * width)
-        values = tiles * p.groups * n * (2 * n * padded * across + (m + n) * blocks * block)
-        pixels = tiles * p.groups * (n * n + m * m * blocks) * _PIXEL_SECONDS
-        filters = down * n * n * p.group_c * p.groups * blocks * block * size
+        products = 2 * rows * n * n * p.groups * form.depth * blocks * block / (_FLOPS * width)
+        entered = form.padded(machine.vector_bytes // size)
+        values = tiles * p.groups * n * (2 * n * entered * across + (m + n) * blocks * block)
+        pixels = tiles * p.groups * (n * n * form.fold + m * m * blocks) * _PIXEL_SECONDS
+        filters = down * n * n * form.depth * p.groups * blocks * block * size
         work = products + values * (n + 1) / 2 / (_TRANSFORM_VALUES * width * 4) + pixels + filters / _FILTER_BYTES / 4
         used = min(config.threads, machine.cores, down * across)
         return work / (0.97 * used if used > 1 else 1) + 4e-6 + _LAUNCH_SECONDS * (used > 1)
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Transform the filters in float64 and round them once."""
-        p, m, tile = problem, _size(problem, config), _tile(problem)
+        p, form, tile = problem, _form(problem, config), _tile(problem)
         lanes = vector_bytes() // item_bytes(p.dtype)
         block = tile[1] * lanes
-        u = _both_ways(m, p.kh, p.strides[0]) @ np.asarray(filters, np.float64).reshape(p.kh * p.kw, -1)
-        by_group = u.astype(p.dtype).reshape(-1, p.group_c, p.groups, p.group_k).transpose(2, 0, 1, 3)
+        by_pixels = _by_pixels(filters, form)
+        u = _both_ways(form.m, form.r, form.stride) @ by_pixels.reshape(form.r**2, -1)
+        by_group = u.astype(p.dtype).reshape(-1, form.depth, p.groups, p.group_k).transpose(2, 0, 1, 3)
         packed = by_blocks(by_group, block)
         added = np.empty(0, p.dtype) if bias is None else by_blocks(bias.reshape(p.groups, p.group_k), block)
-        parts = _parts(p, m, tile, packed.shape[0] * packed.shape[1], config.threads)
+        parts = _parts(p, form, tile, packed.shape[0] * packed.shape[1], config.threads)
         values = {
             "filters": packed, "bias": added.reshape(-1), "zero": aligned((p.c + lanes,), p.dtype), "pads": p.pads[::2],
             "dilations": p.dilations, "groups": p.groups, "code": p.epilogue.code, "slope": p.epilogue.slope,
             "parts": np.array(parts, np.int64),
         }  # fmt: skip
-        make = functools.partial(compiled, m, p.kh, p.strides[0], *tile, lanes, item_bytes(p.dtype))
+        make = functools.partial(compiled, form.m, form.r, form.stride, form.fold, *tile, lanes, item_bytes(p.dtype))
         return PackedKernel(make, p, values, len(parts), config.threads)

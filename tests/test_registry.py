@@ -213,7 +213,7 @@ def test_every_change_is_a_new_generation() -> None:
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("winogard", "did you mean 'winograd'?"), ("zzz", "there are depthwise, direct, fft, im2col")],
+    [("winogard", "did you mean 'winograd'?"), ("zzz", "there are depthwise, direct, fast_fir, fft, im2col")],
 )
 def test_an_unknown_name_gets_a_suggestion(name: str, hint: str) -> None:
     with pytest.raises(UnknownBackendError, match=r"no backend is called '\w+'; ") as told:
