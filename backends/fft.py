@@ -16,9 +16,9 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import scipy.fft
 
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config, Effort, Kernel, Numerics, item_bytes
@@ -87,11 +87,28 @@ class _Geometry:
     phases: tuple[tuple[int, int], ...]
 
 
+# SciPy is loaded by who computes with it: that takes a tenth of a second, which every process would pay for estimates.
+
+
+def _transforms() -> Any:
+    import scipy.fft  # noqa: PLC0415
+
+    return scipy.fft
+
+
+_ODD_LENGTHS: tuple[int, ...] = tuple(3**i * 5**j for i in range(16) for j in range(11) if 3**i * 5**j < 1 << 24)
+
+
+def _good_length(least: int) -> int:
+    """Return the smallest product of 2, 3 and 5 from ``least`` on, as ``scipy.fft.next_fast_len`` does."""
+    return min(odd << (-(-least // odd) - 1).bit_length() for odd in _ODD_LENGTHS)
+
+
 @functools.lru_cache(maxsize=1024)
 def _geometry(problem: Problem) -> _Geometry:
     p = problem
     reach = (p.extent[0] - 1) // p.strides[0] + 1, (p.extent[1] - 1) // p.strides[1] + 1
-    whole = tuple(int(scipy.fft.next_fast_len(n + r - 1, real=True)) for n, r in zip((p.oh, p.ow), reach, strict=True))
+    whole = tuple(_good_length(n + r - 1) for n, r in zip((p.oh, p.ow), reach, strict=True))
     met = [sorted({i * d % s for i in range(k)}) for k, d, s in zip((p.kh, p.kw), p.dilations, p.strides, strict=True)]
     return _Geometry(reach, (whole[0], whole[1]), tuple((row, column) for row in met[0] for column in met[1]))
 
@@ -195,7 +212,7 @@ class FftKernel:
         tiles = windows.shape[:3]
         # Transforming along the first axes of a transposed view leaves the spectra frequency-major.
         windows = windows.reshape(*windows.shape[:6], p.groups, p.group_c).transpose(4, 5, 6, 0, 1, 2, 3, 7)
-        x = scipy.fft.rfft2(windows, axes=(0, 1), workers=workers)
+        x = _transforms().rfft2(windows, axes=(0, 1), workers=workers)
         del windows
         x = x.reshape(self.cut.spectrum, p.groups, math.prod(tiles), -1)
         sums = np.empty((*x.shape[:-1], p.group_k), x.dtype)
@@ -211,7 +228,7 @@ class FftKernel:
     def _products(self, input: Array, out: Array, corner: tuple[slice, slice, slice], workers: int) -> None:
         """Multiply each channel's spectrum with each of its filters'; only phases are summed."""
         windows = self._windows(input, corner)
-        x = scipy.fft.rfft2(windows, axes=(4, 5), workers=workers)
+        x = _transforms().rfft2(windows, axes=(4, 5), workers=workers)
         del windows
         group_k = self.problem.group_k
         for j in range(group_k):
@@ -247,9 +264,9 @@ class FftKernel:
 
     def _inverse(self, sums: Array, axis: int, workers: int) -> Array:
         """Return the outputs of tiles, rows along ``axis``: a pass in place, and one over the rows kept."""
-        y = scipy.fft.ifft(sums, axis=axis, overwrite_x=True, workers=workers)
+        y = _transforms().ifft(sums, axis=axis, overwrite_x=True, workers=workers)
         kept = y[(slice(None),) * axis + (slice(self.cut.steps[0]),)]
-        return np.asarray(scipy.fft.irfft(kept, self.cut.lengths[1], axis=axis + 1, workers=workers))
+        return np.asarray(_transforms().irfft(kept, self.cut.lengths[1], axis=axis + 1, workers=workers))
 
     def _store(self, y: Array, out: Array, corner: tuple[slice, slice, slice]) -> None:
         """Store ``[images, tile rows, tile columns, rows, columns, groups, K // groups]``, clipped."""
@@ -373,7 +390,7 @@ class Fft(Backend):
         if p.group_c == 1:  # [rows, columns, C, phases, 1, K // groups] with its planes innermost
             taps = taps[..., 0, :].transpose(3, 4, 0, 1, 2)
         axes = (2, 3) if p.group_c == 1 else (0, 1)
-        spectra = np.conj(scipy.fft.rfft2(taps, axes=axes, workers=config.threads)) if taps.size else taps
+        spectra = np.conj(_transforms().rfft2(taps, axes=axes, workers=config.threads)) if taps.size else taps
         if p.group_c != 1:
             spectra = spectra.reshape(cut.spectrum, p.groups, -1, p.group_k) if taps.size else spectra
         return FftKernel(p, spectra, cut, config.threads)

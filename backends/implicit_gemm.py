@@ -42,6 +42,9 @@ from convdispatch.problem import Problem
 #: Bytes of a job's input, and of its tables of addresses, that stay in a core's L2 cache.
 _CACHED_INPUT = 384 << 10
 _CACHED_TABLE = 96 << 10
+#: Filters of up to so many bytes stay near enough to be taken in turns, by some tiles at a time: then lines of output
+#: are stored whole, one behind the other, and not a piece for each block of filters.
+_KEPT_FILTERS, _TILES_TOGETHER = 64 << 10, 16
 
 
 @njit()
@@ -120,7 +123,8 @@ def _finish(values, code, slope):  # type: ignore[no-untyped-def]
 #: ``filters`` is ``[groups, blocks of a group, KH, KW, C // groups, block]``, filled up with zeros, ``bias`` alike.
 _ARGUMENTS = Arguments(
     input=array_of(4), filters=array_of(6), bias=array_of(1), residual=array_of(4), out=array_of(4), zero=array_of(1),
-    window=integers_of(8), groups=INTEGER, code=INTEGER, slope=FLOAT, parts=array_of(2, "int64"),
+    window=integers_of(8), groups=INTEGER, together=INTEGER, code=INTEGER, slope=FLOAT,
+    parts=array_of(2, "int64"),
 )  # fmt: skip
 unpack = _ARGUMENTS.unpack
 _DONE_AT = 8 * _ARGUMENTS.done_at
@@ -134,7 +138,7 @@ def _compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKer
 
     def convolve(arguments, job):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
         """Compute the tiles of pixels ``part[0:2]`` for the blocks of filters ``part[2:4]``."""
-        x, w, bias, residual, out, zero, window, groups, code, slope, parts = unpack(arguments, itemsize)
+        x, w, bias, residual, out, zero, window, groups, together, code, slope, parts = unpack(arguments, itemsize)
         first_tile, last_tile, first_block, last_block = parts[job]
         kh, kw, _, _, _, _, dh, dw = window
         channels, filters = x.shape[3], out.shape[3]
@@ -154,11 +158,13 @@ def _compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKer
         joined = dw == 1 and groups == 1
         segments, run = (kh, kw * group_c) if joined else (kh * kw, group_c)
         table_at, table_step = table.ctypes.data, (2 + kh * kw) * rows * 8
-        for number in range(first_block, last_block):
+        blocks = last_block - first_block
+        for turn in range(-(-tiles // together) * blocks):
+            some, number = turn // blocks, first_block + turn % blocks
             group, member = divmod(number, per_group)
             k0, count = group * group_k + member * block, min(block, group_k - member * block)
             weights, behind = w.ctypes.data + number * kh * kw * group_c * step, group * group_c * itemsize
-            for t in range(tiles):
+            for t in range(some * together, min((some + 1) * together, tiles)):
                 outputs = table_at + t * table_step
                 inputs, packed = outputs + rows * 8, weights
                 sums = zeros(rows, vectors, lanes, itemsize)
@@ -227,7 +233,7 @@ class ImplicitGemm(PackedBackend):
     """Tiles of outputs summed in registers, the input read where it lies; any filter, stride and padding."""
 
     name = "implicit_gemm"
-    version = 3
+    version = 4
 
     def rejects_plain(self, problem: Problem) -> str | None:
         """Return None, or that integers or filters are missing."""
@@ -273,9 +279,11 @@ class ImplicitGemm(PackedBackend):
         packed = by_blocks(grouped.transpose(3, 0, 1, 2, 4), block)
         added = np.empty(0, p.dtype) if bias is None else by_blocks(bias.reshape(p.groups, p.group_k), block)
         parts = _parts(p, tile[0], p.groups * packed.shape[1], config.threads)
+        tiles = -(-p.n * p.oh * p.ow // tile[0])
         values = {
             "filters": packed, "bias": added.reshape(-1), "zero": aligned((p.c + lanes,), p.dtype),
             "window": (p.kh, p.kw, p.pads[0], p.pads[2], *p.strides, *p.dilations), "groups": p.groups,
+            "together": _TILES_TOGETHER if packed.nbytes <= _KEPT_FILTERS else max(1, tiles),
             "code": p.epilogue.code, "slope": p.epilogue.slope, "parts": np.array(parts, np.int64),
         }  # fmt: skip
         compiled = functools.partial(_compiled, *tile, lanes, item_bytes(p.dtype))

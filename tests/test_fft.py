@@ -8,13 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import scipy.fft
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import convdispatch
 from convdispatch.arguments import Array
 from convdispatch.backend import Config
-from convdispatch.backends.fft import Fft
+from convdispatch.backends.fft import Fft, _good_length
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem
@@ -276,3 +277,8 @@ def test_no_thread_warns_of_what_is_not_finite() -> None:
             y = convdispatch.plan(x, w, backend=("fft", {"tile": tile, "threads": 2}))(x)
             assert np.isinf(y[0, 3, 3]).all()
             assert np.isfinite(y[0, 20, 20]).all()
+
+
+@given(st.one_of(st.integers(1, 5000), st.integers(1, 1 << 24)))
+def test_lengths_are_those_that_scipy_finds_fast(least: int) -> None:
+    assert _good_length(least) == scipy.fft.next_fast_len(least, real=True)
