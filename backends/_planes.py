@@ -12,6 +12,13 @@ from convdispatch.backends._weave import unweave, weave
 #: Up to so many channels or filters are taken apart and interleaved in registers.
 WOVEN = 4
 
+_MOST_TAPS = 9
+
+
+def taps_together(rows: int) -> int:
+    """Return how many of a filter's rows are taken at a time, so that their taps stay in registers: evenly."""
+    return -(-rows // -(-rows // _MOST_TAPS))
+
 
 @njit()
 def fill(panel, image, first_row, step, first_column, rows, columns, like):  # type: ignore[no-untyped-def]

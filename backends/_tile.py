@@ -4,13 +4,14 @@ A tile is ``rows`` times ``vectors``: of ``implicit_gemm``, output pixels times 
 innermost loop loads ``vectors`` vectors of packed filters and, for each row, multiplies them with one input value.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from convdispatch.backend import Config
 from convdispatch.backends._vector import (
     I32,
     I64,
@@ -26,14 +27,32 @@ from convdispatch.backends._vector import (
     registers,
     spaced,
 )
+from convdispatch.errors import ArgumentError
 
 #: Tiles, rows x vectors, by the number of vector registers: sums, one input and the filters' vectors fit in them.
 _TILES = {32: ((6, 4), (5, 4), (14, 2), (8, 2), (8, 3), (10, 1)), 16: ((6, 2), (4, 3), (12, 1))}
+
+_MOST_ROWS, _MOST_VECTORS = 28, 8
 
 
 def register_tiles() -> tuple[tuple[int, int], ...]:
     """Return the tiles, rows x vectors, that suit the registers."""
     return _TILES[registers()]
+
+
+def register_tile(config: Config, backend: str, tiles: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Return the tile that a config asks for by ``rows`` and ``vectors``; of ``tiles`` the first if it does not say.
+
+    Raises:
+        ArgumentError: if registers cannot hold its sums.
+    """
+    rows, vectors = config.integer("rows", tiles[0][0]), config.integer("vectors", tiles[0][1])
+    if 1 <= rows <= _MOST_ROWS and 1 <= vectors <= _MOST_VECTORS and rows * vectors < 32:
+        return rows, vectors
+    known = " or ".join(f"{rows}x{vectors}" for rows, vectors in tiles)
+    raise ArgumentError(
+        f"config rows x vectors of {backend} must be sums that fit in registers, such as {known}; got {rows}x{vectors}"
+    )
 
 
 @intrinsic

@@ -22,7 +22,9 @@ from convdispatch.backends._fast_fir import compiled
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import aligned, odd_lines
 from convdispatch.backends._packed import PackedBackend
+from convdispatch.backends._planes import taps_together
 from convdispatch.backends._threads import split
+from convdispatch.backends._tile import register_tile
 from convdispatch.backends._toomcook import amplification, roundings, transforms
 from convdispatch.backends._vector import registers, vector_bytes
 from convdispatch.errors import ArgumentError
@@ -38,17 +40,11 @@ _CHANNELS, _FILTERS = 16, 16
 _SMALLEST_FILTER = 7
 #: Bytes of a panel's transformed values, and of its results before they are interleaved.
 _VALUES, _STAGE = 320 << 10, 64 << 10
-_MOST_TAPS = 9
-
-
-def _taps(a: int) -> int:
-    """Return how many of a short filter's rows are taken at a time: as evenly as it goes."""
-    return -(-a // -(-a // _MOST_TAPS))
 
 
 def _by_chunks(short: Array) -> Array:
     """Return ``[..., A, B]`` as ``[..., A * B]``: some rows at a time, and of these one column after the other."""
-    a, taps = short.shape[-2], _taps(short.shape[-2])
+    a, taps = short.shape[-2], taps_together(short.shape[-2])
     chunks = -(-a // taps)
     whole = (chunks - (chunks * taps - a)) * taps
     starts = [*range(0, whole, taps), *range(whole, a, max(1, taps - 1))]
@@ -65,14 +61,7 @@ def _size(config: Config) -> int:
 
 
 def _tile(config: Config) -> tuple[int, int]:
-    default = _TILES[registers()][0]
-    tile = config.integer("rows", default[0]), config.integer("vectors", default[1])
-    if not (1 <= tile[0] <= 28 and 1 <= tile[1] <= 8 and tile[0] * tile[1] <= 31):
-        raise ArgumentError(
-            f"config rows x vectors of fast_fir must be sums that fit in registers, such as "
-            f"{' or '.join(f'{rows}x{vectors}' for rows, vectors in _TILES[registers()])}; got {tile[0]}x{tile[1]}"
-        )
-    return tile
+    return register_tile(config, "fast_fir", _TILES[registers()])
 
 
 @dataclass(frozen=True)
@@ -181,7 +170,7 @@ class FastFir(PackedBackend):
         lanes = machine.vector_bytes // size
         cut, n = _cut(p, m, tile, lanes), 2 * m - 1
         a, b = -(-p.kh // m), -(-p.kw // m)
-        taps = _taps(a)
+        taps = taps_together(a)
         passes = cut.filtered / (tile[0] * tile[1] * lanes) * n * n * p.k
         # A vector of input that lies across two cache lines takes as long as two products.
         steps = max(tile[0] * a, 2 * (tile[0] + taps - 1) * -(-a // taps)) * tile[1] + 4
@@ -217,7 +206,7 @@ class FastFir(PackedBackend):
             "filters": packed, "bias": added, "pads": p.pads[::2], "short": (a, b), "shape": cut.shape,
             "code": p.epilogue.code, "slope": p.epilogue.slope, "parts": np.array(parts, np.int64),
         }  # fmt: skip
-        make = functools.partial(compiled, m, *tile, _taps(a), lanes, size)
+        make = functools.partial(compiled, m, *tile, taps_together(a), lanes, size)
         return PackedKernel(make, p, values, len(parts), config.threads)
 
 

@@ -30,12 +30,11 @@ from convdispatch.backends._jit import njit
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import aligned
 from convdispatch.backends._packed import PackedBackend
-from convdispatch.backends._planes import WOVEN, fill, finish_line, put_line
+from convdispatch.backends._planes import WOVEN, fill, finish_line, put_line, taps_together
 from convdispatch.backends._threads import split
-from convdispatch.backends._tile import add_to_all, add_to_each, clamp, store, zeros
+from convdispatch.backends._tile import add_to_all, add_to_each, clamp, register_tile, store, zeros
 from convdispatch.backends._vector import registers, vector_bytes
 from convdispatch.backends._weave import add_rows
-from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine, current
 from convdispatch.problem import Problem
 
@@ -264,7 +263,7 @@ class ImageRows(PackedBackend):
         lanes = machine.vector_bytes // size
         cut = _cut(p, tile, lanes)
         rows, across = tile[0], tile[1] * lanes
-        taps, phases = _taps(p.kh), min(p.dilations[0], p.oh)
+        taps, phases = taps_together(p.kh), min(p.dilations[0], p.oh)
         tiles = p.n * phases * -(-p.oh // (phases * rows)) * -(-p.ow // across)
         steps = tiles * p.k * p.group_c * p.kw
         # A vector of input that lies across two cache lines takes as long as two products.
@@ -299,27 +298,14 @@ class ImageRows(PackedBackend):
             "in_place": cut.in_place, "code": p.epilogue.code, "slope": p.epilogue.slope,
             "parts": np.array(parts, np.int64),
         }  # fmt: skip
-        compiled = functools.partial(_compiled, *tile, _taps(p.kh), lanes, item_bytes(p.dtype))
+        compiled = functools.partial(_compiled, *tile, taps_together(p.kh), lanes, item_bytes(p.dtype))
         return PackedKernel(compiled, p, values, len(parts), config.threads)
 
 
-_MOST_TAPS = 9
 _PEAK_PER_BYTE = 1.8e9  # FLOP/s of one core for each byte of vector width
 _BYTES_PER_SECOND = 4e10
 _LAUNCH_SECONDS = 4e-6
 
 
-def _taps(kh: int) -> int:
-    """Return how many of a filter's rows are taken at a time: as evenly as it goes."""
-    return -(-kh // -(-kh // _MOST_TAPS))
-
-
 def _tile(config: Config) -> tuple[int, int]:
-    default = _TILES[registers()][0]
-    tile = config.integer("rows", default[0]), config.integer("vectors", default[1])
-    if not (1 <= tile[0] <= 28 and 1 <= tile[1] <= 8 and tile[0] * tile[1] <= 31):
-        raise ArgumentError(
-            f"config rows x vectors of image_rows must be sums that fit in registers, such as "
-            f"{' or '.join(f'{rows}x{vectors}' for rows, vectors in _TILES[registers()])}; got {tile[0]}x{tile[1]}"
-        )
-    return tile
+    return register_tile(config, "image_rows", _TILES[registers()])

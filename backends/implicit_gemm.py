@@ -29,13 +29,13 @@ from convdispatch.backends._tile import (
     add_to_each,
     clamp,
     multiply_add,
+    register_tile,
     register_tiles,
     store,
     store_some,
     zeros,
 )
 from convdispatch.backends._vector import vector_bytes
-from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine, current
 from convdispatch.problem import Problem
 
@@ -313,14 +313,7 @@ def _tiles(problem: Problem) -> list[tuple[int, int]]:
 
 
 def _tile(config: Config) -> tuple[int, int]:
-    default = register_tiles()[0]
-    tile = config.integer("rows", default[0]), config.integer("vectors", default[1])
-    if not (1 <= tile[0] <= 28 and 1 <= tile[1] <= 8 and tile[0] * tile[1] <= 31):
-        raise ArgumentError(
-            f"config rows x vectors of implicit_gemm must be sums that fit in registers, such as "
-            f"{' or '.join(f'{rows}x{vectors}' for rows, vectors in register_tiles())}; got {tile[0]}x{tile[1]}"
-        )
-    return tile
+    return register_tile(config, "implicit_gemm", register_tiles())
 
 
 def _border(problem: Problem) -> float:
