@@ -15,6 +15,7 @@ from scripted import PROBLEM, RULES, FakeClock, Scripted, only
 
 import convdispatch
 from convdispatch import machine, profile, settings
+from convdispatch.backend import Config
 from convdispatch.cli import main
 from convdispatch.errors import BusyMachineError, ConvDispatchError
 from convdispatch.problem import Problem
@@ -262,10 +263,43 @@ def test_allowed_busy_measurements_are_flagged_and_measured_again_when_next_poss
 
 
 def test_a_machine_that_becomes_busy_later_stops_nothing(clock: FakeClock, busy: Callable[..., Machine]) -> None:
-    busy(False, False, True, True)  # the look, the first race, twice the second
+    busy(False, False, then=True)  # the look, the first race
     only(Scripted("a", clock))
     report = tune([PROBLEM, OTHER], deployments=("plan",))
     assert [layer.entry.flags for layer in report.layers if layer.entry] == [(), ("busy",)]
+
+
+def test_what_was_disturbed_is_measured_again_at_the_end(clock: FakeClock, busy: Callable[..., Machine]) -> None:
+    made = busy(False, True, True)  # the look, twice the first race
+    only(Scripted("a", clock, lambda call: 1.0 if call < 60 else 3.0), Scripted("b", clock, 1.2))
+    heard: list[str] = []
+    report = tune([PROBLEM, OTHER], deployments=("plan",), on_progress=lambda layer: heard.append(layer.status))
+    assert made.made == 6  # and the second race, another look, and the first race again
+    assert heard == ["tuned", "tuned"]
+    assert report.flagged == 0
+    assert {entry.flags for entry in stored().values()} == {()}
+
+
+def test_what_was_disturbed_is_not_measured_again_beyond_the_time_limit(
+    clock: FakeClock, busy: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = busy(False, True, True)
+    now = [0.0]
+    monkeypatch.setattr(tuner.time, "monotonic", lambda: now[0])
+    only(Scripted("a", clock, lambda call: now.__setitem__(0, now[0] + 1) or 1.0))  # type: ignore[func-returns-value]
+    assert tune(PROBLEM, deployments=("plan",), time_limit=5.0).flagged == 1
+    assert made.made <= 3
+
+
+def test_a_missing_core_makes_no_winner_of_one_thread(clock: FakeClock, busy: Callable[..., Machine]) -> None:
+    two, one = (Config(threads=count, factor=factor) for count, factor in ((2, 1.3), (1, 1.0)))
+    parallel = Scripted("a", clock, tried=(two, one), expected=0.5)
+    only(parallel, Scripted("b", clock, 3.0))
+    busy(True, True)
+    disturbed = tune_problem(key(), clock=clock, rules=RULES).entry
+    assert (disturbed.winner.config["threads"], disturbed.flags) == (2, ("busy",))
+    assert disturbed.results[1].config["threads"] == 1  # it is known that it was faster
+    assert tune_problem(key(), clock=clock, rules=RULES).entry.winner.config["threads"] == 1
 
 
 def test_what_is_kept_of_a_flagged_entry_keeps_the_flag(clock: FakeClock, busy: Callable[..., Machine]) -> None:

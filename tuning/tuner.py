@@ -127,7 +127,7 @@ def tune(
 
     A busy machine is waited for before the first race, for up to ten seconds. One that becomes busy later stops
     nothing: a race that was disturbed is run again, longer, and if that was disturbed too, its entry is flagged
-    ``"busy"``. A flagged entry is used, but measured again by the next run.
+    ``"busy"``. What is flagged is measured again at the end, if there is a quiet moment then, or by the next run.
 
     Args:
         workload: a packaged workload's name, a YAML file, a problem or its text, a ``Workload``, what ``record``
@@ -177,13 +177,21 @@ def tune(
         if not allow_busy:
             refuse_if_busy(most, PATIENCE if limit is None else min(PATIENCE, limit), on_wait)
 
+    def left() -> float | None:
+        return None if limit is None else limit - (time.monotonic() - started)
+
     for number, task in enumerate(work):
-        left = None if limit is None else limit - (time.monotonic() - started)
-        share = None if left is None else stakes.share(left, work[number:])
+        share = None if limit is None else stakes.share(limit - (time.monotonic() - started), work[number:])
         report = _tune_layer(task.layer, task.key, level, share, chosen, path, ready, retune=retune, again=again)
         reports.append(report)
         if on_progress is not None:
             on_progress(report)
+    disturbed = [number for number, report in enumerate(reports) if report.status == "tuned" and report.busy]
+    if disturbed and _is_quiet(most, 0.0 if allow_busy else PATIENCE, left()):
+        for number in disturbed:
+            task, still = work[number], left()
+            if still is None or still > 0:
+                reports[number] = _tune_layer(task.layer, task.key, level, still, chosen, path, ready, retune=False)
     calibrate.learn((report.entry for report in reports if report.entry), path)
     return TuneReport(load, tuple(reports), path, time.monotonic() - started, budget, machine.current().id)
 
@@ -203,6 +211,14 @@ def refuse_if_busy(threads: int, seconds: float, on_wait: Callable[[str], None] 
             f"the machine is busy: {', '.join(complaints)}. What is measured now may be wrong when it is quiet: "
             "try again then, or measure anyway with --allow-busy (allow_busy=True), which marks the results"
         )
+
+
+def _is_quiet(threads: int, patience: float, left: float | None) -> bool:
+    """Return whether there is a quiet moment before patience, or the time that is left, has run out."""
+    if left is not None and left <= 0:
+        return False
+    seconds = patience if left is None else min(patience, left)
+    return not wait_until_quiet(lambda: make_watch(threads), seconds, lambda _: None)
 
 
 def check_deployments(deployments: Sequence[str]) -> None:
@@ -231,7 +247,7 @@ def _tune_layer(
     ready: Callable[[], None],
     *,
     retune: bool,
-    again: Sequence[str],
+    again: Sequence[str] = (),
 ) -> LayerReport:
     report = measure_layer(
         layer, key, effort, seconds, backends, _known(key, path), ready=ready, retune=retune, again=again
@@ -412,13 +428,15 @@ def tune_problem(
     if not results:
         said = "; ".join(f"{failure.name}: {failure.reason}" for failure in failures) or _nobody(backends)
         raise BackendError(f"no candidate could do {key.problem}: {said}")
+    contenders = _on_all_threads(results, picks) if measured.busy else results
     ordered = order_by_preference(
-        results,
+        contenders,
         incumbent.winner.name if incumbent else None,
         picks=[candidate.name for candidate in picks],
-        standings=measured.standings,
+        standings=measured.standings if contenders == results else None,
         margin=rules.margin,
     )
+    ordered = [ordered[0], *sorted((row for row in results if row is not ordered[0]), key=lambda row: row.median)]
     flags: tuple[str, ...] = (BUSY,) if measured.busy else ()
     lost_before: tuple[tuple[str, int], ...] = ()
     if (backends is not None or again is not None) and incumbent is not None:
@@ -430,6 +448,15 @@ def tune_problem(
             lost_before = ()
     entry = Entry(key, tuple(ordered), tuple(failures), effort, flags=flags, lost_before=lost_before)
     return Outcome(entry, left_out, measured.busy)
+
+
+def _on_all_threads(results: list[Result], picks: Sequence[Candidate]) -> list[Result]:
+    """Return who may win on a busy machine: nobody with fewer threads than the pick.
+
+    A core that others take makes all slow who use it. It will be back; a winner that does without it would stay.
+    """
+    least = picks[0].config.threads if picks else 1
+    return [row for row in results if row.config.threads >= least] or results
 
 
 def _nobody(backends: dict[str, Backend] | None) -> str:
