@@ -284,9 +284,8 @@ def test_what_was_disturbed_is_not_measured_again_beyond_the_time_limit(
     clock: FakeClock, busy: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = busy(False, True, True)
-    now = [0.0]
-    monkeypatch.setattr(tuner.time, "monotonic", lambda: now[0])
-    only(Scripted("a", clock, lambda call: now.__setitem__(0, now[0] + 1) or 1.0))  # type: ignore[func-returns-value]
+    monkeypatch.setattr("convdispatch.tuning.tuner.time.monotonic", clock)
+    only(Scripted("a", clock))
     assert tune(PROBLEM, deployments=("plan",), time_limit=5.0).flagged == 1
     assert made.made <= 3
 
