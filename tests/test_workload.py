@@ -12,7 +12,7 @@ from convdispatch.tuning.workload import Layer, Workload, load, packaged
 
 SMALL = Problem.parse("1x8x8x4 * 3x3x4x8 SAME")
 OTHER = Problem.parse("2x9x9x4 * 1x1x4x8 VALID stride=2")
-PACKAGED = ("filters1080p", "mobilenetv2", "resnet50", "unet", "vgg16")
+PACKAGED = ("filters1080p", "mixed", "mobilenetv2", "resnet50", "unet", "vgg16")
 
 
 def convolutions(workload: Workload) -> int:
