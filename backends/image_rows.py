@@ -232,7 +232,7 @@ class ImageRows(PackedBackend):
     """Vectors of neighbouring columns, for images of few channels and filters of any size."""
 
     name = "image_rows"
-    version = 2
+    version = 3
 
     def rejects_plain(self, problem: Problem) -> str | None:
         """Return None, or what about the dtype, the channels or the strides stands against it."""
