@@ -100,8 +100,8 @@ def _form(problem: Problem, config: Config) -> _Form:
     sizes, folds = SIZES.get((p.kh, stride), ()), _folds(p)
     m, folded = config.get("m", 4 if 4 in sizes or not sizes else sizes[0]), config.get("folded", not sizes)
     known = [f"m={size}" for size in sizes] + [f"m={_FOLDED_SIZE}, folded=True"] * folds
-    whole = isinstance(m, int) and not isinstance(m, bool)
-    if not whole or (m not in sizes if not folded else not folds or m != _FOLDED_SIZE):
+    sound = isinstance(m, int) and not isinstance(m, bool) and isinstance(folded, bool)
+    if not sound or (m not in sizes if not folded else not folds or m != _FOLDED_SIZE):
         given = f"m={m!r}, folded={folded!r}" if "folded" in config else f"m={m!r}"
         raise ArgumentError(f"winograd's config needs {' or '.join(known)}, the side of an output tile; got {given}")
     if folded:

@@ -19,10 +19,10 @@ import json, resource, sys
 import numpy as np
 import convdispatch
 height, backend = int(sys.argv[1]), sys.argv[2]
-w = np.ones((3, 3, 3, 64), "f4")
+w = np.ones([int(length) for length in sys.argv[3].split("x")], "f4")
 small = convdispatch.plan((1, 64, 64, 3), w, padding="SAME", backend=backend)
 small(np.ones((1, 64, 64, 3), "f4"))  # threads, compiled code
-x, y = np.ones((1, height, 1024, 3), "f4"), np.ones((1, height, 1024, 64), "f4")
+x, y = np.ones((1, height, 1024, 3), "f4"), np.ones((1, height, 1024, w.shape[3]), "f4")
 plan = convdispatch.plan(x, w, padding="SAME", backend=backend)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 plan(x, out=y)
@@ -44,12 +44,19 @@ def test_with_a_limit_the_estimate_finds_somebody() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is told in other units, or not at all")
-@pytest.mark.parametrize("backend", ["implicit_gemm", "winograd", "im2col", "fft", "numba"])
-def test_no_call_takes_more_than_it_says(backend: str) -> None:
-    fit, _ = heuristic.usable(LARGE, settings.current())
+@pytest.mark.parametrize(
+    ("backend", "filters"),
+    [
+        *((backend, "3x3x3x64") for backend in ("implicit_gemm", "winograd", "im2col", "fft", "numba")),
+        ("fast_fir", "9x9x3x16"),
+        ("image_rows", "9x9x3x16"),
+    ],
+)
+def test_no_call_takes_more_than_it_says(backend: str, filters: str) -> None:
+    fit, _ = heuristic.usable(Problem.parse(f"1x512x1024x3 * {filters} SAME"), settings.current())
     assert backend in fit
     done = subprocess.run(
-        [sys.executable, "-c", _PEAK, "512", backend], capture_output=True, text=True, check=True,
+        [sys.executable, "-c", _PEAK, "512", backend, filters], capture_output=True, text=True, check=True,
         cwd=Path(__file__).parent.parent, timeout=120,
     )  # fmt: skip
     peak, told = json.loads(done.stdout)
