@@ -169,13 +169,18 @@ def _enter_folded(  # type: ignore[no-untyped-def]
 
 
 @njit()
-def _pass(inputs, offset, weights, runs, outputs, behind, rows, vectors, lanes, itemsize):  # type: ignore[no-untyped-def]
+def _pass(  # type: ignore[no-untyped-def]
+    inputs, offset, weights, runs, start, outputs, behind, rows, vectors, lanes, itemsize
+):
     """Store the products of some tiles at one point: those whose addresses are at ``inputs`` and ``outputs``.
 
-    Of each tile, ``runs[0]`` times ``runs[1]`` values count; each run fills up vectors.
+    Of each tile, ``runs[0]`` times ``runs[1]`` values count; each run fills up vectors. ``start`` is the address of
+    what the sums begin with, or 0.
     """
     literally(rows), literally(vectors), literally(lanes), literally(itemsize)
     sums, room = zeros(rows, vectors, lanes, itemsize), -(-runs[1] // lanes) * lanes
+    if start:
+        sums = add_to_all(sums, rows, start)
     for run in range(runs[0]):
         for c in range(runs[1]):
             sums = multiply_add(sums, rows, inputs, offset + (run * room + c) * itemsize, weights)
@@ -184,11 +189,14 @@ def _pass(inputs, offset, weights, runs, outputs, behind, rows, vectors, lanes, 
 
 
 @njit()
-def _multiply(values, count, packed, runs, products, rows, less, least, vectors, lanes, itemsize):  # type: ignore[no-untyped-def]
+def _multiply(  # type: ignore[no-untyped-def]
+    values, count, packed, runs, bias, one, products, rows, less, least, vectors, lanes, itemsize
+):
     """Store ``values [points, count * padded] @ packed [points, values of a pixel, block]``.
 
     A pixel is ``runs[0]`` times ``runs[1]`` values. The tiles are shared out evenly among passes of at most ``rows``,
-    each by the register tile that wastes least.
+    each by the register tile that wastes least. What is added at the point ``one`` is added to every output of a tile
+    when it is transformed back, since powers of 1 are 1: the bias, of which this is the address, or 0.
     """
     literally(rows), literally(less), literally(least), literally(vectors), literally(lanes), literally(itemsize)
     points, step = values.shape[0], vectors * lanes * itemsize
@@ -202,27 +210,25 @@ def _multiply(values, count, packed, runs, products, rows, less, least, vectors,
     inputs, outputs = table.ctypes.data, table.ctypes.data + (count + rows) * 8
     for point in range(points):  # the filters of a point come from a far cache once, and stay for the other passes
         weights, behind = packed + point * runs[0] * runs[1] * step, point * products.shape[1] * itemsize
-        offset = point * values.shape[1] * itemsize
+        offset, start = point * values.shape[1] * itemsize, bias if point == one else 0
         for number in range(passes):
             first = number * count // passes
             now = (number + 1) * count // passes - first
             x, y = inputs + first * 8, outputs + first * 8
             if now > less:
-                _pass(x, offset, weights, runs, y, behind, rows, vectors, lanes, itemsize)
+                _pass(x, offset, weights, runs, start, y, behind, rows, vectors, lanes, itemsize)
             elif now > least:
-                _pass(x, offset, weights, runs, y, behind, less, vectors, lanes, itemsize)
+                _pass(x, offset, weights, runs, start, y, behind, less, vectors, lanes, itemsize)
             else:
-                _pass(x, offset, weights, runs, y, behind, least, vectors, lanes, itemsize)
+                _pass(x, offset, weights, runs, start, y, behind, least, vectors, lanes, itemsize)
     hold(table)
 
 
 @njit()
-def _finish(sums, out, residual, bias, image, a, b, k0, count, code, slope):  # type: ignore[no-untyped-def]
+def _finish(sums, out, residual, image, a, b, k0, count, code, slope):  # type: ignore[no-untyped-def]
     """Finish ``count`` values of one pixel one by one."""
     for lane in range(count):
         total = sums[lane]
-        if bias.size:
-            total += bias[lane]
         if residual.size:
             total += residual[image, a, b, k0 + lane]
         out[image, a, b, k0 + lane] = activate(total, code, slope)
@@ -253,7 +259,6 @@ def _leave(  # type: ignore[no-untyped-def]
     step,
     out,
     residual,
-    bias,
     k0,
     valid,
     dilations,
@@ -289,8 +294,6 @@ def _leave(  # type: ignore[no-untyped-def]
                 doubts = add_doubts(doubts, sums)
                 if k + lanes <= valid and code <= RELU6:
                     offset = (k0 + k) * itemsize
-                    if bias.size:
-                        sums = add_to_all(sums, m, bias.ctypes.data + k * itemsize)
                     if residual.size:
                         sums = add_to_each(sums, m, residuals + i * m * 8, offset)
                     if code == RELU:
@@ -303,7 +306,7 @@ def _leave(  # type: ignore[no-untyped-def]
                     few, a = min(lanes, valid - k), oh + i * dilations[0]
                     for j in range(across):
                         b = ow + j * dilations[1]
-                        _finish(done[j], out, residual, bias[k:], image, a, b, k0 + k, few, code, slope)
+                        _finish(done[j], out, residual, image, a, b, k0 + k, few, code, slope)
     hold(half), hold(nowhere), hold(table)
     return doubts
 
@@ -360,11 +363,13 @@ def compiled(
                     )  # fmt: skip
                 entered = group
             packed = u.ctypes.data + task * points * runs[0] * runs[1] * step
-            _multiply(values, count, packed, runs, products, rows, less, least, vectors, lanes, itemsize)
-            added = bias[task * block : (task + 1) * block]
+            added = bias.ctypes.data + task * step if bias.size else 0
+            _multiply(
+                values, count, packed, runs, added, n + 1, products, rows, less, least, vectors, lanes, itemsize
+            )  # fmt: skip
             valid = min(block, group_k - member * block)
             doubts = _leave(
-                products, first, count, step, out, residual, added, group * group_k + member * block, valid, dilations,
+                products, first, count, step, out, residual, group * group_k + member * block, valid, dilations,
                 code, slope, doubts, m, r, stride, n, lanes, itemsize,
             )  # fmt: skip
         save(check.ctypes.data, doubts)
