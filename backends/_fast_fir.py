@@ -11,7 +11,7 @@ import numpy as np
 from numba import literally  # type: ignore[attr-defined]  # its stubs forgot one
 
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
-from convdispatch.backends._atomics import add, write
+from convdispatch.backends._atomics import add
 from convdispatch.backends._jit import hold, njit
 from convdispatch.backends._memory import odd_lines
 from convdispatch.backends._planes import fill, put_line
@@ -24,8 +24,8 @@ from convdispatch.backends._tile import (
     store,
     zeros,
 )
-from convdispatch.backends._transforms import transform_input, transform_output
-from convdispatch.backends._vector import copy, load, save
+from convdispatch.backends._transforms import report, transform_input, transform_output
+from convdispatch.backends._vector import copy
 from convdispatch.backends._weave import add_rows, unweave, weave
 
 _odd_lines = njit()(odd_lines)
@@ -181,8 +181,7 @@ def compiled(m: int, rows: int, vectors: int, taps: int, lanes: int, itemsize: i
         products = np.empty((points, leaving), x.dtype)
         stage = np.empty((filters, rows * m, strip * m), x.dtype)
         like = zeros(1, 1, lanes, itemsize)
-        check = np.zeros(lanes, x.dtype)
-        doubts = load(check.ctypes.data, lanes, itemsize)
+        doubts = zeros(1, 1, lanes, itemsize)[0]
         bias_at = np.int64(bias.ctypes.data)
         for task in range(part[0], part[1]):
             rest, s = divmod(task, strips)
@@ -211,10 +210,7 @@ def compiled(m: int, rows: int, vectors: int, taps: int, lanes: int, itemsize: i
                         out, residual, image, first + r, left * m, right, stage, r, code, slope, like, lanes, itemsize
                     )
         hold(scratch)
-        save(check.ctypes.data, doubts)
-        for lane in range(lanes):
-            if check[lane] != 0:
-                write(arguments + _SPOILED_AT, 1)
+        report(doubts, lanes, x, arguments + _SPOILED_AT)
         add(arguments + _DONE_AT, 1)
 
     return CompiledKernel(convolve, ARGUMENTS)

@@ -13,7 +13,7 @@ import numpy as np
 from numba import literally  # type: ignore[attr-defined]  # its stubs forgot one
 
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
-from convdispatch.backends._atomics import add, write
+from convdispatch.backends._atomics import add
 from convdispatch.backends._epilogue import RELU, RELU6, activate
 from convdispatch.backends._jit import hold, njit
 from convdispatch.backends._memory import odd_lines
@@ -29,8 +29,7 @@ from convdispatch.backends._tile import (
     store,
     zeros,
 )
-from convdispatch.backends._transforms import transform_input, transform_output
-from convdispatch.backends._vector import load, save
+from convdispatch.backends._transforms import report, transform_input, transform_output
 
 _odd_lines = njit()(odd_lines)
 
@@ -346,8 +345,7 @@ def compiled(
         middle = start + points * entering
         values = scratch[start:middle].reshape(points, entering)
         products = scratch[middle : middle + points * leaving].reshape(points, leaving)
-        check = np.zeros(lanes, x.dtype)
-        doubts = load(check.ctypes.data, lanes, itemsize)
+        doubts = zeros(1, 1, lanes, itemsize)[0]
         entered = -1
         for task in range(first_block, last_block):
             group, member = divmod(task, per_group)
@@ -372,10 +370,7 @@ def compiled(
                 products, first, count, step, out, residual, group * group_k + member * block, valid, dilations,
                 code, slope, doubts, m, r, stride, n, lanes, itemsize,
             )  # fmt: skip
-        save(check.ctypes.data, doubts)
-        for lane in range(lanes):
-            if check[lane] != 0:
-                write(arguments + _SPOILED_AT, 1)
+        report(doubts, lanes, x, arguments + _SPOILED_AT)
         add(arguments + _DONE_AT, 1)
 
     return CompiledKernel(convolve, ARGUMENTS)

@@ -181,7 +181,8 @@ def tune(
         return None if limit is None else limit - (time.monotonic() - started)
 
     for number, task in enumerate(work):
-        share = None if limit is None else stakes.share(limit - (time.monotonic() - started), work[number:])
+        still = left()
+        share = None if still is None else stakes.share(still, work[number:])
         report = _tune_layer(task.layer, task.key, level, share, chosen, path, ready, retune=retune, again=again)
         reports.append(report)
         if on_progress is not None:
@@ -191,7 +192,8 @@ def tune(
         for number in disturbed:
             task, still = work[number], left()
             if still is None or still > 0:
-                reports[number] = _tune_layer(task.layer, task.key, level, still, chosen, path, ready, retune=False)
+                second = _tune_layer(task.layer, task.key, level, still, chosen, path, ready)
+                reports[number] = second if second.status == "tuned" else reports[number]
     calibrate.learn((report.entry for report in reports if report.entry), path)
     return TuneReport(load, tuple(reports), path, time.monotonic() - started, budget, machine.current().id)
 
@@ -246,7 +248,7 @@ def _tune_layer(
     path: Path,
     ready: Callable[[], None],
     *,
-    retune: bool,
+    retune: bool = False,
     again: Sequence[str] = (),
 ) -> LayerReport:
     report = measure_layer(
