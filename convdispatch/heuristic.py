@@ -16,8 +16,9 @@ _EPSILON = {"float32": 2.0**-23, "float64": 2.0**-52}
 #: A candidate estimated this many times slower than the best is not worth measuring, by effort. Honest estimates are
 #: within a factor of two, so their ratio is within four.
 _HOPELESS = {"estimate": 4.0, "measure": 4.0, "patient": 16.0, "exhaustive": float("inf")}
-#: Always measured: the yardstick that people compare with.
-YARDSTICK = "direct"
+#: Measured though it is hopeless: the yardstick that people compare with. But not where a call takes longer than this:
+#: it would be most of the time that tuning takes, more than a minute for a layer of 10 GFLOP.
+YARDSTICK, _LONGEST_YARDSTICK = "direct", 0.25
 
 
 @dataclass(frozen=True)
@@ -97,14 +98,14 @@ def rank(problem: Problem, backends: Iterable[Backend], threads: int, effort: Ef
 def worth_measuring(estimates: Sequence[Estimate], effort: Effort) -> tuple[list[Candidate], list[Estimate]]:
     """Split ranked estimates into candidates to measure and those estimated hopelessly slow.
 
-    Of the yardstick and of backends without an estimate, something is always measured.
+    Of backends without an estimate, something is always measured, and so is the yardstick unless that takes long.
     """
     known = [estimate.seconds for estimate in estimates if estimate.seconds is not None]
     limit = min(known, default=0.0) * _HOPELESS[effort]
     keep, leave = [], []
     for estimate in estimates:
-        always = estimate.seconds is None or estimate.candidate.backend.name == YARDSTICK
-        if always or estimate.seconds <= limit:  # type: ignore[operator]
+        yardstick = estimate.candidate.backend.name == YARDSTICK
+        if estimate.seconds is None or estimate.seconds <= max(limit, _LONGEST_YARDSTICK * yardstick):
             keep.append(estimate.candidate)
         else:
             leave.append(estimate)

@@ -213,11 +213,15 @@ def test_hopeless_estimates_are_left_out_and_named(clock: FakeClock) -> None:
     assert tune_problem(key(), effort="exhaustive", clock=clock, rules=RULES).left_out == ()
 
 
-def test_the_yardstick_is_always_measured(clock: FakeClock) -> None:
-    only(Scripted("fine", clock), Scripted("direct", clock, 500.0, expected=1e6))
+def test_the_yardstick_is_measured_unless_that_takes_long(clock: FakeClock) -> None:
+    yardstick = Scripted("direct", clock, 500.0, expected=0.2)
+    only(Scripted("fine", clock, expected=0.001), yardstick)
     entry = tune_problem(key(), clock=clock, rules=RULES).entry
     assert names_of(entry) == ["fine", "direct"]
     assert entry.results[1].rounds == 1
+    yardstick.expected, yardstick.calls = 0.3, 0
+    outcome = tune_problem(key(), clock=clock, rules=RULES)
+    assert (outcome.left_out, yardstick.calls) == (("direct",), 0)
 
 
 def test_every_config_competes_and_is_stored_as_it_is(clock: FakeClock) -> None:
