@@ -13,7 +13,6 @@ from numba import literally  # type: ignore[attr-defined]  # its stubs forgot on
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
 from convdispatch.backends._jit import hold, njit
-from convdispatch.backends._memory import odd_lines
 from convdispatch.backends._planes import fill, put_line
 from convdispatch.backends._tile import (
     add_doubts,
@@ -24,11 +23,9 @@ from convdispatch.backends._tile import (
     store,
     zeros,
 )
-from convdispatch.backends._transforms import report, transform_input, transform_output
+from convdispatch.backends._transforms import leave_columns, odd_lines_apart, report, transform_input, transform_output
 from convdispatch.backends._vector import copy
 from convdispatch.backends._weave import add_rows, unweave, weave
-
-_odd_lines = njit()(odd_lines)
 
 
 @njit()
@@ -126,9 +123,7 @@ def _leave(products, bias, stage, first, doubts, m, n, rows, vectors, lanes, ite
     for r in range(rows):
         for v in range(vectors):
             start = products.ctypes.data + (r * vectors + v) * lane_bytes
-            for j in range(n):
-                column = load_apart(start + j * step, n * step, n, lanes, itemsize)
-                save_apart(half.ctypes.data + j * lane_bytes, n * lane_bytes, transform_output(column, m, m, 1))
+            leave_columns(start, step, half.ctypes.data, m, m, 1, n, lanes, itemsize)
             for i in range(m):
                 line = load_apart(half.ctypes.data + i * n * lane_bytes, lane_bytes, n, lanes, itemsize)
                 sums = transform_output(line, m, m, 1)
@@ -173,8 +168,8 @@ def compiled(m: int, rows: int, vectors: int, taps: int, lanes: int, itemsize: i
         blocks, strips = -(-down // high), -(-along // strip)
         fewer_chunks = -(-a // taps) * taps - a
         chunks = (-(-a // taps) - fewer_chunks, fewer_chunks)
-        widest, most = -(-(strip + b - 1) // lanes) * lanes, -(-high // rows) * rows + a - 1
-        between, leaving = _odd_lines(channels * most * widest, itemsize), _odd_lines(rows * across, itemsize)
+        widest, most = -(-(strip + b - 1) // lanes) * lanes, high + a - 1
+        between, leaving = odd_lines_apart(channels * most * widest, itemsize), odd_lines_apart(rows * across, itemsize)
         scratch = np.empty(points * between + lanes, x.dtype)
         start = (-scratch.ctypes.data // itemsize) % lanes
         values = scratch[start : start + points * between].reshape(points, between)

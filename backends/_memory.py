@@ -55,6 +55,15 @@ def by_blocks(values: Array, block: int) -> Array:
     return packed
 
 
+def by_phases(filters: Array, period: int) -> Array:
+    """Return ``[KH, KW, C, K]`` as ``[A, period, B, period, C, K]`` in float64, the last rows and columns filled up."""
+    kh, kw, *rest = filters.shape
+    rows, columns = -(-kh // period), -(-kw // period)
+    whole = np.zeros((rows * period, columns * period, *rest))
+    whole[:kh, :kw] = filters
+    return whole.reshape(rows, period, columns, period, *rest)
+
+
 def odd_lines(count: int, itemsize: int) -> int:
     """Return at least so many values that fill an odd number of cache lines.
 

@@ -16,7 +16,6 @@ from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, Compiled
 from convdispatch.backends._atomics import add
 from convdispatch.backends._epilogue import RELU, RELU6, activate
 from convdispatch.backends._jit import hold, njit
-from convdispatch.backends._memory import odd_lines
 from convdispatch.backends._tile import (
     add_doubts,
     add_to_all,
@@ -29,9 +28,7 @@ from convdispatch.backends._tile import (
     store,
     zeros,
 )
-from convdispatch.backends._transforms import report, transform_input, transform_output
-
-_odd_lines = njit()(odd_lines)
+from convdispatch.backends._transforms import leave_columns, odd_lines_apart, report, transform_input, transform_output
 
 
 @njit()
@@ -252,25 +249,9 @@ def _find_outputs(where, out, residual, m, dilations, nowhere, table):  # type: 
 
 @njit()
 def _leave(  # type: ignore[no-untyped-def]
-    products,
-    first,
-    count,
-    step,
-    out,
-    residual,
-    k0,
-    valid,
-    dilations,
-    code,
-    slope,
-    doubts,
-    m,
-    r,
-    stride,
-    n,
-    lanes,
-    itemsize,
-):
+    products, first, count, step, out, residual, k0, valid, dilations, code, slope, doubts,
+    m, r, stride, n, lanes, itemsize,
+):  # fmt: skip
     """Transform products back, finish them and store ``valid`` filters from ``k0`` on; return the doubts."""
     literally(m), literally(r), literally(stride), literally(n), literally(lanes), literally(itemsize)
     lane_bytes, between, room = lanes * itemsize, products.shape[1] * itemsize, -(-valid // lanes) * lanes
@@ -284,9 +265,7 @@ def _leave(  # type: ignore[no-untyped-def]
         across = min(m, -(-(out.shape[2] - ow) // dilations[1]))
         for k in range(0, room, lanes):
             start = products.ctypes.data + t * step + k * itemsize
-            for j in range(n):
-                column = load_apart(start + j * between, n * between, n, lanes, itemsize)
-                save_apart(half.ctypes.data + j * lane_bytes, n * lane_bytes, transform_output(column, m, r, stride))
+            leave_columns(start, between, half.ctypes.data, m, r, stride, n, lanes, itemsize)
             for i in range(down):
                 line = load_apart(half.ctypes.data + i * n * lane_bytes, lane_bytes, n, lanes, itemsize)
                 sums = transform_output(line, m, r, stride)
@@ -339,7 +318,7 @@ def compiled(
         here = (x.ctypes.data, x.shape[0], x.shape[1], x.shape[2], x.shape[3])
         padded = fold * -(-runs[1] // lanes) * lanes
         count = last - first
-        entering, leaving = _odd_lines(count * padded, itemsize), _odd_lines(count * block, itemsize)
+        entering, leaving = odd_lines_apart(count * padded, itemsize), odd_lines_apart(count * block, itemsize)
         scratch = np.empty(points * (entering + leaving) + lanes, x.dtype)
         start = (-scratch.ctypes.data // itemsize) % lanes  # or every vector lies across two cache lines
         middle = start + points * entering

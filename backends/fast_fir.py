@@ -20,7 +20,7 @@ from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, Numerics, item_bytes
 from convdispatch.backends._fast_fir import compiled
 from convdispatch.backends._kernel import PackedKernel
-from convdispatch.backends._memory import aligned, odd_lines
+from convdispatch.backends._memory import aligned, by_phases, odd_lines
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._planes import taps_together
 from convdispatch.backends._threads import split
@@ -190,10 +190,8 @@ class FastFir(PackedBackend):
         p, m, tile, size = problem, _size(config), _tile(config), item_bytes(problem.dtype)
         lanes = vector_bytes() // size
         a, b = -(-p.kh // m), -(-p.kw // m)
-        whole = np.zeros((a * m, b * m, p.group_c, p.k))
-        whole[: p.kh, : p.kw] = filters
         g = np.array(transforms(m, m).g, np.float64)
-        halfway = np.einsum("qt,asbtck->asbqck", g, whole.reshape(a, m, b, m, p.group_c, p.k))
+        halfway = np.einsum("qt,asbtck->asbqck", g, by_phases(filters, m))
         short = np.einsum("ps,asbqck->kpqcab", g, halfway)
         packed = aligned((p.k, (2 * m - 1) ** 2, p.group_c, a * b), p.dtype)
         packed[...] = _by_chunks(short.reshape(p.k, -1, p.group_c, a, b))

@@ -279,11 +279,10 @@ class ImplicitGemm(PackedBackend):
         packed = by_blocks(grouped.transpose(3, 0, 1, 2, 4), block)
         added = np.empty(0, p.dtype) if bias is None else by_blocks(bias.reshape(p.groups, p.group_k), block)
         parts = _parts(p, tile[0], p.groups * packed.shape[1], config.threads)
-        tiles = -(-p.n * p.oh * p.ow // tile[0])
         values = {
             "filters": packed, "bias": added.reshape(-1), "zero": aligned((p.c + lanes,), p.dtype),
             "window": (p.kh, p.kw, p.pads[0], p.pads[2], *p.strides, *p.dilations), "groups": p.groups,
-            "together": _TILES_TOGETHER if packed.nbytes <= _KEPT_FILTERS else max(1, tiles),
+            "together": _TILES_TOGETHER if packed.nbytes <= _KEPT_FILTERS else parts[-1][1],  # all of them
             "code": p.epilogue.code, "slope": p.epilogue.slope, "parts": np.array(parts, np.int64),
         }  # fmt: skip
         compiled = functools.partial(_compiled, *tile, lanes, item_bytes(p.dtype))

@@ -23,7 +23,7 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, Numerics, item_bytes
 from convdispatch.backends._kernel import PackedKernel
-from convdispatch.backends._memory import aligned, by_blocks, odd_lines
+from convdispatch.backends._memory import aligned, by_blocks, by_phases, odd_lines
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._threads import split
 from convdispatch.backends._tile import register_tiles
@@ -97,16 +97,16 @@ def _folds(problem: Problem) -> bool:
 
 def _form(problem: Problem, config: Config) -> _Form:
     p, stride = problem, problem.strides[0]
-    sizes, folds = SIZES.get((p.kh, stride), ()), _folds(p)
+    sizes = SIZES.get((p.kh, stride), ())
+    known = [(size, False) for size in sizes] + [(_FOLDED_SIZE, True)] * _folds(p)
     m, folded = config.get("m", 4 if 4 in sizes or not sizes else sizes[0]), config.get("folded", not sizes)
-    known = [f"m={size}" for size in sizes] + [f"m={_FOLDED_SIZE}, folded=True"] * folds
-    sound = isinstance(m, int) and not isinstance(m, bool) and isinstance(folded, bool)
-    if not sound or (m not in sizes if not folded else not folds or m != _FOLDED_SIZE):
+    if not isinstance(m, int) or not isinstance(folded, bool) or (m, folded) not in known:
+        wanted = " or ".join(f"m={size}" + ", folded=True" * fold for size, fold in known)
         given = f"m={m!r}, folded={folded!r}" if "folded" in config else f"m={m!r}"
-        raise ArgumentError(f"winograd's config needs {' or '.join(known)}, the side of an output tile; got {given}")
+        raise ArgumentError(f"winograd's config needs {wanted}, the side of an output tile; got {given}")
     if folded:
-        return _Form(m, -(-p.kh // stride), 1, stride, stride * p.c)  # type: ignore[arg-type]
-    return _Form(m, p.kh, stride, 1, p.group_c)  # type: ignore[arg-type]
+        return _Form(m, -(-p.kh // stride), 1, stride, stride * p.c)
+    return _Form(m, p.kh, stride, 1, p.group_c)
 
 
 def _tiles(problem: Problem, m: int) -> int:
@@ -151,15 +151,6 @@ def _both_ways(m: int, r: int, stride: int) -> Array:
     """Return the matrix from the r * r values of a filter to its n * n transformed ones."""
     g = np.array(strided(m, r, stride).g, np.float64)
     return np.kron(g, g)
-
-
-def _by_pixels(filters: Array, form: _Form) -> Array:
-    """Return ``[KH, KW, C, K]`` in float64 as ``[r * r, channels of a pixel, K]``."""
-    kh, kw, c, k = filters.shape
-    whole = np.zeros((form.r * form.fold, form.r * form.fold, c, k))
-    whole[:kh, :kw] = filters
-    phases = whole.reshape(form.r, form.fold, form.r, form.fold, c, k).transpose(0, 2, 1, 3, 4, 5)
-    return phases.reshape(form.r**2, form.fold**2 * c, k)
 
 
 def _growth(problem: Problem, config: Config) -> float:
@@ -241,7 +232,7 @@ class Winograd(PackedBackend):
         p, form, tile = problem, _form(problem, config), _tile(problem)
         lanes = vector_bytes() // item_bytes(p.dtype)
         block = tile[1] * lanes
-        by_pixels = _by_pixels(filters, form)
+        by_pixels = by_phases(filters, form.fold).transpose(0, 2, 1, 3, 4, 5)
         u = _both_ways(form.m, form.r, form.stride) @ by_pixels.reshape(form.r**2, -1)
         by_group = u.astype(p.dtype).reshape(-1, form.depth, p.groups, p.group_k).transpose(2, 0, 1, 3)
         packed = by_blocks(by_group, block)

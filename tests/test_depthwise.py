@@ -1,9 +1,8 @@
 """Depthwise: channels that fill no vector, rows that fill no tile, filters that reach over the image."""
 
-import pickle
-
 import numpy as np
 import pytest
+import walls
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import Case, numbers
@@ -15,31 +14,17 @@ from convdispatch.backends.depthwise import Depthwise
 from convdispatch.epilogue import ACTIVATIONS, Epilogue
 from convdispatch.errors import ArgumentError
 from convdispatch.problem import Problem
-from convdispatch.reference import judge
 
 DEPTHWISE = Depthwise()
 PLAIN = Config(columns=7)
 
 
-def run(case: Case, config: Config) -> Array:
-    """Run a kernel between walls: whoever reads outside the input finds NaN, whoever writes outside is found."""
-    p = case.problem
-    walled = np.full(case.x.size + 256, np.nan, case.x.dtype)
-    x = walled[128:-128].reshape(case.x.shape)
-    x[...] = case.x
-    around = np.full(int(np.prod(p.output_shape)) + 256, 77, case.x.dtype)
-    out = around[128:-128].reshape(p.output_shape)
-    DEPTHWISE.prepare(p, case.w, case.bias, config)(x, out, case.residual)
-    assert (around[:128] == 77).all()
-    assert (around[-128:] == 77).all()
-    return out
+def run(case: Case, config: Config, *, pickled: bool = False) -> Array:
+    return walls.run(DEPTHWISE, case, config, pickled=pickled)
 
 
 def check(problem: Problem, config: Config = PLAIN, seed: int = 0) -> None:
-    case = numbers(problem, seed)
-    out = run(case, config)
-    verdict = judge(problem, DEPTHWISE.numerics, config, case.x, case.w, out, case.bias, case.residual)
-    assert verdict.reason is None, f"{problem} with {config}: {verdict.reason}"
+    walls.check(DEPTHWISE, problem, config, seed)
 
 
 @pytest.mark.parametrize("channels", [2, 3, 7, 15, 16, 17, 31, 32, 50])
@@ -130,10 +115,7 @@ def test_threads_give_the_same_bits_and_kernels_pickle(activation: str) -> None:
     alone = run(case, PLAIN)
     for threads in (2, 3, 64):
         assert run(case, Config(PLAIN, threads=threads)).tobytes() == alone.tobytes()
-    kernel = DEPTHWISE.prepare(case.problem, case.w, case.bias, Config(PLAIN, threads=2))
-    again = np.empty_like(alone)
-    pickle.loads(pickle.dumps(kernel))(case.x, again, case.residual)
-    assert again.tobytes() == alone.tobytes()
+    assert run(case, Config(PLAIN, threads=2), pickled=True).tobytes() == alone.tobytes()
 
 
 def test_a_bad_pixel_spoils_only_its_own_channel_and_windows() -> None:

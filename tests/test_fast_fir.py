@@ -1,9 +1,8 @@
 """Fast FIR: right at every size around a tile and a panel, honest about its scratch and its errors."""
 
-import pickle
-
 import numpy as np
 import pytest
+import walls
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import numbers
@@ -16,7 +15,6 @@ from convdispatch.backends.fast_fir import SIZES, FastFir
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import current
 from convdispatch.problem import Problem
-from convdispatch.reference import judge
 
 BACKEND = FastFir()
 ACROSS = 2 * vector_bytes() // 4
@@ -24,21 +22,7 @@ EFFORT: Effort = "exhaustive"
 
 
 def check(problem: Problem, config: Config | None = None, seed: int = 0) -> Array:
-    """Run between walls, judge, and see that nothing around the output has changed."""
-    config = config or Config()
-    case = numbers(problem, seed)
-    walled = np.full(case.x.size + 256, np.nan, problem.dtype)
-    x = walled[128:-128].reshape(case.x.shape)
-    x[...] = case.x
-    around = np.full(np.prod(problem.output_shape) + 256, 77, problem.dtype)
-    out = around[128:-128].reshape(problem.output_shape)
-    spoiled = BACKEND.prepare(problem, case.w, case.bias, config)(x, out, case.residual)
-    assert not spoiled
-    verdict = judge(problem, BACKEND.numerics, config, case.x, case.w, out, case.bias, case.residual)
-    assert verdict.reason is None, f"{problem} {config}: {verdict.reason}"
-    assert (around[:128] == 77).all()
-    assert (around[-128:] == 77).all()
-    return out
+    return walls.check(BACKEND, problem, config or Config(), seed)
 
 
 @pytest.mark.parametrize("m", SIZES)
@@ -107,14 +91,7 @@ def test_any_shape_with_any_tile(
 @pytest.mark.parametrize("text", ["1x61x300x1 * 9x9x1x1 SAME", "2x40x90x3 * 9x9x3x2 SAME +bias +silu"])
 def test_threads_and_pickling_do_not_change_a_bit(text: str) -> None:
     problem = Problem.parse(text)
-    expected = check(problem).tobytes()
-    for threads in (2, 5):
-        assert check(problem, Config(threads=threads)).tobytes() == expected
-    case = numbers(problem)
-    kernel = pickle.loads(pickle.dumps(BACKEND.prepare(problem, case.w, case.bias, Config())))
-    out = np.empty(problem.output_shape, problem.dtype)
-    kernel(case.x, out, None)
-    assert out.tobytes() == expected
+    walls.check_bits(BACKEND, problem, Config(), check(problem).tobytes())
 
 
 @pytest.mark.parametrize("values", [1, 100_000])

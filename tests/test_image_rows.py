@@ -1,9 +1,8 @@
 """Image rows: right at every size around a tile, the same on any number of threads, honest about its scratch."""
 
-import pickle
-
 import numpy as np
 import pytest
+import walls
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import numbers
@@ -16,7 +15,6 @@ from convdispatch.backends.image_rows import ImageRows
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import current
 from convdispatch.problem import Problem
-from convdispatch.reference import judge
 
 BACKEND = ImageRows()
 LANES = vector_bytes() // 4
@@ -24,17 +22,7 @@ EFFORT: Effort = "exhaustive"
 
 
 def check(problem: Problem, config: Config | None = None, seed: int = 0) -> Array:
-    """Run in the middle of a larger array, judge, and see that nothing around the output has changed."""
-    config = config or Config()
-    case = numbers(problem, seed)
-    around = np.full(np.prod((problem.n, problem.oh, problem.ow, problem.k)) + 256, 77, problem.dtype)
-    out = around[128:-128].reshape(problem.n, problem.oh, problem.ow, problem.k)
-    BACKEND.prepare(problem, case.w, case.bias, config)(case.x, out, case.residual)
-    verdict = judge(problem, BACKEND.numerics, config, case.x, case.w, out, case.bias, case.residual)
-    assert verdict.reason is None, f"{problem} {config}: {verdict.reason}"
-    assert (around[:128] == 77).all()
-    assert (around[-128:] == 77).all()
-    return out
+    return walls.check(BACKEND, problem, config or Config(), seed)
 
 
 @pytest.mark.parametrize("filters", ["3x3x1x1", "3x5x1x2"])
@@ -107,13 +95,7 @@ def test_threads_tiles_and_pickling_do_not_change_a_bit(text: str) -> None:
     problem = Problem.parse(text)
     expected = check(problem).tobytes()
     for config in BACKEND.configs(problem, "measure"):
-        for threads in (1, 2, 5):
-            assert check(problem, Config(config, threads=threads)).tobytes() == expected
-    case = numbers(problem)
-    kernel = pickle.loads(pickle.dumps(BACKEND.prepare(problem, case.w, case.bias, Config())))
-    out = np.empty((problem.n, problem.oh, problem.ow, problem.k), problem.dtype)
-    kernel(case.x, out, None)
-    assert out.tobytes() == expected
+        walls.check_bits(BACKEND, problem, config, expected)
 
 
 @pytest.mark.parametrize("panel", [1, 20_000])
