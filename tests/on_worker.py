@@ -98,6 +98,8 @@ class Race:
             log.write(f"{self.part.host} {self.part.cpu.split()[0]} {key.problem.n} {key.deployment} {seconds}\n")
         with self._host():
             self._wait(lambda: len(list(self.folder.glob("racing-*"))) >= self.together)
+            (self.folder / f"met-{self.part.host}").touch()  # whoever looks late must not find the others gone
+            self._wait(lambda: len(list(self.folder.glob("met-*"))) >= self.together)
             self._meet_fate(key.problem.n)
             time.sleep(0.02)  # a chance for another to come into the way
         result = Result(f"won-on-{self.part.host}", 1, Config(), 1e-3, 0.0, 5, 0.0, 0)
