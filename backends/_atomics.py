@@ -1,4 +1,4 @@
-"""Words of memory that several threads change, and sleeping until one changes: for ``_team``'s compiled code."""
+"""Words of memory that several threads change, and waiting until one does: for compiled code."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from numba import types
 from numba.core import cgutils
 
 from convdispatch import machine
+from convdispatch.backends._jit import njit
 from convdispatch.backends._vector import I32, I64, Codegen, intrinsic, is_x86
 
 _SYSTEM = machine.current().system
@@ -98,6 +99,21 @@ def current_core(typing: Any) -> tuple[Any, Codegen]:
         return b.sext(b.call(call, []), I64)
 
     return types.int64(), codegen
+
+
+#: Looks at a word before a thread that waits for it lets others have its core.
+_TURNS_BEFORE_YIELDING = 2000
+
+
+@njit()
+def wait_for(address, least):  # type: ignore[no-untyped-def]
+    """Wait until a word is at least so large, for what other threads are doing just now."""
+    turns = 0
+    while read(address) < least:
+        pause()
+        turns += 1
+        if turns > _TURNS_BEFORE_YIELDING:
+            yield_core()
 
 
 def _futex(context: Any, b: Any, address: Any, operation: int, value: Any) -> Any:

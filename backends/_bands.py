@@ -21,19 +21,22 @@ from convdispatch.backends._arguments import INTEGER, Arguments, CompiledKernel,
 from convdispatch.backends._atomics import add, call_kernel, write
 from convdispatch.backends._entry import ArrayKind, Entry
 from convdispatch.backends._jit import hold
-from convdispatch.backends._kernel import PackedKernel, run
+from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._layout import SAME, STORAGES, stage, unstage
-from convdispatch.backends._memory import CACHE_LINE, aligned
+from convdispatch.backends._memory import CACHE_LINE, address, aligned
+from convdispatch.backends._sequence import run_in_order
 from convdispatch.backends._threads import split
 from convdispatch.backends._vector import vector_bytes
 from convdispatch.problem import Problem
 
-#: Bytes of a band: most of a second-level cache, whose rest is for what the kernel needs.
-_BAND_BYTES = 768 << 10
-#: An image whose copies would be larger is cut into bands all the same, of up to so many bytes.
-_WHOLE_BYTES, _LARGEST_BAND = 32 << 20, 4 << 20
-#: Rows that are computed twice or in vain by bands cost time; with more than this part, the image is converted whole.
-_WASTE = 0.08
+#: Bytes of a band: most of a second-level cache, whose rest is for what the kernel needs; if that makes for too few
+#: rows, so many of a cache that cores share.
+_BAND_BYTES, _LARGEST_BAND = 768 << 10, 4 << 20
+#: Rows that are computed twice or in vain by bands cost time; with more than this part, the image is converted whole,
+#: unless its copies would take more than so many bytes.
+_WASTE, _WHOLE_BYTES = 0.08, 32 << 20
+#: Parts of a whole image's conversion for each thread, so that one that comes late leaves its parts to the others.
+_PARTS = 2
 #: Pixels that are copied and multiplied together, about.
 _PIXELS = 16
 
@@ -155,10 +158,11 @@ def plain(problem: Problem) -> Problem:
 @functools.lru_cache(maxsize=1024)
 def band_rows(problem: Problem, step: int, threads: int) -> int | None:
     """Return how many output rows a band has, a multiple of ``step`` where it can; None to convert the image whole."""
-    rows = _least_wasteful(problem, step, threads, _BAND_BYTES, 1 + _WASTE)
-    if rows is None and scratch_bytes(problem, None) > _WHOLE_BYTES:
-        rows = _least_wasteful(problem, step, threads, _LARGEST_BAND, math.inf)
-    return rows
+    for most in (_BAND_BYTES, _LARGEST_BAND):
+        if (rows := _least_wasteful(problem, step, threads, most, 1 + _WASTE)) is not None:
+            return rows
+    whole = scratch_bytes(problem, None) <= _WHOLE_BYTES
+    return None if whole else _least_wasteful(problem, step, threads, _LARGEST_BAND, math.inf)
 
 
 def _least_wasteful(problem: Problem, step: int, threads: int, most: int, least: float) -> int | None:
@@ -233,47 +237,49 @@ class BandedKernel:
 class ConvertedKernel:
     """A kernel whose arrays are converted whole, before and after."""
 
-    def __init__(self, inner: Kernel, problem: Problem, threads: int) -> None:
+    def __init__(self, inner: PackedKernel, problem: Problem, threads: int) -> None:
         """Wrap the kernel of ``plain(problem)``."""
         self._recipe = inner, problem, threads
-        self._inner, self._problem, self._threads = inner, problem, threads
-        self._kernel = _by_rows(*_Storage.of(problem).constants)
+        self._inner, self._dtype, self._threads = inner, problem.sum_dtype, threads
+        p, form = problem, _Storage.of(problem)
+        self._into = _Conversion(form, p.n, (p.h, p.w, p.c), threads, back=False)
+        self._beside = _Conversion(form, p.n, (p.oh, p.ow, p.k), threads, back=False)
+        self._back = _Conversion(form, p.n, (p.oh, p.ow, p.k), threads, back=True)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ConvertedKernel, self._recipe
 
     def __call__(self, input: Array, out: Array, residual: Array | None) -> bool | None:
         """Convolve ``input`` into ``out``; see ``convdispatch.backend.Kernel``."""
-        p = self._problem
-        shape = p.oh, p.ow, p.k
-        x = self._convert(input, (p.h, p.w, p.c))
-        added = None if residual is None else self._convert(residual, shape)
-        sums = _room((p.n, *shape), p.sum_dtype)
-        told = self._inner(x, sums, added)
-        self._run(sums, out, shape, back=True)
-        return told
-
-    def _convert(self, source: Array, shape: tuple[int, int, int]) -> Array:
-        target = _room((self._problem.n, *shape), self._problem.sum_dtype)
-        self._run(source, target, shape, back=False)
-        return target
-
-    def _run(self, source: Array, target: Array, shape: tuple[int, int, int], *, back: bool) -> None:
-        form, images = _Storage.of(self._problem), range(self._problem.n)
-        # With fewer channels than lanes a part's last pixel has a surplus, which would fall into another's first.
-        cut = 1 if form.planar and shape[2] < form.lanes and not back else self._threads
-        parts = np.array([(n, *rows) for n in images for rows in split(shape[0], cut)], np.int64)
-        block = _COPY.pack(
-            source=source.ctypes.data, target=target.ctypes.data, shape=shape, planar=form.planar, back=back,
-            parts=parts,
-        )  # fmt: skip
-        run(self._kernel, block, len(parts), 1 if cut == 1 else self._threads)
+        inner, x, sums, added = self._inner, self._into.room(self._dtype), self._back.room(self._dtype), None
+        stages = [self._into.stage(input, x)]
+        if residual is not None:
+            added = self._beside.room(self._dtype)
+            stages.append(self._beside.stage(residual, added))
+        block = inner.filled(x, sums, added)
+        stages += [(inner.kernel, block, inner.count), self._back.stage(sums, out)]
+        run_in_order(stages, self._threads)
+        return inner.told(block)
 
 
-def _room(shape: tuple[int, ...], dtype: str) -> Array:
-    """Return an array with room for some vectors behind it."""
-    size = math.prod(shape)
-    return aligned((size + 2 * CACHE_LINE,), dtype, zero=False)[:size].reshape(shape)
+class _Conversion:
+    """How images are converted whole: by which kernel, in which parts."""
+
+    def __init__(self, form: _Storage, images: int, shape: tuple[int, int, int], threads: int, *, back: bool) -> None:
+        self._kernel, self._size = _by_rows(*form.constants), images * math.prod(shape)
+        cut = threads * _PARTS
+        self._parts = np.array([(n, *rows) for n in range(images) for rows in split(shape[0], cut)], np.int64)
+        self._block = _COPY.pack(shape=shape, planar=form.planar, back=back, parts=self._parts)
+
+    def room(self, dtype: str) -> Array:
+        """Return memory for the images as kernels want them, and some vectors behind them."""
+        return aligned((self._size + 2 * CACHE_LINE,), dtype, zero=False)
+
+    def stage(self, source: Array, target: Array) -> tuple[CompiledKernel, Array, int]:
+        """Return what ``run_in_order`` needs to convert one array into another."""
+        block = self._block.copy()
+        block[_COPY.at["source"]], block[_COPY.at["target"]] = address(source), address(target)
+        return self._kernel, block, len(self._parts)
 
 
 def prepare(problem: Problem, step: int, config: Config, inside: Callable[[Problem, Config], PackedKernel]) -> Kernel:

@@ -24,6 +24,11 @@ def run(kernel: CompiledKernel, block: Array, count: int, threads: int) -> None:
         MemoryError: if a part did not come to its end.
     """
     run_parts(kernel.address, address(block), count, threads)
+    check(kernel, block, count)
+
+
+def check(kernel: CompiledKernel, block: Array, count: int) -> None:
+    """Raise MemoryError if not all parts of a kernel's work have come to their end."""
     if (done := block[kernel.arguments.done_at]) != count:
         raise MemoryError(f"{count - done} of {count} parts of a convolution failed")
 
@@ -76,12 +81,21 @@ class PackedKernel:
 
     def __call__(self, input: Array, out: Array, residual: Array | None) -> bool | None:
         """Convolve ``input`` into ``out``."""
+        block = self.filled(input, out, residual)
+        run(self.kernel, block, self.count, self._threads)
+        return self.told(block)
+
+    def filled(self, input: Array, out: Array, residual: Array | None) -> Array:
+        """Return the kernel's arguments for a call."""
         block = self.block.copy()
         at = self.places
         block[at[0]], block[at[1]] = address(input), address(out)
         if residual is not None:
             block[at[2]] = address(residual)
-        run(self.kernel, block, self.count, self._threads)
+        return block
+
+    def told(self, block: Array) -> bool | None:
+        """Return what a call returns whose arguments these were."""
         return None if self.spoiled_at is None else bool(block[self.spoiled_at])
 
     def entry(self, input_like: ArrayKind, out_like: ArrayKind) -> Entry | None:

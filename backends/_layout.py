@@ -10,7 +10,7 @@ import numpy as np
 from llvmlite import ir
 from numba import literally, types  # type: ignore[attr-defined]  # its stubs forgot one
 
-from convdispatch.backends._jit import njit
+from convdispatch.backends._jit import hold, njit
 from convdispatch.backends._memory import CACHE_LINE
 from convdispatch.backends._vector import (
     I32,
@@ -18,6 +18,7 @@ from convdispatch.backends._vector import (
     Vector,
     address_of,
     clear,
+    copy,
     intrinsic,
     load_at,
     parts_of,
@@ -143,8 +144,8 @@ def _before_line(address, size, lanes):  # type: ignore[no-untyped-def]
 def gather_planes(source, plane, target, channels, pixels, lanes, itemsize, storage):  # type: ignore[no-untyped-def]
     """Copy ``pixels`` of planes ``plane`` bytes apart to ``[pixels, channels]``.
 
-    With fewer channels than lanes, each pixel's vector is stored whole and the next covers its surplus; the target has
-    room for the last one's.
+    With fewer channels than lanes, each pixel's vector is stored whole and the next covers its surplus; so the last
+    pixels go by way of scratch memory.
     """
     literally(lanes), literally(itemsize), literally(storage)
     stored = 2 if storage else itemsize
@@ -154,15 +155,23 @@ def gather_planes(source, plane, target, channels, pixels, lanes, itemsize, stor
                 value = decode(source + c * plane + p * stored, 0, 1, 1, itemsize, storage)
                 encode(target + (p * channels + c) * itemsize, 0, value, 0)
         return
+    some = np.empty(2 * lanes * lanes * itemsize if channels < lanes else 0, np.uint8)
     for j in range(0, channels, lanes):  # the outer loop: of so many planes, hardware foresees what is read next
         c = max(0, min(j, channels - lanes))
         for i in range(_before_line(source, stored, lanes), pixels, lanes):
             p = max(0, min(i, pixels - lanes))
+            to = target + (p * channels + c) * itemsize
             if channels >= lanes:
                 square = decode(source + c * plane + p * stored, plane, lanes, lanes, itemsize, storage)
+                encode(to, channels * itemsize, transposed(square), 0)
+                continue
+            square = transposed(_few_planes(source + p * stored, plane, channels, lanes, itemsize, storage))
+            if (p + lanes - 1) * channels + lanes <= pixels * channels:
+                encode(to, channels * itemsize, square, 0)
             else:
-                square = _few_planes(source + p * stored, plane, channels, lanes, itemsize, storage)
-            encode(target + (p * channels + c) * itemsize, channels * itemsize, transposed(square), 0)
+                encode(some.ctypes.data, channels * itemsize, square, 0)
+                copy(to, some.ctypes.data, lanes * channels * itemsize)
+    hold(some)
 
 
 @intrinsic
@@ -209,6 +218,7 @@ def _scatter_planes(source, target, plane, channels, pixels, lanes, itemsize, st
                 for k in range(channels):
                     row = decode(some.ctypes.data + k * lanes * itemsize, 0, 1, lanes, itemsize, 0)
                     encode(target + k * plane + p * stored, 0, row, storage)
+    hold(some)
 
 
 @njit()
@@ -217,7 +227,7 @@ def stage(source, target, first, rows, shape, planar, lanes, itemsize, storage):
 
     Args:
         source: address of the image in its own layout.
-        target: address of ``[rows, width, channels]``, with room for a vector more.
+        target: address of ``[rows, width, channels]``.
         first: the first row, which may be negative.
         rows: how many.
         shape: height, width and channels of the image.

@@ -22,9 +22,9 @@ from convdispatch.backends._atomics import (
     pause,
     read,
     sleep_while,
+    wait_for,
     wake,
     write,
-    yield_core,
 )
 from convdispatch.backends._cores import Helpers
 from convdispatch.backends._jit import njit
@@ -33,7 +33,6 @@ from convdispatch.backends._threads import run_all
 
 #: Looks at memory before a helper falls asleep; each takes some 20 ns where the processor has an instruction to pause.
 _ALERT_TURNS = 2500
-_TURNS_BEFORE_YIELDING = 2000
 _CLOSED = 1 << 30
 
 # The words of a team, those that different threads change on cache lines of their own: bytes from its address.
@@ -98,12 +97,7 @@ def share(team, function, block, count, places):  # type: ignore[no-untyped-def]
         wake(team + _GENERATION, places)
     _take_parts(team, function, block, count)
     came = places - add(team + _PLACES, -_CLOSED)
-    turns = 0
-    while read(team + _LEFT) < came:
-        pause()
-        turns += 1
-        if turns > _TURNS_BEFORE_YIELDING:
-            yield_core()
+    wait_for(team + _LEFT, came)
     write(team + _LOCK, 0)
     add(team + _CALLERS, -1)
 
