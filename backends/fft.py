@@ -11,6 +11,7 @@ makes every stride-th row and column a channel of its own with its own part of t
 computed to be thrown away. Dilated filters have zeros between their taps.
 """
 
+import bisect
 import functools
 import itertools
 import math
@@ -29,7 +30,7 @@ from convdispatch.machine import Machine
 from convdispatch.problem import Problem
 
 _TILES = (4, 6, 8, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-_EFFORTS = {"estimate": 1, "measure": 4, "patient": 8, "exhaustive": len(_TILES) + 1}
+_EFFORTS = {"measure": 4, "patient": 8, "exhaustive": len(_TILES) + 1}
 _MIB = 1 << 20
 _MOST_WORKSPACE, _MOST_SPECTRA = 64 * _MIB, 256 * _MIB
 
@@ -96,12 +97,16 @@ def _transforms() -> Any:
     return scipy.fft
 
 
-_ODD_LENGTHS: tuple[int, ...] = tuple(3**i * 5**j for i in range(16) for j in range(11) if 3**i * 5**j < 1 << 24)
+@functools.cache
+def _good_lengths() -> tuple[int, ...]:
+    longest = 1 << 24
+    odd = [3**i * 5**j for i in range(16) for j in range(11) if 3**i * 5**j < longest]
+    return tuple(sorted(each << bit for each in odd for bit in range(25) if each << bit <= longest))
 
 
 def _good_length(least: int) -> int:
     """Return the smallest product of 2, 3 and 5 from ``least`` on, as ``scipy.fft.next_fast_len`` does."""
-    return min(odd << (-(-least // odd) - 1).bit_length() for odd in _ODD_LENGTHS)
+    return _good_lengths()[bisect.bisect_left(_good_lengths(), least)]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -119,7 +124,7 @@ def _cut(problem: Problem, config: Config) -> _Cut:
     Raises:
         ArgumentError: if the tile is smaller than the filter, or anything is no positive whole number.
     """
-    tile = config.integer("tile") if "tile" in config else _ranked(problem)[0].integer("tile")
+    tile = (config if "tile" in config else _best(problem)).integer("tile")
     least = max(_geometry(problem).reach)
     if tile < least:
         raise ArgumentError(f"config tile of fft must be at least {least} with this filter; got {tile}")
@@ -128,13 +133,19 @@ def _cut(problem: Problem, config: Config) -> _Cut:
     return _cut_to(problem, tile, config.threads)
 
 
-@functools.lru_cache(maxsize=1024)
-def _cut_to(problem: Problem, tile: int, threads: int) -> _Cut:
+def _tiling(problem: Problem, tile: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Return the lengths, steps and tiles of a cut by transforms of a length."""
     p, fixed = problem, _geometry(problem)
     rows, columns = min(tile, fixed.whole[0]), min(tile, fixed.whole[1])
-    steps = rows - fixed.reach[0] + 1, columns - fixed.reach[1] + 1
-    tiles = -(-p.oh // steps[0]), -(-p.ow // steps[1])
-    cut = _Cut((rows, columns), steps, tiles, (1, 1, 1), fixed.phases)
+    high, wide = rows - fixed.reach[0] + 1, columns - fixed.reach[1] + 1
+    return (rows, columns), (high, wide), (-(-p.oh // high), -(-p.ow // wide))
+
+
+@functools.lru_cache(maxsize=1024)
+def _cut_to(problem: Problem, tile: int, threads: int) -> _Cut:
+    p, phases = problem, _geometry(problem).phases
+    lengths, steps, tiles = _tiling(problem, tile)
+    cut = _Cut(lengths, steps, tiles, (1, 1, 1), phases)
     # Large spectra of filters are the traffic: then few large blocks, else blocks that stay in cache.
     spectra = _spectra_bytes(p, cut)
     budget = min(_MOST_WORKSPACE, max(16 * _MIB, 2 * spectra)) // threads
@@ -144,7 +155,7 @@ def _cut_to(problem: Problem, tile: int, threads: int) -> _Cut:
     wide = min(fit, tiles[1])
     high = _evenly(tiles[0], fit // wide) if wide == tiles[1] else 1
     images = _evenly(p.n, fit // math.prod(tiles)) if high == tiles[0] else 1
-    return _Cut(cut.lengths, steps, tiles, (images, high, wide), fixed.phases)
+    return _Cut(lengths, steps, tiles, (images, high, wide), phases)
 
 
 def _across(problem: Problem, cut: _Cut, threads: int) -> int:
@@ -166,9 +177,10 @@ def _spectra_bytes(problem: Problem, cut: _Cut) -> int:
 def _block_bytes(problem: Problem, cut: _Cut) -> int:
     """Return the most bytes of one block that live at once: its pixels, spectra, sums and outputs."""
     p, size, phases = problem, item_bytes(problem.dtype), len(cut.phases)
-    sides = ((n - 1) * step + length for n, step, length in zip(cut.block[1:], cut.steps, cut.lengths, strict=True))
-    pixels = cut.block[0] * math.prod(sides) * phases * p.c * size
-    tiles, number = math.prod(cut.block), 2 * size
+    images, high, wide = cut.block
+    rows, columns = (high - 1) * cut.steps[0] + cut.lengths[0], (wide - 1) * cut.steps[1] + cut.lengths[1]
+    pixels = images * rows * columns * phases * p.c * size
+    tiles, number = images * high * wide, 2 * size
     spectra = tiles * cut.spectrum * phases * p.c * number
     outputs = tiles * cut.steps[0] * cut.lengths[1] * size
     if p.group_c == 1:
@@ -304,48 +316,75 @@ def _growth(problem: Problem, config: Config) -> float:
     return 6.6 * math.log2(math.prod(cut.lengths)) + 1.5 * len(cut.phases) * problem.group_c + 4
 
 
+def _sizes(problem: Problem) -> list[int]:
+    """Return the lengths of transforms worth trying."""
+    fixed = _geometry(problem)
+    least, whole = max(fixed.reach), max(fixed.whole)
+    return [tile for tile in _TILES if least <= tile < whole] + [whole]
+
+
+def _order(problem: Problem, config: Config) -> tuple[bool, float]:
+    """Return what configs are ranked by: those of moderate memory first, then by time."""
+    cut = _cut(problem, config)
+    large = _block_bytes(problem, cut) > _MOST_WORKSPACE or _spectra_bytes(problem, cut) > _MOST_SPECTRA
+    return large, _seconds(problem, cut, 1, _NARROW)
+
+
 @functools.lru_cache(maxsize=1024)
 def _ranked(problem: Problem) -> tuple[Config, ...]:
-    """Return every config worth trying: those of moderate memory first, then by time."""
-    p, fixed = problem, _geometry(problem)
-    least, whole = max(fixed.reach), max(fixed.whole)
-    tiles = [tile for tile in _TILES if least <= tile < whole] + [whole]
+    """Return every config worth trying."""
+    configs = (Config(tile=tile) for tile in _sizes(problem))
+    return tuple(sorted(configs, key=lambda config: _order(problem, config)))
 
-    def order(config: Config) -> tuple[bool, float]:
-        cut = _cut(p, config)
-        large = _block_bytes(p, cut) > _MOST_WORKSPACE or _spectra_bytes(p, cut) > _MOST_SPECTRA
-        return large, _seconds(p, cut, 1, _NARROW)
 
-    return tuple(sorted((Config(tile=tile) for tile in tiles), key=order))
+@functools.lru_cache(maxsize=1024)
+def _best(problem: Problem) -> Config:
+    """Return the first of ``_ranked``, without cutting what takes longer even in one block.
+
+    It is what deciding about a problem never seen needs, and the others would be a third of that.
+    """
+    bounds = []
+    for tile in _sizes(problem):
+        lengths, _, tiles = _tiling(problem, tile)
+        bounds.append((_busy_seconds(problem, lengths, tiles, 1, _NARROW), tile))
+    best: tuple[tuple[bool, float], int] | None = None
+    for bound, tile in sorted(bounds):
+        if best is not None and (False, bound) > best[0]:
+            break
+        now = _order(problem, Config(tile=tile)), tile
+        best = now if best is None else min(best, now)
+    assert best is not None  # noqa: S101  # the whole image's transform is always among them
+    return Config(tile=best[1])
 
 
 def _seconds(problem: Problem, cut: _Cut, threads: int, vector_bytes: int) -> float:
     """Return the predicted seconds of one call."""
-    p, wide = problem, item_bytes(problem.dtype) / 4
-    (rows, columns), channels = cut.lengths, len(cut.phases) * p.c
+    p = problem
     blocks = math.prod(-(-n // part) for n, part in zip((p.n, *cut.tiles), cut.block, strict=True))
-    tiles = p.n * math.prod(cut.tiles)
-    point = 2.5 * math.log2(rows * columns) / _FFT_FLOPS_PER_SECOND
-    point += _SECONDS_PER_POINT + _SECONDS_PER_LINE * (1 / rows + 1 / columns)
-    transforms = tiles * (channels + p.k) * rows * columns * point * wide
-    copied = tiles * rows * columns * channels + p.n * p.oh * p.ow * p.k
-    products = _product_seconds(p, cut, tiles, blocks, vector_bytes) * wide
-    busy = transforms + products + copied * 4 * wide / _COPY_BYTES_PER_SECOND
     calls = blocks * _SECONDS_PER_BLOCK * (p.group_k if p.group_c == 1 else 1)
+    busy = _busy_seconds(p, cut.lengths, cut.tiles, blocks, vector_bytes)
     return float((busy + calls) / threads**0.7) + (_SECONDS_PER_LAUNCH if threads > 1 else 0)
 
 
-def _product_seconds(problem: Problem, cut: _Cut, tiles: int, blocks: int, vector_bytes: int) -> float:
-    """Return the predicted seconds of the products of float32 spectra."""
-    p, depth = problem, max(1, len(cut.phases) * problem.group_c)
+def _busy_seconds(
+    problem: Problem, lengths: tuple[int, int], tiling: tuple[int, int], blocks: int, vector_bytes: int
+) -> float:
+    """Return the predicted seconds of transforms, products and copies on one thread: least in one block."""
+    p, (rows, columns), phases = problem, lengths, len(_geometry(problem).phases)
+    tiles, spectrum, depth = p.n * tiling[0] * tiling[1], rows * (columns // 2 + 1), max(1, phases * p.group_c)
+    point = 2.5 * math.log2(rows * columns) / _FFT_FLOPS_PER_SECOND
+    point += _SECONDS_PER_POINT + _SECONDS_PER_LINE * (1 / rows + 1 / columns)
+    transforms = tiles * (phases * p.c + p.k) * rows * columns * point
+    copies = (tiles * rows * columns * phases * p.c + p.n * p.oh * p.ow * p.k) * 4 / _COPY_BYTES_PER_SECOND
     if p.group_c == 1:
-        return tiles * cut.spectrum * depth * p.k * _SECONDS_PER_PRODUCT
-    # A matrix product reaches its peak as its sides grow; half of it at these lengths.
-    height = tiles / blocks
-    fill = height / (height + 6) * depth / (depth + 8) * p.group_k / (p.group_k + 8)
-    gemm = 8 * tiles * cut.spectrum * depth * p.k / (_GEMM_FLOPS_PER_VECTOR_BYTE * vector_bytes * fill)
-    load = blocks * cut.spectrum * depth * p.k * 8 / _SPECTRA_BYTES_PER_SECOND
-    return max(gemm, load) + blocks * cut.spectrum * p.groups * _SECONDS_PER_GEMM
+        products = tiles * spectrum * depth * p.k * _SECONDS_PER_PRODUCT
+    else:  # a matrix product reaches its peak as its sides grow; half of it at these lengths
+        height = tiles / blocks
+        fill = height / (height + 6) * depth / (depth + 8) * p.group_k / (p.group_k + 8)
+        gemm = 8 * tiles * spectrum * depth * p.k / (_GEMM_FLOPS_PER_VECTOR_BYTE * vector_bytes * fill)
+        load = blocks * spectrum * depth * p.k * 8 / _SPECTRA_BYTES_PER_SECOND
+        products = max(gemm, load) + blocks * spectrum * p.groups * _SECONDS_PER_GEMM
+    return (transforms + products + copies) * item_bytes(p.dtype) / 4
 
 
 class Fft(Backend):
@@ -364,7 +403,7 @@ class Fft(Backend):
 
     def configs(self, problem: Problem, effort: Effort) -> Sequence[Config]:
         """Return transform lengths, by rows and by columns; each axis is cut to what it needs."""
-        return _ranked(problem)[: _EFFORTS[effort]]
+        return (_best(problem),) if effort == "estimate" else _ranked(problem)[: _EFFORTS[effort]]
 
     def workspace(self, problem: Problem, config: Config) -> int:
         """Return the bytes of the blocks worked on at once."""

@@ -140,7 +140,7 @@ class Problem:
 
     # Shapes -------------------------------------------------------------------------------------------------
 
-    @property
+    @functools.cached_property
     def extent(self) -> tuple[int, int]:
         """Rows and columns that a filter spans, dilation included."""
         return (self.kh - 1) * self.dilations[0] + 1, (self.kw - 1) * self.dilations[1] + 1
@@ -160,12 +160,12 @@ class Problem:
             return self.n, channels, rows, columns
         return self.n, rows, columns, channels
 
-    @property
+    @functools.cached_property
     def input_shape(self) -> tuple[int, int, int, int]:
         """Shape of the input in its data format."""
         return self._ordered(self.h, self.w, self.c)
 
-    @property
+    @functools.cached_property
     def output_shape(self) -> tuple[int, int, int, int]:
         """Shape of the output in the input's data format."""
         return self._ordered(self.oh, self.ow, self.k)
@@ -175,29 +175,29 @@ class Problem:
         """Shape of the filters as HWIO: ``(KH, KW, C // groups, K)``."""
         return self.kh, self.kw, self.group_c, self.k
 
-    @property
+    @functools.cached_property
     def group_c(self) -> int:
         """Input channels that one filter sees."""
         return self.c // self.groups
 
-    @property
+    @functools.cached_property
     def group_k(self) -> int:
         """Filters of one group."""
         return self.k // self.groups
 
-    @property
+    @functools.cached_property
     def is_empty(self) -> bool:
         """Whether the output has no elements."""
         return 0 in self.output_shape
 
-    @property
+    @functools.cached_property
     def is_trivial(self) -> bool:
         """Whether there is nothing to multiply: no output, or no input channels and so sums of 0."""
         return self.is_empty or not self.taps
 
     # Work ---------------------------------------------------------------------------------------------------
 
-    @property
+    @functools.cached_property
     def taps(self) -> int:
         """Elements of the dot product behind one output value."""
         return self.kh * self.kw * self.group_c
@@ -214,17 +214,17 @@ class Problem:
 
     # Dtypes -------------------------------------------------------------------------------------------------
 
-    @property
+    @functools.cached_property
     def is_integer(self) -> bool:
         """Whether sums are exact and wrap."""
         return self.dtype in INTEGERS
 
-    @property
+    @functools.cached_property
     def result_dtype(self) -> str:
         """Name of the output's dtype: the input's, or int32 for integers of up to 32 bits."""
         return "int32" if self.is_integer and self.dtype != "int64" else self.dtype
 
-    @property
+    @functools.cached_property
     def sum_dtype(self) -> str:
         """Name of the dtype in which sums are made."""
         return "float32" if self.dtype in LOW_PRECISION else self.result_dtype

@@ -7,6 +7,7 @@ by how near they are and how well they agree; where that is too little, the cali
 import functools
 import math
 import weakref
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -32,6 +33,8 @@ _SAME = 0.02
 
 class _Mean:
     """A weighted mean that starts from what is believed without evidence."""
+
+    __slots__ = ("squares", "total", "weight")
 
     def __init__(self) -> None:
         self.weight = self.total = self.squares = 0.0
@@ -65,19 +68,21 @@ class Local:
     """
 
     def __init__(self, around: list[Neighbour], backends: Mapping[str, Backend], correct: "_Correctors") -> None:
-        everyone, by_backend, by_candidate = _Mean(), dict[str, _Mean](), dict[tuple[str, str], _Mean]()
+        everyone, by_backend = _Mean(), defaultdict[str, _Mean](_Mean)
+        by_candidate = defaultdict[tuple[str, str], _Mean](_Mean)
         heard = []
         for neighbour in around:
             offs = _offs(neighbour, backends, correct)
             if not offs:
                 continue
             heard.append(neighbour)
+            weight, means = neighbour.weight, list[float]()
             for name, own in offs.items():
                 for config, off in own:
-                    by_candidate.setdefault((name, config), _Mean()).add(neighbour.weight, off)
-                by_backend.setdefault(name, _Mean()).add(neighbour.weight, sum(off for _, off in own) / len(own))
-            means = [sum(off for _, off in own) / len(own) for own in offs.values()]
-            everyone.add(neighbour.weight, sum(means) / len(means))
+                    by_candidate[name, config].add(weight, off)
+                means.append(sum(off for _, off in own) / len(own))
+                by_backend[name].add(weight, means[-1])
+            everyone.add(weight, sum(means) / len(means))
         self.used, self.nearest = len(heard), heard[0].text if heard else ""
         shared = everyone.given(0.0)
         self._shared = shared

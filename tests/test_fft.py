@@ -255,6 +255,11 @@ def seconds(text: str, config: Config | None = None, machine: Machine = MACHINE)
     return estimate
 
 
+@given(problems())
+def test_the_config_found_in_a_hurry_is_the_first_of_all(problem: Problem) -> None:
+    assert FFT.configs(problem, "estimate")[0] == FFT.configs(problem, "exhaustive")[0]
+
+
 def test_estimate_grows_with_the_work_and_shrinks_with_the_machine() -> None:
     base = "1x56x56x64 * 3x3x64x64 SAME"
     assert 1e-4 < seconds(base) < 1e-1
