@@ -1,4 +1,4 @@
-"""The activation of one value, for compiled kernels; they add bias and residual themselves."""
+"""Activations of values, for compiled kernels; they add bias and residual themselves."""
 
 import math
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from numba import types
 from numba.extending import overload
 
+from convdispatch.backends._jit import njit
 from convdispatch.epilogue import ACTIVATIONS
 
 RELU, RELU6, SILU, GELU, SIGMOID, TANH, HARDSWISH, LEAKY_RELU = range(1, len(ACTIVATIONS) + 1)
@@ -47,3 +48,14 @@ def _activate_integer(v: Any, code: int, slope: float) -> Any:  # noqa: ARG001  
 @overload(activate)
 def _overload_activate(v: Any, code: int, slope: float) -> Any:  # noqa: ARG001  # Numba matches by name
     return _activate_integer if isinstance(v, types.Integer) else _activate_float
+
+
+@njit()
+def finish(values, code, slope):  # type: ignore[no-untyped-def]
+    """Apply an activation to values that lie side by side."""
+    if code == RELU:
+        for i in range(values.size):
+            values[i] = max(values[i], 0)
+    elif code:
+        for i in range(values.size):
+            values[i] = activate(values[i], code, slope)

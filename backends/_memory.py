@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from convdispatch.arguments import Array
+from convdispatch.machine import current
 
 CACHE_LINE = 64
 
@@ -71,3 +72,8 @@ def odd_lines(count: int, itemsize: int) -> int:
     same few places of L1.
     """
     return (-(-count * itemsize // CACHE_LINE) | 1) * CACHE_LINE // itemsize
+
+
+def exceeds_caches(count: int) -> bool:
+    """Return whether so many bytes of output are too much for caches, which hold the input and other things too."""
+    return 2 * count > current().caches[2]

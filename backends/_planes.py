@@ -3,7 +3,7 @@
 import numpy as np
 from numba import literally  # type: ignore[attr-defined]  # its stubs forgot one
 
-from convdispatch.backends._epilogue import RELU, activate
+from convdispatch.backends._epilogue import finish
 from convdispatch.backends._jit import njit
 from convdispatch.backends._layout import SAME, gather_planes
 from convdispatch.backends._vector import copy
@@ -92,17 +92,6 @@ def weave_line(line, stage, r, like, lanes, itemsize):  # type: ignore[no-untype
 
 
 @njit()
-def finish_line(values, code, slope):  # type: ignore[no-untyped-def]
-    """Apply an activation to values that lie side by side."""
-    if code == RELU:
-        for i in range(values.size):
-            values[i] = max(values[i], 0)
-    elif code:
-        for i in range(values.size):
-            values[i] = activate(values[i], code, slope)
-
-
-@njit()
 def put_line(out, residual, image, row, left, right, stage, r, code, slope, like, lanes, itemsize):  # type: ignore[no-untyped-def]
     """Store a line of output, from column ``left`` to ``right``: the staged results of row ``r``, finished."""
     literally(lanes), literally(itemsize)
@@ -113,4 +102,4 @@ def put_line(out, residual, image, row, left, right, stage, r, code, slope, like
         added = residual[image, row, left:right].reshape(line.size)
         for i in range(flat.size):
             flat[i] += added[i]
-    finish_line(flat, code, slope)
+    finish(flat, code, slope)

@@ -2,6 +2,9 @@
 
 A tile is ``rows`` times ``vectors``: of ``implicit_gemm``, output pixels times vectors of filters. Every step of its
 innermost loop loads ``vectors`` vectors of packed filters and, for each row, multiplies them with one input value.
+
+Where a tile's rows lie in memory is told in one of two ways: by the address of a table that has an address for each
+row; or, if they are equally far apart, by a pair, the first row's address and the bytes from one to the next.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -71,18 +74,17 @@ def zeros(typing: Any, rows: Any, vectors: Any, lanes: Any, itemsize: Any) -> tu
 def multiply_add(typing: Any, tile: Any, rows: Any, inputs: Any, offset: Any, filters: Any) -> tuple[Any, Codegen]:
     """Return the tile plus an outer product: one input value of each row times the vectors at ``filters``.
 
-    ``inputs`` is the address of one input address a row; the values are ``offset`` bytes behind them.
+    The values are ``offset`` bytes behind where ``inputs`` tells that the rows lie.
     """
     count, vector = rows.literal_value, tile.dtype
     vectors, size = len(tile) // count, vector.itemsize
     scalar = SCALARS[size][1]
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        values, _, table, behind, packed = arguments
+        values, _, where, behind, packed = arguments
         sums = parts_of(b, values, len(tile))
         weights = [load_at(b, vector.ir, packed, v * vector.lanes * size, size) for v in range(vectors)]
-        for row in range(count):
-            start = load_at(b, I64, table, row * 8, 8)
+        for row, start in enumerate(_starts(b, count, inputs, where)):
             x = broadcast(b, load_at(b, scalar, b.add(start, behind), 0, size), vector.lanes)
             for v in range(vectors):
                 sums[row * vectors + v] = fused_multiply_add(b, x, weights[v], sums[row * vectors + v], vector)
@@ -105,25 +107,36 @@ def add_to_all(typing: Any, tile: Any, rows: Any, address: Any) -> tuple[Any, Co
     return tile(tile, rows, address), codegen
 
 
-def _places(b: Any, tile: Any, rows: Any, table: Any, offset: Any) -> Iterator[tuple[int, int, Any]]:
+def _starts(b: Any, count: int, kind: Any, where: Any) -> Iterator[Any]:
+    """Yield the addresses of rows from what tells where they lie, which is of this Numba type."""
+    if isinstance(kind, types.BaseTuple):
+        first, step = parts_of(b, where, 2)
+        for row in range(count):
+            yield b.add(first, b.mul(step, ir.Constant(I64, row))) if row else first
+    else:
+        for row in range(count):
+            yield load_at(b, I64, where, row * 8, 8)
+
+
+def _places(b: Any, tile: Any, rows: Any, kind: Any, where: Any, offset: Any) -> Iterator[tuple[int, int, Any]]:
     """Yield of each vector of a tile its number, its number within its row, and a pointer to its place.
 
-    The places of a row begin ``offset`` bytes behind its address in the table.
+    A row's places begin ``offset`` bytes behind where the row lies.
     """
     vector, vectors = tile.dtype, len(tile) // rows.literal_value
-    for row in range(rows.literal_value):
-        start = b.add(load_at(b, I64, table, row * 8, 8), offset)
+    for row, start in enumerate(_starts(b, rows.literal_value, kind, where)):
+        behind = b.add(start, offset)
         for v in range(vectors):
-            yield row * vectors + v, v, address_of(b, start, v * vector.lanes * vector.itemsize, vector.ir)
+            yield row * vectors + v, v, address_of(b, behind, v * vector.lanes * vector.itemsize, vector.ir)
 
 
 @intrinsic
 def add_to_each(typing: Any, tile: Any, rows: Any, outputs: Any, offset: Any) -> tuple[Any, Codegen]:
-    """Return the tile with each row's vectors, ``offset`` bytes behind its address, added to it: a residual."""
+    """Return the tile with the vectors ``offset`` bytes behind where each row lies added to it: a residual."""
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         sums = parts_of(b, arguments[0], len(tile))
-        for i, _, place in _places(b, tile, rows, *arguments[2:]):
+        for i, _, place in _places(b, tile, rows, outputs, *arguments[2:]):
             sums[i] = b.fadd(sums[i], b.load(place, align=tile.dtype.itemsize))
         return context.make_tuple(b, signature.return_type, sums)
 
@@ -150,12 +163,32 @@ def clamp(typing: Any, tile: Any, low: Any, high: Any) -> tuple[Any, Codegen]:
 
 @intrinsic
 def store(typing: Any, tile: Any, rows: Any, outputs: Any, offset: Any) -> tuple[Any, Codegen]:
-    """Store each row's vectors ``offset`` bytes behind its address in the table at ``outputs``."""
+    """Store each row's vectors ``offset`` bytes behind where ``outputs`` tells that it lies."""
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         sums = parts_of(b, arguments[0], len(tile))
-        for i, _, place in _places(b, tile, rows, *arguments[2:]):
+        for i, _, place in _places(b, tile, rows, outputs, *arguments[2:]):
             b.store(sums[i], place, align=tile.dtype.itemsize)
+        return context.get_dummy_value()
+
+    return types.void(tile, rows, outputs, offset), codegen
+
+
+@intrinsic
+def stream(typing: Any, tile: Any, rows: Any, outputs: Any, offset: Any) -> tuple[Any, Codegen]:
+    """Do as ``store`` does, past the caches: for results too large to be found there again.
+
+    A line of memory is not loaded before it is written then, which is half of the traffic. Every vector's place must be
+    a multiple of its bytes, and lines should be written whole. The atomic operation at a kernel's end makes other
+    threads see it.
+    """
+    vector = tile.dtype
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        sums = parts_of(b, arguments[0], len(tile))
+        past = b.module.add_metadata([ir.Constant(I32, 1)])
+        for i, _, place in _places(b, tile, rows, outputs, *arguments[2:]):
+            b.store(sums[i], place, align=vector.lanes * vector.itemsize).set_metadata("nontemporal", past)
         return context.get_dummy_value()
 
     return types.void(tile, rows, outputs, offset), codegen
@@ -170,7 +203,7 @@ def store_some(typing: Any, tile: Any, rows: Any, outputs: Any, offset: Any, cou
         values, _, *where, valid = arguments
         sums, masks = parts_of(b, values, len(tile)), _masks(b, vector, vectors, valid)
         align = ir.Constant(I32, vector.itemsize)
-        for i, v, place in _places(b, tile, rows, *where):
+        for i, v, place in _places(b, tile, rows, outputs, *where):
             b.call(_masked(b, "store", vector, place), [sums[i], place, align, masks[v]])
         return context.get_dummy_value()
 
@@ -186,7 +219,7 @@ def add_some_to_each(typing: Any, tile: Any, rows: Any, outputs: Any, offset: An
         values, _, *where, valid = arguments
         sums, masks = parts_of(b, values, len(tile)), _masks(b, vector, vectors, valid)
         align, none = ir.Constant(I32, vector.itemsize), ir.Constant(vector.ir, None)
-        for i, v, place in _places(b, tile, rows, *where):
+        for i, v, place in _places(b, tile, rows, outputs, *where):
             sums[i] = b.fadd(sums[i], b.call(_masked(b, "load", vector, place), [place, align, masks[v], none]))
         return context.make_tuple(b, signature.return_type, sums)
 

@@ -186,6 +186,21 @@ def copy(typing: Any, target: Any, source: Any, count: Any) -> tuple[Any, Codege
     return types.void(types.int64, types.int64, types.int64), codegen
 
 
+@intrinsic
+def prefetch(typing: Any, address: Any) -> tuple[Any, Codegen]:
+    """Have the cache line at an address on its way to L2, before it is needed; any address will do."""
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        pointer = address_of(b, arguments[0], 0, I8)
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
+        call = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")  # type: ignore[no-untyped-call]
+        to_read, to_l2, data = (ir.Constant(I32, value) for value in (0, 2, 1))
+        b.call(call, [pointer, to_read, to_l2, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
 # Arithmetic in plain Python.
 
 

@@ -1,5 +1,7 @@
 """Which outputs read inside the image, and what they read there: padding as slices, never as a copy."""
 
+from convdispatch.backends._jit import njit
+
 
 def overlap(first: int, count: int, offset: int, stride: int, length: int) -> tuple[slice, slice]:
     """Return which of ``count`` places from ``first`` on hold elements of ``0..length``, and which elements.
@@ -11,3 +13,11 @@ def overlap(first: int, count: int, offset: int, stride: int, length: int) -> tu
     if low >= high:
         return slice(0, 0), slice(0, 0)
     return slice(low - first, high - first), slice(low * stride + offset, (high - 1) * stride + offset + 1, stride)
+
+
+@njit()
+def taps_inside(start, step, taps, size):  # type: ignore[no-untyped-def]
+    """Return the range of taps that lie inside an axis, the first tap at ``start`` and the others ``step`` apart."""
+    low = (-start + step - 1) // step if start < 0 else 0
+    high = (size - start + step - 1) // step if start < size else 0
+    return low, min(high, taps)

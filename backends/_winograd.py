@@ -29,6 +29,7 @@ from convdispatch.backends._tile import (
     zeros,
 )
 from convdispatch.backends._transforms import leave_columns, odd_lines_apart, report, transform_input, transform_output
+from convdispatch.backends._vector import prefetch
 
 
 @njit()
@@ -165,23 +166,25 @@ def _enter_folded(  # type: ignore[no-untyped-def]
 
 
 @njit()
-def _pass(  # type: ignore[no-untyped-def]
-    inputs, offset, weights, runs, start, outputs, behind, rows, vectors, lanes, itemsize
-):
-    """Store the products of some tiles at one point: those whose addresses are at ``inputs`` and ``outputs``.
+def _pass(inputs, weights, runs, start, outputs, rows, vectors, lanes, itemsize):  # type: ignore[no-untyped-def]
+    """Store the products of ``rows`` tiles at one point, whose values and products lie as ``_tile`` tells.
 
     Of each tile, ``runs[0]`` times ``runs[1]`` values count; each run fills up vectors. ``start`` is the address of
-    what the sums begin with, or 0.
+    what the sums begin with, or 0. The next point's filters, which follow, are on their way meanwhile: where filters
+    come from far caches, that makes up to a third of the time.
     """
     literally(rows), literally(vectors), literally(lanes), literally(itemsize)
     sums, room = zeros(rows, vectors, lanes, itemsize), -(-runs[1] // lanes) * lanes
+    step = vectors * lanes * itemsize
+    point_bytes = runs[0] * runs[1] * step
     if start:
         sums = add_to_all(sums, rows, start)
     for run in range(runs[0]):
         for c in range(runs[1]):
-            sums = multiply_add(sums, rows, inputs, offset + (run * room + c) * itemsize, weights)
-            weights += vectors * lanes * itemsize
-    store(sums, rows, outputs, behind)
+            sums = multiply_add(sums, rows, inputs, (run * room + c) * itemsize, weights)
+            prefetch(weights + point_bytes)
+            weights += step
+    store(sums, rows, outputs, 0)
 
 
 @njit()
@@ -191,33 +194,28 @@ def _multiply(  # type: ignore[no-untyped-def]
     """Store ``values [points, count * padded] @ packed [points, values of a pixel, block]``.
 
     A pixel is ``runs[0]`` times ``runs[1]`` values. The tiles are shared out evenly among passes of at most ``rows``,
-    each by the register tile that wastes least. What is added at the point ``one`` is added to every output of a tile
+    each by the register tile that wastes least: what that is too long is products of the next tiles, or of what lies
+    behind the last. What is added at the point ``one`` is added to every output of a tile
     when it is transformed back, since powers of 1 are 1: the bias, of which this is the address, or 0.
     """
     literally(rows), literally(less), literally(least), literally(vectors), literally(lanes), literally(itemsize)
     points, step = values.shape[0], vectors * lanes * itemsize
     padded = runs[0] * -(-runs[1] // lanes) * lanes
     passes = -(-count // rows)
-    table = np.empty((2, count + rows), np.int64)
-    for row in range(count + rows):  # beyond the last tile, the last one again
-        tile = min(row, count - 1)
-        table[0, row] = values.ctypes.data + tile * padded * itemsize
-        table[1, row] = products.ctypes.data + tile * step
-    inputs, outputs = table.ctypes.data, table.ctypes.data + (count + rows) * 8
     for point in range(points):  # the filters of a point come from a far cache once, and stay for the other passes
-        weights, behind = packed + point * runs[0] * runs[1] * step, point * products.shape[1] * itemsize
-        offset, start = point * values.shape[1] * itemsize, bias if point == one else 0
+        weights, start = packed + point * runs[0] * runs[1] * step, bias if point == one else 0
+        entered = np.int64(values.ctypes.data) + point * values.shape[1] * itemsize
+        left = np.int64(products.ctypes.data) + point * products.shape[1] * itemsize
         for number in range(passes):
             first = number * count // passes
             now = (number + 1) * count // passes - first
-            x, y = inputs + first * 8, outputs + first * 8
+            x, y = (entered + first * padded * itemsize, padded * itemsize), (left + first * step, step)
             if now > less:
-                _pass(x, offset, weights, runs, start, y, behind, rows, vectors, lanes, itemsize)
+                _pass(x, weights, runs, start, y, rows, vectors, lanes, itemsize)
             elif now > least:
-                _pass(x, offset, weights, runs, start, y, behind, less, vectors, lanes, itemsize)
+                _pass(x, weights, runs, start, y, less, vectors, lanes, itemsize)
             else:
-                _pass(x, offset, weights, runs, start, y, behind, least, vectors, lanes, itemsize)
-    hold(table)
+                _pass(x, weights, runs, start, y, least, vectors, lanes, itemsize)
 
 
 @njit()
@@ -319,9 +317,10 @@ def compiled(
         padded = fold * -(-runs[1] // lanes) * lanes
         count = last - first
         entering, leaving = odd_lines_apart(count * padded, itemsize), odd_lines_apart(count * block, itemsize)
-        scratch = np.empty(points * (entering + leaving) + lanes, x.dtype)
+        beyond = least * max(padded, block)  # a register tile may be longer than what is left
+        scratch = np.empty(points * (entering + leaving) + beyond + lanes, x.dtype)
         start = (-scratch.ctypes.data // itemsize) % lanes  # or every vector lies across two cache lines
-        middle = start + points * entering
+        middle = start + points * entering  # what is written beyond the products must be behind all
         values = scratch[start:middle].reshape(points, entering)
         products = scratch[middle : middle + points * leaving].reshape(points, leaving)
         doubts = zeros(1, 1, lanes, itemsize)[0]

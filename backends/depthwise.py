@@ -25,7 +25,7 @@ from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, item_bytes
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
-from convdispatch.backends._epilogue import RELU, RELU6, activate
+from convdispatch.backends._epilogue import RELU, RELU6, finish
 from convdispatch.backends._jit import hold, njit
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import aligned
@@ -34,6 +34,7 @@ from convdispatch.backends._slide import slide, slide_found
 from convdispatch.backends._threads import split
 from convdispatch.backends._tile import add_to_all, add_to_each, clamp, store, zeros
 from convdispatch.backends._vector import registers, vector_bytes
+from convdispatch.backends._windows import taps_inside
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine, current
 from convdispatch.problem import Problem, dtype_of
@@ -48,14 +49,6 @@ _WIDEST = 31
 _CHANNELS = 16
 #: The rows of a strip that a filter needs again stay in L2 up to this size.
 _CACHED_ROWS = 256 << 10
-
-
-@njit()
-def _inside(start, step, taps, size):  # type: ignore[no-untyped-def]
-    """Return the range of taps that lie inside an axis, the first tap at ``start`` and the others ``step`` apart."""
-    low = (-start + step - 1) // step if start < 0 else 0
-    high = (size - start + step - 1) // step if start < size else 0
-    return low, min(high, taps)
 
 
 @njit()
@@ -90,13 +83,6 @@ def _spread(out, residual, bias, scratch, where, k0, member):  # type: ignore[no
             if residual.size:
                 total += residual[ow, k]
             out[ow, k] = total
-
-
-@njit()
-def _finish(values, code, slope):  # type: ignore[no-untyped-def]
-    """Apply an activation to the outputs of one pixel, value by value."""
-    for k in range(values.size):
-        values[k] = activate(values[k], code, slope)
 
 
 #: ``filters`` is ``[blocks, members, KH, KW, C // groups, lanes]``, a block being what a vector of outputs needs.
@@ -150,7 +136,7 @@ def _compiled(  # noqa: C901, PLR0915
             for row in range(part[0], part[1]):
                 n, oh = divmod(row, rows)
                 above = oh * sh - top
-                first, last = _inside(above, dh, kh, height)
+                first, last = taps_inside(above, dh, kh, height)
                 tiles = (min(strip, columns - begin) + tile * apart - 1) // (tile * apart)
                 for task in range(tiles * phases):
                     number, phase = divmod(task, phases)
@@ -202,7 +188,7 @@ def _compiled(  # noqa: C901, PLR0915
                                     _spread(out[n, oh], added, bias, scratch, (ow, apart), k0, (members, member))
                     if code and (members > 1 or code > RELU6):
                         for o in range(max(0, -o0), tile):
-                            _finish(out[n, oh, ow + o * apart], code, slope)
+                            finish(out[n, oh, ow + o * apart], code, slope)
         hold(pixels)
         add(arguments + _DONE_AT, 1)
 

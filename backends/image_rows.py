@@ -25,12 +25,12 @@ from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, item_bytes
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
-from convdispatch.backends._epilogue import RELU, RELU6
+from convdispatch.backends._epilogue import RELU, RELU6, finish
 from convdispatch.backends._jit import njit
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import aligned
 from convdispatch.backends._packed import PackedBackend
-from convdispatch.backends._planes import WOVEN, fill, finish_line, put_line, taps_together
+from convdispatch.backends._planes import WOVEN, fill, put_line, taps_together
 from convdispatch.backends._threads import split
 from convdispatch.backends._tile import add_to_all, add_to_each, clamp, register_tile, store, zeros
 from convdispatch.backends._vector import registers, vector_bytes
@@ -175,9 +175,7 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
                         store(sums, rows, table, offset)
                         if code > RELU6:
                             for r in range(rows):
-                                finish_line(
-                                    out[n, phase + (oh + r) * dh, left + ow : left + ow + across, 0], code, slope
-                                )
+                                finish(out[n, phase + (oh + r) * dh, left + ow : left + ow + across, 0], code, slope)
                 if staged:
                     for r in range(count):
                         row = phase + (oh + r) * dh

@@ -1,0 +1,140 @@
+"""The kernel of ``implicit_gemm`` for lines of output that are long enough: a tile's pixels are neighbours in one.
+
+So they are equally far apart, in the input as in the output, and need no table of addresses; which takes a third of the
+time where sums are short. Rows of taps above or below the image are left out. A window that reaches beside the image is
+copied, with zeros around it. With 1x1 filters of stride 1, all pixels of all images are one line.
+"""
+
+import functools
+import math
+
+import numpy as np
+
+from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
+from convdispatch.backends._atomics import add
+from convdispatch.backends._epilogue import RELU, RELU6, finish
+from convdispatch.backends._jit import hold, njit
+from convdispatch.backends._memory import CACHE_LINE
+from convdispatch.backends._tile import (
+    add_some_to_each,
+    add_to_all,
+    add_to_each,
+    clamp,
+    multiply_add,
+    store,
+    store_some,
+    stream,
+    zeros,
+)
+from convdispatch.backends._vector import clear, copy
+from convdispatch.backends._windows import taps_inside
+
+
+@njit()
+def _copy_line(line, source, first, width):  # type: ignore[no-untyped-def]
+    """Copy pixels from column ``first`` on, whose address is ``source``, to ``line [pixels, C]``; zeros outside."""
+    pixel, count = line.shape[1] * line.itemsize, line.shape[0]
+    target = np.int64(line.ctypes.data)
+    low, high = min(max(0, -first), count), min(max(0, width - first), count)
+    clear(target, low * pixel)
+    copy(target + low * pixel, source + low * pixel, (high - low) * pixel)
+    clear(target + high * pixel, (count - high) * pixel)
+
+
+#: ``filters`` is ``[groups, blocks of a group, KH, KW, C // groups, block]``, filled up with zeros, ``bias`` alike.
+ARGUMENTS = Arguments(
+    input=array_of(4), filters=array_of(6), bias=array_of(1), residual=array_of(4), out=array_of(4),
+    pads=integers_of(2), strides=integers_of(2), dilations=integers_of(2), together=INTEGER, streamed=INTEGER,
+    code=INTEGER, slope=FLOAT, parts=array_of(2, "int64"),
+)  # fmt: skip
+unpack = ARGUMENTS.unpack
+_DONE_AT = 8 * ARGUMENTS.done_at
+
+
+@functools.cache
+def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKernel:  # noqa: C901, PLR0915
+    """Return the kernel of one tile, which is no longer than a line."""
+    block = vectors * lanes
+    step = block * itemsize
+
+    def convolve(arguments, job):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
+        """Compute the tiles ``part[0:2]``, line by line, for the blocks of filters ``part[2:4]``."""
+        x, w, bias, residual, out, pads, strides, dilations, together, streamed, code, slope, parts = unpack(
+            arguments, itemsize
+        )
+        first_tile, last_tile, first_block, last_block = parts[job]
+        groups, per_group, kh, kw, group_c, _ = w.shape
+        height, width, channels = x.shape[1:]
+        lines, columns, filters = out.shape[1:]
+        group_k, across = filters // groups, (columns + rows - 1) // rows
+        pixel, result = channels * itemsize, filters * itemsize
+        # Taps of one row are one run through memory, if nothing lies between them.
+        joined = dilations[1] == 1 and groups == 1
+        segments, run = (1, kw * group_c) if joined else (kw, group_c)
+        apart, tap_bytes = strides[1] * pixel, kw * group_c * step
+        reach = (rows - 1) * strides[1] + (kw - 1) * dilations[1] + 1
+        window = np.empty((kh, reach, channels), x.dtype)
+        here, there = np.int64(x.ctypes.data), np.int64(out.ctypes.data)
+        more = np.int64(residual.ctypes.data) - there
+        scratch = np.empty((rows, block), x.dtype)
+        streams = streamed and there % CACHE_LINE == 0
+        blocks, tiles = last_block - first_block, last_tile - first_tile
+        for turn in range(-(-tiles // together) * blocks):
+            some, number = turn // blocks, first_block + turn % blocks
+            group, member = divmod(number, per_group)
+            k0, count = group * group_k + member * block, min(block, group_k - member * block)
+            weights = np.int64(w.ctypes.data) + number * kh * tap_bytes
+            now, end = first_tile + some * together, first_tile + min((some + 1) * together, tiles)
+            while now < end:
+                line, tile = divmod(now, across)
+                image, oh = divmod(line, lines)
+                top = oh * strides[0] - pads[0]
+                low, high = taps_inside(top, dilations[0], kh, height)
+                from_line = here + ((image * height + top) * width - pads[1]) * pixel
+                to_line = there + line * columns * result + k0 * itemsize
+                stop = min(across, tile + end - now)
+                now += stop - tile
+                for place in range(tile, stop):
+                    ow = min(place * rows, columns - rows)
+                    left, to = ow * strides[1] - pads[1], to_line + ow * result
+                    at, down = from_line + ow * apart, dilations[0] * width * pixel
+                    if left < 0 or left + reach > width:
+                        for i in range(low, high):
+                            _copy_line(window[i], at + i * down, left, width)
+                        at, down = np.int64(window.ctypes.data), reach * pixel
+                    sums = zeros(rows, vectors, lanes, itemsize)
+                    if bias.size:
+                        sums = add_to_all(sums, rows, np.int64(bias.ctypes.data) + number * step)
+                    packed = weights + low * tap_bytes
+                    for i in range(low, high):
+                        for j in range(segments):
+                            tap = at + i * down + j * dilations[1] * pixel + group * group_c * itemsize
+                            for _ in range(run):
+                                sums = multiply_add(sums, rows, (tap, apart), 0, packed)
+                                tap += itemsize
+                                packed += step
+                    if residual.size:
+                        if count == block:
+                            sums = add_to_each(sums, rows, (to, result), more)
+                        else:
+                            sums = add_some_to_each(sums, rows, (to, result), more, count)
+                    if code == RELU:
+                        sums = clamp(sums, 0.0, math.inf)
+                    elif code == RELU6:
+                        sums = clamp(sums, 0.0, 6.0)
+                    if code > RELU6:  # not where they belong: another thread may have done some of them
+                        store(sums, rows, (np.int64(scratch.ctypes.data), step), 0)
+                        for r in range(rows):
+                            finish(scratch[r, :count], code, slope)
+                            out[image, oh, ow + r, k0 : k0 + count] = scratch[r, :count]
+                    elif count < block:
+                        store_some(sums, rows, (to, result), 0, count)
+                    elif streams:
+                        stream(sums, rows, (to, result), 0)
+                    else:
+                        store(sums, rows, (to, result), 0)
+        hold(window)
+        hold(scratch)
+        add(arguments + _DONE_AT, 1)
+
+    return CompiledKernel(convolve, ARGUMENTS)

@@ -1,0 +1,184 @@
+"""The kernel of ``implicit_gemm`` for any window: what a tile reads, it finds through a table of addresses.
+
+The table has an address for each tap and pixel of the tile, and padding is the address of a row of zeros (Dukhan: The
+Indirect Convolution Algorithm, 2019). A tile whose windows lie inside the image needs only its pixels' addresses. Tiles
+are cut from the flat list of all pixels of all images, and run over the ends of lines.
+"""
+
+import functools
+import math
+
+import numpy as np
+
+from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
+from convdispatch.backends._atomics import add
+from convdispatch.backends._epilogue import RELU, RELU6, finish
+from convdispatch.backends._jit import hold, njit
+from convdispatch.backends._memory import CACHE_LINE
+from convdispatch.backends._tile import (
+    add_some_to_each,
+    add_to_all,
+    add_to_each,
+    clamp,
+    multiply_add,
+    store,
+    store_some,
+    stream,
+    zeros,
+)
+
+
+@njit()
+def _locate(place, x, size, out, zero, window, table):  # type: ignore[no-untyped-def]
+    """Fill the table for the tile of pixels from ``place`` on: (image, row, column) of the output.
+
+    The first row of the table is the outputs' addresses, the second the windows' (meaningful if all lie inside), the
+    rest, filled if they do not, the address of each tap. Return whether all windows lie inside the image, and the place
+    behind the tile.
+    """
+    (_, height, width, channels), (images, rows, columns, filters) = x[1:], out[1:]
+    kh, kw, top, left, sh, sw, dh, dw = window
+    image, oh, ow = place
+    ih, iw, pixels = oh * sh - top, ow * sw - left, table.shape[1]
+    stored = out[0] + ((image * rows + oh) * columns + ow) * filters * size
+    seen = x[0] + ((image * height + ih) * width + iw) * channels * size
+    below, right = (kh - 1) * dh, (kw - 1) * dw
+    if ow + pixels <= columns:  # as a rule, all in one row
+        for r in range(pixels):
+            table[0, r] = stored + r * filters * size
+            table[1, r] = seen + r * sw * channels * size
+        inside = ih >= 0 and iw >= 0 and ih + below < height and iw + (pixels - 1) * sw + right < width
+    else:
+        inside = True
+        for r in range(pixels):
+            ih, iw = oh * sh - top, ow * sw - left
+            table[0, r] = out[0] + ((image * rows + oh) * columns + ow) * filters * size
+            table[1, r] = x[0] + ((image * height + ih) * width + iw) * channels * size
+            inside &= ih >= 0 and iw >= 0 and ih + below < height and iw + right < width
+            image, oh, ow = _next((image, oh, ow), (images, rows, columns))
+    if not inside:
+        image, oh, ow = place
+        for r in range(pixels):
+            for i in range(kh):
+                ih = oh * sh - top + i * dh
+                for j in range(kw):
+                    iw = ow * sw - left + j * dw
+                    behind = (i * dh * width + j * dw) * channels * size
+                    is_seen = 0 <= ih < height and 0 <= iw < width
+                    table[2 + i * kw + j, r] = table[1, r] + behind if is_seen else zero
+            image, oh, ow = _next((image, oh, ow), (images, rows, columns))
+    image, oh, ow = place
+    if ow + pixels < columns:
+        return inside, (image, oh, ow + pixels)
+    ow += pixels
+    while ow >= columns and image < images:
+        ow -= columns
+        oh += 1
+        if oh == rows:
+            oh = 0
+            image += 1
+    return inside, (image, oh, ow)
+
+
+@njit()
+def _next(place, shape):  # type: ignore[no-untyped-def]
+    """Return the place of the next pixel, of the last one again behind it: a division each would take far longer."""
+    image, oh, ow = place
+    if ow + 1 < shape[2]:
+        return image, oh, ow + 1
+    if oh + 1 < shape[1]:
+        return image, oh + 1, 0
+    if image + 1 < shape[0]:
+        return image + 1, 0, 0
+    return place
+
+
+#: ``filters`` is ``[groups, blocks of a group, KH, KW, C // groups, block]``, filled up with zeros, ``bias`` alike.
+ARGUMENTS = Arguments(
+    input=array_of(4), filters=array_of(6), bias=array_of(1), residual=array_of(4), out=array_of(4), zero=array_of(1),
+    window=integers_of(8), groups=INTEGER, together=INTEGER, streamed=INTEGER, code=INTEGER,
+    slope=FLOAT, parts=array_of(2, "int64"),
+)  # fmt: skip
+unpack = ARGUMENTS.unpack
+_DONE_AT = 8 * ARGUMENTS.done_at
+
+
+@functools.cache
+def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKernel:  # noqa: C901, PLR0915
+    """Return the kernel of one tile."""
+    block = vectors * lanes
+    step = block * itemsize
+
+    def convolve(arguments, job):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
+        """Compute the tiles of pixels ``part[0:2]`` for the blocks of filters ``part[2:4]``."""
+        x, w, bias, residual, out, zero, window, groups, together, streamed, code, slope, parts = unpack(
+            arguments, itemsize
+        )
+        first_tile, last_tile, first_block, last_block = parts[job]
+        kh, kw, _, _, _, _, dh, dw = window
+        channels, filters = x.shape[3], out.shape[3]
+        group_c, group_k, per_group = channels // groups, filters // groups, w.shape[1]
+        pixels = out.shape[0] * out.shape[1] * out.shape[2]
+        here = (x.ctypes.data, x.shape[0], x.shape[1], x.shape[2], x.shape[3])
+        there = (out.ctypes.data, out.shape[0], out.shape[1], out.shape[2], out.shape[3])
+        residual_offset = residual.ctypes.data - out.ctypes.data
+        flat = out.reshape(pixels, filters)
+        tiles = last_tile - first_tile
+        table, inside = np.empty((tiles, 2 + kh * kw, rows), np.int64), np.empty(tiles, np.bool_)
+        image, rest = divmod(first_tile * rows, out.shape[1] * out.shape[2])
+        place = (image, rest // out.shape[2], rest % out.shape[2])
+        for t in range(tiles):
+            inside[t], place = _locate(place, here, itemsize, there, zero.ctypes.data, window, table[t])
+        # Taps of one row are one run through memory, if nothing lies between them.
+        joined = dw == 1 and groups == 1
+        segments, run = (kh, kw * group_c) if joined else (kh * kw, group_c)
+        table_at, table_step = table.ctypes.data, (2 + kh * kw) * rows * 8
+        streams = streamed and out.ctypes.data % CACHE_LINE == 0
+        blocks = last_block - first_block
+        for turn in range(-(-tiles // together) * blocks):
+            some, number = turn // blocks, first_block + turn % blocks
+            group, member = divmod(number, per_group)
+            k0, count = group * group_k + member * block, min(block, group_k - member * block)
+            weights, behind = w.ctypes.data + number * kh * kw * group_c * step, group * group_c * itemsize
+            for t in range(some * together, min((some + 1) * together, tiles)):
+                outputs = table_at + t * table_step
+                inputs, packed = outputs + rows * 8, weights
+                sums = zeros(rows, vectors, lanes, itemsize)
+                if bias.size:
+                    sums = add_to_all(sums, rows, bias.ctypes.data + number * step)
+                if inside[t]:
+                    for s in range(segments):
+                        gap = s * dh * here[3] if joined else s // kw * dh * here[3] + s % kw * dw
+                        offset = behind + gap * channels * itemsize
+                        for c in range(run):
+                            sums = multiply_add(sums, rows, inputs, offset + c * itemsize, packed)
+                            packed += step
+                else:
+                    for tap in range(kh * kw):
+                        taps = inputs + (1 + tap) * rows * 8
+                        for c in range(group_c):
+                            sums = multiply_add(sums, rows, taps, behind + c * itemsize, packed)
+                            packed += step
+                if residual.size:
+                    if count == block:
+                        sums = add_to_each(sums, rows, outputs, residual_offset + k0 * itemsize)
+                    else:
+                        sums = add_some_to_each(sums, rows, outputs, residual_offset + k0 * itemsize, count)
+                if code == RELU:
+                    sums = clamp(sums, 0.0, math.inf)
+                elif code == RELU6:
+                    sums = clamp(sums, 0.0, 6.0)
+                if count < block:
+                    store_some(sums, rows, outputs, k0 * itemsize, count)
+                elif streams:
+                    stream(sums, rows, outputs, k0 * itemsize)
+                else:
+                    store(sums, rows, outputs, k0 * itemsize)
+                if code > RELU6:
+                    first = (first_tile + t) * rows
+                    for r in range(first, min(first + rows, pixels)):
+                        finish(flat[r, k0 : k0 + count], code, slope)
+        hold(table)
+        add(arguments + _DONE_AT, 1)
+
+    return CompiledKernel(convolve, ARGUMENTS)
