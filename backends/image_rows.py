@@ -28,11 +28,11 @@ from convdispatch.backends._atomics import add
 from convdispatch.backends._epilogue import RELU, RELU6, finish
 from convdispatch.backends._jit import njit
 from convdispatch.backends._kernel import PackedKernel
-from convdispatch.backends._memory import aligned
+from convdispatch.backends._memory import CACHE_LINE, aligned, exceeds_caches
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._planes import WOVEN, fill, put_line, taps_together
 from convdispatch.backends._threads import split
-from convdispatch.backends._tile import add_to_all, add_to_each, clamp, register_tile, store, zeros
+from convdispatch.backends._tile import add_to_all, add_to_each, clamp, register_tile, store, stream, zeros
 from convdispatch.backends._vector import registers, vector_bytes
 from convdispatch.backends._weave import add_rows
 from convdispatch.machine import Machine, current
@@ -57,8 +57,8 @@ def _pieces(length, unit, least):  # type: ignore[no-untyped-def]
 #: ``filters`` is ``[K, C // groups, KW, KH]``, the taps of one column side by side; ``bias`` ``[K, across]`` or empty.
 _ARGUMENTS = Arguments(
     input=array_of(4), filters=array_of(4), bias=array_of(2), residual=array_of(4), out=array_of(4),
-    pads=integers_of(4), dilations=integers_of(2), shape=integers_of(2), in_place=INTEGER, code=INTEGER, slope=FLOAT,
-    parts=array_of(2, "int64"),
+    pads=integers_of(4), dilations=integers_of(2), shape=integers_of(2), in_place=INTEGER, streamed=INTEGER,
+    code=INTEGER, slope=FLOAT, parts=array_of(2, "int64"),
 )  # fmt: skip
 unpack = _ARGUMENTS.unpack
 _DONE_AT = 8 * _ARGUMENTS.done_at
@@ -73,7 +73,7 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
     def convolve(arguments, number):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
         """Compute the panels from ``part[0]`` to ``part[1]``: ``rows * shape[0]`` by ``across * shape[1]`` outputs."""
         (
-            x, w, bias, residual, out, pads, dilations, shape, in_place, code, slope, parts,
+            x, w, bias, residual, out, pads, dilations, shape, in_place, streamed, code, slope, parts,
         ) = unpack(arguments, itemsize)  # fmt: skip
         part = parts[number]
         filters, group_c, kw, kh = w.shape
@@ -172,7 +172,10 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
                             sums = clamp(sums, 0.0, math.inf)
                         elif code == RELU6:
                             sums = clamp(sums, 0.0, 6.0)
-                        store(sums, rows, table, offset)
+                        if streamed and (there + left * itemsize + offset) % CACHE_LINE == 0:
+                            stream(sums, rows, table, offset)
+                        else:
+                            store(sums, rows, table, offset)
                         if code > RELU6:
                             for r in range(rows):
                                 finish(out[n, phase + (oh + r) * dh, left + ow : left + ow + across, 0], code, slope)
@@ -200,6 +203,13 @@ class _Cut:
     shape: tuple[int, int]
     panels: int
     scratch: int
+
+
+def _streams(problem: Problem, across: int) -> bool:
+    """Return whether results are better written past the caches: many, by whole cache lines, rows beginning alike."""
+    p, size = problem, item_bytes(problem.dtype)
+    whole = across * size % CACHE_LINE == p.ow * size % CACHE_LINE == 0
+    return whole and exceeds_caches(math.prod(p.output_shape) * size)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -230,7 +240,7 @@ class ImageRows(PackedBackend):
     """Vectors of neighbouring columns, for images of few channels and filters of any size."""
 
     name = "image_rows"
-    version = 3
+    version = 4
 
     def rejects_plain(self, problem: Problem) -> str | None:
         """Return None, or what about the dtype, the channels or the strides stands against it."""
@@ -293,8 +303,8 @@ class ImageRows(PackedBackend):
         parts = split(cut.panels, 4 * config.threads if config.threads > 1 else 1)
         values = {
             "filters": packed, "bias": added, "pads": p.pads, "dilations": p.dilations, "shape": cut.shape,
-            "in_place": cut.in_place, "code": p.epilogue.code, "slope": p.epilogue.slope,
-            "parts": np.array(parts, np.int64),
+            "in_place": cut.in_place, "streamed": _streams(p, tile[1] * lanes), "code": p.epilogue.code,
+            "slope": p.epilogue.slope, "parts": np.array(parts, np.int64),
         }  # fmt: skip
         compiled = functools.partial(_compiled, *tile, taps_together(p.kh), lanes, item_bytes(p.dtype))
         return PackedKernel(compiled, p, values, len(parts), config.threads)

@@ -1,5 +1,7 @@
 """What is special to ``implicit_gemm``: tiles, remainders, tables of addresses, and other machines' vectors."""
 
+import dataclasses
+import math
 import os
 import pickle
 import subprocess
@@ -8,12 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from convdispatch import registry
 from convdispatch.backend import Config
+from convdispatch.backends import _memory
 from convdispatch.backends._tile import register_tiles
 from convdispatch.backends._vector import vector_bytes
 from convdispatch.backends.implicit_gemm import ImplicitGemm
 from convdispatch.errors import ArgumentError
+from convdispatch.machine import current
 from convdispatch.problem import Problem
 from convdispatch.reference import judge
 from convdispatch.tuning.gate import Trial
@@ -45,6 +52,54 @@ def check(problem: Problem, config: Config) -> None:
 def test_every_tile_does_every_remainder(text: str, tile: tuple[int, int]) -> None:
     for threads in (1, 3):
         check(Problem.parse(text), Config(rows=tile[0], vectors=tile[1], threads=threads))
+
+
+@given(
+    columns=st.integers(6, 31), rows=st.integers(1, 4), kh=st.integers(1, 3), kw=st.integers(1, 4),
+    groups=st.sampled_from([1, 1, 2]), strides=st.tuples(st.integers(1, 2), st.integers(1, 3)),
+    dilations=st.tuples(st.integers(1, 2), st.integers(1, 3)), pads=st.tuples(*4 * [st.integers(0, 5)]),
+    words=st.sampled_from(["", "+bias", "+bias +residual +gelu", "+relu6"]), threads=st.integers(1, 3),
+)  # fmt: skip
+@settings(max_examples=150, deadline=None)
+def test_lines_of_any_window_are_right(
+    columns: int, rows: int, kh: int, kw: int, groups: int, strides: tuple[int, int], dilations: tuple[int, int],
+    pads: tuple[int, int, int, int], words: str, threads: int,
+) -> None:  # fmt: skip
+    height, width = rows + (kh - 1) * dilations[0], columns + (kw - 1) * dilations[1]
+    problem = Problem(
+        2, height, width, 3 * groups, 7 * groups, kh, kw, pads, strides, dilations, groups,
+        epilogue=Problem.parse(f"1x1x1x1 * 1x1x1x1 VALID {words}").epilogue,
+    )  # fmt: skip
+    check(problem, Config(rows=register_tiles()[1][0], vectors=1, threads=threads))
+
+
+@pytest.mark.parametrize("offset", [0, 4], ids=["aligned", "not aligned"])
+@pytest.mark.parametrize(
+    ("backend", "text"),
+    [
+        ("implicit_gemm", "1x20x24x5 * 1x1x5x64 VALID +bias +relu"),
+        ("implicit_gemm", "1x9x7x5 * 3x3x5x96 SAME"),
+        ("implicit_gemm", "1x9x24x5 * 3x3x5x72 SAME"),  # whose last block is not whole
+        ("image_rows", "1x20x192x1 * 3x3x1x1 SAME +bias"),
+        ("image_rows", "1x20x200x1 * 3x3x1x1 SAME +residual"),
+    ],
+)
+def test_what_goes_past_the_caches_arrives(
+    backend: str, text: str, offset: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = dataclasses.replace(current(), caches=(0, 0, 0))
+    monkeypatch.setattr(_memory, "current", lambda: here)  # nothing fits in no cache
+    problem, one = Problem.parse(text), registry.get(backend)
+    arrays = Trial.random(problem)
+    for config in one.configs(problem, "exhaustive"):
+        kernel = one.prepare(problem, arrays.filters, arrays.bias, Config(config, threads=2))
+        room = _memory.aligned((math.prod(problem.output_shape) + 16,), problem.dtype)
+        out = room[offset : offset + math.prod(problem.output_shape)].reshape(problem.output_shape)
+        kernel(arrays.input, out, arrays.residual)
+        verdict = judge(problem, one.numerics, config, arrays.input, arrays.filters, out, arrays.bias, arrays.residual)
+        assert verdict.reason is None, f"{problem} {config}: {verdict.reason}"
+        assert not room[:offset].any()
+        assert not room[offset + out.size :].any()
 
 
 @pytest.mark.parametrize("epilogue", ["+bias", "+residual", "+bias +residual +relu", "+relu6", "+bias +gelu"])
