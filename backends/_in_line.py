@@ -3,12 +3,17 @@
 So they are equally far apart, in the input as in the output, and need no table of addresses; which takes a third of the
 time where sums are short. Rows of taps above or below the image are left out. A window that reaches beside the image is
 copied, with zeros around it. With 1x1 filters of stride 1, all pixels of all images are one line.
+
+Of a group's channels, only a few bytes of each pixel are read, and pixels may lie apart so that all of these want the
+same places of L1. So each group's channels are first copied to where they lie side by side, with zeros around the
+image.
 """
 
 import functools
 import math
 
 import numpy as np
+from numba import literally  # type: ignore[attr-defined]  # its stubs forgot one
 
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
@@ -26,7 +31,7 @@ from convdispatch.backends._tile import (
     stream,
     zeros,
 )
-from convdispatch.backends._vector import clear, copy
+from convdispatch.backends._vector import clear, copy, load, save
 from convdispatch.backends._windows import taps_inside
 
 
@@ -39,6 +44,39 @@ def _copy_line(line, source, first, width):  # type: ignore[no-untyped-def]
     clear(target, low * pixel)
     copy(target + low * pixel, source + low * pixel, (high - low) * pixel)
     clear(target + high * pixel, (count - high) * pixel)
+
+
+@njit()
+def _copy_group(stage, x, where, first_channel, rows, lanes, itemsize):  # type: ignore[no-untyped-def]
+    """Copy a group's channels of ``rows`` rows of an image to ``stage [rows, columns, C // groups]``.
+
+    ``where`` is the image, the first row and the first column; outside the image there are zeros.
+    """
+    literally(lanes), literally(itemsize)
+    image, top, left = where
+    _, height, width, channels = x.shape
+    columns, group_c = stage.shape[1:]
+    pixel = group_c * itemsize
+    low, high = min(max(0, -left), columns), min(max(0, width - left), columns)
+    for row in range(rows):
+        target, ih = np.int64(stage[row].ctypes.data), top + row
+        if not 0 <= ih < height:
+            clear(target, columns * pixel)
+            continue
+        clear(target, low * pixel)
+        clear(target + high * pixel, (columns - high) * pixel)
+        if group_c < lanes:
+            for column in range(low, high):
+                for c in range(group_c):
+                    stage[row, column, c] = x[image, ih, left + column, first_channel + c]
+            continue
+        first = ((image * height + ih) * width + left + low) * channels + first_channel
+        source = np.int64(x.ctypes.data) + first * itemsize
+        for column in range(low, high):
+            for c in range(0, group_c, lanes):
+                offset = min(c, group_c - lanes) * itemsize
+                save(target + column * pixel + offset, load(source + offset, lanes, itemsize))
+            source += channels * itemsize
 
 
 #: ``filters`` is ``[groups, blocks of a group, KH, KW, C // groups, block]``, filled up with zeros, ``bias`` alike.
@@ -62,23 +100,28 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
         x, w, bias, residual, out, pads, strides, dilations, together, streamed, code, slope, parts = unpack(
             arguments, itemsize
         )
-        first_tile, last_tile, first_block, last_block = parts[job]
         groups, per_group, kh, kw, group_c, _ = w.shape
         height, width, channels = x.shape[1:]
         lines, columns, filters = out.shape[1:]
         group_k, across = filters // groups, (columns + rows - 1) // rows
-        pixel, result = channels * itemsize, filters * itemsize
+        staged = groups > 1
+        span = (kw - 1) * dilations[1] + 1
+        wide = (columns - 1) * strides[1] + span if staged else width
+        pixel, result = (group_c if staged else channels) * itemsize, filters * itemsize
+        apart, line_bytes, tap_bytes = strides[1] * pixel, wide * pixel, kw * group_c * step
         # Taps of one row are one run through memory, if nothing lies between them.
-        joined = dilations[1] == 1 and groups == 1
-        segments, run = (1, kw * group_c) if joined else (kw, group_c)
-        apart, tap_bytes = strides[1] * pixel, kw * group_c * step
-        reach = (rows - 1) * strides[1] + (kw - 1) * dilations[1] + 1
-        window = np.empty((kh, reach, channels), x.dtype)
+        segments, run = (1, kw * group_c) if dilations[1] == 1 else (kw, group_c)
+        first_tile, last_tile, first_block, last_block = parts[job]
+        blocks, tiles = last_block - first_block, last_tile - first_tile
+        reach, most = (rows - 1) * strides[1] + span, min(lines, tiles // across + 2)
+        window = np.empty((0 if staged else kh, reach, channels), x.dtype)
+        high_stage = (most - 1) * strides[0] + (kh - 1) * dilations[0] + 1
+        stage = np.empty((high_stage if staged else 0, wide, group_c), x.dtype)
+        kept, begun = (-1, -1, -1), 0
         here, there = np.int64(x.ctypes.data), np.int64(out.ctypes.data)
         more = np.int64(residual.ctypes.data) - there
         scratch = np.empty((rows, block), x.dtype)
         streams = streamed and there % CACHE_LINE == 0
-        blocks, tiles = last_block - first_block, last_tile - first_tile
         for turn in range(-(-tiles // together) * blocks):
             some, number = turn // blocks, first_block + turn % blocks
             group, member = divmod(number, per_group)
@@ -89,16 +132,25 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
                 line, tile = divmod(now, across)
                 image, oh = divmod(line, lines)
                 top = oh * strides[0] - pads[0]
-                low, high = taps_inside(top, dilations[0], kh, height)
-                from_line = here + ((image * height + top) * width - pads[1]) * pixel
+                if staged:
+                    if kept != (some, group, image):
+                        kept, begun = (some, group, image), oh
+                        until = min(lines - oh, (end - 1) // across - line + 1)
+                        taken = (until - 1) * strides[0] + (kh - 1) * dilations[0] + 1
+                        _copy_group(stage, x, (image, top, -pads[1]), group * group_c, taken, lanes, itemsize)
+                    low, high = 0, kh
+                    from_line = np.int64(stage.ctypes.data) + (oh - begun) * strides[0] * line_bytes
+                else:
+                    low, high = taps_inside(top, dilations[0], kh, height)
+                    from_line = here + ((image * height + top) * width - pads[1]) * pixel
                 to_line = there + line * columns * result + k0 * itemsize
                 stop = min(across, tile + end - now)
                 now += stop - tile
                 for place in range(tile, stop):
                     ow = min(place * rows, columns - rows)
                     left, to = ow * strides[1] - pads[1], to_line + ow * result
-                    at, down = from_line + ow * apart, dilations[0] * width * pixel
-                    if left < 0 or left + reach > width:
+                    at, down = from_line + ow * apart, dilations[0] * line_bytes
+                    if not staged and (left < 0 or left + reach > width):
                         for i in range(low, high):
                             _copy_line(window[i], at + i * down, left, width)
                         at, down = np.int64(window.ctypes.data), reach * pixel
@@ -108,7 +160,7 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
                     packed = weights + low * tap_bytes
                     for i in range(low, high):
                         for j in range(segments):
-                            tap = at + i * down + j * dilations[1] * pixel + group * group_c * itemsize
+                            tap = at + i * down + j * dilations[1] * pixel
                             for _ in range(run):
                                 sums = multiply_add(sums, rows, (tap, apart), 0, packed)
                                 tap += itemsize
@@ -133,8 +185,7 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
                         stream(sums, rows, (to, result), 0)
                     else:
                         store(sums, rows, (to, result), 0)
-        hold(window)
-        hold(scratch)
+        hold(window), hold(stage), hold(scratch)
         add(arguments + _DONE_AT, 1)
 
     return CompiledKernel(convolve, ARGUMENTS)

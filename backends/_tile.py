@@ -33,7 +33,7 @@ from convdispatch.backends._vector import (
 from convdispatch.errors import ArgumentError
 
 #: Tiles, rows x vectors, by the number of vector registers: sums, one input and the filters' vectors fit in them.
-_TILES = {32: ((6, 4), (5, 4), (14, 2), (8, 2), (8, 3), (10, 1)), 16: ((6, 2), (4, 3), (5, 2), (12, 1))}
+_TILES = {32: ((6, 4), (5, 4), (14, 2), (8, 2), (8, 3), (10, 1)), 16: ((6, 2), (4, 3), (5, 2), (12, 1), (7, 1))}
 
 _MOST_ROWS, _MOST_VECTORS = 28, 8
 

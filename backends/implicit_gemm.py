@@ -34,20 +34,33 @@ _KEPT_FILTERS, _TILES_TOGETHER = 64 << 10, 16
 #: Tiles cut from lines overlap at the ends; with more pixels than so many times a line, they are cut from them all. So
 #: they are if windows at the border, which are copied for every block of filters, have more bytes than so many.
 _WASTE, _MOST_COPIED = 1.08, 16 << 10
+#: Of groups, whose channels are copied to where they lie side by side, this is worth more waste.
+_WASTE_BY_GROUPS = 1.15
 
 
 def _is_in_line(problem: Problem, rows: int) -> bool:
     """Return whether tiles are cut from lines of output: where that wastes little, and little is copied at borders."""
     p = problem
-    across = -(-p.ow // rows)
+    wasted = -(-p.ow // rows) * rows / max(1, p.ow)
+    if p.groups > 1:
+        return rows <= p.ow and wasted <= _WASTE_BY_GROUPS
     copied = _window(p, rows) if any(p.pads[2:]) else 0
-    return rows <= p.ow and across * rows <= _WASTE * p.ow and copied <= _MOST_COPIED
+    return rows <= p.ow and wasted <= _WASTE and copied <= _MOST_COPIED
 
 
 def _window(problem: Problem, rows: int) -> int:
     """Return the bytes of the input under a tile of pixels."""
     p = problem
     return p.kh * ((rows - 1) * p.strides[1] + (p.kw - 1) * p.dilations[1] + 1) * p.c * item_bytes(p.dtype)
+
+
+def _staged(problem: Problem, tiles: int, rows: int) -> int:
+    """Return the bytes of the copy of a group's channels that so many tiles need."""
+    p = problem
+    lines = min(p.oh, tiles // -(-p.ow // rows) + 2)
+    high = (lines - 1) * p.strides[0] + (p.kh - 1) * p.dilations[0] + 1
+    wide = (p.ow - 1) * p.strides[1] + (p.kw - 1) * p.dilations[1] + 1
+    return high * wide * p.group_c * item_bytes(p.dtype)
 
 
 def _streams(problem: Problem, block: int) -> bool:
@@ -105,8 +118,10 @@ class ImplicitGemm(PackedBackend):
         p, (rows, vectors) = _flat(problem), _tile(config)
         blocks = p.groups * -(-p.group_k * item_bytes(p.dtype) // (vectors * vector_bytes()))
         tiles, down, across = _cut(p, rows, blocks, config.threads)
-        table = -(-tiles // down) * (1 + rows * (2 + p.kh * p.kw) * 8)
-        each = rows * vectors * vector_bytes() + _window(p, rows) if _is_in_line(p, rows) else table
+        each = -(-tiles // down) * (1 + rows * (2 + p.kh * p.kw) * 8)
+        if _is_in_line(p, rows):
+            each = rows * vectors * vector_bytes()
+            each += _staged(p, -(-tiles // down), rows) if p.groups > 1 else _window(p, rows)
         return min(config.threads, down * across) * each
 
     def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
@@ -118,8 +133,11 @@ class ImplicitGemm(PackedBackend):
         peak = _PEAK_PER_BYTE * machine.vector_bytes * 4 / item_bytes(p.dtype)
         loads = 1 + 0.1 * (rows + vectors) / (rows * vectors)
         compute = 2 * tiles * rows * blocks * block * p.taps / peak * loads
-        found = 0.0 if _is_in_line(p, rows) else rows * (4e-9 + _border(p) * p.kh * p.kw * 2e-9)
-        each = tiles * (blocks * (15e-9 if found else 8e-9) + found)
+        if _is_in_line(p, rows):
+            copied = 0 if p.groups == 1 else _staged(p, -(-tiles // down), rows) * p.groups * down * across
+            each = tiles * blocks * 8e-9 + copied / _STAGED_BYTES_PER_SECOND
+        else:
+            each = tiles * (blocks * 15e-9 + rows * (4e-9 + _border(p) * p.kh * p.kw * 2e-9))
         traffic = blocks * block * p.taps * item_bytes(p.dtype) / _FILTER_BYTES_PER_SECOND
         traffic *= down if blocks * block * p.taps * item_bytes(p.dtype) > 1 << 19 else 1
         used = min(config.threads, machine.cores, down * across)
@@ -136,7 +154,7 @@ class ImplicitGemm(PackedBackend):
         parts = _parts(p, tile[0], p.groups * packed.shape[1], config.threads)
         values = {
             "filters": packed, "bias": added.reshape(-1),
-            "together": _TILES_TOGETHER if packed.nbytes <= _KEPT_FILTERS else parts[-1][1],  # all of them
+            "together": _TILES_TOGETHER if p.groups == 1 and packed.nbytes <= _KEPT_FILTERS else parts[-1][1],
             "streamed": _streams(p, block), "code": p.epilogue.code, "slope": p.epilogue.slope,
             "parts": np.array(parts, np.int64),
         }  # fmt: skip
@@ -155,6 +173,7 @@ class ImplicitGemm(PackedBackend):
 
 _PEAK_PER_BYTE = 1.8e9  # FLOP/s of one core for each byte of vector width
 _FILTER_BYTES_PER_SECOND = 3e10
+_STAGED_BYTES_PER_SECOND = 1.2e10
 _LAUNCH_SECONDS = 4e-6
 
 
