@@ -87,10 +87,7 @@ def _filter(  # type: ignore[no-untyped-def]
     """
     literally(rows), literally(vectors), literally(taps), literally(fewer)
     literally(lanes), literally(itemsize)
-    table = np.empty(rows, np.int64)
-    for r in range(rows):
-        table[r] = products.ctypes.data + r * vectors * lanes * itemsize
-    places, step = table.ctypes.data, apart[2]
+    places, step = (np.int64(products.ctypes.data), vectors * lanes * itemsize), apart[2]
     for p in range(products.shape[0]):
         sums = zeros(rows, vectors, lanes, itemsize)
         for c in range(group_c):
@@ -106,7 +103,6 @@ def _filter(  # type: ignore[no-untyped-def]
                     packed += fewer * itemsize
                 place += fewer * step
         store(sums, rows, places, p * products.shape[1] * itemsize)
-    hold(table)
 
 
 @njit()

@@ -21,7 +21,6 @@ from convdispatch.backends._tile import (
     add_to_all,
     add_to_each,
     clamp,
-    gather,
     load_apart,
     multiply_add,
     save_apart,
@@ -29,7 +28,7 @@ from convdispatch.backends._tile import (
     zeros,
 )
 from convdispatch.backends._transforms import leave_columns, odd_lines_apart, report, transform_input, transform_output
-from convdispatch.backends._vector import prefetch
+from convdispatch.backends._vector import clear, copy, prefetch
 
 
 @njit()
@@ -47,47 +46,35 @@ def _place(tile, shape, m, dilations):  # type: ignore[no-untyped-def]
 
 
 @njit()
-def _find_pixels(tile, x, shape, m, n, stride, pads, dilations, itemsize, zero, pixels):  # type: ignore[no-untyped-def]
-    """Fill the table with the addresses of a tile's n x n input pixels, of zeros where there is padding."""
-    image, oh, ow = _place(tile, shape, m, dilations)
-    top, left = oh * stride - pads[0], ow * stride - pads[1]
-    step = (dilations[0] * x[3] * x[4] * itemsize, dilations[1] * x[4] * itemsize)
-    line = x[0] + ((image * x[2] + top) * x[3] + left) * x[4] * itemsize
-    bottom, right = top + (n - 1) * dilations[0], left + (n - 1) * dilations[1]
-    if top >= 0 and left >= 0 and bottom < x[2] and right < x[3]:
-        for i in range(n):
-            for j in range(n):
-                pixels[i * n + j] = line + j * step[1]
-            line += step[0]
-        return
-    for i in range(n):
-        ih = top + i * dilations[0]
-        for j in range(n):
-            iw = left + j * dilations[1]
-            inside = 0 <= ih < x[2] and 0 <= iw < x[3]
-            pixels[i * n + j] = line + j * step[1] if inside else zero
-        line += step[0]
+def _copy_patch(patch, x, where, steps, fold, group_c, itemsize):  # type: ignore[no-untyped-def]
+    """Copy a tile's n x n pixels to ``patch [n, n, values]``, zeros where they lie outside the image.
 
-
-@njit()
-def _copy_last_channels(pixels, x, start, first, count, edge, itemsize):  # type: ignore[no-untyped-def]
-    """Copy what is less than a vector of channels to scratch memory, filled up with zeros.
-
-    ``x`` is the flat input that begins at address ``start``; addresses outside of it are of zeros.
+    ``where`` is the image's number, the first row and column, and the first channel; ``steps`` are from one row or
+    column to the next. A pixel is ``group_c`` channels of each of ``fold`` columns.
     """
-    for p in range(pixels.size):
-        index = (pixels[p] - start) // itemsize + first
-        for lane in range(count):
-            edge[p, lane] = x[index + lane] if 0 <= pixels[p] - start < x.size * itemsize else 0
+    image, top, left, channel = where
+    _, _, height, width, channels = x
+    for i in range(patch.shape[0]):
+        ih = top + i * steps[0]
+        for j in range(patch.shape[1]):
+            iw, target = left + j * steps[1], np.int64(patch[i, j].ctypes.data)
+            low, high = min(max(0, -iw), fold), max(0, min(fold, width - iw))
+            if not 0 <= ih < height or low >= high:
+                clear(target, fold * group_c * itemsize)
+                continue
+            source = x[0] + (((image * height + ih) * width + iw + low) * channels + channel) * itemsize
+            clear(target, low * group_c * itemsize)
+            copy(target + low * group_c * itemsize, source, (high - low) * group_c * itemsize)
+            clear(target + high * group_c * itemsize, (fold - high) * group_c * itemsize)
 
 
 @njit()
-def _transform(pixels, offset, half, to, between, m, r, stride, n, lanes, itemsize):  # type: ignore[no-untyped-def]
-    """Transform one vector of channels of a tile, whose n x n pixels are in a table, to points ``between`` apart."""
+def _transform(tile, down, across, half, to, between, m, r, stride, n, lanes, itemsize):  # type: ignore[no-untyped-def]
+    """Transform one vector of a tile's pixels, ``down`` and ``across`` bytes apart, to points ``between`` apart."""
     literally(m), literally(r), literally(stride), literally(n), literally(lanes), literally(itemsize)
     lane_bytes = lanes * itemsize
     for j in range(n):
-        column = gather(pixels + j * 8, n * 8, offset, n, lanes, itemsize)
+        column = load_apart(tile + j * across, down, n, lanes, itemsize)
         save_apart(half + j * lane_bytes, n * lane_bytes, transform_input(column, m, r, stride))
     for i in range(n):
         line = load_apart(half + i * n * lane_bytes, lane_bytes, n, lanes, itemsize)
@@ -95,74 +82,37 @@ def _transform(pixels, offset, half, to, between, m, r, stride, n, lanes, itemsi
 
 
 @njit()
-def _enter(x, flat, shape, pads, dilations, zero, channels, first, count, values, m, r, stride, n, lanes, itemsize):  # type: ignore[no-untyped-def]
-    """Transform tiles ``first`` on, of channels ``channels[0]`` on, into ``values [points, count * padded]``."""
-    literally(m), literally(r), literally(stride), literally(n), literally(lanes), literally(itemsize)
-    points, padded = n * n, -(-channels[1] // lanes) * lanes
-    pixels, edge_table = np.empty(points, np.int64), np.empty(points, np.int64)
-    edge, half = np.zeros((points, lanes), values.dtype), np.empty(points * lanes, values.dtype)
-    for p in range(points):
-        edge_table[p] = edge.ctypes.data + p * lanes * itemsize
-    between = values.shape[1] * itemsize
-    for t in range(count):
-        _find_pixels(first + t, x, shape, m, n, stride, pads, dilations, itemsize, zero, pixels)
-        for c in range(0, padded, lanes):
-            table, offset = pixels.ctypes.data, (channels[0] + c) * itemsize
-            if c + lanes > channels[1]:
-                _copy_last_channels(pixels, flat, x[0], channels[0] + c, channels[1] - c, edge, itemsize)
-                table, offset = edge_table.ctypes.data, 0
-            to = values.ctypes.data + (t * padded + c) * itemsize
-            _transform(table, offset, half.ctypes.data, to, between, m, r, stride, n, lanes, itemsize)
-    hold(edge), hold(edge_table)
-
-
-@njit()
-def _find_folded(tile, row, x, flat, shape, m, n, fold, pads, edge, pixels):  # type: ignore[no-untyped-def]
-    """Fill the table with the addresses of row ``row`` of a tile's n x n folded pixels.
-
-    Such a row is as many values as ``fold`` pixels have, neighbours in the image; what is not, or lies too near its end
-    to be read by whole vectors, is copied to ``edge``.
-    """
-    image, oh, ow = _place(tile, shape, m, (1, 1))
-    run, room, size = fold * x[4], edge.shape[1], flat.itemsize
-    top, left = oh * fold - pads[0] + row, ow * fold - pads[1]
-    start = ((image * x[2] + top) * x[3] + left) * x[4]
-    step, last = fold * x[3] * x[4], start + (n - 1) * (fold * x[3] * x[4] + run)
-    if top >= 0 and left >= 0 and top + (n - 1) * fold < x[2] and left + n * fold <= x[3] and last + room <= flat.size:
-        for i in range(n):
-            for j in range(n):
-                pixels[i * n + j] = x[0] + (start + i * step + j * run) * size
-        return
-    for i in range(n):
-        ih = top + i * fold
-        for j in range(n):
-            iw, p, index = left + j * fold, i * n + j, start + i * step + j * run
-            if 0 <= ih < x[2] and 0 <= iw <= x[3] - fold and index + room <= flat.size:
-                pixels[p] = x[0] + index * size
-                continue
-            low, high = max(0, -iw) * x[4], min(fold, x[3] - iw) * x[4]
-            for v in range(run):
-                edge[p, v] = flat[index + v] if 0 <= ih < x[2] and low <= v < high else 0
-            pixels[p] = edge.ctypes.data + p * room * size
-
-
-@njit()
-def _enter_folded(  # type: ignore[no-untyped-def]
-    x, flat, shape, pads, first, count, values, m, r, n, fold, lanes, itemsize
+def _enter(  # type: ignore[no-untyped-def]
+    x, shape, pads, dilations, channel, runs, first, count, values, m, r, stride, n, lanes, itemsize
 ):
-    """Do as ``_enter`` does with folded pixels; each of their ``fold`` rows fills up vectors."""
-    literally(m), literally(r), literally(n), literally(lanes), literally(itemsize)
-    points, room = n * n, -(-fold * x[4] // lanes) * lanes
-    pixels, edge = np.empty(points, np.int64), np.zeros((points, room), values.dtype)
-    half, between = np.empty(points * lanes, values.dtype), values.shape[1] * itemsize
+    """Transform tiles ``first`` on, of channels ``channel`` on, into ``values [points, count * padded]``.
+
+    A pixel is ``runs[0]`` rows of ``runs[1]`` neighbouring values. Each row fills up vectors with what lies behind it,
+    which counts for nothing.
+    """
+    literally(m), literally(r), literally(stride), literally(n), literally(lanes), literally(itemsize)
+    fold, run = runs
+    room, pixel = -(-run // lanes) * lanes, x[4] * itemsize
+    patch, half = np.empty((n, n, room), values.dtype), np.empty(n * n * lanes, values.dtype)
+    steps, between = (fold * dilations[0], fold * dilations[1]), values.shape[1] * itemsize
+    beyond = x[0] + x[1] * x[2] * x[3] * pixel
     for t in range(count):
+        image, oh, ow = _place(first + t, shape, m, dilations)
         for row in range(fold):
-            _find_folded(first + t, row, x, flat, shape, m, n, fold, pads, edge, pixels)
+            top, left = oh * stride * fold - pads[0] + row, ow * stride * fold - pads[1]
+            start = x[0] + ((image * x[2] + top) * x[3] + left) * pixel + channel * itemsize
+            down, across = steps[0] * x[3] * pixel, steps[1] * pixel
+            bottom, right = top + (n - 1) * steps[0], left + (n - 1) * steps[1] + fold
+            last = start + (n - 1) * (down + across) + room * itemsize
+            if top < 0 or left < 0 or bottom >= x[2] or right > x[3] or last > beyond:
+                _copy_patch(patch, x, (image, top, left, channel), steps, fold, run // fold, itemsize)
+                start, down, across = np.int64(patch.ctypes.data), n * room * itemsize, room * itemsize
             for c in range(0, room, lanes):
-                to = values.ctypes.data + ((t * fold + row) * room + c) * itemsize
-                start, offset = pixels.ctypes.data, c * itemsize
-                _transform(start, offset, half.ctypes.data, to, between, m, r, 1, n, lanes, itemsize)
-    hold(edge)
+                to = np.int64(values.ctypes.data) + ((t * fold + row) * room + c) * itemsize
+                _transform(
+                    start + c * itemsize, down, across, half.ctypes.data, to, between, m, r, stride, n, lanes, itemsize
+                )
+    hold(patch), hold(half)
 
 
 @njit()
@@ -229,67 +179,61 @@ def _finish(sums, out, residual, image, a, b, k0, count, code, slope):  # type: 
 
 
 @njit()
-def _find_outputs(where, out, residual, m, dilations, nowhere, table):  # type: ignore[no-untyped-def]
-    """Fill ``table[0]`` with the addresses of a tile's m x m outputs, ``table[1]`` with those of their residuals.
-
-    ``where`` is the tile's image, first row and first column. What lies outside the image is ``nowhere``.
-    """
-    image, oh, ow = where
-    for i in range(m):
-        a = oh + i * dilations[0]
-        for j in range(m):
-            b, p = ow + j * dilations[1], i * m + j
-            inside = a < out.shape[1] and b < out.shape[2]
-            behind = ((image * out.shape[1] + a) * out.shape[2] + b) * out.shape[3] * out.itemsize
-            table[0, p] = out.ctypes.data + behind if inside else nowhere
-            table[1, p] = residual.ctypes.data + behind if inside else nowhere
-
-
-@njit()
-def _leave(  # type: ignore[no-untyped-def]
+def _leave(  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912
     products, first, count, step, out, residual, k0, valid, dilations, code, slope, doubts,
     m, r, stride, n, lanes, itemsize,
 ):  # fmt: skip
     """Transform products back, finish them and store ``valid`` filters from ``k0`` on; return the doubts."""
     literally(m), literally(r), literally(stride), literally(n), literally(lanes), literally(itemsize)
     lane_bytes, between, room = lanes * itemsize, products.shape[1] * itemsize, -(-valid // lanes) * lanes
-    half, done = np.empty(n * m * lanes, out.dtype), np.empty((m, lanes), out.dtype)
-    table, nowhere = np.empty((2, m * m), np.int64), np.zeros(out.shape[3] + lanes, out.dtype)
-    outputs, residuals = table[0].ctypes.data, table[1].ctypes.data
+    half, rows = np.empty(n * m * lanes, out.dtype), np.empty((2, m, lanes), out.dtype)
+    done, added = np.int64(rows[0].ctypes.data), np.int64(rows[1].ctypes.data)
+    more = np.int64(residual.ctypes.data) - np.int64(out.ctypes.data)
+    pixel = out.shape[3] * itemsize
+    apart = dilations[1] * pixel
     for t in range(count):
         image, oh, ow = _place(first + t, out.shape, m, dilations)
-        _find_outputs((image, oh, ow), out, residual, m, dilations, nowhere.ctypes.data, table)
         down = min(m, -(-(out.shape[1] - oh) // dilations[0]))
         across = min(m, -(-(out.shape[2] - ow) // dilations[1]))
+        corner = np.int64(out.ctypes.data) + ((image * out.shape[1] + oh) * out.shape[2] + ow) * pixel + k0 * itemsize
         for k in range(0, room, lanes):
-            start = products.ctypes.data + t * step + k * itemsize
+            start, usual = products.ctypes.data + t * step + k * itemsize, k + lanes <= valid and code <= RELU6
             leave_columns(start, between, half.ctypes.data, m, r, stride, n, lanes, itemsize)
             for i in range(down):
                 line = load_apart(half.ctypes.data + i * n * lane_bytes, lane_bytes, n, lanes, itemsize)
                 sums = transform_output(line, m, r, stride)
                 doubts = add_doubts(doubts, sums)
-                if k + lanes <= valid and code <= RELU6:
-                    offset = (k0 + k) * itemsize
-                    if residual.size:
-                        sums = add_to_each(sums, m, residuals + i * m * 8, offset)
-                    if code == RELU:
-                        sums = clamp(sums, 0.0, math.inf)
-                    elif code == RELU6:
-                        sums = clamp(sums, 0.0, 6.0)
-                    store(sums, m, outputs + i * m * 8, offset)
-                else:
-                    save_apart(done.ctypes.data, lane_bytes, sums)
+                if not usual:
+                    save_apart(done, lane_bytes, sums)
                     few, a = min(lanes, valid - k), oh + i * dilations[0]
                     for j in range(across):
                         b = ow + j * dilations[1]
-                        _finish(done[j], out, residual, image, a, b, k0 + k, few, code, slope)
-    hold(half), hold(nowhere), hold(table)
+                        _finish(rows[0, j], out, residual, image, a, b, k0 + k, few, code, slope)
+                    continue
+                to = corner + i * dilations[0] * out.shape[2] * pixel + k * itemsize
+                if residual.size and across == m:
+                    sums = add_to_each(sums, m, (to, apart), more)
+                elif residual.size:
+                    for j in range(across):
+                        copy(added + j * lane_bytes, to + more + j * apart, lane_bytes)
+                    sums = add_to_each(sums, m, (added, lane_bytes), 0)
+                if code == RELU:
+                    sums = clamp(sums, 0.0, math.inf)
+                elif code == RELU6:
+                    sums = clamp(sums, 0.0, 6.0)
+                if across == m:
+                    store(sums, m, (to, apart), 0)
+                else:  # the tile reaches beyond the image
+                    store(sums, m, (done, lane_bytes), 0)
+                    for j in range(across):
+                        copy(to + j * apart, done + j * lane_bytes, lane_bytes)
+    hold(half), hold(rows)
     return doubts
 
 
 #: ``filters`` is ``[groups, blocks of a group, points, values of a pixel, block]``, its ends zeros; so is ``bias``.
 ARGUMENTS = Arguments(
-    input=array_of(4), filters=array_of(5), bias=array_of(1), residual=array_of(4), out=array_of(4), zero=array_of(1),
+    input=array_of(4), filters=array_of(5), bias=array_of(1), residual=array_of(4), out=array_of(4),
     pads=integers_of(2), dilations=integers_of(2), groups=INTEGER, code=INTEGER, slope=FLOAT,
     parts=array_of(2, "int64"), spoiled=INTEGER,
 )  # fmt: skip
@@ -308,12 +252,12 @@ def compiled(
 
     def convolve(arguments, number):  # type: ignore[no-untyped-def]
         """Compute the tiles ``part[0:2]`` for the blocks of filters ``part[2:4]``."""
-        x, u, bias, residual, out, zero, pads, dilations, groups, code, slope, parts, _ = unpack(arguments, itemsize)
+        x, u, bias, residual, out, pads, dilations, groups, code, slope, parts, _ = unpack(arguments, itemsize)
         first, last, first_block, last_block = parts[number]
         group_k, per_group = out.shape[3] // groups, u.shape[1]
         group_c = x.shape[3] // groups
         runs = (fold, fold * group_c)
-        here = (x.ctypes.data, x.shape[0], x.shape[1], x.shape[2], x.shape[3])
+        here = (np.int64(x.ctypes.data), x.shape[0], x.shape[1], x.shape[2], x.shape[3])
         padded = fold * -(-runs[1] // lanes) * lanes
         count = last - first
         entering, leaving = odd_lines_apart(count * padded, itemsize), odd_lines_apart(count * block, itemsize)
@@ -328,15 +272,10 @@ def compiled(
         for task in range(first_block, last_block):
             group, member = divmod(task, per_group)
             if group != entered:
-                channels = (group * group_c, group_c)
-                flat = x.reshape(x.size)
-                if fold > 1:
-                    _enter_folded(here, flat, out.shape, pads, first, count, values, m, r, n, fold, lanes, itemsize)
-                else:
-                    _enter(
-                        here, flat, out.shape, pads, dilations, zero.ctypes.data, channels, first, count, values,
-                        m, r, stride, n, lanes, itemsize,
-                    )  # fmt: skip
+                _enter(
+                    here, out.shape, pads, dilations, group * group_c, runs, first, count, values,
+                    m, r, stride, n, lanes, itemsize,
+                )  # fmt: skip
                 entered = group
             packed = u.ctypes.data + task * points * runs[0] * runs[1] * step
             added = bias.ctypes.data + task * step if bias.size else 0

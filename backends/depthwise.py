@@ -11,8 +11,8 @@ columns outside it are read at the address of a vector of zeros: nothing is copi
 applied in registers.
 
 Ends overlap: the last tile of a row and the last vector of a pixel are moved back until they fit, and do some outputs
-again. In a row shorter than a tile, the tile begins before the row, and its surplus is overwritten by the first
-output. So nothing outside the arrays is touched, and every vector is whole.
+again. A row shorter than a tile gets a shorter tile. So nothing outside the arrays is touched, and every vector is
+whole.
 """
 
 import functools
@@ -41,6 +41,8 @@ from convdispatch.problem import Problem, dtype_of
 
 #: Outputs of a tile, by the number of vector registers: sums, one row of taps and an input fit in them.
 _TILES = {32: (14, 7, 4), 16: (7, 4)}
+#: Tiles for rows that are shorter than those.
+_SHORTER = (7, 4, 2, 1)
 #: Taps of a row that are done together, held in registers, if the filter's width is a multiple of theirs.
 _TAPS = (7, 5, 3)
 #: A filter up to this width that is no such multiple is done a row at a time; wider ones, and narrow ones, by taps.
@@ -75,7 +77,7 @@ def _spread(out, residual, bias, scratch, where, k0, member):  # type: ignore[no
     outputs, lanes = scratch.shape
     for o in range(outputs):
         ow = where[0] + o * where[1]
-        for lane in range(lanes if ow >= 0 else 0):
+        for lane in range(lanes):
             k = (k0 + lane) * member[0] + member[1]
             total = scratch[o, lane]
             if bias.size:
@@ -125,13 +127,8 @@ def _compiled(  # noqa: C901, PLR0915
         # Without a bias, vectors of zeros: a step of 0 stays with the first.
         start, start_step = (bias.ctypes.data, itemsize) if bias.size else (zero.ctypes.data, 0)
         low, high = (0.0 if RELU <= code <= RELU6 else -math.inf), (6.0 if code == RELU6 else math.inf)
-        table = np.empty(tile, np.int64)
-        places = table.ctypes.data
         pixels = np.empty(kh * (kw // taps) * span, np.int64)
         scratch = np.empty((tile, lanes), out.dtype)
-        scratch_table = np.empty(tile, np.int64)
-        for o in range(tile):
-            scratch_table[o] = scratch.ctypes.data + o * lanes * itemsize
         for begin in range(0, columns, strip):
             for row in range(part[0], part[1]):
                 n, oh = divmod(row, rows)
@@ -140,11 +137,9 @@ def _compiled(  # noqa: C901, PLR0915
                 tiles = (min(strip, columns - begin) + tile * apart - 1) // (tile * apart)
                 for task in range(tiles * phases):
                     number, phase = divmod(task, phases)
-                    # Negative in a row shorter than a tile.
                     o0 = min(begin // apart + number * tile, (columns - phase + apart - 1) // apart - tile)
-                    for o in range(tile):
-                        table[o] = out.ctypes.data + (row * columns + phase + max(o0 + o, 0) * apart) * result
                     ow = phase + o0 * apart
+                    places = (np.int64(out.ctypes.data) + (row * columns + ow) * result, apart * result)
                     column = ow * sw - left
                     from_row = x.ctypes.data + ((n * height + above + first * dh) * width + column) * pixel
                     weights = w.ctypes.data + first * kw * tap_bytes
@@ -183,11 +178,11 @@ def _compiled(  # noqa: C901, PLR0915
                                         sums = add_to_each(sums, tile, places, more + k0 * itemsize)
                                     store(clamp(sums, low, high), tile, places, k0 * itemsize)
                                 else:
-                                    store(sums, tile, scratch_table.ctypes.data, 0)
+                                    store(sums, tile, (np.int64(scratch.ctypes.data), lanes * itemsize), 0)
                                     added = residual[n, oh] if residual.size else residual.reshape(0, 0)
                                     _spread(out[n, oh], added, bias, scratch, (ow, apart), k0, (members, member))
                     if code and (members > 1 or code > RELU6):
-                        for o in range(max(0, -o0), tile):
+                        for o in range(tile):
                             finish(out[n, oh, ow + o * apart], code, slope)
         hold(pixels)
         add(arguments + _DONE_AT, 1)
@@ -199,7 +194,7 @@ class Depthwise(PackedBackend):
     """Vectors along the channels, each of a group of few or of its own; any filter, stride, dilation and padding."""
 
     name = "depthwise"
-    version = 3
+    version = 4
 
     def rejects_plain(self, problem: Problem) -> str | None:
         """Return None, or why the problem is not depthwise, or that integers are missing."""
@@ -214,7 +209,9 @@ class Depthwise(PackedBackend):
     def configs_plain(self, problem: Problem, effort: Effort) -> Sequence[Config]:  # noqa: ARG002  # they are few
         """Return tiles, the one with the smallest estimate first."""
         here = current()
-        choices = [Config(columns=columns) for columns in _TILES[registers()]]
+        tiles = _TILES[registers()]
+        fit = [columns for columns in tiles if columns == _fitting(problem, columns)] or tiles[-1:]
+        choices = [Config(columns=columns) for columns in fit]
         return sorted(choices, key=lambda config: self.estimate_plain(problem, config, here))
 
     def workspace_plain(self, problem: Problem, config: Config) -> int:  # noqa: ARG002
@@ -223,7 +220,7 @@ class Depthwise(PackedBackend):
 
     def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return the time of products, loads and stores by tile, or of the traffic if that takes longer."""
-        p, tile = problem, _tile(config)
+        p, tile = problem, _fitting(problem, _tile(config))
         lanes, size = _lanes(p, machine.vector_bytes), item_bytes(p.dtype)
         tiles = p.n * p.oh * -(-p.ow // tile) * -(-p.k // lanes)
         taps, stride = _taps(p)
@@ -242,7 +239,7 @@ class Depthwise(PackedBackend):
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Pack the filters by vectors of channels; compile for the tile if that has not been done."""
-        p, tile = problem, _tile(config)
+        p, tile = problem, _fitting(problem, _tile(config))
         if reason := self.rejects_plain(p):  # a kernel that goes by addresses must not be wrong about shapes
             raise ArgumentError(f"depthwise cannot do {p}: {reason}")
         lanes = _lanes(p, vector_bytes())
@@ -281,6 +278,12 @@ def _tile(config: Config) -> int:
             f"{' or '.join(map(str, choices))}; got {tile}"
         )
     return tile
+
+
+def _fitting(problem: Problem, tile: int) -> int:
+    """Return the tile, or a shorter one, so that it is no longer than the shortest run of outputs that share pixels."""
+    least = max(1, problem.ow // problem.dilations[1])
+    return next(length for length in (tile, *_SHORTER) if length <= least)
 
 
 def _taps(problem: Problem) -> tuple[int, int]:

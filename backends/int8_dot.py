@@ -87,9 +87,6 @@ def _compiled(rows: int, vectors: int) -> CompiledKernel:
         pixel, line = padded[1], padded[0] * padded[1]
         table = np.empty((2, rows), np.int64)
         scratch = np.empty((rows, block), np.int32)
-        aside = np.empty(rows, np.int64)
-        for r in range(rows):
-            aside[r] = scratch.ctypes.data + r * step
         places, pixels = table.ctypes.data, (last_row - first_row) * columns
         # Taps of one row are one run through memory, if nothing lies between them.
         joined = dw == 1 and groups == 1
@@ -115,7 +112,7 @@ def _compiled(rows: int, vectors: int) -> CompiledKernel:
                 if valid == block:
                     store(sums, rows, places + rows * 8, k0 * 4)
                 else:
-                    store(sums, rows, aside.ctypes.data, 0)
+                    store(sums, rows, (np.int64(scratch.ctypes.data), step), 0)
                     for r in range(count):
                         oh, ow = divmod(first + r, columns)
                         for k in range(valid):

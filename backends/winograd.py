@@ -23,7 +23,7 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, Numerics, item_bytes
 from convdispatch.backends._kernel import PackedKernel
-from convdispatch.backends._memory import aligned, by_blocks, by_phases, odd_lines
+from convdispatch.backends._memory import by_blocks, by_phases, odd_lines
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._threads import split
 from convdispatch.backends._tile import register_tiles
@@ -139,11 +139,12 @@ def _parts(
 
 
 def _scratch(problem: Problem, form: _Form, tile: tuple[int, int], count: int) -> int:
-    """Return how many values the transformed tiles and products of a job of so many tiles are."""
+    """Return how many values the transformed tiles, the products and a copied tile of a job of so many tiles are."""
     size = item_bytes(problem.dtype)
     lanes = vector_bytes() // size
     entered, left = count * form.padded(lanes), count * tile[1] * lanes
-    return form.n**2 * (odd_lines(entered, size) + odd_lines(left, size))
+    copied = form.n**2 * form.padded(lanes) // form.fold + tile[0] * max(form.padded(lanes), tile[1] * lanes)
+    return form.n**2 * (odd_lines(entered, size) + odd_lines(left, size)) + copied
 
 
 @functools.cache
@@ -239,7 +240,7 @@ class Winograd(PackedBackend):
         added = np.empty(0, p.dtype) if bias is None else by_blocks(bias.reshape(p.groups, p.group_k), block)
         parts = _parts(p, form, tile, packed.shape[0] * packed.shape[1], config.threads)
         values = {
-            "filters": packed, "bias": added.reshape(-1), "zero": aligned((p.c + lanes,), p.dtype), "pads": p.pads[::2],
+            "filters": packed, "bias": added.reshape(-1), "pads": p.pads[::2],
             "dilations": p.dilations, "groups": p.groups, "code": p.epilogue.code, "slope": p.epilogue.slope,
             "parts": np.array(parts, np.int64),
         }  # fmt: skip
