@@ -54,18 +54,21 @@ def _copy_patch(patch, x, where, steps, fold, group_c, itemsize):  # type: ignor
     """
     image, top, left, channel = where
     _, _, height, width, channels = x
+    pieces, span = patch.shape[1], fold
+    if steps[1] == fold and patch.shape[2] == fold * channels:  # a row is one run through memory, there as here
+        pieces, span = 1, patch.shape[1] * fold
     for i in range(patch.shape[0]):
         ih = top + i * steps[0]
-        for j in range(patch.shape[1]):
+        for j in range(pieces):
             iw, target = left + j * steps[1], np.int64(patch[i, j].ctypes.data)
-            low, high = min(max(0, -iw), fold), max(0, min(fold, width - iw))
+            low, high = min(max(0, -iw), span), max(0, min(span, width - iw))
             if not 0 <= ih < height or low >= high:
-                clear(target, fold * group_c * itemsize)
+                clear(target, span * group_c * itemsize)
                 continue
             source = x[0] + (((image * height + ih) * width + iw + low) * channels + channel) * itemsize
             clear(target, low * group_c * itemsize)
             copy(target + low * group_c * itemsize, source, (high - low) * group_c * itemsize)
-            clear(target + high * group_c * itemsize, (fold - high) * group_c * itemsize)
+            clear(target + high * group_c * itemsize, (span - high) * group_c * itemsize)
 
 
 @njit()
