@@ -55,7 +55,7 @@ def _copy_patch(patch, x, where, steps, fold, group_c, itemsize):  # type: ignor
     image, top, left, channel = where
     _, _, height, width, channels = x
     pieces, span = patch.shape[1], fold
-    if steps[1] == fold and patch.shape[2] == fold * channels:  # a row is one run through memory, there as here
+    if steps[1] == fold and group_c == channels and patch.shape[2] == fold * channels:  # a row is one run in both
         pieces, span = 1, patch.shape[1] * fold
     for i in range(patch.shape[0]):
         ih = top + i * steps[0]

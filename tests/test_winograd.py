@@ -141,6 +141,7 @@ def test_strided_transforms_correlate_exactly(m: int, r: int, stride: int) -> No
     "2x40x37x24 * 3x3x24x200 SAME",  # several blocks, the last one short, tiles of two images in one block
     "1x50x50x64 * 3x3x64x64 VALID float64",
     "1x9x9x64 * 3x3x2x64 SAME_LOWER",  # 32 groups
+    "1x9x9x8 * 3x3x4x8 SAME",  # all groups together fill the vector that one of them is padded to
     "1x1x1x300 * 3x3x300x1 SAME",
     "1x200x3x1 * 3x3x1x1 SAME",
 ])  # fmt: skip
