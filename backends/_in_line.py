@@ -82,7 +82,7 @@ def _copy_group(stage, x, where, first_channel, rows, lanes, itemsize):  # type:
 #: ``filters`` is ``[groups, blocks of a group, KH, KW, C // groups, block]``, filled up with zeros, ``bias`` alike.
 ARGUMENTS = Arguments(
     input=array_of(4), filters=array_of(6), bias=array_of(1), residual=array_of(4), out=array_of(4),
-    pads=integers_of(2), strides=integers_of(2), dilations=integers_of(2), together=INTEGER, streamed=INTEGER,
+    pads=integers_of(2), strides=integers_of(2), dilations=integers_of(2), streamed=INTEGER,
     code=INTEGER, slope=FLOAT, parts=array_of(2, "int64"),
 )  # fmt: skip
 unpack = ARGUMENTS.unpack
@@ -97,9 +97,7 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
 
     def convolve(arguments, job):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
         """Compute the tiles ``part[0:2]``, line by line, for the blocks of filters ``part[2:4]``."""
-        x, w, bias, residual, out, pads, strides, dilations, together, streamed, code, slope, parts = unpack(
-            arguments, itemsize
-        )
+        x, w, bias, residual, out, pads, strides, dilations, streamed, code, slope, parts = unpack(arguments, itemsize)
         groups, per_group, kh, kw, group_c, _ = w.shape
         height, width, channels = x.shape[1:]
         lines, columns, filters = out.shape[1:]
@@ -112,30 +110,28 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
         # Taps of one row are one run through memory, if nothing lies between them.
         segments, run = (1, kw * group_c) if dilations[1] == 1 else (kw, group_c)
         first_tile, last_tile, first_block, last_block = parts[job]
-        blocks, tiles = last_block - first_block, last_tile - first_tile
-        reach, most = (rows - 1) * strides[1] + span, min(lines, tiles // across + 2)
+        reach, most = (rows - 1) * strides[1] + span, min(lines, (last_tile - first_tile) // across + 2)
         window = np.empty((0 if staged else kh, reach, channels), x.dtype)
         high_stage = (most - 1) * strides[0] + (kh - 1) * dilations[0] + 1
         stage = np.empty((high_stage if staged else 0, wide, group_c), x.dtype)
-        kept, begun = (-1, -1, -1), 0
+        kept, begun = (-1, -1), 0
         here, there = np.int64(x.ctypes.data), np.int64(out.ctypes.data)
         more = np.int64(residual.ctypes.data) - there
         scratch = np.empty((rows, block), x.dtype)
         streams = streamed and there % CACHE_LINE == 0
-        for turn in range(-(-tiles // together) * blocks):
-            some, number = turn // blocks, first_block + turn % blocks
+        for number in range(first_block, last_block):
             group, member = divmod(number, per_group)
             k0, count = group * group_k + member * block, min(block, group_k - member * block)
             weights = np.int64(w.ctypes.data) + number * kh * tap_bytes
-            now, end = first_tile + some * together, first_tile + min((some + 1) * together, tiles)
-            while now < end:
+            now = first_tile
+            while now < last_tile:
                 line, tile = divmod(now, across)
                 image, oh = divmod(line, lines)
                 top = oh * strides[0] - pads[0]
                 if staged:
-                    if kept != (some, group, image):
-                        kept, begun = (some, group, image), oh
-                        until = min(lines - oh, (end - 1) // across - line + 1)
+                    if kept != (group, image):
+                        kept, begun = (group, image), oh
+                        until = min(lines - oh, (last_tile - 1) // across - line + 1)
                         taken = (until - 1) * strides[0] + (kh - 1) * dilations[0] + 1
                         _copy_group(stage, x, (image, top, -pads[1]), group * group_c, taken, lanes, itemsize)
                     low, high = 0, kh
@@ -144,7 +140,7 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
                     low, high = taps_inside(top, dilations[0], kh, height)
                     from_line = here + ((image * height + top) * width - pads[1]) * pixel
                 to_line = there + line * columns * result + k0 * itemsize
-                stop = min(across, tile + end - now)
+                stop = min(across, tile + last_tile - now)
                 now += stop - tile
                 for place in range(tile, stop):
                     ow = min(place * rows, columns - rows)

@@ -96,7 +96,7 @@ def _next(place, shape):  # type: ignore[no-untyped-def]
 #: ``filters`` is ``[groups, blocks of a group, KH, KW, C // groups, block]``, filled up with zeros, ``bias`` alike.
 ARGUMENTS = Arguments(
     input=array_of(4), filters=array_of(6), bias=array_of(1), residual=array_of(4), out=array_of(4), zero=array_of(1),
-    window=integers_of(8), groups=INTEGER, together=INTEGER, streamed=INTEGER, code=INTEGER,
+    window=integers_of(8), groups=INTEGER, streamed=INTEGER, code=INTEGER,
     slope=FLOAT, parts=array_of(2, "int64"),
 )  # fmt: skip
 unpack = ARGUMENTS.unpack
@@ -111,9 +111,7 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
 
     def convolve(arguments, job):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
         """Compute the tiles of pixels ``part[0:2]`` for the blocks of filters ``part[2:4]``."""
-        x, w, bias, residual, out, zero, window, groups, together, streamed, code, slope, parts = unpack(
-            arguments, itemsize
-        )
+        x, w, bias, residual, out, zero, window, groups, streamed, code, slope, parts = unpack(arguments, itemsize)
         first_tile, last_tile, first_block, last_block = parts[job]
         kh, kw, _, _, _, _, dh, dw = window
         channels, filters = x.shape[3], out.shape[3]
@@ -134,13 +132,11 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
         segments, run = (kh, kw * group_c) if joined else (kh * kw, group_c)
         table_at, table_step = table.ctypes.data, (2 + kh * kw) * rows * 8
         streams = streamed and out.ctypes.data % CACHE_LINE == 0
-        blocks = last_block - first_block
-        for turn in range(-(-tiles // together) * blocks):
-            some, number = turn // blocks, first_block + turn % blocks
+        for number in range(first_block, last_block):
             group, member = divmod(number, per_group)
             k0, count = group * group_k + member * block, min(block, group_k - member * block)
             weights, behind = w.ctypes.data + number * kh * kw * group_c * step, group * group_c * itemsize
-            for t in range(some * together, min((some + 1) * together, tiles)):
+            for t in range(tiles):
                 outputs = table_at + t * table_step
                 inputs, packed = outputs + rows * 8, weights
                 sums = zeros(rows, vectors, lanes, itemsize)

@@ -28,9 +28,6 @@ from convdispatch.problem import Problem
 #: Bytes of a job's input, and of its tables of addresses, that stay in a core's L2 cache.
 _CACHED_INPUT = 384 << 10
 _CACHED_TABLE = 96 << 10
-#: Filters of up to so many bytes stay near enough to be taken in turns, by some tiles at a time: then lines of output
-#: are stored whole, one behind the other, and not a piece for each block of filters.
-_KEPT_FILTERS, _TILES_TOGETHER = 64 << 10, 16
 #: Tiles cut from lines overlap at the ends; with more pixels than so many times a line, they are cut from them all. So
 #: they are if windows at the border, which are copied for every block of filters, have more bytes than so many.
 _WASTE, _MOST_COPIED = 1.08, 16 << 10
@@ -154,7 +151,6 @@ class ImplicitGemm(PackedBackend):
         parts = _parts(p, tile[0], p.groups * packed.shape[1], config.threads)
         values = {
             "filters": packed, "bias": added.reshape(-1),
-            "together": _TILES_TOGETHER if p.groups == 1 and packed.nbytes <= _KEPT_FILTERS else parts[-1][1],
             "streamed": _streams(p, block), "code": p.epilogue.code, "slope": p.epilogue.slope,
             "parts": np.array(parts, np.int64),
         }  # fmt: skip
