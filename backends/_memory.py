@@ -23,6 +23,15 @@ def aligned(shape: tuple[int, ...], dtype: str | np.dtype[Any], *, zero: bool = 
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
+#: Bytes of an output from which on it pays to begin at a cache line.
+_LARGE = 1 << 15
+
+
+def room_for(shape: tuple[int, ...], dtype: np.dtype[Any], size: int) -> Array:
+    """Return memory for an output of so many bytes: where it is large, from a cache line on."""
+    return aligned(shape, dtype, zero=False) if size >= _LARGE else np.empty(shape, dtype)
+
+
 _HEAD = object.__basicsize__
 _word_at = ctypes.c_size_t.from_address
 

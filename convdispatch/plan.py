@@ -16,12 +16,10 @@ import numpy as np
 from convdispatch import epilogue, observe, registry
 from convdispatch.arguments import Array, as_array
 from convdispatch.backend import Candidate, Config, Kernel, seen_by
-from convdispatch.backends._memory import aligned
+from convdispatch.backends._memory import room_for
 from convdispatch.errors import ArgumentError, ArgumentTypeError, BackendRejectedError
 from convdispatch.problem import Problem, dtype_of
 
-#: Bytes of an output from which on it pays to begin at a cache line.
-_LARGE = 1 << 15
 #: Usual calls of a plan before it gets a short way into its kernel: what is called once is done sooner without.
 _RUNS_BEFORE = 2
 #: Who redoes the images that a transform spoiled, the first that is available.
@@ -198,10 +196,7 @@ class Plan:
         return way
 
     def _fresh(self) -> Array:
-        """Return memory for an output: where it is large, from a cache line on."""
-        if self.problem.is_empty or self._output_bytes < _LARGE:
-            return np.empty(self._output_shape, self._result)
-        return aligned(self._output_shape, self._result, zero=False)
+        return room_for(self._output_shape, self._result, self._output_bytes)
 
     def _is_plain(self, input: Any) -> bool:
         return (

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from convdispatch.backends._memory import aligned
 from convdispatch.problem import Problem
 from convdispatch.tuning.engine_onnx import onnx_model
 from convdispatch.tuning.engines import Build, Case, Deployment, load, nchw, nhwc, only
@@ -45,7 +46,7 @@ class OpenCV:
 
     def _filters(self, case: Case) -> Deployment:
         cv2, p = self._cv2, case.problem
-        planes, out = nchw(case.x), np.empty((p.n, p.k, p.h, p.w), np.float32)
+        planes, out = nchw(case.x), aligned((p.n, p.k, p.h, p.w), np.dtype(np.float32))
         anchor = p.pads[2], p.pads[0]
         jobs = [
             (planes[n, k // p.group_k], out[n, k], np.ascontiguousarray(case.w[:, :, 0, k]))

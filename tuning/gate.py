@@ -1,12 +1,14 @@
 """The accuracy gate: a candidate's result is compared with the float64 reference before it may win."""
 
 import functools
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from convdispatch.arguments import Array
 from convdispatch.backend import Candidate
+from convdispatch.backends._memory import room_for
 from convdispatch.plan import Plan
 from convdispatch.problem import Problem, dtype_of
 from convdispatch.reference import Oracle, Verdict
@@ -48,7 +50,8 @@ class Trial:
 
     def spoiled_output(self) -> Array:
         """Return an output full of what no kernel stores: fresh memory may hold another candidate's right result."""
-        array = np.empty(self.problem.output_shape, dtype_of(self.problem.result_dtype))
+        shape, dtype = self.problem.output_shape, dtype_of(self.problem.result_dtype)
+        array = room_for(shape, dtype, math.prod(shape) * dtype.itemsize)  # as a plan's own is
         array.fill(-0x5A5A if self.problem.is_integer else np.nan)
         return array
 
