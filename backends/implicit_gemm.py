@@ -1,10 +1,10 @@
 """``implicit_gemm``: the matrix product of ``im2col``, with a patch matrix that is never made.
 
 A tile of outputs, some pixels times some vectors of filters, is summed in registers while the kernel walks over the
-taps, and reads the input where it lies. Where there is padding, or lines are short, it finds its inputs through a
-table of addresses (``_indirect``); else the pixels of a tile are neighbours, equally far apart (``_in_line``). So every
-filter size, stride, dilation and padding will do, nothing is copied, and bias, residual and activation are applied
-before a sum leaves its register.
+taps, and reads the input where it lies. Where lines of output are long enough, the pixels of a tile are neighbours in
+one, equally far apart (``_in_line``); else the kernel finds its inputs through a table of addresses (``_indirect``). So
+every filter size, stride, dilation and padding will do, no patch matrix is written, and bias, residual and activation
+are applied before a sum leaves its register.
 """
 
 import functools
@@ -28,10 +28,10 @@ from convdispatch.problem import Problem
 #: Bytes of a job's input, and of its tables of addresses, that stay in a core's L2 cache.
 _CACHED_INPUT = 384 << 10
 _CACHED_TABLE = 96 << 10
-#: Tiles cut from lines overlap at the ends; with more pixels than so many times a line, they are cut from them all. So
-#: they are if windows at the border, which are copied for every block of filters, have more bytes than so many.
+#: Tiles cut from a line overlap at its end. If they have more than so many times its pixels together, tiles are cut
+#: from the list of all pixels; and also if windows at the border, copied for every block of filters, have more bytes.
 _WASTE, _MOST_COPIED = 1.08, 16 << 10
-#: Of groups, whose channels are copied to where they lie side by side, this is worth more waste.
+#: With groups, whose channels lie side by side in lines' copies, more waste is worth it.
 _WASTE_BY_GROUPS = 1.15
 
 
