@@ -43,7 +43,7 @@ def run_in_order(stages: Sequence[tuple[CompiledKernel, Array, int]], threads: i
     """Run kernels one after the other, each on up to this many threads.
 
     Args:
-        stages: kernels, their packed arguments, and how many parts each has.
+        stages: kernels, their packed arguments, and how many parts each has, one at least.
         threads: most threads to use.
 
     Raises:
