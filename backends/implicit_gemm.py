@@ -33,6 +33,8 @@ _CACHED_TABLE = 96 << 10
 _WASTE, _MOST_COPIED = 1.08, 16 << 10
 #: With groups, whose channels lie side by side in lines' copies, more waste is worth it.
 _WASTE_BY_GROUPS = 1.15
+#: Fewer sums than these wait for one another, unless a wider tile would waste more: with a single vector of filters.
+_LEAST_SUMS = 8
 
 
 def _is_in_line(problem: Problem, rows: int) -> bool:
@@ -188,7 +190,8 @@ def _tiles(problem: Problem) -> list[tuple[int, int]]:
     all_of_them = register_tiles()
     least = min(vectors for _, vectors in all_of_them)
     wide = -(-problem.group_k // lanes)
-    return [tile for tile in all_of_them if tile[1] <= max(least, wide)]
+    usual = [tile for tile in all_of_them if tile[1] <= max(least, wide)]
+    return [tile for tile in usual if wide == 1 or math.prod(tile) >= _LEAST_SUMS]
 
 
 def _tile(config: Config) -> tuple[int, int]:

@@ -118,6 +118,14 @@ def test_threads_and_pickling_change_no_bit() -> None:
     np.testing.assert_array_equal(one, other)
 
 
+def test_few_sums_are_for_a_single_vector_of_filters() -> None:
+    lanes = vector_bytes() // 4
+    for k in (lanes, 2 * lanes, 64 * lanes):
+        configs = GEMM.configs(Problem.parse(f"1x28x28x64 * 1x1x64x{k} VALID"), "exhaustive")
+        assert configs
+        assert k == lanes or all(c.integer("rows") * c.integer("vectors") >= 8 for c in configs)
+
+
 @pytest.mark.parametrize("tile", [(0, 4), (6, 0), (16, 4), (29, 1)])
 def test_a_tile_that_registers_cannot_hold_is_refused(tile: tuple[int, int]) -> None:
     problem = Problem.parse("1x9x9x8 * 3x3x8x64 SAME")
