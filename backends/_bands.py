@@ -242,22 +242,21 @@ class ConvertedKernel:
         self._recipe = inner, problem, threads
         self._inner, self._dtype, self._threads = inner, problem.sum_dtype, threads
         p, form = problem, _Storage.of(problem)
-        self._into = _Conversion(form, p.n, (p.h, p.w, p.c), threads, back=False)
-        self._beside = _Conversion(form, p.n, (p.oh, p.ow, p.k), threads, back=False)
-        self._back = _Conversion(form, p.n, (p.oh, p.ow, p.k), threads, back=True)
+        self._inputs = _Conversion(form, p.n, (p.h, p.w, p.c), threads)
+        self._outputs = _Conversion(form, p.n, (p.oh, p.ow, p.k), threads)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ConvertedKernel, self._recipe
 
     def __call__(self, input: Array, out: Array, residual: Array | None) -> bool | None:
         """Convolve ``input`` into ``out``; see ``convdispatch.backend.Kernel``."""
-        inner, x, sums, added = self._inner, self._into.room(self._dtype), self._back.room(self._dtype), None
-        stages = [self._into.stage(input, x)]
+        inner, x, sums, added = self._inner, self._inputs.room(self._dtype), self._outputs.room(self._dtype), None
+        stages = [self._inputs.stage(input, x)]
         if residual is not None:
-            added = self._beside.room(self._dtype)
-            stages.append(self._beside.stage(residual, added))
+            added = self._outputs.room(self._dtype)
+            stages.append(self._outputs.stage(residual, added))
         block = inner.filled(x, sums, added)
-        stages += [(inner.kernel, block, inner.count), self._back.stage(sums, out)]
+        stages += [(inner.kernel, block, inner.count), self._outputs.stage(sums, out, back=True)]
         run_in_order(stages, self._threads)
         return inner.told(block)
 
@@ -265,20 +264,21 @@ class ConvertedKernel:
 class _Conversion:
     """How images are converted whole: by which kernel, in which parts."""
 
-    def __init__(self, form: _Storage, images: int, shape: tuple[int, int, int], threads: int, *, back: bool) -> None:
+    def __init__(self, form: _Storage, images: int, shape: tuple[int, int, int], threads: int) -> None:
         self._kernel, self._size = _by_rows(*form.constants), images * math.prod(shape)
         cut = threads * _PARTS
         self._parts = np.array([(n, *rows) for n in range(images) for rows in split(shape[0], cut)], np.int64)
-        self._block = _COPY.pack(shape=shape, planar=form.planar, back=back, parts=self._parts)
+        self._block = _COPY.pack(shape=shape, planar=form.planar, parts=self._parts)
 
     def room(self, dtype: str) -> Array:
         """Return memory for the images as kernels want them, and some vectors behind them."""
         return aligned((self._size + 2 * CACHE_LINE,), dtype, zero=False)
 
-    def stage(self, source: Array, target: Array) -> tuple[CompiledKernel, Array, int]:
+    def stage(self, source: Array, target: Array, *, back: bool = False) -> tuple[CompiledKernel, Array, int]:
         """Return what ``run_in_order`` needs to convert one array into another."""
         block = self._block.copy()
         block[_COPY.at["source"]], block[_COPY.at["target"]] = address(source), address(target)
+        block[_COPY.at["back"]] = back
         return self._kernel, block, len(self._parts)
 
 

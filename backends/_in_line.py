@@ -31,19 +31,8 @@ from convdispatch.backends._tile import (
     stream,
     zeros,
 )
-from convdispatch.backends._vector import clear, copy, load, save
-from convdispatch.backends._windows import taps_inside
-
-
-@njit()
-def _copy_line(line, source, first, width):  # type: ignore[no-untyped-def]
-    """Copy pixels from column ``first`` on, whose address is ``source``, to ``line [pixels, C]``; zeros outside."""
-    pixel, count = line.shape[1] * line.itemsize, line.shape[0]
-    target = np.int64(line.ctypes.data)
-    low, high = min(max(0, -first), count), min(max(0, width - first), count)
-    clear(target, low * pixel)
-    copy(target + low * pixel, source + low * pixel, (high - low) * pixel)
-    clear(target + high * pixel, (count - high) * pixel)
+from convdispatch.backends._vector import clear, load, save
+from convdispatch.backends._windows import copy_columns, taps_inside
 
 
 @njit()
@@ -148,7 +137,7 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
                     at, down = from_line + ow * apart, dilations[0] * line_bytes
                     if not staged and (left < 0 or left + reach > width):
                         for i in range(low, high):
-                            _copy_line(window[i], at + i * down, left, width)
+                            copy_columns(np.int64(window[i].ctypes.data), at + i * down, left, reach, width, pixel)
                         at, down = np.int64(window.ctypes.data), reach * pixel
                     sums = zeros(rows, vectors, lanes, itemsize)
                     if bias.size:

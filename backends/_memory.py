@@ -83,6 +83,14 @@ def odd_lines(count: int, itemsize: int) -> int:
     return (-(-count * itemsize // CACHE_LINE) | 1) * CACHE_LINE // itemsize
 
 
-def exceeds_caches(count: int) -> bool:
-    """Return whether so many bytes of output are too much for caches, which hold the input and other things too."""
-    return 2 * count > current().caches[2]
+def streams(shape: tuple[int, ...], itemsize: int, run: int, row: int) -> bool:
+    """Return whether outputs are better written past the caches, which hold the input and other things too.
+
+    Args:
+        shape: of the output.
+        itemsize: bytes of a value.
+        run: values that are written at a time; they must be whole cache lines.
+        row: values from one run's beginning to the next's; they must be so too, or lines would begin elsewhere.
+    """
+    whole = run * itemsize % CACHE_LINE == row * itemsize % CACHE_LINE == 0
+    return whole and 2 * math.prod(shape) * itemsize > current().caches[2]

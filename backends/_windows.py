@@ -1,6 +1,7 @@
-"""Which outputs read inside the image, and what they read there: padding as slices, never as a copy."""
+"""Which outputs read inside the image, and what they read there: padding as slices, or as zeros in a small copy."""
 
 from convdispatch.backends._jit import njit
+from convdispatch.backends._vector import clear, copy
 
 
 def overlap(first: int, count: int, offset: int, stride: int, length: int) -> tuple[slice, slice]:
@@ -21,3 +22,15 @@ def taps_inside(start, step, taps, size):  # type: ignore[no-untyped-def]
     low = (-start + step - 1) // step if start < 0 else 0
     high = (size - start + step - 1) // step if start < size else 0
     return low, min(high, taps)
+
+
+@njit()
+def copy_columns(target, source, first, count, width, pixel):  # type: ignore[no-untyped-def]
+    """Copy ``count`` columns from ``first`` on, whose address is ``source``; zeros where a line of ``width`` has none.
+
+    ``pixel`` is the bytes of a column.
+    """
+    low, high = min(max(0, -first), count), min(max(0, width - first), count)
+    clear(target, low * pixel)
+    copy(target + low * pixel, source + low * pixel, (high - low) * pixel)
+    clear(target + high * pixel, (count - high) * pixel)

@@ -29,6 +29,7 @@ from convdispatch.backends._tile import (
 )
 from convdispatch.backends._transforms import leave_columns, odd_lines_apart, report, transform_input, transform_output
 from convdispatch.backends._vector import clear, copy, prefetch
+from convdispatch.backends._windows import copy_columns
 
 
 @njit()
@@ -61,14 +62,11 @@ def _copy_patch(patch, x, where, steps, fold, group_c, itemsize):  # type: ignor
         ih = top + i * steps[0]
         for j in range(pieces):
             iw, target = left + j * steps[1], np.int64(patch[i, j].ctypes.data)
-            low, high = min(max(0, -iw), span), max(0, min(span, width - iw))
-            if not 0 <= ih < height or low >= high:
+            if 0 <= ih < height:
+                source = x[0] + (((image * height + ih) * width + iw) * channels + channel) * itemsize
+                copy_columns(target, source, iw, span, width, group_c * itemsize)
+            else:
                 clear(target, span * group_c * itemsize)
-                continue
-            source = x[0] + (((image * height + ih) * width + iw + low) * channels + channel) * itemsize
-            clear(target, low * group_c * itemsize)
-            copy(target + low * group_c * itemsize, source, (high - low) * group_c * itemsize)
-            clear(target + high * group_c * itemsize, (span - high) * group_c * itemsize)
 
 
 @njit()

@@ -28,7 +28,7 @@ from convdispatch.backends._atomics import add
 from convdispatch.backends._epilogue import RELU, RELU6, finish
 from convdispatch.backends._jit import njit
 from convdispatch.backends._kernel import PackedKernel
-from convdispatch.backends._memory import CACHE_LINE, aligned, exceeds_caches
+from convdispatch.backends._memory import CACHE_LINE, aligned, streams
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._planes import WOVEN, fill, put_line, taps_together
 from convdispatch.backends._threads import split
@@ -205,13 +205,6 @@ class _Cut:
     scratch: int
 
 
-def _streams(problem: Problem, across: int) -> bool:
-    """Return whether results are better written past the caches: many, by whole cache lines, rows beginning alike."""
-    p, size = problem, item_bytes(problem.dtype)
-    whole = across * size % CACHE_LINE == p.ow * size % CACHE_LINE == 0
-    return whole and exceeds_caches(math.prod(p.output_shape) * size)
-
-
 @functools.lru_cache(maxsize=1024)
 def _cut(problem: Problem, tile: tuple[int, int], lanes: int) -> _Cut:
     p, size = problem, item_bytes(problem.dtype)
@@ -303,7 +296,8 @@ class ImageRows(PackedBackend):
         parts = split(cut.panels, 4 * config.threads if config.threads > 1 else 1)
         values = {
             "filters": packed, "bias": added, "pads": p.pads, "dilations": p.dilations, "shape": cut.shape,
-            "in_place": cut.in_place, "streamed": _streams(p, tile[1] * lanes), "code": p.epilogue.code,
+            "in_place": cut.in_place, "code": p.epilogue.code,
+            "streamed": streams(p.output_shape, item_bytes(p.dtype), tile[1] * lanes, p.ow),
             "slope": p.epilogue.slope, "parts": np.array(parts, np.int64),
         }  # fmt: skip
         compiled = functools.partial(_compiled, *tile, taps_together(p.kh), lanes, item_bytes(p.dtype))

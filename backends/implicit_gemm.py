@@ -17,7 +17,7 @@ from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, item_bytes
 from convdispatch.backends import _in_line, _indirect
 from convdispatch.backends._kernel import PackedKernel
-from convdispatch.backends._memory import CACHE_LINE, aligned, by_blocks, exceeds_caches
+from convdispatch.backends._memory import aligned, by_blocks, streams
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._threads import split
 from convdispatch.backends._tile import register_tile, register_tiles
@@ -60,13 +60,6 @@ def _staged(problem: Problem, tiles: int, rows: int) -> int:
     high = (lines - 1) * p.strides[0] + (p.kh - 1) * p.dilations[0] + 1
     wide = (p.ow - 1) * p.strides[1] + (p.kw - 1) * p.dilations[1] + 1
     return high * wide * p.group_c * item_bytes(p.dtype)
-
-
-def _streams(problem: Problem, block: int) -> bool:
-    """Return whether results are better written past the caches: many, and by whole cache lines."""
-    p, size = problem, item_bytes(problem.dtype)
-    whole = block * size % CACHE_LINE == p.group_k * size % CACHE_LINE == 0
-    return whole and exceeds_caches(math.prod(p.output_shape) * size)
 
 
 def _cut(problem: Problem, rows: int, blocks: int, threads: int) -> tuple[int, int, int]:
@@ -153,8 +146,8 @@ class ImplicitGemm(PackedBackend):
         parts = _parts(p, tile[0], p.groups * packed.shape[1], config.threads)
         values = {
             "filters": packed, "bias": added.reshape(-1),
-            "streamed": _streams(p, block), "code": p.epilogue.code, "slope": p.epilogue.slope,
-            "parts": np.array(parts, np.int64),
+            "streamed": streams(p.output_shape, item_bytes(p.dtype), block, p.group_k), "code": p.epilogue.code,
+            "slope": p.epilogue.slope, "parts": np.array(parts, np.int64),
         }  # fmt: skip
         if _is_in_line(p, tile[0]):
             values |= {"pads": p.pads[::2], "strides": p.strides, "dilations": p.dilations}

@@ -2,9 +2,8 @@
 
 An engine offers one or several deployments of a problem: ways to run it, each with constant weights packed, and
 with the input in the layout it likes best, from a cache line on as engines' own memory is, both prepared outside the
-clock. The worker times them all and keeps the
-fastest, so that no engine is judged by a way in which nobody would run it. Padding that an engine cannot express is
-a call of its own, inside the clock.
+clock. The worker times them all and keeps the fastest, so that no engine is judged by a way in which nobody would run
+it. Padding that an engine cannot express is a call of its own, inside the clock.
 
 Modules are loaded by name, since any of them may be missing; the error is the reason that the report gives.
 """
