@@ -20,7 +20,8 @@ from numba import types
 from numba.np import arrayobj
 
 from convdispatch.arguments import Array
-from convdispatch.backends._jit import array, compiled_address, integers
+from convdispatch.backends._jit import array, integers
+from convdispatch.backends._machine_code import compiled_address
 from convdispatch.backends._memory import address
 from convdispatch.backends._vector import I64, Codegen, intrinsic
 

@@ -28,7 +28,8 @@ from convdispatch.arguments import Array
 from convdispatch.backends import _team
 from convdispatch.backends._arguments import INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import CAN_SLEEP, read
-from convdispatch.backends._jit import compiled_address, njit
+from convdispatch.backends._jit import njit
+from convdispatch.backends._machine_code import compiled_address
 from convdispatch.backends._memory import address
 from convdispatch.backends._vector import I64, Codegen, intrinsic
 

@@ -1,46 +1,62 @@
 """Numba's ``njit`` with the settings that every kernel here wants, and array types that fit every array."""
 
+import contextlib
+import functools
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 from numba import types
 
+from convdispatch import epilogue
+
 #: Products may fuse with sums (FMA); nothing that changes what NaN, infinity or signed zero mean.
 FASTMATH = {"contract"}
+#: How Numba is to compile all functions here.
+OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": FASTMATH, "error_model": "numpy"}
+
+DIGEST_BYTES = 16
 
 
-def njit(signature: Any = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Compile a function without the GIL, kept on disk where some folder is writable.
+def digest(*parts: bytes) -> bytes:
+    """Return what tells some bytes from all others."""
+    whole = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for part in parts:
+        whole.update(len(part).to_bytes(8, "little") + part)
+    return whole.digest()
+
+
+@functools.cache
+def sources() -> str:
+    """Return a digest of all that kernels are built of: what was compiled of other sources is not to be run."""
+    files = *sorted(Path(__file__).parent.glob("*.py")), Path(epilogue.__file__)
+    return digest(*(file.read_bytes() for file in files)).hex()
+
+
+def njit(signature: Any = None) -> Callable[[Callable[..., Any]], Any]:
+    """Compile a function without the GIL, kept on disk by Numba where some folder is writable.
 
     Args:
         signature: compile for these argument types now; without, for each call's types on the first call.
     """
-    given: tuple[Any, ...] = () if signature is None else ([signature],)
     njit: Any = numba.njit  # its stubs do not know every form of the arguments
 
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        options = {"nogil": True, "fastmath": FASTMATH, "error_model": "numpy"}
-        try:
-            compiled: Callable[..., Any] = njit(*given, cache=True, **options)(function)
-        except RuntimeError:  # "no locator available": neither the package's folder nor a cache is writable
-            compiled = njit(*given, **options)(function)
+    def decorate(function: Callable[..., Any]) -> Any:
+        compiled = njit(**OPTIONS)(function)
+        with contextlib.suppress(RuntimeError):  # "no locator available": no folder is writable
+            compiled.enable_caching()
+            # Numba notices a change of the file that a function is in, but not of those that it calls.
+            file = compiled._cache._cache_file  # noqa: SLF001
+            file._source_stamp = file._source_stamp, sources()  # noqa: SLF001
+        if signature is not None:
+            compiled.compile(signature)
+            compiled.disable_compile()
         return compiled
 
     return decorate
-
-
-_compiled: list[Any] = []
-
-
-def compiled_address(signature: Any, function: Callable[..., Any]) -> int:
-    """Compile a function for a signature, and return the address where C finds it, for ever."""
-    dispatcher: Any = njit(signature)(function)
-    _compiled.append(dispatcher)  # or the code would go
-    result = dispatcher.overloads[signature.args]
-    address: int = result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
-    return address
 
 
 @njit()

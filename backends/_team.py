@@ -6,8 +6,11 @@ asleep; who calls takes parts of the work too, and waits only for helpers that c
 and none where callers keep the cores busy as it is; the others do their work alone, so nobody waits for a lock.
 """
 
+import ctypes
 import functools
 import os
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numba import types
@@ -28,6 +31,7 @@ from convdispatch.backends._atomics import (
 )
 from convdispatch.backends._cores import Helpers
 from convdispatch.backends._jit import njit
+from convdispatch.backends._machine_code import compiled_address
 from convdispatch.backends._memory import aligned
 from convdispatch.backends._threads import run_all
 
@@ -49,7 +53,6 @@ def _take_parts(team, function, block, count):  # type: ignore[no-untyped-def]
         number = add(team + _NEXT, 1)
 
 
-@njit(types.void(types.int64))
 def _serve(team):  # type: ignore[no-untyped-def]
     """Help whoever calls, for ever."""
     while True:
@@ -71,13 +74,13 @@ def _serve(team):  # type: ignore[no-untyped-def]
             add(team + _SLEEPERS, -1)
 
 
-@njit(types.void(types.int64, types.int64, types.int64, types.int64))
+@njit()
 def alone(function, block, first, last):  # type: ignore[no-untyped-def]
     for number in range(first, last):
         call_kernel(function, block, number)
 
 
-@njit(types.void(types.int64, types.int64, types.int64, types.int64, types.int64))
+@njit()
 def share(team, function, block, count, places):  # type: ignore[no-untyped-def]
     """Run all parts of a kernel's work together with up to ``places`` helpers."""
     callers = add(team + _CALLERS, 1) + 1
@@ -113,6 +116,17 @@ def ready(team, places):  # type: ignore[no-untyped-def]
 whereabouts = np.zeros(1, np.int64)
 
 
+def _from_python(function: Any, words: int) -> Callable[..., None]:
+    """Return a function of so many words, compiled to be called from Python, which goes on meanwhile."""
+    address = compiled_address(types.void(*[types.int64] * words), function)
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * words)(address)
+
+
+_serve_from_python = _from_python(_serve, 1)
+_alone_from_python = _from_python(alone.py_func, 4)
+_share_from_python = _from_python(share.py_func, 5)
+
+
 class _Team:
     """The helpers of this process, and the memory through which they are told what to do."""
 
@@ -131,7 +145,7 @@ class _Team:
 
     def serve(self) -> None:
         """Help whoever calls, for ever."""
-        _serve(self.address)
+        _serve_from_python(self.address)
 
 
 _team = _Team()
@@ -157,10 +171,11 @@ def run_parts(kernel: int, block: int, count: int, threads: int) -> None:
     """
     threads = min(threads, count)
     if threads <= 1:
-        alone(kernel, block, 0, count)
+        _alone_from_python(kernel, block, 0, count)
     elif CAN_SLEEP:
         team = _team
         team.prepare(threads - 1)
-        share(team.address, kernel, block, count, threads - 1)
+        _share_from_python(team.address, kernel, block, count, threads - 1)
     else:
-        run_all([functools.partial(alone, kernel, block, number, number + 1) for number in range(count)], threads)
+        each = functools.partial(_alone_from_python, kernel, block)
+        run_all([functools.partial(each, number, number + 1) for number in range(count)], threads)

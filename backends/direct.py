@@ -55,7 +55,8 @@ def _compiled(dtype: str, sum_dtype: str) -> Callable[..., Any]:
         array(sum_dtype, 4, strided=True, writable=True), integers(4), integers(2), integers(2),
         types.int64, types.float64,
     )  # fmt: skip
-    return njit(signature)(_convolve)
+    compiled: Callable[..., Any] = njit(signature)(_convolve)
+    return compiled
 
 
 @dataclass(frozen=True)

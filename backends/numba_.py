@@ -160,7 +160,8 @@ def _compiled(dtype: str, sum_dtype: str) -> Callable[..., Any]:
         array(sum_dtype, 4, writable=True), integers(4), integers(2), integers(2), number, number, number, number,
         types.float64, integers(2),
     )  # fmt: skip
-    return njit(signature)(_convolve)
+    compiled: Callable[..., Any] = njit(signature)(_convolve)
+    return compiled
 
 
 @dataclass(frozen=True)
