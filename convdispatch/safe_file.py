@@ -5,11 +5,15 @@ import errno
 import glob
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 #: Nobody holds a file for a tenth of this; who seems to is gone, or on a machine that is.
 _SECONDS_TO_WAIT = 30.0
+#: Who takes a marker writes its name into it at once; one that stays empty for so long was left by a killed process.
+_SECONDS_WITHOUT_NAME = 2.0
 _SECONDS_BETWEEN_TRIES = 0.01
 _HELD_BY_ANOTHER = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES}
 
@@ -24,8 +28,8 @@ def exclusive(path: Path, seconds: float = _SECONDS_TO_WAIT) -> Iterator[None]:
     """Hold the sole right to change a file, among all processes that ask for it this way.
 
     The lock is on ``PATH.lock``, an empty file that stays. On a filesystem that has no locks, it is that
-    ``PATH.held`` exists; one that a killed process left behind is taken away by the next who wants it, at once if
-    that was on this machine, else when it has stood unchanged for the whole wait.
+    ``PATH.held`` exists; one that a killed process left behind is taken away by the next who wants it: at once if
+    that was on this machine, soon if it has no name in it, else when it has stood unchanged for the whole wait.
 
     Args:
         path: the file, which need not exist; its folder must.
@@ -43,6 +47,7 @@ def exclusive(path: Path, seconds: float = _SECONDS_TO_WAIT) -> Iterator[None]:
         return
     marker = path.with_name(path.name + ".held")
     held = filelock.SoftFileLock(marker, timeout=seconds, poll_interval=_SECONDS_BETWEEN_TRIES)
+    _wait_for_a_name(marker, min(seconds, _SECONDS_WITHOUT_NAME))
     before = _stamp(marker)
     try:
         held.acquire()
@@ -73,12 +78,20 @@ def _can_lock(lock: Path) -> bool:
     return True
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
+class _Stamp(NamedTuple):
+    """What tells a file from another one at the same path."""
+
+    number: int
+    changed: int
+    size: int
+
+
+def _stamp(path: Path) -> _Stamp | None:
     try:
         status = path.stat()
     except OSError:
         return None
-    return status.st_ino, status.st_mtime_ns
+    return _Stamp(status.st_ino, status.st_mtime_ns, status.st_size)
 
 
 def _is_of_this_machine(marker: Path) -> bool:
@@ -91,7 +104,19 @@ def _is_of_this_machine(marker: Path) -> bool:
         return False
 
 
-def _take_away(marker: Path, stamp: tuple[int, int]) -> None:
+def _wait_for_a_name(marker: Path, seconds: float) -> None:
+    """Wait until there is no empty marker; take one away that stays what it is."""
+    until = time.monotonic() + seconds
+    if (first := _stamp(marker)) is None or first.size > 0:
+        return
+    while _stamp(marker) == first:
+        if time.monotonic() > until:
+            _take_away(marker, first)
+            return
+        time.sleep(_SECONDS_BETWEEN_TRIES)
+
+
+def _take_away(marker: Path, stamp: _Stamp) -> None:
     """Remove a marker that nobody holds, and no other one that came in its place meanwhile."""
     aside = marker.with_name(f".{marker.name}-{os.getpid()}.tmp")
     with contextlib.suppress(OSError):

@@ -143,6 +143,35 @@ def test_a_marker_from_elsewhere_that_never_changes_is_taken_away_after_the_wait
     assert leftovers(path) == []
 
 
+def test_an_empty_marker_of_a_killed_process_is_taken_away_soon(
+    path: Path, no_locks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safe_file, "_SECONDS_WITHOUT_NAME", 0.05)
+    marker = path.with_name("profile.yaml.held")
+    marker.touch()
+    seen = []
+    acquire = filelock.SoftFileLock.acquire
+
+    def watched(self: Any, *words: Any, **more: Any) -> Any:
+        seen.append(marker.exists())
+        return acquire(self, *words, **more)
+
+    monkeypatch.setattr(filelock.SoftFileLock, "acquire", watched)
+    profile.write(path, [entry()], HERE)
+    assert seen == [False]
+    assert leftovers(path) == []
+
+
+def test_an_empty_marker_whose_holder_writes_its_name_is_left(
+    path: Path, no_locks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker = path.with_name("profile.yaml.held")
+    marker.touch()
+    monkeypatch.setattr(time, "sleep", lambda _: marker.write_text("1\nanother-host\n"))
+    safe_file._wait_for_a_name(marker, 3600)
+    assert marker.read_text() == "1\nanother-host\n"
+
+
 def test_a_marker_that_changed_hands_while_waiting_is_left(
     path: Path, no_locks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
