@@ -42,7 +42,7 @@ from convdispatch.problem import Problem, dtype_of
 #: Outputs of a tile, by the number of vector registers: sums, one row of taps and an input fit in them.
 _TILES = {32: (14, 7, 4), 16: (7, 4)}
 #: Tiles for rows that are shorter than those.
-_SHORTER = (7, 4, 2, 1)
+_SHORTER = (7, 4, 1)
 #: Taps of a row that are done together, held in registers, if the filter's width is a multiple of theirs.
 _TAPS = (7, 5, 3)
 #: A filter up to this width that is no such multiple is done a row at a time; wider ones, and narrow ones, by taps.

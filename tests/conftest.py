@@ -1,5 +1,6 @@
 """What every test may rely on: no profile but its own, no environment variables of ours, the built-in backends."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,12 +25,16 @@ hypothesis.settings.register_profile(
         hypothesis.HealthCheck.filter_too_much,
     ],
 )
-hypothesis.settings.load_profile("convdispatch")
+hypothesis.settings.register_profile(
+    "thorough", parent=hypothesis.settings.get_profile("convdispatch"), derandomize=False, max_examples=200
+)
+hypothesis.settings.load_profile("convdispatch")  # unless --hypothesis-profile says otherwise
 
 
 @pytest.fixture(autouse=True)
 def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Keep this machine's profiles and settings out of a test, and the test's out of the next one."""
+    gc.freeze()  # what the compiler leaves behind is no garbage, and looking through it takes up to a second
     for variable in list(os.environ):
         if variable.startswith(settings.PREFIX):
             monkeypatch.delenv(variable)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from convdispatch.arguments import Array
@@ -81,11 +82,30 @@ def epilogues(draw: st.DrawFn, dtype: str = "float32") -> Epilogue:
     return Epilogue(draw(st.booleans()), draw(st.booleans()), activation, slope)
 
 
-# What kernels are compiled for comes in a few kinds: each costs seconds, and there are hundreds of combinations.
-#: A filter's rows; taps of a row with the stride along it; channels and filters of a group.
-_HEIGHTS = (1, 2, 3, 5)
-_ALONG = ((3, 1), (1, 1), (2, 1), (3, 2), (5, 1), (4, 3))
-_GROUPS = ((4, 4), (2, 3))
+@dataclass(frozen=True)
+class _Kinds:
+    """What kernels are compiled for: each combination costs seconds, and there are hundreds.
+
+    Attributes:
+        heights: rows of a filter.
+        along: taps of a row, with the stride along it.
+        groups: channels and filters of a group.
+        multipliers: filters of a channel, where each is a group.
+    """
+
+    heights: tuple[int, ...]
+    along: tuple[tuple[int, int], ...]
+    groups: tuple[tuple[int, int], ...]
+    multipliers: tuple[int, ...]
+
+
+_FEW = _Kinds((1, 3), ((3, 1), (2, 1), (3, 2), (4, 3)), ((4, 4), (2, 3)), (1, 3))
+_MANY = _Kinds((1, 2, 3, 5), (*_FEW.along, (1, 1), (5, 1)), (*_FEW.groups, (3, 2), (8, 8)), (1, 2, 3))
+
+
+def _kinds() -> _Kinds:
+    """Return a few kinds, which every backend's own tests add to; or many, for a run that may take its time."""
+    return _MANY if settings.get_current_profile_name() == "thorough" else _FEW
 
 
 @st.composite
@@ -106,7 +126,7 @@ def problems(
     if which := draw(st.sampled_from((3, 0, 0, 3, 0, 9))):
         kernel, strides, dilations = (which, which), (1, 1), (1, 1)
     else:
-        (kw, stride), kh = draw(st.sampled_from(_ALONG)), draw(st.sampled_from(_HEIGHTS))
+        (kw, stride), kh = draw(st.sampled_from(_kinds().along)), draw(st.sampled_from(_kinds().heights))
         kernel, strides = (kh, kw), (draw(st.integers(1, 3)), stride)
         dilations = draw(st.one_of(st.just((1, 1)), _pairs(1, 3)))
     groups, group_c, group_k = draw(_parts(least))
@@ -168,9 +188,9 @@ def _parts(draw: st.DrawFn, least: int) -> tuple[int, int, int]:
     if kind == "whole":
         return 1, draw(st.integers(least, 9)), draw(st.integers(least, 10))
     if kind == "grouped":
-        group_c, group_k = draw(st.sampled_from(_GROUPS))
-        return draw(st.sampled_from((2, 4))), group_c, draw(st.sampled_from((group_k, group_k, least)))
-    return draw(st.sampled_from((8, 9, 11))), 1, draw(st.integers(least, 3))
+        group_c, group_k = draw(st.sampled_from(_kinds().groups))
+        return draw(st.sampled_from((2, 4))), group_c, draw(st.sampled_from((group_k, group_k, least * group_k)))
+    return draw(st.sampled_from((8, 9, 11))), 1, draw(st.sampled_from((*_kinds().multipliers, least)))
 
 
 def numbers(problem: Problem, seed: int = 0) -> Case:

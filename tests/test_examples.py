@@ -36,6 +36,7 @@ def test_quickstart(tmp_path: Path) -> None:
     assert sum(line.startswith("* ") for line in explanation) == 1
 
 
+@pytest.mark.slow
 def test_photograph(tmp_path: Path) -> None:
     pytest.importorskip("skimage")
     image = pytest.importorskip("matplotlib.image")

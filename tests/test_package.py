@@ -46,6 +46,7 @@ def test_sdist_holds_the_folders_and_wheel_holds_the_packages(built: Path) -> No
     assert {name for name in top if not name.endswith(".dist-info")} == {"convdispatch"}
 
 
+@pytest.mark.slow
 def test_wheel_tunes_from_an_empty_environment(built: Path, tmp_path: Path) -> None:
     wheel = next(built.glob("*.whl"))
     home = tmp_path / "venv"
