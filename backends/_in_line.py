@@ -13,12 +13,11 @@ import functools
 import math
 
 import numpy as np
-from numba import literally  # type: ignore[attr-defined]  # its stubs forgot one
 
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
 from convdispatch.backends._epilogue import RELU, RELU6, finish
-from convdispatch.backends._jit import hold, njit
+from convdispatch.backends._jit import hold
 from convdispatch.backends._memory import CACHE_LINE
 from convdispatch.backends._tile import (
     add_some_to_each,
@@ -31,42 +30,7 @@ from convdispatch.backends._tile import (
     stream,
     zeros,
 )
-from convdispatch.backends._vector import clear, load, save
-from convdispatch.backends._windows import copy_columns, taps_inside
-
-
-@njit()
-def _copy_group(stage, x, where, first_channel, rows, lanes, itemsize):  # type: ignore[no-untyped-def]
-    """Copy a group's channels of ``rows`` rows of an image to ``stage [rows, columns, C // groups]``.
-
-    ``where`` is the image, the first row and the first column; outside the image there are zeros.
-    """
-    literally(lanes), literally(itemsize)
-    image, top, left = where
-    _, height, width, channels = x.shape
-    columns, group_c = stage.shape[1:]
-    pixel = group_c * itemsize
-    low, high = min(max(0, -left), columns), min(max(0, width - left), columns)
-    for row in range(rows):
-        target, ih = np.int64(stage[row].ctypes.data), top + row
-        if not 0 <= ih < height:
-            clear(target, columns * pixel)
-            continue
-        clear(target, low * pixel)
-        clear(target + high * pixel, (columns - high) * pixel)
-        if group_c < lanes:
-            for column in range(low, high):
-                for c in range(group_c):
-                    stage[row, column, c] = x[image, ih, left + column, first_channel + c]
-            continue
-        first = ((image * height + ih) * width + left + low) * channels + first_channel
-        source = np.int64(x.ctypes.data) + first * itemsize
-        for column in range(low, high):
-            for c in range(0, group_c, lanes):
-                offset = min(c, group_c - lanes) * itemsize
-                save(target + column * pixel + offset, load(source + offset, lanes, itemsize))
-            source += channels * itemsize
-
+from convdispatch.backends._windows import copy_columns, copy_group, taps_inside
 
 #: ``filters`` is ``[groups, blocks of a group, KH, KW, C // groups, block]``, filled up with zeros, ``bias`` alike.
 ARGUMENTS = Arguments(
@@ -122,7 +86,7 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
                         kept, begun = (group, image), oh
                         until = min(lines - oh, (last_tile - 1) // across - line + 1)
                         taken = (until - 1) * strides[0] + (kh - 1) * dilations[0] + 1
-                        _copy_group(stage, x, (image, top, -pads[1]), group * group_c, taken, lanes, itemsize)
+                        copy_group(stage, x, (image, top, -pads[1]), group * group_c, taken, lanes, itemsize)
                     low, high = 0, kh
                     from_line = np.int64(stage.ctypes.data) + (oh - begun) * strides[0] * line_bytes
                 else:

@@ -1,7 +1,10 @@
 """Which outputs read inside the image, and what they read there: padding as slices, or as zeros in a small copy."""
 
+import numpy as np
+from numba import literally  # type: ignore[attr-defined]  # its stubs forgot one
+
 from convdispatch.backends._jit import njit
-from convdispatch.backends._vector import clear, copy
+from convdispatch.backends._vector import clear, copy, load, save
 
 
 def overlap(first: int, count: int, offset: int, stride: int, length: int) -> tuple[slice, slice]:
@@ -34,3 +37,36 @@ def copy_columns(target, source, first, count, width, pixel):  # type: ignore[no
     clear(target, low * pixel)
     copy(target + low * pixel, source + low * pixel, (high - low) * pixel)
     clear(target + high * pixel, (count - high) * pixel)
+
+
+@njit()
+def copy_group(stage, x, where, first_channel, rows, lanes, itemsize):  # type: ignore[no-untyped-def]
+    """Copy a group's channels of ``rows`` rows of an image to ``stage [rows, columns, C // groups]``.
+
+    ``where`` is the image, the first row and the first column; outside the image there are zeros.
+    """
+    literally(lanes), literally(itemsize)
+    image, top, left = where
+    _, height, width, channels = x.shape
+    columns, group_c = stage.shape[1:]
+    pixel = group_c * itemsize
+    low, high = min(max(0, -left), columns), min(max(0, width - left), columns)
+    for row in range(rows):
+        target, ih = np.int64(stage[row].ctypes.data), top + row
+        if not 0 <= ih < height:
+            clear(target, columns * pixel)
+            continue
+        clear(target, low * pixel)
+        clear(target + high * pixel, (columns - high) * pixel)
+        if group_c < lanes:
+            for column in range(low, high):
+                for c in range(group_c):
+                    stage[row, column, c] = x[image, ih, left + column, first_channel + c]
+            continue
+        first = ((image * height + ih) * width + left + low) * channels + first_channel
+        source = np.int64(x.ctypes.data) + first * itemsize
+        for column in range(low, high):
+            for c in range(0, group_c, lanes):
+                offset = min(c, group_c - lanes) * itemsize
+                save(target + column * pixel + offset, load(source + offset, lanes, itemsize))
+            source += channels * itemsize

@@ -29,7 +29,7 @@ from convdispatch.backends._tile import (
 )
 from convdispatch.backends._transforms import leave_columns, odd_lines_apart, report, transform_input, transform_output
 from convdispatch.backends._vector import clear, copy, prefetch
-from convdispatch.backends._windows import copy_columns
+from convdispatch.backends._windows import copy_columns, copy_group
 
 
 @njit()
@@ -84,12 +84,13 @@ def _transform(tile, down, across, half, to, between, m, r, stride, n, lanes, it
 
 @njit()
 def _enter(  # type: ignore[no-untyped-def]
-    x, shape, pads, dilations, channel, runs, first, count, values, m, r, stride, n, lanes, itemsize
+    x, shape, pads, dilations, channel, runs, first, span, values, m, r, stride, n, lanes, itemsize
 ):
-    """Transform tiles ``first`` on, of channels ``channel`` on, into ``values [points, count * padded]``.
+    """Transform tiles of channels ``channel`` on into ``values [points, tiles * padded]``.
 
-    A pixel is ``runs[0]`` rows of ``runs[1]`` neighbouring values. Each row fills up vectors with what lies behind it,
-    which counts for nothing.
+    ``x`` is the images' address and shape. The tiles are ``span[0]`` to ``span[1]``, counted from ``first``, which lies
+    first in ``values``. A pixel is ``runs[0]`` rows of ``runs[1]`` neighbouring values. Each row fills up vectors with
+    what lies behind it, which counts for nothing.
     """
     literally(m), literally(r), literally(stride), literally(n), literally(lanes), literally(itemsize)
     fold, run = runs
@@ -97,7 +98,7 @@ def _enter(  # type: ignore[no-untyped-def]
     patch, half = np.empty((n, n, room), values.dtype), np.empty(n * n * lanes, values.dtype)
     steps, between = (fold * dilations[0], fold * dilations[1]), values.shape[1] * itemsize
     beyond = x[0] + x[1] * x[2] * x[3] * pixel
-    for t in range(count):
+    for t in range(span[0], span[1]):
         image, oh, ow = _place(first + t, shape, m, dilations)
         for row in range(fold):
             top, left = oh * stride * fold - pads[0] + row, ow * stride * fold - pads[1]
@@ -114,6 +115,44 @@ def _enter(  # type: ignore[no-untyped-def]
                     start + c * itemsize, down, across, half.ctypes.data, to, between, m, r, stride, n, lanes, itemsize
                 )
     hold(patch), hold(half)
+
+
+def stage_shape(tiles: int, shape: tuple[int, int], m: int, stride: int, n: int) -> tuple[int, int]:
+    """Return most rows, and the columns, of what so many tiles of one image read; ``shape`` is the output's."""
+    down, across = -(-shape[0] // m), -(-shape[1] // m)
+    rows = min(down, (tiles - 1) // across + 2)
+    return (rows - 1) * m * stride + n, (across - 1) * m * stride + n
+
+
+_stage_shape_compiled = njit()(stage_shape)
+
+
+@njit()
+def _enter_group(  # type: ignore[no-untyped-def]
+    x, stage, shape, pads, channel, first, count, values, m, r, stride, n, lanes, itemsize
+):
+    """Do as ``_enter`` does for the channels of a group, image by image from a copy with zeros around it.
+
+    Of a group's channels, only a few bytes of each pixel are read, more than twice, and pixels may lie apart so that
+    all of these want the same places of L1. In ``stage [rows, columns, C // groups]`` they lie side by side.
+    """
+    literally(m), literally(r), literally(stride), literally(n), literally(lanes), literally(itemsize)
+    tiles = -(-shape[1] // m) * -(-shape[2] // m)
+    rows, columns, group_c = stage.shape
+    begin = 0
+    while begin < count:
+        image, oh, _ = _place(first + begin, shape, m, (1, 1))
+        end = min(count, (image + 1) * tiles - first)
+        _, last, _ = _place(first + end - 1, shape, m, (1, 1))
+        where = image, oh * stride - pads[0], -pads[1]
+        copy_group(stage, x, where, channel, (last - oh) * stride + n, lanes, itemsize)
+        size = rows * columns * group_c * itemsize
+        here = (np.int64(stage.ctypes.data) - image * size, image + 1, rows, columns, group_c)
+        _enter(
+            here, shape, (oh * stride, 0), (1, 1), 0, (1, group_c), first, (begin, end), values,
+            m, r, stride, n, lanes, itemsize,
+        )  # fmt: skip
+        begin = end
 
 
 @njit()
@@ -269,15 +308,22 @@ def compiled(
         values = scratch[start:middle].reshape(points, entering)
         products = scratch[middle : middle + points * leaving].reshape(points, leaving)
         doubts = zeros(1, 1, lanes, itemsize)[0]
+        staged = groups > 1 and dilations[0] == dilations[1] == 1
+        high, wide = _stage_shape_compiled(count, out.shape[1:3], m, stride, n)
+        stage = np.empty((high if staged else 0, wide, group_c), x.dtype)
         entered = -1
         for task in range(first_block, last_block):
             group, member = divmod(task, per_group)
-            if group != entered:
+            if group != entered and staged:
+                _enter_group(
+                    x, stage, out.shape, pads, group * group_c, first, count, values, m, r, stride, n, lanes, itemsize
+                )
+            elif group != entered:
                 _enter(
-                    here, out.shape, pads, dilations, group * group_c, runs, first, count, values,
+                    here, out.shape, pads, dilations, group * group_c, runs, first, (0, count), values,
                     m, r, stride, n, lanes, itemsize,
                 )  # fmt: skip
-                entered = group
+            entered = group
             packed = u.ctypes.data + task * points * runs[0] * runs[1] * step
             added = bias.ctypes.data + task * step if bias.size else 0
             _multiply(
@@ -288,6 +334,7 @@ def compiled(
                 products, first, count, step, out, residual, group * group_k + member * block, valid, dilations,
                 code, slope, doubts, m, r, stride, n, lanes, itemsize,
             )  # fmt: skip
+        hold(stage)
         report(doubts, lanes, x, arguments + _SPOILED_AT)
         add(arguments + _DONE_AT, 1)
 

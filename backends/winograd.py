@@ -29,7 +29,7 @@ from convdispatch.backends._threads import split
 from convdispatch.backends._tile import register_tiles
 from convdispatch.backends._toomcook import amplification, roundings, strided
 from convdispatch.backends._vector import vector_bytes
-from convdispatch.backends._winograd import compiled
+from convdispatch.backends._winograd import compiled, stage_shape
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine, current
 from convdispatch.problem import Problem
@@ -49,7 +49,7 @@ _FOLDED_BYTES, _FOLDED_TILES = 192 << 10, 12
 _FLOPS = 1.1e11  # of the products, float32
 _TRANSFORM_VALUES = 1e10  # values of one-dimensional transforms a second
 _PIXEL_SECONDS = 1.5e-9  # finding one pixel of a tile
-_FILTER_BYTES = 1.6e10  # transformed filters on their way from far caches
+_FILTER_BYTES, _FILTER_BYTES_FROM_MEMORY = 6.4e10, 2e10  # transformed filters on their way from far caches
 _LAUNCH_SECONDS = 4e-6
 
 
@@ -139,11 +139,13 @@ def _parts(
 
 
 def _scratch(problem: Problem, form: _Form, tile: tuple[int, int], count: int) -> int:
-    """Return how many values the transformed tiles, the products and a copied tile of a job of so many tiles are."""
-    size = item_bytes(problem.dtype)
+    """Return how many values a job of so many tiles keeps: the transformed tiles, the products and what is copied."""
+    p, size = problem, item_bytes(problem.dtype)
     lanes = vector_bytes() // size
     entered, left = count * form.padded(lanes), count * tile[1] * lanes
     copied = form.n**2 * form.padded(lanes) // form.fold + tile[0] * max(form.padded(lanes), tile[1] * lanes)
+    if p.groups > 1 and p.dilations == (1, 1):
+        copied += math.prod(stage_shape(count, (p.oh, p.ow), form.m, form.stride, form.n)) * p.group_c
     return form.n**2 * (odd_lines(entered, size) + odd_lines(left, size)) + copied
 
 
@@ -172,7 +174,7 @@ class Winograd(PackedBackend):
     """Minimal filtering, F(2x2) to F(6x6), for 3x3 and 5x5 filters of stride 1, any dilation, and of stride 2."""
 
     name = "winograd"
-    version = 6
+    version = 7
     numerics = Numerics("transform", growth=_growth)
 
     def rejects_plain(self, problem: Problem) -> str | None:
@@ -223,8 +225,9 @@ class Winograd(PackedBackend):
         entered = form.padded(machine.vector_bytes // size)
         values = tiles * p.groups * n * (2 * n * entered * across + (m + n) * blocks * block)
         pixels = tiles * p.groups * (n * n * form.fold + m * m * blocks) * _PIXEL_SECONDS
-        filters = down * n * n * form.depth * p.groups * blocks * block * size
-        work = products + values * (n + 1) / 2 / (_TRANSFORM_VALUES * width * 4) + pixels + filters / _FILTER_BYTES / 4
+        filters = n * n * form.depth * p.groups * blocks * block * size
+        fetched = down * filters / (_FILTER_BYTES if filters <= machine.caches[2] else _FILTER_BYTES_FROM_MEMORY)
+        work = products + values * (n + 1) / 2 / (_TRANSFORM_VALUES * width * 4) + pixels + fetched
         used = min(config.threads, machine.cores, down * across)
         return work / (0.97 * used if used > 1 else 1) + 4e-6 + _LAUNCH_SECONDS * (used > 1)
 

@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import walls
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -147,6 +148,17 @@ def test_strided_transforms_correlate_exactly(m: int, r: int, stride: int) -> No
 ])  # fmt: skip
 def test_special_cases(text: str, m: int) -> None:
     check(Problem.parse(text), Config(m=m, threads=2))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("text", "m"), [
+    ("7x9x7x32 * 3x3x16x32 SAME", 4),  # a job's tiles are of several images, and begin within one
+    ("3x29x31x24 * 3x3x3x24 SAME_LOWER +bias", 2),
+    ("2x30x90x24 * 5x5x12x24 pad=1,3,0,2 +bias +residual +relu", 4),
+    ("2x31x40x48 * 3x3x24x48 SAME stride=2", 4),
+])  # fmt: skip
+def test_groups_are_copied_image_by_image(text: str, m: int, threads: int) -> None:
+    walls.check(WINOGRAD, Problem.parse(text), Config(m=m, threads=threads))
 
 
 FOLDED = Config(m=4, folded=True)
