@@ -31,9 +31,15 @@ def digest(*parts: bytes) -> bytes:
 
 @functools.cache
 def sources() -> str:
-    """Return a digest of all that kernels are built of: what was compiled of other sources is not to be run."""
+    """Return a digest of all that kernels are built of: what was compiled of other sources is not to be run.
+
+    It is empty where the sources cannot be read, as in an archive; then nothing is kept on disk.
+    """
     files = *sorted(Path(__file__).parent.glob("*.py")), Path(epilogue.__file__)
-    return digest(*(file.read_bytes() for file in files)).hex()
+    try:
+        return digest(*(file.read_bytes() for file in files)).hex()
+    except OSError:
+        return ""
 
 
 def njit(signature: Any = None) -> Callable[[Callable[..., Any]], Any]:
@@ -46,17 +52,22 @@ def njit(signature: Any = None) -> Callable[[Callable[..., Any]], Any]:
 
     def decorate(function: Callable[..., Any]) -> Any:
         compiled = njit(**OPTIONS)(function)
-        with contextlib.suppress(RuntimeError):  # "no locator available": no folder is writable
-            compiled.enable_caching()
-            # Numba notices a change of the file that a function is in, but not of those that it calls.
-            file = compiled._cache._cache_file  # noqa: SLF001
-            file._source_stamp = file._source_stamp, sources()  # noqa: SLF001
+        if sources():
+            _keep(compiled)
         if signature is not None:
             compiled.compile(signature)
             compiled.disable_compile()
         return compiled
 
     return decorate
+
+
+def _keep(compiled: Any) -> None:
+    """Have Numba keep a function's machine code, as long as no source changes: by itself it minds the one file only."""
+    with contextlib.suppress(RuntimeError):  # "no locator available": no folder is writable
+        compiled.enable_caching()
+        file = compiled._cache._cache_file  # noqa: SLF001
+        file._source_stamp = file._source_stamp, sources()  # noqa: SLF001
 
 
 @njit()

@@ -137,6 +137,8 @@ def compiled_address(signature: Any, function: Callable[..., Any]) -> int:
         TypeError: if it closes over anything else.
     """
     with global_compiler_lock:
+        if not sources():
+            return _compile(signature, function)[0]
         name = _name(signature, function)
         if known := _read(name):
             return _load(*known)

@@ -115,6 +115,15 @@ def test_what_is_written_once_serves_where_nothing_can_be_written(folders: list[
     assert len(compilations) == 4
 
 
+def test_without_sources_nothing_is_kept(
+    folders: list[Path], compilations: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine_code, "sources", lambda: "")
+    assert [called(times(3)), called(times(3))] == [21, 21]
+    assert len(compilations) == 2
+    assert not folders[0].exists()
+
+
 def test_outdated_code_is_removed_from_the_packages_own_folder(tmp_path: Path) -> None:
     fresh = tmp_path / machine_code._name(WORD, times(3))
     for file in (fresh, old := tmp_path / "_winograd-0123-4567.kernel", other := tmp_path / "_winograd.cpython.pyc"):
