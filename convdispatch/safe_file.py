@@ -47,7 +47,7 @@ def exclusive(path: Path, seconds: float = _SECONDS_TO_WAIT) -> Iterator[None]:
         return
     marker = path.with_name(path.name + ".held")
     held = filelock.SoftFileLock(marker, timeout=seconds, poll_interval=_SECONDS_BETWEEN_TRIES)
-    _wait_for_a_name(marker, min(seconds, _SECONDS_WITHOUT_NAME))
+    _wait_for_a_name(marker, seconds)
     before = _stamp(marker)
     try:
         held.acquire()
@@ -105,13 +105,14 @@ def _is_of_this_machine(marker: Path) -> bool:
 
 
 def _wait_for_a_name(marker: Path, seconds: float) -> None:
-    """Wait until there is no empty marker; take one away that stays what it is."""
-    until = time.monotonic() + seconds
+    """Wait until there is no empty marker, but no longer than that; take one away that stood for long enough."""
+    until = time.monotonic() + min(seconds, _SECONDS_WITHOUT_NAME)
     if (first := _stamp(marker)) is None or first.size > 0:
         return
     while _stamp(marker) == first:
         if time.monotonic() > until:
-            _take_away(marker, first)
+            if seconds >= _SECONDS_WITHOUT_NAME:
+                _take_away(marker, first)
             return
         time.sleep(_SECONDS_BETWEEN_TRIES)
 

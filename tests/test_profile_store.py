@@ -172,6 +172,13 @@ def test_an_empty_marker_whose_holder_writes_its_name_is_left(
     assert marker.read_text() == "1\nanother-host\n"
 
 
+def test_an_empty_marker_that_may_be_a_living_writers_is_left(path: Path, no_locks: None) -> None:
+    marker = path.with_name("profile.yaml.held")
+    marker.touch()
+    safe_file._wait_for_a_name(marker, 0.03)
+    assert marker.exists()
+
+
 def test_a_marker_that_changed_hands_while_waiting_is_left(
     path: Path, no_locks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
