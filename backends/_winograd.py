@@ -301,16 +301,19 @@ def compiled(
         padded = fold * -(-runs[1] // lanes) * lanes
         count = last - first
         entering, leaving = odd_lines_apart(count * padded, itemsize), odd_lines_apart(count * block, itemsize)
-        beyond = least * max(padded, block)  # a register tile may be longer than what is left
-        scratch = np.empty(points * (entering + leaving) + beyond + lanes, x.dtype)
+        beyond = -(-least * max(padded, block) // lanes) * lanes  # a register tile may be longer than what is left
+        high, wide = _stage_shape_compiled(count, out.shape[1:3], m, stride, n)
+        staged = groups > 1 and dilations[0] == dilations[1] == 1
+        if not staged:
+            high = 0
+        scratch = np.empty(points * (entering + leaving) + beyond + high * wide * group_c + lanes, x.dtype)
         start = (-scratch.ctypes.data // itemsize) % lanes  # or every vector lies across two cache lines
         middle = start + points * entering  # what is written beyond the products must be behind all
         values = scratch[start:middle].reshape(points, entering)
         products = scratch[middle : middle + points * leaving].reshape(points, leaving)
+        end = middle + points * leaving + beyond
+        stage = scratch[end : end + high * wide * group_c].reshape(high, wide, group_c)
         doubts = zeros(1, 1, lanes, itemsize)[0]
-        staged = groups > 1 and dilations[0] == dilations[1] == 1
-        high, wide = _stage_shape_compiled(count, out.shape[1:3], m, stride, n)
-        stage = np.empty((high if staged else 0, wide, group_c), x.dtype)
         entered = -1
         for task in range(first_block, last_block):
             group, member = divmod(task, per_group)
@@ -334,7 +337,6 @@ def compiled(
                 products, first, count, step, out, residual, group * group_k + member * block, valid, dilations,
                 code, slope, doubts, m, r, stride, n, lanes, itemsize,
             )  # fmt: skip
-        hold(stage)
         report(doubts, lanes, x, arguments + _SPOILED_AT)
         add(arguments + _DONE_AT, 1)
 
