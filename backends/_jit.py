@@ -48,10 +48,9 @@ def njit(signature: Any = None) -> Callable[[Callable[..., Any]], Any]:
     Args:
         signature: compile for these argument types now; without, for each call's types on the first call.
     """
-    njit: Any = numba.njit  # its stubs do not know every form of the arguments
 
     def decorate(function: Callable[..., Any]) -> Any:
-        compiled = njit(**OPTIONS)(function)
+        compiled: Any = numba.njit(**OPTIONS)(function)
         if sources():
             _keep(compiled)
         if signature is not None:

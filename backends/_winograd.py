@@ -117,8 +117,15 @@ def _enter(  # type: ignore[no-untyped-def]
     hold(patch), hold(half)
 
 
-def stage_shape(tiles: int, shape: tuple[int, int], m: int, stride: int, n: int) -> tuple[int, int]:
-    """Return most rows, and the columns, of what so many tiles of one image read; ``shape`` is the output's."""
+def stage_shape(
+    tiles: int, shape: tuple[int, int], groups: int, dilations: tuple[int, int], m: int, stride: int, n: int
+) -> tuple[int, int]:
+    """Return most rows, and the columns, of the copy from which so many tiles of an image are read; 0 if there is none.
+
+    ``shape`` is the output's rows and columns.
+    """
+    if groups == 1 or dilations[0] > 1 or dilations[1] > 1:
+        return 0, 0
     down, across = -(-shape[0] // m), -(-shape[1] // m)
     rows = min(down, (tiles - 1) // across + 2)
     return (rows - 1) * m * stride + n, (across - 1) * m * stride + n
@@ -302,10 +309,7 @@ def compiled(
         count = last - first
         entering, leaving = odd_lines_apart(count * padded, itemsize), odd_lines_apart(count * block, itemsize)
         beyond = -(-least * max(padded, block) // lanes) * lanes  # a register tile may be longer than what is left
-        high, wide = _stage_shape_compiled(count, out.shape[1:3], m, stride, n)
-        staged = groups > 1 and dilations[0] == dilations[1] == 1
-        if not staged:
-            high = 0
+        high, wide = _stage_shape_compiled(count, out.shape[1:3], groups, dilations, m, stride, n)
         scratch = np.empty(points * (entering + leaving) + beyond + high * wide * group_c + lanes, x.dtype)
         start = (-scratch.ctypes.data // itemsize) % lanes  # or every vector lies across two cache lines
         middle = start + points * entering  # what is written beyond the products must be behind all
@@ -317,7 +321,7 @@ def compiled(
         entered = -1
         for task in range(first_block, last_block):
             group, member = divmod(task, per_group)
-            if group != entered and staged:
+            if group != entered and high:
                 _enter_group(
                     x, stage, out.shape, pads, group * group_c, first, count, values, m, r, stride, n, lanes, itemsize
                 )
