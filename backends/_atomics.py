@@ -7,7 +7,7 @@ from numba import types
 from numba.core import cgutils
 
 from convdispatch import machine
-from convdispatch.backends._jit import njit
+from convdispatch.backends._jit import compilable
 from convdispatch.backends._vector import I32, I64, Codegen, intrinsic, is_x86
 
 _SYSTEM = machine.current().system
@@ -105,7 +105,7 @@ def current_core(typing: Any) -> tuple[Any, Codegen]:
 _TURNS_BEFORE_YIELDING = 2000
 
 
-@njit()
+@compilable
 def wait_for(address, least):  # type: ignore[no-untyped-def]
     """Wait until a word is at least so large, for what other threads are doing just now."""
     turns = 0

@@ -20,13 +20,12 @@ from convdispatch.backend import Config, Kernel, item_bytes
 from convdispatch.backends._arguments import INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add, call_kernel, write
 from convdispatch.backends._entry import ArrayKind, Entry
-from convdispatch.backends._jit import hold
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._layout import SAME, STORAGES, stage, unstage
 from convdispatch.backends._memory import CACHE_LINE, address, aligned
 from convdispatch.backends._sequence import run_in_order
 from convdispatch.backends._threads import split
-from convdispatch.backends._vector import vector_bytes
+from convdispatch.backends._vector import hold, vector_bytes
 from convdispatch.problem import Problem
 
 #: Bytes of a band: most of a second-level cache, whose rest is for what the kernel needs; if that makes for too few

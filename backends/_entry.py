@@ -28,7 +28,7 @@ from convdispatch.arguments import Array
 from convdispatch.backends import _team
 from convdispatch.backends._arguments import INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import CAN_SLEEP, read
-from convdispatch.backends._jit import njit
+from convdispatch.backends._jit import compilable
 from convdispatch.backends._machine_code import compiled_address
 from convdispatch.backends._memory import address
 from convdispatch.backends._vector import I64, Codegen, intrinsic
@@ -129,7 +129,7 @@ def _told(name: str) -> Any:
 _take_lock, _count_reference = _told("PyEval_RestoreThread"), _told("Py_IncRef")
 
 
-@njit()
+@compilable
 def _is_usual(array, flags, kind, dtype, ndim, shape, first):  # type: ignore[no-untyped-def]
     """Return whether the object at an address is an array of this dtype and shape, with these flags set."""
     if _at(array + _TYPE) != kind or _at(array + _DTYPE) != dtype:

@@ -6,7 +6,7 @@ from typing import Any
 from numba import types
 from numba.extending import overload
 
-from convdispatch.backends._jit import njit
+from convdispatch.backends._jit import compilable
 from convdispatch.epilogue import ACTIVATIONS
 
 RELU, RELU6, SILU, GELU, SIGMOID, TANH, HARDSWISH, LEAKY_RELU = range(1, len(ACTIVATIONS) + 1)
@@ -50,7 +50,7 @@ def _overload_activate(v: Any, code: int, slope: float) -> Any:  # noqa: ARG001 
     return _activate_integer if isinstance(v, types.Integer) else _activate_float
 
 
-@njit()
+@compilable
 def finish(values, code, slope):  # type: ignore[no-untyped-def]
     """Apply an activation to values that lie side by side."""
     if code == RELU:

@@ -8,11 +8,11 @@ neighbouring tiles of a row in a vector; the n x n results are transformed back 
 import functools
 
 import numpy as np
-from numba import literally  # type: ignore[attr-defined]  # its stubs forgot one
 
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
-from convdispatch.backends._jit import hold, njit
+from convdispatch.backends._jit import compilable
+from convdispatch.backends._memory import odd_lines
 from convdispatch.backends._planes import fill, put_line
 from convdispatch.backends._tile import (
     add_doubts,
@@ -23,19 +23,18 @@ from convdispatch.backends._tile import (
     store,
     zeros,
 )
-from convdispatch.backends._transforms import leave_columns, odd_lines_apart, report, transform_input, transform_output
-from convdispatch.backends._vector import copy
+from convdispatch.backends._transforms import leave_columns, report, transform_input, transform_output
+from convdispatch.backends._vector import copy, hold
 from convdispatch.backends._weave import add_rows, unweave, weave
 
 
-@njit()
+@compilable
 def _enter(image, first_row, first_column, values, reach, wide, m, n, lanes, itemsize):  # type: ignore[no-untyped-def]
     """Transform the tiles of ``reach`` rows and ``wide`` columns into ``values [points, C * rows * columns]``.
 
     A row of the image is split into its m phases and transformed along itself; n such rows are transformed down.
     Tiles overlap by n - m rows, which are kept for the next.
     """
-    literally(m), literally(n), literally(lanes), literally(itemsize)
     channels = image.shape[2]
     like = zeros(1, 1, lanes, itemsize)
     line = np.empty((channels, 1, m * (wide + lanes)), values.dtype)
@@ -69,7 +68,7 @@ def _enter(image, first_row, first_column, values, reach, wide, m, n, lanes, ite
     hold(table)
 
 
-@njit()
+@compilable
 def _filter(  # type: ignore[no-untyped-def]
     tile, apart, packed, short, chunks, products, group_c, rows, vectors, taps, fewer, lanes, itemsize
 ):
@@ -85,8 +84,6 @@ def _filter(  # type: ignore[no-untyped-def]
         group_c: channels that the filter sees.
         rows, vectors, taps, fewer, lanes, itemsize: literal.
     """
-    literally(rows), literally(vectors), literally(taps), literally(fewer)
-    literally(lanes), literally(itemsize)
     places, step = (np.int64(products.ctypes.data), vectors * lanes * itemsize), apart[2]
     for p in range(products.shape[0]):
         sums = zeros(rows, vectors, lanes, itemsize)
@@ -105,14 +102,13 @@ def _filter(  # type: ignore[no-untyped-def]
         store(sums, rows, places, p * products.shape[1] * itemsize)
 
 
-@njit()
+@compilable
 def _leave(products, bias, stage, first, doubts, m, n, rows, vectors, lanes, itemsize):  # type: ignore[no-untyped-def]
     """Transform products of ``[points, rows * vectors * lanes]`` back to ``stage``; return doubts.
 
     They become ``rows * m`` rows of the stage, from the tile number ``first`` on. ``bias`` is the address of a vector
     of it, or 0.
     """
-    literally(m), literally(n), literally(rows), literally(vectors), literally(lanes), literally(itemsize)
     like = zeros(1, 1, lanes, itemsize)
     lane_bytes, step = lanes * itemsize, products.shape[1] * itemsize
     half, done = np.empty(m * n * lanes, products.dtype), np.empty(m * lanes, products.dtype)
@@ -165,7 +161,7 @@ def compiled(m: int, rows: int, vectors: int, taps: int, lanes: int, itemsize: i
         fewer_chunks = -(-a // taps) * taps - a
         chunks = (-(-a // taps) - fewer_chunks, fewer_chunks)
         widest, most = -(-(strip + b - 1) // lanes) * lanes, high + a - 1
-        between, leaving = odd_lines_apart(channels * most * widest, itemsize), odd_lines_apart(rows * across, itemsize)
+        between, leaving = odd_lines(channels * most * widest, itemsize), odd_lines(rows * across, itemsize)
         scratch = np.empty(points * between + lanes, x.dtype)
         start = (-scratch.ctypes.data // itemsize) % lanes
         values = scratch[start : start + points * between].reshape(points, between)

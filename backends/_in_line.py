@@ -17,7 +17,6 @@ import numpy as np
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
 from convdispatch.backends._epilogue import RELU, RELU6, finish
-from convdispatch.backends._jit import hold
 from convdispatch.backends._memory import CACHE_LINE
 from convdispatch.backends._tile import (
     add_some_to_each,
@@ -30,6 +29,7 @@ from convdispatch.backends._tile import (
     stream,
     zeros,
 )
+from convdispatch.backends._vector import copy, hold
 from convdispatch.backends._windows import copy_columns, copy_group, taps_inside
 
 #: ``filters`` is ``[groups, blocks of a group, KH, KW, C // groups, block]``, filled up with zeros, ``bias`` alike.
@@ -127,7 +127,7 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
                         store(sums, rows, (np.int64(scratch.ctypes.data), step), 0)
                         for r in range(rows):
                             finish(scratch[r, :count], code, slope)
-                            out[image, oh, ow + r, k0 : k0 + count] = scratch[r, :count]
+                            copy(to + r * result, np.int64(scratch[r].ctypes.data), count * itemsize)
                     elif count < block:
                         store_some(sums, rows, (to, result), 0, count)
                     elif streams:

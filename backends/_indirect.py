@@ -13,7 +13,7 @@ import numpy as np
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
 from convdispatch.backends._epilogue import RELU, RELU6, finish
-from convdispatch.backends._jit import hold, njit
+from convdispatch.backends._jit import compilable
 from convdispatch.backends._memory import CACHE_LINE
 from convdispatch.backends._tile import (
     add_some_to_each,
@@ -26,9 +26,10 @@ from convdispatch.backends._tile import (
     stream,
     zeros,
 )
+from convdispatch.backends._vector import hold
 
 
-@njit()
+@compilable
 def _locate(place, x, size, out, zero, window, table):  # type: ignore[no-untyped-def]
     """Fill the table for the tile of pixels from ``place`` on: (image, row, column) of the output.
 
@@ -80,7 +81,7 @@ def _locate(place, x, size, out, zero, window, table):  # type: ignore[no-untype
     return inside, (image, oh, ow)
 
 
-@njit()
+@compilable
 def _next(place, shape):  # type: ignore[no-untyped-def]
     """Return the place of the next pixel, of the last one again behind it: a division each would take far longer."""
     image, oh, ow = place

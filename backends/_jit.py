@@ -1,4 +1,4 @@
-"""Numba's ``njit`` with the settings that every kernel here wants, and array types that fit every array."""
+"""How Numba compiles kernels and what they call, and array types that fit every array."""
 
 import contextlib
 import functools
@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import llvmlite.binding as llvm
 import numba
 import numpy as np
-from numba import types
+from numba import extending, types
+from numba.core import codegen, compiler
 
 from convdispatch import epilogue
 
@@ -42,20 +44,19 @@ def sources() -> str:
         return ""
 
 
-def njit(signature: Any = None) -> Callable[[Callable[..., Any]], Any]:
-    """Compile a function without the GIL, kept on disk by Numba where some folder is writable.
+def njit(signature: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Compile a function that Python calls, without the GIL, kept on disk by Numba where some folder is writable.
 
     Args:
-        signature: compile for these argument types now; without, for each call's types on the first call.
+        signature: the types of its arguments.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
         compiled: Any = numba.njit(**OPTIONS)(function)
         if sources():
             _keep(compiled)
-        if signature is not None:
-            compiled.compile(signature)
-            compiled.disable_compile()
+        compiled.compile(signature)
+        compiled.disable_compile()
         return compiled
 
     return decorate
@@ -69,10 +70,47 @@ def _keep(compiled: Any) -> None:
         file._source_stamp = file._source_stamp, sources()  # noqa: SLF001
 
 
-@njit()
-def hold(array):  # type: ignore[no-untyped-def]
-    """Keep an array alive up to this call, where only its address was used since; else it might be freed before."""
-    return array.size
+class _Ingredient(codegen.JITCodeLibrary):
+    """A function that is only ever a part of others: it is optimised there, and is never run by itself.
+
+    Else LLVM would work on it at every level of calls, and make machine code of it for nobody: half of all time.
+    """
+
+    def _optimize_functions(self, ll_module: Any) -> None:
+        ll_module.data_layout = self._codegen._data_layout  # noqa: SLF001
+
+    def _optimize_final_module(self) -> None:
+        pass
+
+    def _finalize_final_module(self) -> None:
+        """Make of all that this has only the variable whose address Numba asks for at once."""
+        names = [value.name for value in self._final_module.global_variables if value.name.startswith("_ZN08NumbaEnv")]
+        variables = "".join(f'@"{name}" = common global i64 0\n' for name in names)
+        engine: Any = self._codegen._engine  # noqa: SLF001
+        engine.add_module(llvm.parse_assembly(variables))
+        self._finalized = True
+
+
+class _Compiler(compiler.Compiler):
+    """Numba's compiler, for ingredients."""
+
+    def define_pipelines(self) -> Any:
+        """Return Numba's own pipelines, which are to fill an ``_Ingredient``."""
+        library: Any = _Ingredient
+        self.state.library = library(self.state.targetctx.codegen(), self.state.func_id.func_qualname)
+        self.state.library.enable_object_caching()
+        return super().define_pipelines()  # type: ignore[no-untyped-call]
+
+
+def compilable(function: Callable[..., Any]) -> Any:
+    """Let compiled functions call this one, with integers that they know as literals; for Python it stays Python."""
+    options: Any = {**OPTIONS, "pipeline_class": _Compiler}
+
+    @extending.overload(function, jit_options=options, strict=False, prefer_literal=True)
+    def choose(*_: Any) -> Any:
+        return function
+
+    return function
 
 
 def array(dtype: str, ndim: int, *, strided: bool = False, writable: bool = False) -> types.Array:

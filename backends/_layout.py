@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import literally, types  # type: ignore[attr-defined]  # its stubs forgot one
+from numba import types
 
-from convdispatch.backends._jit import hold, njit
+from convdispatch.backends._jit import compilable
 from convdispatch.backends._memory import CACHE_LINE
 from convdispatch.backends._vector import (
     I32,
@@ -19,6 +19,7 @@ from convdispatch.backends._vector import (
     address_of,
     clear,
     copy,
+    hold,
     intrinsic,
     load_at,
     parts_of,
@@ -110,10 +111,9 @@ def transposed(typing: Any, tile: Any) -> tuple[Any, Codegen]:
     return tile(tile), codegen
 
 
-@njit()
+@compilable
 def _convert(source, target, count, into, lanes, itemsize, storage):  # type: ignore[no-untyped-def]
     """Copy ``count`` floats that lie side by side, from storage (``into`` is false) or into it."""
-    literally(into), literally(lanes), literally(itemsize), literally(storage)
     stored = 2 if storage else itemsize
     for i in range(0, count, lanes):
         if count >= lanes:
@@ -130,7 +130,7 @@ def _convert(source, target, count, into, lanes, itemsize, storage):  # type: ig
                     encode(target + at * itemsize, 0, decode(source + at * stored, 0, 1, 1, itemsize, storage), 0)
 
 
-@njit()
+@compilable
 def _before_line(address, size, lanes):  # type: ignore[no-untyped-def]
     """Return a start, 0 or less, from which steps of so many lanes come to where a cache line begins.
 
@@ -140,14 +140,13 @@ def _before_line(address, size, lanes):  # type: ignore[no-untyped-def]
     return short - lanes if short else 0
 
 
-@njit()
+@compilable
 def gather_planes(source, plane, target, channels, pixels, lanes, itemsize, storage):  # type: ignore[no-untyped-def]
     """Copy ``pixels`` of planes ``plane`` bytes apart to ``[pixels, channels]``.
 
     With fewer channels than lanes, each pixel's vector is stored whole and the next covers its surplus; so the last
     pixels go by way of scratch memory.
     """
-    literally(lanes), literally(itemsize), literally(storage)
     stored = 2 if storage else itemsize
     if pixels < lanes:
         for p in range(pixels):
@@ -194,10 +193,9 @@ def _few_planes(
     return kind(types.int64, types.int64, types.int64, lanes, itemsize, storage), codegen
 
 
-@njit()
+@compilable
 def _scatter_planes(source, target, plane, channels, pixels, lanes, itemsize, storage):  # type: ignore[no-untyped-def]
     """Undo ``gather_planes``; a vector may be read beyond the last pixel, where the source has room for it."""
-    literally(lanes), literally(itemsize), literally(storage)
     stored = 2 if storage else itemsize
     if pixels < lanes:
         for p in range(pixels):
@@ -221,7 +219,7 @@ def _scatter_planes(source, target, plane, channels, pixels, lanes, itemsize, st
     hold(some)
 
 
-@njit()
+@compilable
 def stage(source, target, first, rows, shape, planar, lanes, itemsize, storage):  # type: ignore[no-untyped-def]
     """Copy rows of an image to NHWC: ``rows`` of them from ``first`` on, zeros where these lie outside.
 
@@ -234,7 +232,6 @@ def stage(source, target, first, rows, shape, planar, lanes, itemsize, storage):
         planar: whether its layout is CHW and not HWC.
         lanes, itemsize, storage: literal; see ``decode``.
     """
-    literally(lanes), literally(itemsize), literally(storage)
     height, width, channels = shape
     stored = 2 if storage else itemsize
     line = width * channels * itemsize
@@ -252,10 +249,9 @@ def stage(source, target, first, rows, shape, planar, lanes, itemsize, storage):
         clear(target + max(high, 0) * line, (rows - max(high, 0)) * line)
 
 
-@njit()
+@compilable
 def unstage(source, target, first, rows, shape, planar, lanes, itemsize, storage):  # type: ignore[no-untyped-def]
     """Undo ``stage`` for rows that lie inside: from ``[rows, width, channels]`` to the image's layout."""
-    literally(lanes), literally(itemsize), literally(storage)
     height, width, channels = shape
     stored = 2 if storage else itemsize
     if planar:

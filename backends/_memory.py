@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from convdispatch.arguments import Array
+from convdispatch.backends._jit import compilable
 from convdispatch.machine import current
 
 CACHE_LINE = 64
@@ -74,6 +75,7 @@ def by_phases(filters: Array, period: int) -> Array:
     return whole.reshape(rows, period, columns, period, *rest)
 
 
+@compilable
 def odd_lines(count: int, itemsize: int) -> int:
     """Return at least so many values that fill an odd number of cache lines.
 

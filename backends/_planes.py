@@ -1,10 +1,9 @@
 """Images of few channels as planes: windows copied out with zeros around them, and results interleaved again."""
 
 import numpy as np
-from numba import literally  # type: ignore[attr-defined]  # its stubs forgot one
 
 from convdispatch.backends._epilogue import finish
-from convdispatch.backends._jit import njit
+from convdispatch.backends._jit import compilable
 from convdispatch.backends._layout import SAME, gather_planes
 from convdispatch.backends._vector import copy
 from convdispatch.backends._weave import unweave, weave
@@ -20,7 +19,7 @@ def taps_together(rows: int) -> int:
     return -(-rows // -(-rows // _MOST_TAPS))
 
 
-@njit()
+@compilable
 def fill(panel, image, first_row, step, first_column, rows, columns, like):  # type: ignore[no-untyped-def]
     """Copy a window of an image into planes, zeros where it reaches outside; every ``step``-th row of the image."""
     height, width, channels = image.shape
@@ -58,10 +57,9 @@ def fill(panel, image, first_row, step, first_column, rows, columns, like):  # t
                     part[i] = taken[i]
 
 
-@njit()
+@compilable
 def weave_line(line, stage, r, like, lanes, itemsize):  # type: ignore[no-untyped-def]
     """Interleave the staged results of row ``r``: ``line [columns, K]`` of ``stage [K, rows, columns]``."""
-    literally(lanes), literally(itemsize)
     columns, filters = line.shape
     target, source = np.int64(line.ctypes.data), np.int64(stage[0, r].ctypes.data)
     apart, moved = stage.shape[1] * stage.shape[2] * itemsize, filters * itemsize
@@ -91,10 +89,9 @@ def weave_line(line, stage, r, like, lanes, itemsize):  # type: ignore[no-untype
             line[i, k] = part[i]
 
 
-@njit()
+@compilable
 def put_line(out, residual, image, row, left, right, stage, r, code, slope, like, lanes, itemsize):  # type: ignore[no-untyped-def]
     """Store a line of output, from column ``left`` to ``right``: the staged results of row ``r``, finished."""
-    literally(lanes), literally(itemsize)
     line = out[image, row, left:right]
     weave_line(line, stage, r, like, lanes, itemsize)
     flat = line.reshape(line.size)

@@ -30,7 +30,7 @@ from convdispatch.backends._atomics import (
     write,
 )
 from convdispatch.backends._cores import Helpers
-from convdispatch.backends._jit import njit
+from convdispatch.backends._jit import compilable
 from convdispatch.backends._machine_code import compiled_address
 from convdispatch.backends._memory import aligned
 from convdispatch.backends._threads import run_all
@@ -45,7 +45,7 @@ _FUNCTION, _BLOCK, _COUNT, _CORES, _HELPERS, _AVOIDED = (64 * 7 + 8 * word for w
 _WORDS = 8 * 8
 
 
-@njit()
+@compilable
 def _take_parts(team, function, block, count):  # type: ignore[no-untyped-def]
     number = add(team + _NEXT, 1)
     while number < count:
@@ -74,13 +74,13 @@ def _serve(team):  # type: ignore[no-untyped-def]
             add(team + _SLEEPERS, -1)
 
 
-@njit()
+@compilable
 def alone(function, block, first, last):  # type: ignore[no-untyped-def]
     for number in range(first, last):
         call_kernel(function, block, number)
 
 
-@njit()
+@compilable
 def share(team, function, block, count, places):  # type: ignore[no-untyped-def]
     """Run all parts of a kernel's work together with up to ``places`` helpers."""
     callers = add(team + _CALLERS, 1) + 1
@@ -105,7 +105,7 @@ def share(team, function, block, count, places):  # type: ignore[no-untyped-def]
     add(team + _CALLERS, -1)
 
 
-@njit()
+@compilable
 def ready(team, places):  # type: ignore[no-untyped-def]
     """Return whether a call can be shared out with so many helpers, or is done alone, without more ado."""
     crowded = read(team + _CALLERS) >= max(1, read(team + _CORES) // 2)
@@ -123,8 +123,8 @@ def _from_python(function: Any, words: int) -> Callable[..., None]:
 
 
 _serve_from_python = _from_python(_serve, 1)
-_alone_from_python = _from_python(alone.py_func, 4)
-_share_from_python = _from_python(share.py_func, 5)
+_alone_from_python = _from_python(alone, 4)
+_share_from_python = _from_python(share, 5)
 
 
 class _Team:

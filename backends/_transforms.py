@@ -1,11 +1,9 @@
 """Winograd's transforms of input and output as straight-line vector code, and what becomes of doubts about sums."""
 
 import numpy as np
-from numba import literally  # type: ignore[attr-defined]  # its stubs forgot one
 
 from convdispatch.backends._atomics import write
-from convdispatch.backends._jit import njit
-from convdispatch.backends._memory import odd_lines
+from convdispatch.backends._jit import compilable
 from convdispatch.backends._tile import linear, load_apart, save_apart
 from convdispatch.backends._toomcook import strided
 from convdispatch.backends._vector import save
@@ -13,21 +11,17 @@ from convdispatch.backends._vector import save
 transform_input = linear(lambda m, r, stride: strided(m, r, stride).bt)
 transform_output = linear(lambda m, r, stride: strided(m, r, stride).at)
 
-#: ``odd_lines`` for kernels.
-odd_lines_apart = njit()(odd_lines)
 
-
-@njit()
+@compilable
 def leave_columns(products, between, half, m, r, stride, n, lanes, itemsize):  # type: ignore[no-untyped-def]
     """Transform a vector of tiles' n x n products, ``between`` bytes apart, down their columns to m x n in ``half``."""
-    literally(m), literally(r), literally(stride), literally(n), literally(lanes), literally(itemsize)
     lane_bytes = lanes * itemsize
     for j in range(n):
         column = load_apart(products + j * between, n * between, n, lanes, itemsize)
         save_apart(half + j * lane_bytes, n * lane_bytes, transform_output(column, m, r, stride))
 
 
-@njit()
+@compilable
 def report(doubts, lanes, values, word):  # type: ignore[no-untyped-def]
     """Set the word at an address to 1 if a lane of ``add_doubts``' vector is not 0; ``values`` have its dtype."""
     check = np.zeros(lanes, values.dtype)

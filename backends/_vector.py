@@ -201,6 +201,16 @@ def prefetch(typing: Any, address: Any) -> tuple[Any, Codegen]:
     return types.void(types.int64), codegen
 
 
+@intrinsic
+def hold(typing: Any, array: Any) -> tuple[Any, Codegen]:
+    """Keep an array alive up to this call, where only its address was used since; else it might be freed before."""
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        return context.get_dummy_value()
+
+    return types.void(array), codegen
+
+
 # Arithmetic in plain Python.
 
 

@@ -1,9 +1,8 @@
 """Which outputs read inside the image, and what they read there: padding as slices, or as zeros in a small copy."""
 
 import numpy as np
-from numba import literally  # type: ignore[attr-defined]  # its stubs forgot one
 
-from convdispatch.backends._jit import njit
+from convdispatch.backends._jit import compilable
 from convdispatch.backends._vector import clear, copy, load, save
 
 
@@ -19,7 +18,7 @@ def overlap(first: int, count: int, offset: int, stride: int, length: int) -> tu
     return slice(low - first, high - first), slice(low * stride + offset, (high - 1) * stride + offset + 1, stride)
 
 
-@njit()
+@compilable
 def taps_inside(start, step, taps, size):  # type: ignore[no-untyped-def]
     """Return the range of taps that lie inside an axis, the first tap at ``start`` and the others ``step`` apart."""
     low = (-start + step - 1) // step if start < 0 else 0
@@ -27,7 +26,7 @@ def taps_inside(start, step, taps, size):  # type: ignore[no-untyped-def]
     return low, min(high, taps)
 
 
-@njit()
+@compilable
 def copy_columns(target, source, first, count, width, pixel):  # type: ignore[no-untyped-def]
     """Copy ``count`` columns from ``first`` on, whose address is ``source``; zeros where a line of ``width`` has none.
 
@@ -39,13 +38,12 @@ def copy_columns(target, source, first, count, width, pixel):  # type: ignore[no
     clear(target + high * pixel, (count - high) * pixel)
 
 
-@njit()
+@compilable
 def copy_group(stage, x, where, first_channel, rows, lanes, itemsize):  # type: ignore[no-untyped-def]
     """Copy a group's channels of ``rows`` rows of an image to ``stage [rows, columns, C // groups]``.
 
     ``where`` is the image, the first row and the first column; outside the image there are zeros.
     """
-    literally(lanes), literally(itemsize)
     image, top, left = where
     _, height, width, channels = x.shape
     columns, group_c = stage.shape[1:]

@@ -10,12 +10,12 @@ import functools
 import math
 
 import numpy as np
-from numba import literally  # type: ignore[attr-defined]  # its stubs forgot one
 
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
 from convdispatch.backends._epilogue import RELU, RELU6, activate
-from convdispatch.backends._jit import hold, njit
+from convdispatch.backends._jit import compilable
+from convdispatch.backends._memory import odd_lines
 from convdispatch.backends._tile import (
     add_doubts,
     add_to_all,
@@ -27,12 +27,12 @@ from convdispatch.backends._tile import (
     store,
     zeros,
 )
-from convdispatch.backends._transforms import leave_columns, odd_lines_apart, report, transform_input, transform_output
-from convdispatch.backends._vector import clear, copy, prefetch
+from convdispatch.backends._transforms import leave_columns, report, transform_input, transform_output
+from convdispatch.backends._vector import clear, copy, hold, prefetch
 from convdispatch.backends._windows import copy_columns, copy_group
 
 
-@njit()
+@compilable
 def _place(tile, shape, m, dilations):  # type: ignore[no-untyped-def]
     """Return a tile's image, first output row and first output column; ``shape`` is the output's.
 
@@ -46,7 +46,7 @@ def _place(tile, shape, m, dilations):  # type: ignore[no-untyped-def]
     return image, phase // dilations[1] + i * m * dilations[0], phase % dilations[1] + j * m * dilations[1]
 
 
-@njit()
+@compilable
 def _copy_patch(patch, x, where, steps, fold, group_c, itemsize):  # type: ignore[no-untyped-def]
     """Copy a tile's n x n pixels to ``patch [n, n, values]``, zeros where they lie outside the image.
 
@@ -69,10 +69,9 @@ def _copy_patch(patch, x, where, steps, fold, group_c, itemsize):  # type: ignor
                 clear(target, span * group_c * itemsize)
 
 
-@njit()
+@compilable
 def _transform(tile, down, across, half, to, between, m, r, stride, n, lanes, itemsize):  # type: ignore[no-untyped-def]
     """Transform one vector of a tile's pixels, ``down`` and ``across`` bytes apart, to points ``between`` apart."""
-    literally(m), literally(r), literally(stride), literally(n), literally(lanes), literally(itemsize)
     lane_bytes = lanes * itemsize
     for j in range(n):
         column = load_apart(tile + j * across, down, n, lanes, itemsize)
@@ -82,7 +81,7 @@ def _transform(tile, down, across, half, to, between, m, r, stride, n, lanes, it
         save_apart(to + i * n * between, between, transform_input(line, m, r, stride))
 
 
-@njit()
+@compilable
 def _enter(  # type: ignore[no-untyped-def]
     x, shape, pads, dilations, channel, runs, first, span, values, m, r, stride, n, lanes, itemsize
 ):
@@ -92,7 +91,6 @@ def _enter(  # type: ignore[no-untyped-def]
     first in ``values``. A pixel is ``runs[0]`` rows of ``runs[1]`` neighbouring values. Each row fills up vectors with
     what lies behind it, which counts for nothing.
     """
-    literally(m), literally(r), literally(stride), literally(n), literally(lanes), literally(itemsize)
     fold, run = runs
     room, pixel = -(-run // lanes) * lanes, x[4] * itemsize
     patch, half = np.empty((n, n, room), values.dtype), np.empty(n * n * lanes, values.dtype)
@@ -117,6 +115,7 @@ def _enter(  # type: ignore[no-untyped-def]
     hold(patch), hold(half)
 
 
+@compilable
 def stage_shape(
     tiles: int, shape: tuple[int, int], groups: int, dilations: tuple[int, int], m: int, stride: int, n: int
 ) -> tuple[int, int]:
@@ -131,38 +130,34 @@ def stage_shape(
     return (rows - 1) * m * stride + n, (across - 1) * m * stride + n
 
 
-_stage_shape_compiled = njit()(stage_shape)
-
-
-@njit()
+@compilable
 def _enter_group(  # type: ignore[no-untyped-def]
-    x, stage, shape, pads, channel, first, count, values, m, r, stride, n, lanes, itemsize
+    x, stage, shape, pads, runs, channel, first, count, values, m, r, stride, n, lanes, itemsize
 ):
     """Do as ``_enter`` does for the channels of a group, image by image from a copy with zeros around it.
 
     Of a group's channels, only a few bytes of each pixel are read, more than twice, and pixels may lie apart so that
     all of these want the same places of L1. In ``stage [rows, columns, C // groups]`` they lie side by side.
     """
-    literally(m), literally(r), literally(stride), literally(n), literally(lanes), literally(itemsize)
     tiles = -(-shape[1] // m) * -(-shape[2] // m)
     rows, columns, group_c = stage.shape
-    begin = 0
+    begin, zero, one = np.int64(0), np.int64(0), np.int64(1)  # as literals, they would make for another `_enter`
     while begin < count:
-        image, oh, _ = _place(first + begin, shape, m, (1, 1))
+        image, oh, _ = _place(first + begin, shape, m, (one, one))
         end = min(count, (image + 1) * tiles - first)
-        _, last, _ = _place(first + end - 1, shape, m, (1, 1))
+        _, last, _ = _place(first + end - 1, shape, m, (one, one))
         where = image, oh * stride - pads[0], -pads[1]
         copy_group(stage, x, where, channel, (last - oh) * stride + n, lanes, itemsize)
         size = rows * columns * group_c * itemsize
         here = (np.int64(stage.ctypes.data) - image * size, image + 1, rows, columns, group_c)
         _enter(
-            here, shape, (oh * stride, 0), (1, 1), 0, (1, group_c), first, (begin, end), values,
+            here, shape, (oh * stride, zero), (one, one), zero, runs, first, (begin, end), values,
             m, r, stride, n, lanes, itemsize,
         )  # fmt: skip
         begin = end
 
 
-@njit()
+@compilable
 def _pass(inputs, weights, runs, start, outputs, rows, vectors, lanes, itemsize):  # type: ignore[no-untyped-def]
     """Store the products of ``rows`` tiles at one point, whose values and products lie as ``_tile`` tells.
 
@@ -170,7 +165,6 @@ def _pass(inputs, weights, runs, start, outputs, rows, vectors, lanes, itemsize)
     what the sums begin with, or 0. The next point's filters, which follow, are on their way meanwhile: where filters
     come from far caches, that makes up to a third of the time.
     """
-    literally(rows), literally(vectors), literally(lanes), literally(itemsize)
     sums, room = zeros(rows, vectors, lanes, itemsize), -(-runs[1] // lanes) * lanes
     step = vectors * lanes * itemsize
     point_bytes = runs[0] * runs[1] * step
@@ -184,7 +178,7 @@ def _pass(inputs, weights, runs, start, outputs, rows, vectors, lanes, itemsize)
     store(sums, rows, outputs, 0)
 
 
-@njit()
+@compilable
 def _multiply(  # type: ignore[no-untyped-def]
     values, count, packed, runs, bias, one, products, rows, less, least, vectors, lanes, itemsize
 ):
@@ -195,7 +189,6 @@ def _multiply(  # type: ignore[no-untyped-def]
     behind the last. What is added at the point ``one`` is added to every output of a tile
     when it is transformed back, since powers of 1 are 1: the bias, of which this is the address, or 0.
     """
-    literally(rows), literally(less), literally(least), literally(vectors), literally(lanes), literally(itemsize)
     points, step = values.shape[0], vectors * lanes * itemsize
     padded = runs[0] * -(-runs[1] // lanes) * lanes
     passes = -(-count // rows)
@@ -215,7 +208,7 @@ def _multiply(  # type: ignore[no-untyped-def]
                 _pass(x, weights, runs, start, y, least, vectors, lanes, itemsize)
 
 
-@njit()
+@compilable
 def _finish(sums, out, residual, image, a, b, k0, count, code, slope):  # type: ignore[no-untyped-def]
     """Finish ``count`` values of one pixel one by one."""
     for lane in range(count):
@@ -225,13 +218,12 @@ def _finish(sums, out, residual, image, a, b, k0, count, code, slope):  # type: 
         out[image, a, b, k0 + lane] = activate(total, code, slope)
 
 
-@njit()
+@compilable
 def _leave(  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912
     products, first, count, step, out, residual, k0, valid, dilations, code, slope, doubts,
     m, r, stride, n, lanes, itemsize,
 ):  # fmt: skip
     """Transform products back, finish them and store ``valid`` filters from ``k0`` on; return the doubts."""
-    literally(m), literally(r), literally(stride), literally(n), literally(lanes), literally(itemsize)
     lane_bytes, between, room = lanes * itemsize, products.shape[1] * itemsize, -(-valid // lanes) * lanes
     half, rows = np.empty(n * m * lanes, out.dtype), np.empty((2, m, lanes), out.dtype)
     done, added = np.int64(rows[0].ctypes.data), np.int64(rows[1].ctypes.data)
@@ -307,9 +299,9 @@ def compiled(
         here = (np.int64(x.ctypes.data), x.shape[0], x.shape[1], x.shape[2], x.shape[3])
         padded = fold * -(-runs[1] // lanes) * lanes
         count = last - first
-        entering, leaving = odd_lines_apart(count * padded, itemsize), odd_lines_apart(count * block, itemsize)
+        entering, leaving = odd_lines(count * padded, itemsize), odd_lines(count * block, itemsize)
         beyond = -(-least * max(padded, block) // lanes) * lanes  # a register tile may be longer than what is left
-        high, wide = _stage_shape_compiled(count, out.shape[1:3], groups, dilations, m, stride, n)
+        high, wide = stage_shape(count, out.shape[1:3], groups, dilations, m, stride, n)
         scratch = np.empty(points * (entering + leaving) + beyond + high * wide * group_c + lanes, x.dtype)
         start = (-scratch.ctypes.data // itemsize) % lanes  # or every vector lies across two cache lines
         middle = start + points * entering  # what is written beyond the products must be behind all
@@ -323,11 +315,12 @@ def compiled(
             group, member = divmod(task, per_group)
             if group != entered and high:
                 _enter_group(
-                    x, stage, out.shape, pads, group * group_c, first, count, values, m, r, stride, n, lanes, itemsize
-                )
+                    x, stage, out.shape, pads, runs, group * group_c, first, count, values,
+                    m, r, stride, n, lanes, itemsize,
+                )  # fmt: skip
             elif group != entered:
                 _enter(
-                    here, out.shape, pads, dilations, group * group_c, runs, first, (0, count), values,
+                    here, out.shape, pads, dilations, group * group_c, runs, first, (np.int64(0), count), values,
                     m, r, stride, n, lanes, itemsize,
                 )  # fmt: skip
             entered = group

@@ -26,14 +26,14 @@ from convdispatch.backend import Config, Effort, item_bytes
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
 from convdispatch.backends._epilogue import RELU, RELU6, finish
-from convdispatch.backends._jit import hold, njit
+from convdispatch.backends._jit import compilable
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import aligned
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._slide import slide, slide_found
 from convdispatch.backends._threads import split
 from convdispatch.backends._tile import add_to_all, add_to_each, clamp, store, zeros
-from convdispatch.backends._vector import registers, vector_bytes
+from convdispatch.backends._vector import hold, registers, vector_bytes
 from convdispatch.backends._windows import taps_inside
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine, current
@@ -53,7 +53,7 @@ _CHANNELS = 16
 _CACHED_ROWS = 256 << 10
 
 
-@njit()
+@compilable
 def _find(pixels, first, column, width, rows, zero, steps):  # type: ignore[no-untyped-def]
     """Fill the table with the addresses of the pixels under a tile, of zeros where they are beside the image.
 
@@ -71,7 +71,7 @@ def _find(pixels, first, column, width, rows, zero, steps):  # type: ignore[no-u
     return rows * chunks
 
 
-@njit()
+@compilable
 def _spread(out, residual, bias, scratch, where, k0, member):  # type: ignore[no-untyped-def]
     """Store the sums of one of several filters of each channel, value by value, with bias and residual."""
     outputs, lanes = scratch.shape

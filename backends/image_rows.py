@@ -26,7 +26,7 @@ from convdispatch.backend import Config, Effort, item_bytes
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
 from convdispatch.backends._epilogue import RELU, RELU6, finish
-from convdispatch.backends._jit import njit
+from convdispatch.backends._jit import compilable
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import CACHE_LINE, aligned, streams
 from convdispatch.backends._packed import PackedBackend
@@ -48,13 +48,10 @@ _PANEL, _STAGE = 192 << 10, 48 << 10
 _IN_PLACE = 100
 
 
+@compilable
 def _pieces(length: int, unit: int, least: int) -> int:
     """Return into how many pieces of ``unit`` a length is cut; the last takes over a rest less than ``least``."""
     return max(1, length // unit + (length % unit >= least))
-
-
-#: ``_pieces`` for kernels.
-_pieces_compiled = njit()(_pieces)
 
 
 #: ``filters`` is ``[K, C // groups, KW, KH]``, the taps of one column side by side; ``bias`` ``[K, across]`` or empty.
@@ -87,9 +84,9 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
         down, along = rows * shape[0], across * shape[1]
         chunks = (kh + taps - 1) // taps
         whole = chunks - (chunks * taps - kh)  # so many chunks of all the taps, the others of one fewer
-        strips = _pieces_compiled(columns, along, across)
+        strips = _pieces(columns, along, across)
         phases = min(dh, all_rows)
-        blocks = _pieces_compiled(max(1, all_rows // dh), down, rows)  # of the phases with the fewest rows
+        blocks = _pieces(max(1, all_rows // dh), down, rows)  # of the phases with the fewest rows
         wide, high = (1, 1) if in_place else shape[::-1]
         planes = np.empty(
             (channels, min((high + 1) * rows, (all_rows + dh - 1) // dh + rows) + kh - 1,

@@ -20,11 +20,12 @@ from convdispatch.backends import _dot
 from convdispatch.backends._arguments import Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
 from convdispatch.backends._dot import LANES, dot_add, start
-from convdispatch.backends._jit import hold, njit
+from convdispatch.backends._jit import compilable
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import by_blocks
 from convdispatch.backends._threads import split
 from convdispatch.backends._tile import store
+from convdispatch.backends._vector import hold
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem
@@ -37,7 +38,7 @@ _COPIED_PER_SECOND = 4e9
 _LAUNCH_SECONDS = 10e-6
 
 
-@njit()
+@compilable
 def _copy_shifted(image, first, top, left, rows):  # type: ignore[no-untyped-def]
     """Fill ``rows [count, width, channels]`` with the image's from ``first - top`` on, each value plus 128."""
     height, width, channels = image.shape

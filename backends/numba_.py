@@ -16,7 +16,7 @@ from numba import types
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config, Effort, Kernel, item_bytes
 from convdispatch.backends._epilogue import activate
-from convdispatch.backends._jit import array, integers, njit
+from convdispatch.backends._jit import array, compilable, integers, njit
 from convdispatch.backends._threads import run_all, split
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine
@@ -28,7 +28,7 @@ _LOOPS = ("filters", "channels", "columns")
 FILTERS, CHANNELS, COLUMNS = range(3)
 
 
-@njit()
+@compilable
 def _columns_inside(first, step, width, outputs):  # type: ignore[no-untyped-def]
     """Return the range of outputs ``o`` for which ``o * step + first`` is in ``0..width``."""
     low = 0 if first >= 0 else (-first + step - 1) // step
@@ -40,7 +40,7 @@ def _columns_inside(first, step, width, outputs):  # type: ignore[no-untyped-def
 # negative, and only then do the compiler's vectors come.
 
 
-@njit()
+@compilable
 def _add_by_filters(sums, row, w, k0, c0, first, step):  # type: ignore[no-untyped-def]
     """Add one tap row: ``sums [OW, kb] += row [W, C] * w [C // groups, K]``, filters innermost."""
     low, high = _columns_inside(first, step, row.shape[0], sums.shape[0])
@@ -65,7 +65,7 @@ def _add_by_filters(sums, row, w, k0, c0, first, step):  # type: ignore[no-untyp
                 total[k] += x0 * w0[k]
 
 
-@njit()
+@compilable
 def _add_by_channels(sums, row, w, k0, first, step):  # type: ignore[no-untyped-def]
     """Add one tap row of a depthwise filter ``w [1, K]``, channels innermost."""
     low, high = _columns_inside(first, step, row.shape[0], sums.shape[0])
@@ -77,7 +77,7 @@ def _add_by_channels(sums, row, w, k0, first, step):  # type: ignore[no-untyped-
             total[k] += x[k] * weights[k]
 
 
-@njit()
+@compilable
 def _add_scaled(total, x, step, weight):  # type: ignore[no-untyped-def]
     """Add every step-th element of ``x``, scaled, to ``total``."""
     if step == 1:
@@ -88,7 +88,7 @@ def _add_scaled(total, x, step, weight):  # type: ignore[no-untyped-def]
             total[o] += x[o * step] * weight
 
 
-@njit()
+@compilable
 def _add_by_columns(sums, row, w, k0, c0, first, step):  # type: ignore[no-untyped-def]
     """Add one tap row into ``sums [kb, OW]``, columns innermost."""
     low, high = _columns_inside(first, step, row.shape[0], sums.shape[1])
@@ -103,7 +103,7 @@ def _add_by_columns(sums, row, w, k0, c0, first, step):  # type: ignore[no-untyp
                 _add_scaled(sums[k, low:high], row[start:, c0 + c], step, w[c, k0 + k])
 
 
-@njit()
+@compilable
 def _make_row(x, w, bias, residual, out, pads, strides, dilations, groups, loop, block, code, slope, task):  # type: ignore[no-untyped-def]
     """Do one task: a block of filters along one row of output."""
     kh, kw, group_c, filters = w.shape

@@ -144,9 +144,9 @@ def _scratch(problem: Problem, form: _Form, tile: tuple[int, int], count: int) -
     lanes = vector_bytes() // size
     entered, left = count * form.padded(lanes), count * tile[1] * lanes
     copied = form.n**2 * form.padded(lanes) // form.fold + tile[0] * max(form.padded(lanes), tile[1] * lanes)
-    stage = stage_shape(count, (p.oh, p.ow), p.groups, p.dilations, form.m, form.stride, form.n)
-    copied += math.prod(stage) * p.group_c
-    return form.n**2 * (odd_lines(entered, size) + odd_lines(left, size)) + copied
+    stage: tuple[int, int] = stage_shape(count, (p.oh, p.ow), p.groups, p.dilations, form.m, form.stride, form.n)
+    transformed: int = odd_lines(entered, size) + odd_lines(left, size)
+    return form.n**2 * transformed + copied + math.prod(stage) * p.group_c
 
 
 @functools.cache

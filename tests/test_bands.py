@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,7 +16,6 @@ import convdispatch
 from convdispatch import reference
 from convdispatch.backend import Config
 from convdispatch.backends import _bands
-from convdispatch.backends._jit import njit
 from convdispatch.backends._layout import SAME, STORAGES, stage, unstage
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._vector import vector_bytes
@@ -34,11 +34,11 @@ def copies(dtype: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     size = 8 if dtype == "float64" else 4
     lanes, code = vector_bytes() // size, STORAGES.get(dtype, SAME)
 
-    @njit()
+    @numba.njit
     def into(source, target, first, rows, shape, planar):  # type: ignore[no-untyped-def]
         stage(source, target, first, rows, shape, planar, lanes, size, code)
 
-    @njit()
+    @numba.njit
     def back(source, target, first, rows, shape, planar):  # type: ignore[no-untyped-def]
         unstage(source, target, first, rows, shape, planar, lanes, size, code)
 
