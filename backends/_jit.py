@@ -76,9 +76,6 @@ class _Ingredient(codegen.JITCodeLibrary):
     Else LLVM would work on it at every level of calls, and make machine code of it for nobody: half of all time.
     """
 
-    def _optimize_functions(self, ll_module: Any) -> None:
-        ll_module.data_layout = self._codegen._data_layout  # noqa: SLF001
-
     def _optimize_final_module(self) -> None:
         pass
 

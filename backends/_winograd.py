@@ -141,17 +141,17 @@ def _enter_group(  # type: ignore[no-untyped-def]
     """
     tiles = -(-shape[1] // m) * -(-shape[2] // m)
     rows, columns, group_c = stage.shape
-    begin, zero, one = np.int64(0), np.int64(0), np.int64(1)  # as literals, they would make for another `_enter`
+    begin = np.int64(0)  # a literal would make for another `_enter`; those below make for one that is a tenth faster
     while begin < count:
-        image, oh, _ = _place(first + begin, shape, m, (one, one))
+        image, oh, _ = _place(first + begin, shape, m, (1, 1))
         end = min(count, (image + 1) * tiles - first)
-        _, last, _ = _place(first + end - 1, shape, m, (one, one))
+        _, last, _ = _place(first + end - 1, shape, m, (1, 1))
         where = image, oh * stride - pads[0], -pads[1]
         copy_group(stage, x, where, channel, (last - oh) * stride + n, lanes, itemsize)
         size = rows * columns * group_c * itemsize
         here = (np.int64(stage.ctypes.data) - image * size, image + 1, rows, columns, group_c)
         _enter(
-            here, shape, (oh * stride, zero), (one, one), zero, runs, first, (begin, end), values,
+            here, shape, (oh * stride, 0), (1, 1), 0, runs, first, (begin, end), values,
             m, r, stride, n, lanes, itemsize,
         )  # fmt: skip
         begin = end
