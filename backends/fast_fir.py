@@ -126,6 +126,7 @@ class FastFir(PackedBackend):
     """Minimal filtering of an image's phases, for images of few channels and large filters, of stride 1."""
 
     name = "fast_fir"
+    packing_cost = (1e-4, 5e-8)
     numerics = Numerics("transform", growth=_growth)
 
     def rejects_plain(self, problem: Problem) -> str | None:

@@ -391,6 +391,7 @@ class Fft(Backend):
     """Products of spectra, on tiles; its time hardly depends on the size of the filters."""
 
     name = "fft"
+    packing_cost = (1e-4, 6e-8)
     numerics = Numerics("transform", growth=_growth)
     parallel = True
     native_dtypes = frozenset(("float32", "float64"))

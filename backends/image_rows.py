@@ -234,6 +234,7 @@ class ImageRows(PackedBackend):
 
     name = "image_rows"
     version = 4
+    packing_cost = (5e-5, 1e-8)
 
     def rejects_plain(self, problem: Problem) -> str | None:
         """Return None, or what about the dtype, the channels or the strides stands against it."""

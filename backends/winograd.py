@@ -30,6 +30,7 @@ from convdispatch.backends._tile import register_tiles
 from convdispatch.backends._toomcook import amplification, roundings, strided
 from convdispatch.backends._vector import vector_bytes
 from convdispatch.backends._winograd import compiled, stage_shape
+from convdispatch.backends._winograd_filters import transformed
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine, current
 from convdispatch.problem import Problem
@@ -149,13 +150,6 @@ def _scratch(problem: Problem, form: _Form, tile: tuple[int, int], count: int) -
     return form.n**2 * transformed + copied + math.prod(stage) * p.group_c
 
 
-@functools.cache
-def _both_ways(m: int, r: int, stride: int) -> Array:
-    """Return the matrix from the r * r values of a filter to its n * n transformed ones."""
-    g = np.array(strided(m, r, stride).g, np.float64)
-    return np.kron(g, g)
-
-
 def _growth(problem: Problem, config: Config) -> float:
     """Return the bound's factor: roundings along the way (in eps / 2), times what the transforms make of them."""
     form = _form(problem, config)
@@ -174,7 +168,8 @@ class Winograd(PackedBackend):
     """Minimal filtering, F(2x2) to F(6x6), for 3x3 and 5x5 filters of stride 1, any dilation, and of stride 2."""
 
     name = "winograd"
-    version = 7
+    version = 8
+    packing_cost = (5e-5, 3e-9)
     numerics = Numerics("transform", growth=_growth)
 
     def rejects_plain(self, problem: Problem) -> str | None:
@@ -236,10 +231,11 @@ class Winograd(PackedBackend):
         p, form, tile = problem, _form(problem, config), _tile(problem)
         lanes = vector_bytes() // item_bytes(p.dtype)
         block = tile[1] * lanes
-        by_pixels = by_phases(filters, form.fold).transpose(0, 2, 1, 3, 4, 5)
-        u = _both_ways(form.m, form.r, form.stride) @ by_pixels.reshape(form.r**2, -1)
-        by_group = u.astype(p.dtype).reshape(-1, form.depth, p.groups, p.group_k).transpose(2, 0, 1, 3)
-        packed = by_blocks(by_group, block)
+        if form.fold > 1:
+            by_pixels = by_phases(filters, form.fold).transpose(0, 2, 1, 3, 4, 5)
+            filters = by_pixels.reshape(form.r, form.r, form.depth, p.k).astype(p.dtype)
+        g = np.array(strided(form.m, form.r, form.stride).g, np.float64)
+        packed = transformed(filters, g, p.groups, block, config.threads)
         added = np.empty(0, p.dtype) if bias is None else by_blocks(bias.reshape(p.groups, p.group_k), block)
         parts = _parts(p, form, tile, packed.shape[0] * packed.shape[1], config.threads)
         values = {

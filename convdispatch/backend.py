@@ -136,6 +136,8 @@ class Backend(ABC):
         formats: the data formats its kernels load and store themselves; the plan converts others to NHWC.
         native_dtypes: the dtypes its kernels load themselves. The plan turns others into the problem's
             ``sum_dtype``: float16 and bfloat16 into float32, small integers into int32.
+        packing_cost: about how many seconds ``prepare`` takes, and how many for each byte of the filters. ``conv2d``
+            packs them in every call, and is estimated with these until this machine is calibrated.
     """
 
     name: ClassVar[str]
@@ -146,6 +148,7 @@ class Backend(ABC):
     fuses_epilogue: ClassVar[bool] = False
     formats: ClassVar[frozenset[str]] = frozenset(("NHWC",))
     native_dtypes: ClassVar[frozenset[str]] = frozenset(("float32", "float64", "int32", "int64"))
+    packing_cost: ClassVar[tuple[float, float]] = (1e-5, 3e-10)
 
     @abstractmethod
     def rejects(self, problem: Problem) -> str | None:

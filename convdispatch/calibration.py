@@ -113,22 +113,31 @@ def _uncorrected(backend: str, version: int, config: str, threads: int, estimate
     return estimate
 
 
-def corrector(calibration: Calibration | None, sizes: Sizes, here: Machine, deployment: str) -> Corrector:
+def corrector(
+    calibration: Calibration | None, sizes: Sizes, here: Machine, packing: Mapping[str, tuple[float, float]] | None
+) -> Corrector:
     """Return a function from (backend, version, config without threads, threads, estimate) to corrected seconds.
 
     It is for one problem, whose part of the work is done once.
-    """
-    if calibration is None:
-        return _uncorrected
-    common, backends, packs = calibration.common, calibration.backends, deployment == "call"
-    _, _, _, filters, images = features(sizes, 1, 1.0, here)
-    by_backend: dict[tuple[str, int], tuple[Correction | None, float, float, float]] = {}
 
-    def prepared(name: str, version: int) -> tuple[Correction | None, float, float, float]:
+    Args:
+        calibration: what corrects; None for the backends' own estimates.
+        sizes: of the problem.
+        here: this machine.
+        packing: ``Backend.packing_cost`` by name where calls pack their filters, None where a plan has done so. What
+            was measured on this machine goes before it.
+    """
+    if calibration is None and packing is None:
+        return _uncorrected
+    common, backends = (calibration.common, calibration.backends) if calibration else (Correction(0).terms, {})
+    _, _, _, filters, images = features(sizes, 1, 1.0, here)
+    by_backend: dict[tuple[str, int], tuple[Correction, float, float, float]] = {}
+
+    def prepared(name: str, version: int) -> tuple[Correction, float, float, float]:
         own = backends.get(name)
-        if own is not None and own.version != version:
-            own = None
-        terms = [a + b for a, b in zip(common, own.terms, strict=True)] if own else common
+        if own is None or own.version != version:
+            own = Correction(version)
+        terms = [a + b for a, b in zip(common, own.terms, strict=True)]
         found = own, terms[0] + terms[3] * filters + terms[4] * images, terms[1], terms[2]
         by_backend[name, version] = found
         return found
@@ -139,11 +148,9 @@ def corrector(calibration: Calibration | None, sizes: Sizes, here: Machine, depl
             total += by_thread * math.log2(threads)
         if estimate < _SHORT_SECONDS:
             total += by_shortness * math.log(_SHORT_SECONDS / max(estimate, 1e-9))
-        if own is None:
-            return estimate * math.exp(max(-_MOST, min(_MOST, total)))
         seconds = estimate * math.exp(max(-_MOST, min(_MOST, total + own.configs.get(config, 0.0))))
-        if packs and own.packing:
-            launch, a_byte = own.packing.get(config) or own.packing.get("", (0.0, 0.0))
+        if packing is not None:
+            launch, a_byte = own.packing.get(config) or own.packing.get("") or packing.get(name, (0.0, 0.0))
             seconds += launch + a_byte * sizes.filters
         return seconds
 

@@ -103,11 +103,14 @@ class Local:
 class _Correctors:
     """A calibration's correctors by problem; an estimate is corrected there as here before it is compared."""
 
-    def __init__(self, calibrated: Calibration | None, deployment: str) -> None:
-        self.calibrated, self.deployment = calibrated, deployment
+    def __init__(self, calibrated: Calibration | None, backends: Mapping[str, Backend], deployment: str) -> None:
+        self.calibrated = calibrated
+        self.packing = (
+            {name: backend.packing_cost for name, backend in backends.items()} if deployment == "call" else None
+        )
 
     def at(self, sizes: Sizes) -> Corrector:
-        return calibration.corrector(self.calibrated, sizes, machine.current(), self.deployment)
+        return calibration.corrector(self.calibrated, sizes, machine.current(), self.packing)
 
 
 def _offs(
@@ -204,13 +207,14 @@ def rank(problem: Problem, backends: Iterable[Backend], threads: int, deployment
     files = profile.files()
     calibrated = calibration.current(files)
     around = neighbours(problem, deployment, threads, files)
-    if calibrated is None and not around:
+    if calibrated is None and not around and deployment == "plan":
         return Ranking(plain, calibrated=False, local=None)
-    correctors = _Correctors(calibrated, deployment)
+    known = registry.available()
+    correctors = _Correctors(calibrated, known, deployment)
     correct = correctors.at(calibration.sizes_of(problem))
     local: Local | None = None
     if around:
-        local = Local(around, registry.available(), correctors)
+        local = Local(around, known, correctors)
         if local.confidence < LEAST_CONFIDENCE:
             local = None
     found = []

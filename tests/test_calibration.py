@@ -36,7 +36,7 @@ def timings(truth: Calibration, *, noise: float = 0.0, wild: float = 0.0, seed: 
             for _ in range(60):
                 sizes = Sizes(int(10 ** draw.uniform(2, 8)), int(10 ** draw.uniform(3, 8)))
                 estimate, threads = 10 ** draw.uniform(-5.5, -1), draw.choice((1, 2))
-                seconds = corrector(truth, sizes, HERE, "plan")(name, own.version, config, threads, estimate)
+                seconds = corrector(truth, sizes, HERE, None)(name, own.version, config, threads, estimate)
                 seconds *= math.exp(draw.gauss(0, noise)) * (draw.choice((5.0, 20.0)) if draw.random() < wild else 1.0)
                 found.append(Timing(name, own.version, config, threads, sizes, estimate, seconds))
     return found
@@ -59,7 +59,7 @@ TRUTH = Calibration(
 def test_the_fit_finds_what_is_wrong_through_noise_and_wild_measurements(noise: float, wild: float, off: float) -> None:
     found = fit(timings(TRUTH, noise=noise, wild=wild), HERE, "calibrate")
     for timing in timings(TRUTH, seed=1):
-        correct = corrector(found, timing.sizes, HERE, "plan")
+        correct = corrector(found, timing.sizes, HERE, None)
         about = timing.backend, timing.version, timing.config, timing.threads, timing.estimate
         assert timing.seconds
         assert abs(math.log(correct(*about) / timing.seconds)) < 2 * off, about
@@ -79,14 +79,14 @@ def test_where_nothing_is_wrong_nothing_is_corrected() -> None:
 
 def test_a_backend_that_was_not_measured_is_as_much_slower_as_all_the_others() -> None:
     twice = [dataclasses.replace(timing, seconds=2 * timing.estimate) for timing in timings(TRUTH)]
-    correct = corrector(fit(twice, HERE, "tune"), Sizes(100, 1000), HERE, "plan")
+    correct = corrector(fit(twice, HERE, "tune"), Sizes(100, 1000), HERE, None)
     assert correct("unheard", 1, "", 1, 1e-2) == pytest.approx(2e-2, rel=0.05)
 
 
 def test_few_measurements_move_an_estimate_less_than_many() -> None:
     few = [Timing("one", 1, "", 1, Sizes(100, 1000), 1e-3, 4e-3)]
     parts = [fit(few * count, HERE, "tune") for count in (1, 20)]
-    once, often = (corrector(part, Sizes(100, 1000), HERE, "plan")("one", 1, "", 1, 1e-3) for part in parts)
+    once, often = (corrector(part, Sizes(100, 1000), HERE, None)("one", 1, "", 1, 1e-3) for part in parts)
     assert 1e-3 < once < often <= 4e-3
 
 
@@ -99,7 +99,7 @@ def test_packing_is_a_line_through_what_was_measured_and_only_calls_pay_for_it()
         "m=4": pytest.approx((5e-6, 2e-9), rel=1e-6),
     }
     plan, call = (
-        corrector(found, sizes[2], HERE, deployment)("packs", 1, "m=6", 1, 1e-3) for deployment in ("plan", "call")
+        corrector(found, sizes[2], HERE, packing)("packs", 1, "m=6", 1, 1e-3) for packing in (None, {"packs": (9, 9)})
     )
     assert call - plan == pytest.approx(5e-6 + 2e-3)
 
@@ -116,12 +116,12 @@ def test_a_correction_is_its_terms_times_the_features_within_ten_times(
     sums = [a + b for a, b in zip(TRUTH.common, own.terms, strict=True)]
     logarithm = sum(a * b for a, b in zip(sums, features(sizes, threads, estimate, HERE), strict=True))
     logarithm = max(-math.log(10), min(math.log(10), logarithm + own.configs["m=2"]))
-    found = corrector(TRUTH, sizes, HERE, "plan")("quick", 1, "m=2", threads, estimate)
+    found = corrector(TRUTH, sizes, HERE, None)("quick", 1, "m=2", threads, estimate)
     assert found == pytest.approx(estimate * math.exp(logarithm))
 
 
 def test_the_correction_of_another_version_is_not_used() -> None:
-    correct = corrector(TRUTH, Sizes(100, 1000), HERE, "plan")
+    correct = corrector(TRUTH, Sizes(100, 1000), HERE, None)
     assert correct("slow", 1, "", 1, 1.0) == correct("unheard", 1, "", 1, 1.0) != correct("slow", 2, "", 1, 1.0)
 
 

@@ -234,11 +234,25 @@ def test_confidence_is_a_share_and_the_nearer_the_larger(seconds: float, count: 
             )
             for number, distance in enumerate(distances)
         ]
-        return transfer.Local(around, {"quick": backend}, transfer._Correctors(None, "plan")).confidence
+        return transfer.Local(around, {"quick": backend}, transfer._Correctors(None, {}, "plan")).confidence
 
     assert 0 < confidence(*[1.0] * count) < confidence(*[0.5] * count) < confidence(*[0.0] * count) < 1
     assert confidence(*[0.5] * count) < confidence(*[0.5] * (count + 1))
     assert confidence(0.3, 0.3, scatter=0.5) < confidence(0.3, 0.3)
+
+
+def test_a_call_that_packs_is_estimated_with_what_packing_costs_a_plan_is_not(two: dict[str, Scripted]) -> None:
+    filters = calibration.sizes_of(TARGET).filters
+    two["quick"].packing_cost, two["steady"].packing_cost = (5e-5, 1.0), (1e-5, 0.0)  # type: ignore[misc]
+
+    def ranked(deployment: str) -> dict[str, float | None]:
+        found = transfer.rank(TARGET, two.values(), 1, deployment).estimates
+        return {each.candidate.backend.name: each.seconds for each in found}
+
+    plans, calls = ranked("plan"), ranked("call")
+    assert calls == {"quick": plans["quick"] + 5e-5 + filters, "steady": plans["steady"] + 1e-5}  # type: ignore[operator]
+    assert next(iter(plans)) == "quick"
+    assert next(iter(calls)) == "steady"
 
 
 def test_neighbours_who_disagree_wildly_are_not_heard(two: dict[str, Scripted]) -> None:

@@ -155,7 +155,7 @@ def _rated(name: str, own: Correction, whole: Calibration, timings: Sequence[Tim
     """Return a backend's correction with how far off its estimates are, before and after."""
     mine = [timing for timing in timings if timing.backend == name and timing.seconds]
     after = [
-        corrector(whole, row.sizes, here, "plan")(row.backend, row.version, row.config, row.threads, row.estimate)
+        corrector(whole, row.sizes, here, None)(row.backend, row.version, row.config, row.threads, row.estimate)
         for row in mine
     ]
     return Correction(
