@@ -1,10 +1,11 @@
 """Decides: problem -> profile -> tuning, if wished -> estimate -> plan. The only place that does."""
 
+import contextlib
 import difflib
 import functools
 import shlex
-import threading
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,10 +17,10 @@ from convdispatch.errors import (
     ArgumentTypeError,
     BackendError,
     BackendRejectedError,
-    ConvDispatchError,
     ProfileMissError,
     ProfileWarning,
 )
+from convdispatch.locks import module_lock
 from convdispatch.plan import Evidence, Plan, check_bias, check_filters
 from convdispatch.problem import Problem
 from convdispatch.profile import Key, Result
@@ -30,9 +31,43 @@ if TYPE_CHECKING:
 
 Forced = tuple[str, Config | None] | None
 
-_one_miss_at_a_time = threading.Lock()
 #: What this process has measured on a miss: if others disturbed that, it waits for another process, or for ``tune``.
 _measured: set[Key] = set()
+
+
+#: Seconds to wait for another thread that measures the same: a backend that does so of itself is not to hang.
+_LONGEST_WAIT = 60.0
+
+
+class _Turns:
+    """Who measures on a miss: one thread at a time, and whoever misses the same key waits for it.
+
+    Whoever misses another key meanwhile takes the estimate, and measures at a later call. It may be a thread of the
+    very backend that is being measured, for which to wait would be for ever.
+    """
+
+    def __init__(self) -> None:
+        self._change, self._turn = module_lock(), module_lock()
+        self._key: Key | None = None
+
+    @contextlib.contextmanager
+    def of(self, key: Key) -> Iterator[bool]:
+        """Yield whether the block may measure, which is then alone to do so."""
+        with self._change:
+            mine = self._turn.acquire(blocking=False)
+            waits = not mine and self._key == key
+            if mine:
+                self._key = key
+        if waits:
+            mine = self._turn.acquire(timeout=_LONGEST_WAIT)
+        try:
+            yield mine
+        finally:
+            if mine:
+                self._turn.release()
+
+
+_turns = _Turns()
 
 
 @dataclass(frozen=True)
@@ -162,6 +197,8 @@ def _forced(problem: Problem, deployment: str, forced: tuple[str, Config | None]
         candidate = found.candidate
     else:
         ranking = transfer.rank(problem, [backend], heuristic.thread_budget(options), deployment)
+        if not ranking.estimates:
+            raise BackendRejectedError(f"backend {name!r} names no config for {problem}: give it one as (name, config)")
         candidate = ranking.estimates[0].candidate
     by = f"its config from {found.evidence}" if found else "its config estimated"
     return Decision(candidate, Evidence("forced", f"backend={name!r}, {by}"))
@@ -181,7 +218,7 @@ def _check_keys(backend: Backend, problem: Problem, config: Config) -> None:
 
 def _from_profile(problem: Problem, deployment: str, options: Options, *, exact: bool = False) -> Decision | None:
     answers = profile.find(key_for(problem, deployment, options))
-    held = quarantine.held() if answers else {}
+    held = quarantine.held() if answers else ()
     for found in answers:
         entry = found.entry
         result = entry.best(lambda result: _allows(result, problem, options, held))
@@ -202,12 +239,10 @@ def _allows(result: Result, problem: Problem, options: Options, held: quarantine
         return False
     try:
         backend = registry.get(result.backend)
-        if backend.version != result.version or quarantine.of(backend, held):
-            return False
-        if backend.rejects(seen_by(backend, problem)):
+        if backend.version != result.version or quarantine.of(backend, held) or heuristic.refusal(backend, problem):
             return False
         workspace = Candidate(backend, result.config).workspace(problem)
-    except ConvDispatchError as error:
+    except Exception as error:  # noqa: BLE001  # somebody's backend is no reason for the others to stop
         warnings.warn(f"profile: {result.name} for {problem} is ignored: {error}", ProfileWarning, stacklevel=2)
         return False
     if not heuristic.fits_memory(workspace, options):
@@ -232,8 +267,9 @@ def _tuned(problem: Problem, deployment: str, options: Options) -> Decision | No
     effort = "measure" if options.effort == "estimate" else options.effort
     key = key_for(problem, deployment, options)
     everyone = registry.available()
-    _measured.add(key)
-    with _one_miss_at_a_time:
+    with _turns.of(key) as mine:
+        if not mine:
+            return None
         known = profile.find(key)
         settled = (found.entry for found in known if found.exact and not found.entry.is_busy)
         if any(tuner.suffices(entry, cast("Effort", effort), everyone) for entry in settled):
@@ -249,27 +285,49 @@ def _tuned(problem: Problem, deployment: str, options: Options) -> Decision | No
             warnings.warn(f"tuning {problem} failed: {error}", ProfileWarning, stacklevel=2)
             return None
         tuner.keep(outcome.entry)
+        _measured.add(key)
     now = _from_profile(problem, deployment, options, exact=True)
     return now and Decision(now.candidate, Evidence("tuned", now.evidence.detail))
 
 
 def _estimated(problem: Problem, deployment: str, options: Options) -> Decision:
     usable, refused = heuristic.usable(problem, options)
-    allowed = [backend for backend in usable.values() if heuristic.accurate_by_kind(backend, options)]
+    allowed = [backend for backend in usable.values() if heuristic.accurate_by_kind(backend, problem, options)]
     ranking = transfer.rank(problem, allowed, heuristic.thread_budget(options), deployment)
+    measured, not_these = _errors(problem, deployment, options), []
     for estimate in ranking.estimates:
+        candidate = estimate.candidate
         if estimate.seconds is None:
             break  # unknown ones come last, and nothing unknown is chosen unmeasured
-        if heuristic.fits_memory(estimate.candidate.workspace(problem), options):
+        off = measured.get((candidate.backend.name, candidate.backend.version, candidate.config), 0.0)
+        if not heuristic.accurate_by_measure(candidate.backend, problem, off, options):
+            not_these.append(f"{candidate}: its error was measured as {off:.2g}")
+            continue
+        try:
+            fits = heuristic.fits_memory(candidate.workspace(problem), options)
+        except Exception as error:  # noqa: BLE001  # somebody's backend is no reason for the others to stop
+            not_these.append(f"{candidate}: its workspace raised {type(error).__name__}: {error}")
+            continue
+        if fits:
             basis = f" ({ranking.basis})" if ranking.basis else ""
             said = f"{estimate.seconds * 1e6:.4g} us predicted{basis}"
-            return Decision(estimate.candidate, Evidence("estimate", said))
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+            return Decision(candidate, Evidence("estimate", said))
+    reasons = "; ".join([*(f"{name}: {reason}" for name, reason in refused.items()), *not_these])
     limits = f", memory_limit={options.memory_limit}" if options.memory_limit is not None else ""
     raise BackendRejectedError(
         f"no backend may do {problem} under accuracy={options.accuracy!r}, forbid={options.forbid}{limits}"
         + (f" ({reasons})" if reasons else "")
     )
+
+
+def _errors(problem: Problem, deployment: str, options: Options) -> dict[tuple[str, int, Config], float]:
+    """Return the errors that were measured of candidates for a problem, the worst of each."""
+    found: dict[tuple[str, int, Config], float] = {}
+    for answer in profile.find(key_for(problem, deployment, options)):
+        for row in answer.entry.results:
+            name = row.backend, row.version, row.config
+            found[name] = max(row.error, found.get(name, 0.0))
+    return found
 
 
 def parse_forced(backend: Any) -> Forced:

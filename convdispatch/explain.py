@@ -191,7 +191,7 @@ def _objection(problem: Problem, candidate: Candidate, measured: Result | None, 
         return f"its error was measured above what accuracy={options.accuracy!r} allows"
     if measured is None and failed is not None:
         return f"failed when measured: {failed.reason}"
-    if measured is None and not heuristic.accurate_by_kind(candidate.backend, options):
+    if measured is None and not heuristic.accurate_by_kind(candidate.backend, problem, options):
         return f"accuracy={options.accuracy!r} needs its error measured"
     return ""
 

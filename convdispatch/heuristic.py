@@ -88,10 +88,15 @@ def rank(problem: Problem, backends: Iterable[Backend], threads: int, effort: Ef
     here = machine.current()
     found = []
     for backend in backends:
+        candidates: list[Candidate] = []
         try:
-            found += [Estimate(c, c.estimate(problem, here)) for c in candidates_of(backend, problem, threads, effort)]
+            candidates = candidates_of(backend, problem, threads, effort)
+            estimates = [Estimate(each, each.estimate(problem, here)) for each in candidates]
         except Exception as error:  # noqa: BLE001
-            warnings.warn(f"backend {backend.name!r} is passed over for {problem}: {error!r}", stacklevel=2)
+            become = "has no estimate" if candidates else "is passed over"
+            warnings.warn(f"backend {backend.name!r} {become} for {problem}: {error!r}", stacklevel=2)
+            estimates = [Estimate(each, None) for each in candidates]
+        found += estimates
     return sorted(found, key=lambda estimate: float("inf") if estimate.seconds is None else estimate.seconds)
 
 
@@ -117,11 +122,15 @@ def fits_memory(workspace: int, options: Options) -> bool:
     return options.memory_limit is None or workspace <= options.memory_limit
 
 
-def accurate_by_kind(backend: Backend, options: Options) -> bool:
-    """Return whether a backend's unmeasured accuracy will do: a number asks for a measurement of transforms."""
-    if isinstance(options.accuracy, float) or options.accuracy == "strict":
-        return backend.numerics.kind == "local"
-    return True
+def accurate_by_kind(backend: Backend, problem: Problem, options: Options) -> bool:
+    """Return whether a backend's unmeasured accuracy will do: a number asks for a measurement of transforms.
+
+    Nothing will do for a number below an eighth of epsilon: rounding the results is more than that.
+    """
+    if isinstance(options.accuracy, float):
+        reachable = problem.is_integer or options.accuracy >= _EPSILON[problem.sum_dtype] / 8
+        return reachable and backend.numerics.kind == "local"
+    return options.accuracy != "strict" or backend.numerics.kind == "local"
 
 
 def accurate_by_measure(backend: Backend, problem: Problem, error: float, options: Options) -> bool:

@@ -10,7 +10,6 @@ with evidence that says what differs, until that problem is tuned there.
 
 import contextlib
 import functools
-import threading
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextvars import ContextVar
@@ -21,6 +20,7 @@ from typing import Any
 
 from convdispatch import fingerprint, machine, safe_file, safe_yaml, settings
 from convdispatch.errors import ConvDispatchError, ProfileError, ProfileWarning
+from convdispatch.locks import module_lock
 from convdispatch.machine import Machine
 from convdispatch.profile_text import (
     BUSY,
@@ -399,7 +399,6 @@ class _Store:
     """What this process knows: its own entries, and each file as last read."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
         self.generation = 0
         self.own: dict[Key, Entry] = {}
         self.notes: dict[str, str | None] = {}
@@ -433,6 +432,7 @@ class _Store:
 
 
 _store = _Store()
+_lock = module_lock()
 _sole: Path | None = None
 _looked_at: ContextVar[dict[Path, Profile] | None] = ContextVar("convdispatch_looked_at", default=None)
 
@@ -467,20 +467,24 @@ def only(path: Path) -> Iterator[None]:
 
 def files() -> list[Profile]:
     """Return the profile of each layer as it is now, those that win first."""
-    with _store.lock:
+    with _lock:
         return [_store.file(path) for _, path in layers()]
 
 
 def forget_decisions() -> None:
     """Let what was decided from the profile be decided anew, entries in memory kept."""
-    with _store.lock:
+    with _lock:
         _store.generation += 1
 
 
 def remembered() -> list[Entry]:
     """Return the entries that this process keeps above every file."""
-    with _store.lock:
+    with _lock:
         return list(_store.own.values())
+
+
+#: The layer of what this process keeps for itself.
+IN_PROCESS = "in-process"
 
 
 @dataclass(frozen=True)
@@ -504,31 +508,36 @@ class Found:
 
 
 def find(key: Key) -> list[Found]:
-    """Return the entries of a key, those that win first: exact ones by layer, then soft ones by how much differs."""
+    """Return the entries of a key, those that win first: exact ones by layer, then soft ones by how much differs.
+
+    What this process measured while others disturbed it gives way to what was measured in quiet since.
+    """
     here = machine.current()
-    with _store.lock:
-        found = [Found("in-process", _store.own[key])] if key in _store.own else []
+    with _lock:
+        found = [Found(IN_PROCESS, _store.own[key])] if key in _store.own else []
         for layer, path in layers():
             found += [replace(each, layer=layer) for each in _store.file(path).answers(key, here)]
-    return sorted(found, key=lambda each: len(each.differences))
+    quiet = any(each.exact and not each.entry.is_busy for each in found)
+    own_last = quiet and found[0].layer == IN_PROCESS and found[0].entry.is_busy
+    return sorted(found[1:] + found[:1] if own_last else found, key=lambda each: len(each.differences))
 
 
 def find_in(path: Path, key: Key) -> list[Found]:
     """Return the entries of a key in one file, ordered as by ``find``."""
-    with _store.lock:
+    with _lock:
         return _store.file(path).answers(key, machine.current())
 
 
 def remember(entry: Entry) -> None:
     """Keep an entry for the rest of this process, above every file."""
-    with _store.lock:
+    with _lock:
         _store.own[entry.key] = entry
         _store.generation += 1
 
 
 def notes(kind: str) -> dict[str, str]:
     """Return the texts of the keys that begin with one of ``NOTES``, by key, from all layers together."""
-    with _store.lock:
+    with _lock:
         found: dict[str, str] = {}
         for _, path in reversed(layers()):
             found |= _store.file(path).notes(kind)
@@ -542,14 +551,14 @@ def notes(kind: str) -> dict[str, str]:
 
 def remember_notes(texts: Mapping[str, str | None]) -> None:
     """Keep notes for the rest of this process, above every file; None hides what files say under a key."""
-    with _store.lock:
+    with _lock:
         _store.notes.update(texts)
         _store.generation += 1
 
 
 def forget() -> None:
     """Drop what this process remembers; files are read again when next needed."""
-    with _store.lock:
+    with _lock:
         _store.own.clear()
         _store.notes.clear()
         _store.files.clear()

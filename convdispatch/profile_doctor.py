@@ -143,7 +143,6 @@ class _Layer:
     def _quarantined(self, one: Quarantine) -> Finding:
         about = f"{one.backend} version {one.version} on {one.machine}"
         now = registry.available().get(one.backend)
-        among = {(one.backend, one.version): one}
-        matters = one.machine == self.here.id and now is not None and quarantine.of(now, among) is not None
+        matters = one.machine == self.here.id and now is not None and one.means(now)
         reason = f"{one.reason}{f' ({one.when})' if one.when else ''}"
         return self.finding("quarantined", about, reason, self.prune("--quarantined"), wrong=matters)

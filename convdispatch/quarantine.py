@@ -19,11 +19,11 @@ import math
 import re
 import textwrap
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from convdispatch import machine, profile, registry, safe_yaml
+from convdispatch import fingerprint, machine, profile, registry, safe_yaml
 from convdispatch.backend import Backend, Candidate, Config
 from convdispatch.errors import ConvDispatchError, ProfileError, ProfileWarning
 from convdispatch.problem import Problem
@@ -36,8 +36,8 @@ _UNREADABLE = (ConvDispatchError, AttributeError, TypeError, ValueError, Recursi
 
 _apart: ContextVar[dict[str, str] | None] = ContextVar("convdispatch_quarantines", default=None)
 
-#: Quarantines by backend's name and version.
-Held = Mapping[tuple[str, int], "Quarantine"]
+#: The quarantines that hold on this machine.
+Held = Sequence["Quarantine"]
 
 
 @dataclass(frozen=True)
@@ -71,24 +71,40 @@ class Quarantine:
         """The profile's text of it."""
         return _dumped(self)
 
+    def means(self, backend: Backend) -> bool:
+        """Return whether it is this version of this backend's code that may not be chosen."""
+        same = (self.backend, self.version) == (backend.name, backend.version)
+        return same and self.origin in {"", registry.origin(backend)}
+
     def __str__(self) -> str:
         return f"{self.backend} version {self.version} is quarantined: {self.reason}"
 
 
 def held() -> Held:
-    """Return every quarantine on this machine, from all layers of the profile and of this process."""
-    return {(each.backend, each.version): each for each in on(None)}
+    """Return every quarantine that holds on this machine, from all layers of the profile and of this process."""
+    return on(None)
 
 
 def on(where: str | None) -> list[Quarantine]:
-    """Return every quarantine on the machine of this id, this one for None, from all layers together."""
+    """Return every quarantine on the machine of this id, from all layers together.
+
+    For None, those on this machine, and on others of which entries would be used here too.
+    """
     apart = _apart.get()
     notes = profile.notes(KIND) if apart is None else apart
     if not notes:
         return []
+    here = where is None
     where = where or machine.current().id
     found = (_parsed(key, text) for key, text in notes.items())
-    return [each for each in found if each is not None and each.machine == where]
+    return [each for each in found if each is not None and (each.machine == where or (here and _is_like(each.machine)))]
+
+
+def _is_like(other: str) -> bool:
+    """Return whether a machine is like this one: what crashed with another NumPy, or more cores, will do so here."""
+    described = (file.machines().get(other) for file in profile.files())
+    here = machine.current()
+    return any(fields is not None and fingerprint.compare(fields, here).grade != "hard" for fields in described)
 
 
 def written(where: Profile) -> tuple[list[Quarantine], dict[str, str]]:
@@ -109,10 +125,7 @@ def of(backend: Backend, among: Held | None = None) -> Quarantine | None:
         backend: the backend.
         among: what ``held`` returned, if somebody has asked already.
     """
-    found = (held() if among is None else among).get((backend.name, backend.version))
-    if found is None or (found.origin and found.origin != registry.origin(backend)):
-        return None
-    return found
+    return next((each for each in (held() if among is None else among) if each.means(backend)), None)
 
 
 def add(candidate: Candidate, problem: Problem, reason: str) -> Quarantine:
@@ -128,11 +141,10 @@ def add(candidate: Candidate, problem: Problem, reason: str) -> Quarantine:
 
 def lift(backends: Iterable[Backend]) -> tuple[str, ...]:
     """Take these backends out of quarantine, and return the names of those that were in it."""
-    among = held()
-    lifted = {backend.name: found.key for backend in backends if (found := of(backend, among)) is not None}
+    lifted = [(backend.name, each.key) for backend in backends for each in on(None) if each.means(backend)]
     if lifted:
-        _keep(dict.fromkeys(lifted.values()))
-    return tuple(lifted)
+        _keep(dict.fromkeys(key for _, key in lifted))
+    return tuple(dict.fromkeys(name for name, _ in lifted))
 
 
 @contextlib.contextmanager

@@ -1,9 +1,12 @@
 """Who is chosen, on what evidence, under which options; with backends that count how often they are called."""
 
 import functools
+import os
 import threading
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +102,39 @@ def test_a_winner_need_not_be_the_fastest(three: dict[str, Scripted]) -> None:
 def test_the_config_comes_from_the_profile(three: dict[str, Scripted]) -> None:
     know(result("quick", config=Config(factor=0.5)))
     assert dispatch.decide(PROBLEM, "plan").candidate.config == Config(factor=0.5)
+
+
+def test_a_backend_that_cannot_estimate_is_not_chosen_but_can_be_forced(three: dict[str, Scripted]) -> None:
+    def estimate(*_: Any) -> float:
+        raise ZeroDivisionError
+
+    three["quick"].estimate = estimate  # type: ignore[method-assign, assignment]
+    with pytest.warns(UserWarning, match="backend 'quick' has no estimate for .*ZeroDivisionError"):
+        assert chosen() == ("steady", "estimate")
+    with pytest.warns(UserWarning, match="has no estimate"):
+        assert chosen(forced="quick") == ("quick", "forced")
+
+
+def test_an_entry_of_a_backend_that_breaks_down_is_passed_over(three: dict[str, Scripted]) -> None:
+    def rejects(_: Problem) -> str:
+        raise ZeroDivisionError
+
+    know(result("steady"), result("quick", 2.0))
+    three["steady"].rejects = rejects  # type: ignore[method-assign, assignment]
+    assert chosen() == ("quick", "profile")
+    three["quick"].fails_in = lambda where, _: where == "workspace"
+    dispatch._decide.cache_clear()
+    with pytest.warns(ProfileWarning, match="quick for .* is ignored: scripted"):
+        assert chosen() == ("spectral", "estimate")
+
+
+def test_what_was_measured_in_quiet_goes_before_what_this_process_measured_while_disturbed(
+    three: dict[str, Scripted],
+) -> None:
+    profile.remember(replace(know(result("steady")), results=(result("spectral"),), flags=(profile.BUSY,)))
+    assert chosen() == ("steady", "profile")
+    profile.remember(replace(know(result("steady")), results=(result("spectral"),)))
+    assert chosen() == ("spectral", "profile")
 
 
 def stale(backends: dict[str, Scripted]) -> None:
@@ -296,13 +332,25 @@ def test_off_never_measures(three: dict[str, Scripted]) -> None:
 
 
 def test_on_miss_measures_nothing_that_was_measured_but_may_not_be_used(three: dict[str, Scripted]) -> None:
-    with settings.options(tuning="on-miss", accuracy=1e-12):
-        assert chosen() == ("steady", "estimate")  # what was measured still corrects what was estimated
-        calls = [backend.calls for backend in three.values()]
-        assert all(calls)
+    with settings.options(tuning="on-miss", accuracy=4e-8):
         for _ in range(3):
-            assert chosen() == ("steady", "estimate")
-        assert [backend.calls for backend in three.values()] == calls
+            with pytest.raises(BackendRejectedError, match=r"steady: its error was measured as 4"):
+                chosen()
+            assert [backend.prepared for backend in three.values()] == [3, 3, 3]
+
+
+def test_nothing_is_chosen_by_estimate_that_was_measured_as_too_inaccurate(three: dict[str, Scripted]) -> None:
+    know(result("steady", error=3e-7), result("quick", 2.0, error=2e-7))
+    with settings.options(accuracy=2.5e-7):
+        assert chosen() == ("quick", "profile")
+    with settings.options(accuracy=1e-7, forbid="spectral"), pytest.raises(BackendRejectedError, match="2e-07"):
+        chosen()
+
+
+def test_an_accuracy_that_no_rounded_result_has_is_refused_unmeasured(three: dict[str, Scripted]) -> None:
+    with settings.options(accuracy=1e-12), pytest.raises(BackendRejectedError, match="accuracy=1e-12"):
+        chosen()
+    assert sum(backend.calls for backend in three.values()) == 0
 
 
 def test_on_miss_measures_again_when_a_winner_is_stale(three: dict[str, Scripted]) -> None:
@@ -358,6 +406,38 @@ def test_threads_that_miss_at_once_measure_once_and_agree(three: dict[str, Scrip
         assert set(pool.map(ask, range(8))) == {"steady"}
     # Once for random input and the race, twice for hard inputs: three filters are too few for all kinds at once.
     assert [backend.prepared for backend in three.values()] == [3, 3, 3]
+
+
+def test_who_misses_another_key_meanwhile_takes_the_estimate(three: dict[str, Scripted]) -> None:
+    """A backend may convolve in threads of its own, and for these to wait for its own race would be for ever."""
+    with ThreadPoolExecutor(1) as pool:
+
+        def ask() -> tuple[str, str]:
+            with settings.options(tuning="on-miss"):
+                return chosen(OTHER)
+
+        def meanwhile(call: int) -> float:
+            asked.append(pool.submit(ask).result(timeout=60))
+            return 1.0
+
+        asked: list[tuple[str, str]] = []
+        three["steady"].seconds = meanwhile
+        with settings.options(tuning="on-miss"):
+            assert chosen() == ("steady", "tuned")
+            assert set(asked) == {("quick", "estimate")}
+            three["steady"].seconds = 1.0
+            assert chosen(OTHER)[1] == "tuned"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+@pytest.mark.parametrize("lock", [dispatch._turns._change, dispatch._turns._turn, profile._lock, tuner._one_at_a_time])
+def test_a_forked_child_finds_free_what_a_thread_of_its_parent_held(lock: Any) -> None:
+    with lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # this process has other threads
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if lock.acquire(timeout=5) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 # Forced --------------------------------------------------------------------------------------------------------------

@@ -118,7 +118,19 @@ def test_it_is_for_one_version_of_one_code_on_one_machine(bad: Scripted) -> None
     assert quarantine.of(registry.get("bad")) is None
     elsewhere = profile.user_path().read_text().replace(HERE.id, "other-2c-00000000")
     profile.forget()
-    profile.user_path().write_text(elsewhere)
+    profile.user_path().write_text(elsewhere.replace(HERE.cpu, "another processor (with other registers)"))
+    assert quarantine.of(bad) is None
+
+
+def test_it_is_for_machines_too_whose_measurements_are_used_here(bad: Scripted) -> None:
+    quarantine.add(Candidate(bad, Config()), PROBLEM, "crashed")
+    there = profile.user_path().read_text().replace(HERE.id, "other-2c-00000000")
+    profile.forget()
+    profile.user_path().write_text(there.replace("numpy ", "numpy 0."))
+    held = quarantine.of(bad)
+    assert held is not None
+    assert held.machine == "other-2c-00000000"
+    assert quarantine.lift([bad]) == ("bad",)
     assert quarantine.of(bad) is None
 
 

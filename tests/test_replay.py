@@ -226,7 +226,7 @@ def test_a_limit_that_nothing_stored_fits_leaves_it_to_the_estimate_without_meas
 
 def test_explain_says_what_else_kept_the_winner_from_being_chosen(two: dict[str, Scripted]) -> None:
     know(("large", 1.0, Config(bytes=1000)), ("small", 1.5, Config()))
-    with settings.options(threads=2, accuracy=1e-9):
+    with settings.options(threads=2, accuracy=7e-8):
         told = explain_problem(PROBLEM)
     assert told.evidence.source == "estimate"
     assert "not the winner, large(bytes=1000): its error was measured above" in told.evidence.detail

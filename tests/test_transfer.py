@@ -101,7 +101,7 @@ def test_rows_without_an_estimate_and_of_doubtful_entries_are_passed_over() -> N
 
 def entry_of(problem: Problem, *, estimate: float = 1.0, version: int = 1, **seconds: float) -> Entry:
     rows = [
-        Result(name, version, Config(), time, 0.0, 7, 1e-7, 0, estimate=estimate * (1.0 if name == "quick" else 2.0))
+        Result(name, version, Config(), time, 0.0, 7, 1e-16, 0, estimate=estimate * (1.0 if name == "quick" else 2.0))
         for name, time in seconds.items()
     ]
     key = Key(problem, "plan", machine.usable_cores(), HERE.id)

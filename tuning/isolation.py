@@ -9,13 +9,13 @@ candidate. Each backend has a child of its own, so that none is blamed for what 
 import atexit
 import contextlib
 import textwrap
-import threading
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 
 from convdispatch import quarantine, registry, settings
 from convdispatch.backend import Backend, Candidate, Config
+from convdispatch.locks import module_rlock
 from convdispatch.problem import Problem
 from convdispatch.profile import Failure
 from convdispatch.tuning.cell import Cell, Finding, Limits, UnsentError
@@ -104,7 +104,7 @@ def try_candidate(problem: Problem, candidate: Candidate, limits: Limits | None 
 # The children -------------------------------------------------------------------------------------------------------
 
 _cells: dict[Backend, Cell] = {}
-_lock = threading.RLock()
+_lock = module_rlock()
 
 
 def _cell(backend: Backend) -> Cell:

@@ -2,7 +2,6 @@
 
 import functools
 import textwrap
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from convdispatch import heuristic, machine, observe, profile, quarantine, regis
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Candidate, Effort
 from convdispatch.errors import ArgumentError, BackendError, BusyMachineError, ProfileError, ProfileWarning
+from convdispatch.locks import module_lock
 from convdispatch.plan import Plan
 from convdispatch.problem import Problem
 from convdispatch.profile import BUSY, Entry, Failure, Found, Key, Result
@@ -45,7 +45,7 @@ PATIENCE = 10.0
 #: Makes what watches the machine for a thread budget; tests replace it.
 make_watch: Callable[[int], Watch] = Watch
 _LONGEST_REASON = 300
-_one_at_a_time = threading.Lock()
+_one_at_a_time = module_lock()
 
 
 @dataclass(frozen=True)
@@ -359,7 +359,7 @@ def _picks(key: Key, backends: dict[str, Backend]) -> list[Candidate]:
     """
     free = replace(settings.current(), forbid=(), accuracy="standard", memory_limit=None)
     usable = heuristic.usable(key.problem, free)[0]
-    fit = [b for name, b in usable.items() if name in backends and heuristic.accurate_by_kind(b, free)]
+    fit = [b for name, b in usable.items() if name in backends and heuristic.accurate_by_kind(b, key.problem, free)]
     ranked = (
         heuristic.rank(key.problem, fit, key.threads),
         transfer.rank(key.problem, fit, key.threads, key.deployment).estimates,
