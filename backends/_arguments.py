@@ -79,6 +79,8 @@ class Arguments:
         for name, value in values.items():
             at, field = self.at[name], self.fields[name]
             if field.ndim:
+                if not value.flags.c_contiguous or value.ndim != field.ndim:
+                    raise ValueError(f"{name} must be C-contiguous with {field.ndim} dimensions; it is {value.strides}")
                 words[at] = address(value) if value.size else 0
                 words[at + 1 : at + 1 + field.ndim] = value.shape
             elif field.count:

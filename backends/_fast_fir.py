@@ -12,7 +12,6 @@ import numpy as np
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
 from convdispatch.backends._jit import compilable
-from convdispatch.backends._memory import odd_lines
 from convdispatch.backends._planes import fill, put_line
 from convdispatch.backends._tile import (
     add_doubts,
@@ -23,7 +22,7 @@ from convdispatch.backends._tile import (
     store,
     zeros,
 )
-from convdispatch.backends._transforms import leave_columns, report, transform_input, transform_output
+from convdispatch.backends._transforms import leave_columns, odd_lines, report, transform_input, transform_output
 from convdispatch.backends._vector import copy, hold
 from convdispatch.backends._weave import add_rows, unweave, weave
 

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from convdispatch.arguments import Array
-from convdispatch.backends._jit import compilable
 from convdispatch.machine import current
 
 CACHE_LINE = 64
@@ -73,16 +72,6 @@ def by_phases(filters: Array, period: int) -> Array:
     whole = np.zeros((rows * period, columns * period, *rest))
     whole[:kh, :kw] = filters
     return whole.reshape(rows, period, columns, period, *rest)
-
-
-@compilable
-def odd_lines(count: int, itemsize: int) -> int:
-    """Return at least so many values that fill an odd number of cache lines.
-
-    Values that are transformed together lie so far apart; were that a multiple of 4 KiB, all of them would want the
-    same few places of L1.
-    """
-    return (-(-count * itemsize // CACHE_LINE) | 1) * CACHE_LINE // itemsize
 
 
 def streams(shape: tuple[int, ...], itemsize: int, run: int, row: int) -> bool:

@@ -43,13 +43,14 @@ def run_in_order(stages: Sequence[tuple[CompiledKernel, Array, int]], threads: i
     """Run kernels one after the other, each on up to this many threads.
 
     Args:
-        stages: kernels, their packed arguments, and how many parts each has, one at least.
+        stages: kernels, their packed arguments, and how many parts each has.
         threads: most threads to use.
 
     Raises:
         MemoryError: if a part did not come to its end.
     """
     rows, parts = [], 0
+    stages = [stage for stage in stages if stage[2]]  # an image without rows has nothing to convert
     for kernel, block, count in stages:
         rows.append((kernel.address, address(block), parts, count))
         parts += count

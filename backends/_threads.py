@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import threadpoolctl
 
+from convdispatch.arguments import Array
 from convdispatch.backends._cores import Helpers
 
 Job = Callable[[], object]
@@ -172,6 +173,17 @@ def run_numpy(jobs: Sequence[Job], threads: int) -> None:
 
     with _one_blas_thread():
         run_all([functools.partial(quiet, job) for job in jobs], threads)
+
+
+def grid(*axes: tuple[int, int]) -> Array:
+    """Return jobs: each range of the first axis with each range of the second and so on, as rows of starts and ends.
+
+    Args:
+        *axes: how long each is, and into how many pieces it is cut; see ``split``.
+    """
+    ranges = [np.array(split(*axis), np.int64).reshape(-1, 2) for axis in axes]
+    places = np.indices([len(each) for each in ranges]).reshape(len(ranges), -1)
+    return np.hstack([each[place] for each, place in zip(ranges, places, strict=True)])
 
 
 def split(count: int, parts: int) -> list[tuple[int, int]]:

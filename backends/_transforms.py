@@ -4,12 +4,23 @@ import numpy as np
 
 from convdispatch.backends._atomics import write
 from convdispatch.backends._jit import compilable
+from convdispatch.backends._memory import CACHE_LINE
 from convdispatch.backends._tile import linear, load_apart, save_apart
 from convdispatch.backends._toomcook import strided
 from convdispatch.backends._vector import save
 
 transform_input = linear(lambda m, r, stride: strided(m, r, stride).bt)
 transform_output = linear(lambda m, r, stride: strided(m, r, stride).at)
+
+
+@compilable
+def odd_lines(count: int, itemsize: int) -> int:
+    """Return at least so many values that fill an odd number of cache lines.
+
+    Values that are transformed together lie so far apart; were that a multiple of 4 KiB, all of them would want the
+    same few places of L1.
+    """
+    return (-(-count * itemsize // CACHE_LINE) | 1) * CACHE_LINE // itemsize
 
 
 @compilable

@@ -15,7 +15,6 @@ from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, Compiled
 from convdispatch.backends._atomics import add
 from convdispatch.backends._epilogue import RELU, RELU6, activate
 from convdispatch.backends._jit import compilable
-from convdispatch.backends._memory import odd_lines
 from convdispatch.backends._tile import (
     add_doubts,
     add_to_all,
@@ -27,7 +26,7 @@ from convdispatch.backends._tile import (
     store,
     zeros,
 )
-from convdispatch.backends._transforms import leave_columns, report, transform_input, transform_output
+from convdispatch.backends._transforms import leave_columns, odd_lines, report, transform_input, transform_output
 from convdispatch.backends._vector import clear, copy, hold, prefetch
 from convdispatch.backends._windows import copy_columns, copy_group
 

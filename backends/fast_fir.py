@@ -20,12 +20,13 @@ from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, Numerics, item_bytes
 from convdispatch.backends._fast_fir import compiled
 from convdispatch.backends._kernel import PackedKernel
-from convdispatch.backends._memory import aligned, by_phases, odd_lines
+from convdispatch.backends._memory import aligned, by_phases
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._planes import taps_together
 from convdispatch.backends._threads import split
 from convdispatch.backends._tile import register_tile
 from convdispatch.backends._toomcook import amplification, roundings, transforms
+from convdispatch.backends._transforms import odd_lines
 from convdispatch.backends._vector import registers, vector_bytes
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine, current

@@ -19,7 +19,7 @@ from convdispatch.backends import _in_line, _indirect
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import aligned, by_blocks, streams
 from convdispatch.backends._packed import PackedBackend
-from convdispatch.backends._threads import split
+from convdispatch.backends._threads import grid
 from convdispatch.backends._tile import register_tile, register_tiles
 from convdispatch.backends._vector import vector_bytes
 from convdispatch.machine import Machine, current
@@ -28,6 +28,8 @@ from convdispatch.problem import Problem
 #: Bytes of a job's input, and of its tables of addresses, that stay in a core's L2 cache.
 _CACHED_INPUT = 384 << 10
 _CACHED_TABLE = 96 << 10
+#: Ranges of tiles: more would take longer to list than what they leave in the caches is worth.
+_MOST_RANGES = 1 << 16
 #: Tiles cut from a line overlap at its end. If they have more than so many times its pixels together, tiles are cut
 #: from the list of all pixels; and also if windows at the border, copied for every block of filters, have more bytes.
 _WASTE, _MOST_COPIED = 1.08, 16 << 10
@@ -76,14 +78,8 @@ def _cut(problem: Problem, rows: int, blocks: int, threads: int) -> tuple[int, i
     down = -(-tiles // most)
     if down >= wanted or p.k * p.taps * size < images:  # cut the larger of input and filters
         down = max(down, wanted)
-    down = min(tiles, -(-down // threads) * threads if down > 1 else 1)  # as many for each thread
+    down = min(tiles, _MOST_RANGES, -(-down // threads) * threads if down > 1 else 1)  # as many for each thread
     return tiles, down, min(blocks, -(-wanted // down))
-
-
-def _parts(problem: Problem, rows: int, blocks: int, threads: int) -> list[tuple[int, int, int, int]]:
-    """Return the jobs: ranges of tiles and of blocks of filters."""
-    tiles, down, across = _cut(problem, rows, blocks, threads)
-    return [(*tile, *block) for tile in split(tiles, down) for block in split(blocks, across)]
 
 
 class ImplicitGemm(PackedBackend):
@@ -143,11 +139,13 @@ class ImplicitGemm(PackedBackend):
         grouped = filters.reshape(p.kh, p.kw, p.group_c, p.groups, p.group_k)
         packed = by_blocks(grouped.transpose(3, 0, 1, 2, 4), block)
         added = np.empty(0, p.dtype) if bias is None else by_blocks(bias.reshape(p.groups, p.group_k), block)
-        parts = _parts(p, tile[0], p.groups * packed.shape[1], config.threads)
+        blocks = p.groups * packed.shape[1]
+        tiles, down, across = _cut(p, tile[0], blocks, config.threads)
+        parts = grid((tiles, down), (blocks, across))
         values = {
             "filters": packed, "bias": added.reshape(-1),
             "streamed": streams(p.output_shape, item_bytes(p.dtype), block, p.group_k), "code": p.epilogue.code,
-            "slope": p.epilogue.slope, "parts": np.array(parts, np.int64),
+            "slope": p.epilogue.slope, "parts": parts,
         }  # fmt: skip
         if _is_in_line(p, tile[0]):
             values |= {"pads": p.pads[::2], "strides": p.strides, "dilations": p.dilations}

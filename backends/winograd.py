@@ -23,11 +23,12 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, Numerics, item_bytes
 from convdispatch.backends._kernel import PackedKernel
-from convdispatch.backends._memory import by_blocks, by_phases, odd_lines
+from convdispatch.backends._memory import by_blocks, by_phases
 from convdispatch.backends._packed import PackedBackend
-from convdispatch.backends._threads import split
+from convdispatch.backends._threads import grid
 from convdispatch.backends._tile import register_tiles
 from convdispatch.backends._toomcook import amplification, roundings, strided
+from convdispatch.backends._transforms import odd_lines
 from convdispatch.backends._vector import vector_bytes
 from convdispatch.backends._winograd import compiled, stage_shape
 from convdispatch.backends._winograd_filters import transformed
@@ -45,6 +46,9 @@ BLOCK_BYTES = 768 << 10
 LEAST_TILES = 24
 #: Of a folded image, with few products a point, transforms are most of the work, and go faster nearer to L1.
 _FOLDED_BYTES, _FOLDED_TILES = 192 << 10, 12
+
+#: A dilation may make so many pictures, be there pixels for all of them or not.
+_PICTURES = 1 << 10
 
 # Rates of one core with 64-byte vectors; narrower ones are slower in proportion.
 _FLOPS = 1.1e11  # of the products, float32
@@ -131,14 +135,6 @@ def _cut(problem: Problem, form: _Form, tile: tuple[int, int], blocks: int, thre
     return tiles, down, min(blocks, -(-threads // down))
 
 
-def _parts(
-    problem: Problem, form: _Form, tile: tuple[int, int], blocks: int, threads: int
-) -> list[tuple[int, int, int, int]]:
-    """Return the jobs: a range of tiles, and a range of blocks of filters."""
-    tiles, down, across = _cut(problem, form, tile, blocks, threads)
-    return [(*some, *block) for some in split(tiles, down) for block in split(blocks, across)]
-
-
 def _scratch(problem: Problem, form: _Form, tile: tuple[int, int], count: int) -> int:
     """Return how many values a job of so many tiles keeps: the transformed tiles, the products and what is copied."""
     p, size = problem, item_bytes(problem.dtype)
@@ -182,6 +178,10 @@ class Winograd(PackedBackend):
                 "strides other than 1 and 2 leave out the neighbours whose work is shared",
             ),
             (strides != (1, 1) and problem.dilations != (1, 1), "its tiles have a stride or a dilation, not both"),
+            (
+                math.prod(problem.dilations) > max(_PICTURES, problem.oh * problem.ow),
+                "dilated so far, it would be pictures without pixels, most of them",
+            ),
             (problem.is_integer, "the transforms have fractions, and integer results are exact"),
             (problem.c == 0, "there are no input channels"),
             (problem.groups > 1 and problem.group_c == 1, "one channel a group leaves no matrices to multiply"),
@@ -237,11 +237,13 @@ class Winograd(PackedBackend):
         g = np.array(strided(form.m, form.r, form.stride).g, np.float64)
         packed = transformed(filters, g, p.groups, block, config.threads)
         added = np.empty(0, p.dtype) if bias is None else by_blocks(bias.reshape(p.groups, p.group_k), block)
-        parts = _parts(p, form, tile, packed.shape[0] * packed.shape[1], config.threads)
+        blocks = packed.shape[0] * packed.shape[1]
+        tiles, down, across = _cut(p, form, tile, blocks, config.threads)
+        parts = grid((tiles, down), (blocks, across))
         values = {
             "filters": packed, "bias": added.reshape(-1), "pads": p.pads[::2],
             "dilations": p.dilations, "groups": p.groups, "code": p.epilogue.code, "slope": p.epilogue.slope,
-            "parts": np.array(parts, np.int64),
+            "parts": parts,
         }  # fmt: skip
         make = functools.partial(compiled, form.m, form.r, form.stride, form.fold, *tile, lanes, item_bytes(p.dtype))
         return PackedKernel(make, p, values, len(parts), config.threads)

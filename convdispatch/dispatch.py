@@ -3,15 +3,18 @@
 import contextlib
 import difflib
 import functools
+import math
 import shlex
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
 from convdispatch import arguments, heuristic, machine, profile, quarantine, registry, settings, transfer
 from convdispatch.arguments import Array, as_array, name_of
-from convdispatch.backend import Backend, Candidate, Config, Effort, seen_by
+from convdispatch.backend import Backend, Candidate, Config, Effort, item_bytes, seen_by
 from convdispatch.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -35,6 +38,8 @@ Forced = tuple[str, Config | None] | None
 _measured: set[Key] = set()
 
 
+#: Bytes of a result that may be too much for memory.
+_HUGE = 1 << 32
 #: Seconds to wait for another thread that measures the same: a backend that does so of itself is not to hang.
 _LONGEST_WAIT = 60.0
 
@@ -396,6 +401,8 @@ def call(
     """Convolve once: pack the filters by the candidate that is chosen, and run it."""
     if settings.current().tuning == "online" and (contest := _contest(problem, "call", forced)) is not None:
         return contest.call(filters, bias, input, out=out, residual=residual)
+    if out is None and (size := math.prod(problem.output_shape) * item_bytes(problem.result_dtype)) >= _HUGE:
+        np.empty(size, np.uint8)  # a result that no memory holds is refused before its plan is made
     return _plain_plan(problem, filters, bias, "call", forced)(input, out=out, residual=residual)
 
 

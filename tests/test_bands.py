@@ -45,6 +45,20 @@ def copies(dtype: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return into, back
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", PACKED, ids=lambda backend: backend.name)
+@pytest.mark.parametrize(("channels", "filters"), [(1, (3, 3, 1, 1)), (4, (3, 3, 4, 6)), (4, (3, 3, 1, 4))])
+def test_an_image_without_rows_is_all_padding(
+    backend: PackedBackend, channels: int, filters: tuple[int, ...], dtype: str
+) -> None:
+    x, w = np.ones((1, channels, 0, 7), dtype_of(dtype)), np.ones(filters, dtype_of(dtype))
+    bias = np.ones(filters[3], "f8" if dtype == "float64" else "f4")
+    groups = channels // filters[2]
+    y = convdispatch.conv2d(x, w, padding=2, data_format="NCHW", groups=groups, bias=bias, backend=backend.name)
+    assert y.shape == (1, filters[3], 2, 9)
+    assert (y == 1).all()
+
+
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 12), st.integers(1, 40))
 
 

@@ -440,6 +440,12 @@ def test_a_forked_child_finds_free_what_a_thread_of_its_parent_held(lock: Any) -
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+def test_a_result_that_no_memory_holds_is_refused_before_its_plan_is_made(three: dict[str, Scripted]) -> None:
+    with pytest.raises(MemoryError):
+        convdispatch.conv2d(INPUT, FILTERS, padding=10**6)
+    assert sum(backend.prepared for backend in three.values()) == 0
+
+
 # Forced --------------------------------------------------------------------------------------------------------------
 
 

@@ -103,6 +103,13 @@ def test_blas_threads_are_restored() -> None:
     assert [library.get_num_threads() for library in controllers] == before
 
 
+def test_a_grid_is_each_range_with_each_other() -> None:
+    jobs = _threads.grid((5, 2), (3, 3))
+    assert jobs.tolist() == [[*rows, *columns] for rows in ((0, 2), (2, 5)) for columns in ((0, 1), (1, 2), (2, 3))]
+    assert jobs.flags.c_contiguous
+    assert _threads.grid((5, 2), (0, 3)).shape == (0, 4)
+
+
 @pytest.mark.parametrize(("count", "parts"), [(10, 3), (3, 10), (0, 4), (7, 1)])
 def test_split_covers_everything_once_in_even_pieces(count: int, parts: int) -> None:
     pieces = _threads.split(count, parts)

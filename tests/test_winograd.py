@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from convdispatch import machine
 from convdispatch.arguments import Array
 from convdispatch.backend import Config
-from convdispatch.backends._memory import CACHE_LINE, odd_lines
+from convdispatch.backends._memory import CACHE_LINE
 from convdispatch.backends._toomcook import POINTS, Matrix, amplification, strided, transforms
+from convdispatch.backends._transforms import odd_lines
 from convdispatch.backends.winograd import BLOCK_BYTES, Winograd
 from convdispatch.backends.winograd import SIZES as ALL_SIZES
 from convdispatch.errors import ArgumentError
@@ -335,3 +336,9 @@ def test_points_lie_an_odd_number_of_cache_lines_apart(count: int, itemsize: int
     lines, rest = divmod(values * itemsize, CACHE_LINE)
     assert (lines % 2, rest) == (1, 0)
     assert count <= values < count + 2 * CACHE_LINE // itemsize
+
+
+def test_a_dilation_far_beyond_the_image_is_left_to_others() -> None:
+    far = Problem.parse("1x5x5x3 * 3x3x3x8 SAME dilation=10000")
+    assert WINOGRAD.rejects(far) == "dilated so far, it would be pictures without pixels, most of them"
+    assert WINOGRAD.rejects(Problem.parse("1x5x5x3 * 3x3x3x8 SAME dilation=5")) is None
