@@ -312,6 +312,20 @@ def test_what_is_kept_of_a_flagged_entry_keeps_the_flag(clock: FakeClock, busy: 
     assert stored()[PROBLEM].flags == ()
 
 
+def test_what_a_busy_run_measured_beyond_this_effort_goes_with_the_first_quiet_one(
+    clock: FakeClock, busy: Callable[..., Machine]
+) -> None:
+    busy(then=True)
+    only(Scripted("a", clock, expected=1.0), Scripted("b", clock, 1.2, expected=1e9))
+    tune(PROBLEM, deployments=("plan",), effort="exhaustive", allow_busy=True)
+    assert [result.backend for result in stored()[PROBLEM].results] == ["a", "b"]
+    busy()
+    tune(PROBLEM, deployments=("plan",))  # "b" is estimated too slow for this
+    assert [result.backend for result in stored()[PROBLEM].results] == ["a"]
+    assert stored()[PROBLEM].flags == ()
+    assert [layer.status for layer in tune(PROBLEM, deployments=("plan",)).layers] == ["known"]
+
+
 def test_tuning_on_a_miss_never_refuses_and_measures_once(clock: FakeClock, busy: Callable[..., Machine]) -> None:
     busy(then=True)
     backend = Scripted("a", clock)

@@ -662,6 +662,19 @@ def test_who_does_not_take_part_keeps_what_he_has_but_the_old_winner_races_again
     assert third.calls == kept
 
 
+def test_a_full_race_leaves_nothing_of_what_was_measured_before(clock: FakeClock) -> None:
+    tried = Config(factor=1.0), Config(factor=1.1)
+    many, failed = Scripted("many", clock, tried=tried), Scripted("failed", clock, tried=tried, off=1.0)
+    only(many, failed, Scripted("gone", clock, 2.0))
+    tuned_entry()
+    many.tried = failed.tried = tried[:1]
+    registry.get("gone").expected = 1e9  # type: ignore[attr-defined]
+    entry = tuned_entry(retune=True)
+    assert [result.name for result in entry.results] == ["many(factor=1.0)"]
+    assert [failure.name for failure in entry.failures] == ["failed(factor=1.0)"]
+    assert entry.lost_before == ()
+
+
 def test_no_time_leaves_everything_but_what_is_known(clock: FakeClock) -> None:
     backend = Scripted("a", clock)
     only(backend)

@@ -36,7 +36,7 @@ from convdispatch.tuning.race import (
     race,
     standings,
 )
-from convdispatch.tuning.rematch import carried, known_versions, rematch, still_there
+from convdispatch.tuning.rematch import Rematch, carry_on, known_versions, rematch, still_there
 from convdispatch.tuning.workload import Layer, Workload
 
 Status = Literal["tuned", "known", "left", "failed"]
@@ -377,6 +377,16 @@ def predicted(result: Result, key: Key) -> float | None:
         return None
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """What became of a problem's candidates, and what said that the machine was busy meanwhile."""
+
+    results: list[Result]
+    failures: list[Failure]
+    standings: dict[str, Standing]
+    busy: tuple[str, ...]
+
+
 def tune_problem(
     key: Key,
     *,
@@ -416,40 +426,47 @@ def tune_problem(
     again = rematch(key, effort, entrants, incumbent, picks) if sparing else None
     entrants += [old for old in still_there(incumbent) if incumbent and old.name == incumbent.winner.name]
     rules = rules or RULES[effort]
+    measured, again = _raced(key, entrants, again, rules, clock, seconds)
+    if not measured.results:
+        said = "; ".join(f"{failure.name}: {failure.reason}" for failure in measured.failures) or _nobody(backends)
+        raise BackendError(f"no candidate could do {key.problem}: {said}")
+    ordered = _ordered(measured, picks, incumbent, rules.margin)
+    entry = Entry(key, tuple(ordered), tuple(measured.failures), effort, flags=(BUSY,) if measured.busy else ())
+    if incumbent is not None and (again is not None or incumbent.key == key):
+        entry = carry_on(entry, incumbent, renewed=taking_part if again is None else ())
+    return Outcome(entry, left_out, measured.busy)
+
+
+def _raced(
+    key: Key, entrants: Sequence[Candidate], again: Rematch | None, rules: Rules, clock: Clock, seconds: float | None
+) -> tuple[_Measured, Rematch | None]:
+    """Check and race who must race again, or everybody; return what came of it, and the rematch if it holds."""
+    refused: list[Failure] = []
     # Two races at once would time each other; and a backend may itself convolve, which must not start a race.
     with _one_at_a_time, settings.options(tuning="off"), observe.unwatched():
-        raced, refused = isolation.admitted(key.problem, entrants if again is None else again.entrants)
-        measured = _measure(key, raced, rules, clock, seconds)
-        if again is not None and not again.holds(measured.results):
-            again = None
-            raced, also_refused = isolation.admitted(key.problem, entrants)
-            refused = list(dict.fromkeys((*refused, *also_refused)))
-            measured = _measure(key, raced, rules, clock, seconds)
-    results = [replace(row, estimate=predicted(row, key)) for row in measured.results]
-    failures = [*refused, *measured.failures]
-    if not results:
-        said = "; ".join(f"{failure.name}: {failure.reason}" for failure in failures) or _nobody(backends)
-        raise BackendError(f"no candidate could do {key.problem}: {said}")
+        if again is not None:
+            fit, refused = isolation.admitted(key.problem, again.entrants)
+            measured = _measure(key, fit, rules, clock, seconds)
+            if again.holds(measured.results):
+                return replace(measured, failures=[*refused, *measured.failures]), again
+        fit, also_refused = isolation.admitted(key.problem, entrants)
+        measured = _measure(key, fit, rules, clock, seconds)
+    refused = list(dict.fromkeys((*refused, *also_refused)))
+    return replace(measured, failures=[*refused, *measured.failures]), None
+
+
+def _ordered(measured: _Measured, picks: Sequence[Candidate], incumbent: Entry | None, margin: float) -> list[Result]:
+    """Return the results with the winner first, the others by time."""
+    results = measured.results
     contenders = _on_all_threads(results, picks) if measured.busy else results
-    ordered = order_by_preference(
+    winner = order_by_preference(
         contenders,
         incumbent.winner.name if incumbent else None,
         picks=[candidate.name for candidate in picks],
         standings=measured.standings if contenders == results else None,
-        margin=rules.margin,
-    )
-    ordered = [ordered[0], *sorted((row for row in results if row is not ordered[0]), key=lambda row: row.median)]
-    flags: tuple[str, ...] = (BUSY,) if measured.busy else ()
-    lost_before: tuple[tuple[str, int], ...] = ()
-    if (backends is not None or again is not None) and incumbent is not None:
-        kept, failed, lost_before = carried(key, incumbent, results, failures)
-        ordered = [ordered[0], *sorted((*ordered[1:], *kept), key=lambda result: result.median)]
-        failures += failed
-        flags = flags or (incumbent.flags if kept else ())
-        if again is None and incumbent.key != key:
-            lost_before = ()
-    entry = Entry(key, tuple(ordered), tuple(failures), effort, flags=flags, lost_before=lost_before)
-    return Outcome(entry, left_out, measured.busy)
+        margin=margin,
+    )[0]
+    return [winner, *sorted((row for row in results if row is not winner), key=lambda row: row.median)]
 
 
 def _on_all_threads(results: list[Result], picks: Sequence[Candidate]) -> list[Result]:
@@ -464,16 +481,6 @@ def _on_all_threads(results: list[Result], picks: Sequence[Candidate]) -> list[R
 def _nobody(backends: dict[str, Backend] | None) -> str:
     held = [str(kept) for b in (backends or registry.available()).values() if (kept := quarantine.of(b)) is not None]
     return "; ".join(held) or "no backend takes it"
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """What became of a problem's candidates, and what said that the machine was busy meanwhile."""
-
-    results: list[Result]
-    failures: list[Failure]
-    standings: dict[str, Standing]
-    busy: tuple[str, ...]
 
 
 def _measure(
@@ -516,6 +523,7 @@ def _measure(
         )
         for name, samples in table.items()
     ]  # fmt: skip
+    results = [replace(row, estimate=predicted(row, key)) for row in results]
     return _Measured(results, failures, standings(table), busy)
 
 
