@@ -675,6 +675,19 @@ def test_a_full_race_leaves_nothing_of_what_was_measured_before(clock: FakeClock
     assert entry.lost_before == ()
 
 
+@pytest.mark.parametrize("version", [None, 2], ids=["is gone", "has changed"])
+def test_an_entry_whose_winner_is_gone_is_measured_again_whoever_takes_part(
+    clock: FakeClock, version: int | None
+) -> None:
+    only(Scripted("winner", clock, 0.5), Scripted("other", clock))
+    tuned_entry()
+    registry.unregister("winner")
+    if version is not None:
+        registry.register(Scripted("winner", clock, 2.0, version=version))
+    assert names_of(tuned_entry(backends=["other"])) == ["other"]
+    assert statuses(tune(PROBLEM, backends=["other"], deployments=["plan"], threads=1)) == ["known"]
+
+
 def test_no_time_leaves_everything_but_what_is_known(clock: FakeClock) -> None:
     backend = Scripted("a", clock)
     only(backend)

@@ -320,6 +320,9 @@ def suffices(entry: Entry, effort: Effort, backends: dict[str, Backend]) -> bool
     """Return whether an old entry answers the question: same effort or higher, every backend as it is now."""
     if EFFORTS.index(entry.effort) < EFFORTS.index(effort):
         return False
+    winner = registry.available().get(entry.winner.backend)
+    if winner is None or winner.version != entry.winner.version:
+        return False
     versions = known_versions(entry)
     return all(
         versions.get(name, backend.version) == backend.version
