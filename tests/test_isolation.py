@@ -25,11 +25,12 @@ from strategies import problems, runs_here
 from villains import Villain, Wavering
 
 import convdispatch
-from convdispatch import dispatch, heuristic, machine, profile, quarantine, reference, registry, settings
+from convdispatch import dispatch, heuristic, machine, profile, profile_tools, quarantine, reference, registry, settings
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Candidate, Config, seen_by
 from convdispatch.plan import Plan
 from convdispatch.problem import Problem
+from convdispatch.profile_tools import Selection
 from convdispatch.tuning import cell as cell_module
 from convdispatch.tuning import isolation, isolation_worker, online, tuner
 from convdispatch.tuning.cell import Cell, Finding, Limits
@@ -417,6 +418,19 @@ def test_who_is_mended_without_a_new_version_is_tried_again_when_asked_for(quick
     report = tune(PROBLEM, threads=1, deployments=("plan",), retry_quarantined=True)
     assert rows(report) == ({"villain", "direct"}, {})
     assert "quarantine" not in profile.user_path().read_text()
+
+
+def test_who_is_pruned_out_of_quarantine_is_tried_again_where_it_failed(quick: FakeClock) -> None:
+    villain, path = Villain("villain", "aborts"), profile.user_path()
+    only(villain, registry.get("direct"))
+    tune(PROBLEM, threads=1, deployments=("plan",))
+    villain.behaviour = "right"
+    profile.edit(path, lambda old: profile_tools.prune(old, Selection(quarantined=True)).changes)
+    profile.forget()
+    isolation.forget([villain])  # as another process, which knows only what the file says
+    report = tune(PROBLEM, threads=1, deployments=("plan",))
+    assert rows(report) == ({"villain", "direct"}, {})
+    assert tune(PROBLEM, threads=1, deployments=("plan",)).layers[0].status == "known"
 
 
 def test_who_is_not_mended_is_in_quarantine_again(quick: FakeClock) -> None:

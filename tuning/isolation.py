@@ -52,7 +52,7 @@ def admitted(problem: Problem, candidates: Sequence[Candidate]) -> tuple[list[Ca
         reason = textwrap.shorten(finding.reason, _REASON, placeholder=" ...")
         if finding.lasting:
             quarantine.add(candidate, problem, reason)
-            reason = f"quarantined: {reason}"
+            reason = f"{quarantine.FAILED}{reason}"
         failures.append(Failure(backend.name, backend.version, candidate.config, reason))
     return [candidate for candidate in fit if not quarantine.of(candidate.backend)], failures
 

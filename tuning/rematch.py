@@ -16,9 +16,19 @@ from convdispatch.settings import EFFORTS
 
 
 def known_versions(entry: Entry) -> dict[str, int]:
-    """Return the backends that an entry says something of, each with the version it was when measured."""
-    rows: tuple[Result | Failure, ...] = (*entry.results, *entry.failures)
+    """Return the backends that an entry says something of, each with the version it was when measured.
+
+    Of who failed by going into quarantine it says nothing any more when that has been lifted.
+    """
+    rows: tuple[Result | Failure, ...] = (*entry.results, *(row for row in entry.failures if not _is_lifted(row)))
     return dict(entry.lost_before) | {row.backend: row.version for row in rows}
+
+
+def _is_lifted(failure: Failure) -> bool:
+    if not failure.reason.startswith(quarantine.FAILED):
+        return False
+    backend = registry.available().get(failure.backend)
+    return backend is not None and quarantine.of(backend) is None
 
 
 def still_there(entry: Entry | None) -> list[Candidate]:
