@@ -185,6 +185,18 @@ def test_a_race_that_was_disturbed_is_run_again_and_longer(clock: FakeClock, bus
     assert outcome.entry.winner.rounds > RULES.rounds
 
 
+def test_a_race_that_ran_out_of_its_time_has_more_of_it_when_it_is_run_again(
+    clock: FakeClock, busy: Callable[..., Machine]
+) -> None:
+    rules = dataclasses.replace(RULES, rounds=1000, race_seconds=100.0)
+    found = []
+    for script in ((), (True,)):
+        busy(*script)
+        only(Scripted("a", clock), Scripted("b", clock, lambda call: 0.8 + 0.4 * (call % 4 > 1)))
+        found.append(tune_problem(key(), clock=clock, rules=rules).entry.winner.rounds)
+    assert 1.8 < found[1] / found[0] < 2.2
+
+
 def test_what_is_disturbed_twice_is_flagged_and_says_why(clock: FakeClock, busy: Callable[..., Machine]) -> None:
     made = busy(True, True)
     only(Scripted("a", clock), Scripted("b", clock, 1.2))

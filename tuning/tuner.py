@@ -404,7 +404,7 @@ def tune_problem(
     """Check and race the candidates of one problem.
 
     What estimates would pick and the old winner always take part; ``preference`` has the rule by which one wins. A race
-    that others disturbed is run again with twice the rounds; if they disturb that too, the entry is flagged.
+    that others disturbed is run again, twice as long; if they disturb that too, the entry is flagged.
 
     Args:
         key: the problem, deployment, thread budget and machine.
@@ -550,13 +550,14 @@ def _race_in_quiet(
     began = clock()
     table: dict[str, Samples] = {}
     busy: tuple[str, ...] = ()
-    for rounds in (rules.rounds, 2 * rules.rounds):
-        left = rules.race_seconds if seconds is None else min(rules.race_seconds, seconds - (clock() - began))
+    for times in (1, 2):
+        most = times * rules.race_seconds
+        left = most if seconds is None else min(most, seconds - (clock() - began))
         if table and left <= 0:
             break
         watch = make_watch(threads)
         watch.start()
-        now = replace(rules, rounds=rounds, race_seconds=left)
+        now = replace(rules, rounds=times * rules.rounds, race_seconds=left)
         table = race(runners, now, clock, on_failure=on_failure, on_round=watch.glance)
         busy = tuple(watch.finish().complaints())
         if not busy:
