@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scripted import PROBLEM, RULES, FakeClock, Scripted, only
 
 import convdispatch
-from convdispatch import machine, profile, reference, registry, settings
+from convdispatch import machine, profile, reference, registry, report, settings
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Candidate, Config, Numerics
 from convdispatch.errors import ArgumentError, BackendError, ProfileError, UnknownBackendError
@@ -333,6 +333,14 @@ def test_the_order_of_measuring_decides_nothing(results: list[Result]) -> None:
 def test_rivals_are_each_backends_best_time_over_the_winners() -> None:
     entry = Entry(key(), (result("a", 2.0), result("a", 2.2), result("b", 3.0), result("b", 2.5)))
     assert list(rivals(entry)) == [("a", 1.0), ("b", 1.25)]
+
+
+def test_no_ratio_is_told_to_a_winner_too_fast_for_the_clock(clock: FakeClock) -> None:
+    entry = Entry(key(), (result("a", 0.0), result("a", 0.0), result("direct", 3.0)))
+    assert list(rivals(entry)) == [("a", 1.0)]
+    layer = LayerReport(Layer(PROBLEM), "plan", "known", entry)
+    assert report.tune_cells(layer)[-2:] == ("1x", "-")
+    assert report.total_line([layer]) == "one pass of these layers: 0 ns"
 
 
 # Workloads ------------------------------------------------------------------------------------------------------

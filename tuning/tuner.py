@@ -574,7 +574,13 @@ def _runner(key: Key, candidate: Candidate, plan: Plan, arrays: Trial, out: Arra
 
 
 def rivals(entry: Entry) -> Iterator[tuple[str, float]]:
-    """Yield each backend of an entry with its best time over the winner's, the winner's own first."""
+    """Yield each backend of an entry with its best time over the winner's, the winner's own first.
+
+    A winner too fast for the clock has no time that another could be over.
+    """
+    if not entry.winner.median:
+        yield entry.winner.backend, 1.0
+        return
     seen = set()
     for result in sorted(entry.results, key=lambda result: result.median):
         if result.backend not in seen:
