@@ -20,7 +20,7 @@ from convdispatch.backend import Candidate
 from convdispatch.plan import Evidence, Plan
 from convdispatch.profile import Key
 from convdispatch.settings import Options
-from convdispatch.tuning import isolation, pairs
+from convdispatch.tuning import hard_inputs, isolation, pairs
 from convdispatch.tuning.check import Checked, check
 from convdispatch.tuning.pace import Pace
 from convdispatch.tuning.standings import Standings
@@ -292,14 +292,19 @@ class Contest:
             self.waiting = found
 
     def _cost_of_check(self, candidate: Candidate, estimate: float | None) -> float:
-        """Return what a check is expected to cost: two calls with packing, and the reference where it is not known."""
+        """Return what a check is expected to cost.
+
+        These are two calls with packing, those on hard inputs by one thread, and the reference where it is not known.
+        """
         typical, problem = self.typical, self.key.problem
         if candidate.name == self.incumbent.name:
             expected = typical
         else:
             expected = _HOPELESS * typical if estimate is None else estimate
-        compared = problem.flops * min(2, problem.n) / problem.n
-        return 2 * expected + (0.0 if self.online.has_arrays(self) else compared / _REFERENCE_FLOPS)
+        hard = hard_inputs.flops(problem)
+        calls = 2 + candidate.config.threads * hard / problem.flops
+        compared = problem.flops * min(2, problem.n) / problem.n + hard
+        return calls * expected + (0.0 if self.online.has_arrays(self) else compared / _REFERENCE_FLOPS)
 
     def _check(self, candidate: Candidate) -> None:
         """Make a candidate ready, time it, and compare it with the reference."""

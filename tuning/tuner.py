@@ -17,7 +17,6 @@ from convdispatch.errors import ArgumentError, BackendError, BusyMachineError, P
 from convdispatch.plan import Plan
 from convdispatch.problem import Problem
 from convdispatch.profile import BUSY, Entry, Failure, Found, Key, Result
-from convdispatch.reference import Verdict
 from convdispatch.settings import EFFORTS
 from convdispatch.tuning import calibrate, hard_inputs, isolation, stakes
 from convdispatch.tuning import workload as workloads
@@ -504,7 +503,7 @@ def _measure(
         try:
             plan = arrays.plan(candidate)
             out = plan(arrays.input, out=arrays.spoiled_output(), residual=arrays.residual)
-            verdict = _worse(arrays.judge(candidate, out), candidate, key.problem)
+            verdict = hard_inputs.worse(arrays.judge(candidate, out), candidate, key.problem)
             workspace = candidate.workspace(key.problem)
         except Exception as error:  # noqa: BLE001  # whatever a backend raises, the others go on
             fail(name, f"{type(error).__name__}: {error}")
@@ -528,14 +527,6 @@ def _measure(
     ]  # fmt: skip
     results = [replace(row, estimate=predicted(row, key)) for row in results]
     return _Measured(results, failures, standings(table), busy)
-
-
-def _worse(verdict: Verdict, candidate: Candidate, problem: Problem) -> Verdict:
-    """Return what is worse: a verdict on random input, or the one on hard input, which costs more to come by."""
-    hard = hard_inputs.measure(problem, candidate) if verdict.reason is None else None
-    if hard is None:
-        return verdict
-    return Verdict(max(verdict.error, hard.error), max(verdict.excess, hard.excess), hard.reason)
 
 
 def _race_in_quiet(
