@@ -228,12 +228,13 @@ def _tuned(problem: Problem, deployment: str, options: Options) -> Decision | No
     if problem.is_empty:
         return None
     from convdispatch.tuning import tuner  # noqa: PLC0415  # needed only where something is measured
+    from convdispatch.tuning.session import session  # noqa: PLC0415
 
     effort = "measure" if options.effort == "estimate" else options.effort
     key = key_for(problem, deployment, options)
     everyone = registry.available()
     _measured.add(key)
-    with _one_miss_at_a_time:
+    with _one_miss_at_a_time, session():
         known = profile.find(key)
         settled = (found.entry for found in known if found.exact and not found.entry.is_busy)
         if any(tuner.suffices(entry, cast("Effort", effort), everyone) for entry in settled):

@@ -409,6 +409,15 @@ def test_online_tuning_tries_third_parties_in_a_child_process_too(
     assert (failure.backend, failure.reason[:28]) == ("villain", "quarantined: crashed (SIGABR")
 
 
+def test_children_do_not_outlive_tuning_on_a_miss(quick: FakeClock) -> None:
+    only(Villain("villain"), registry.get("direct"))
+    with settings.options(tuning="on-miss", threads=1):
+        convdispatch.plan(PROBLEM.input_shape, np.ones(PROBLEM.filter_shape, "f4"))
+    (entry,) = profile.read(profile.user_path()).entries()
+    assert "villain" in {row.backend for row in entry.results}
+    assert not isolation._cells
+
+
 def test_who_is_mended_without_a_new_version_is_tried_again_when_asked_for(quick: FakeClock) -> None:
     villain = Villain("villain", "aborts")
     only(villain, registry.get("direct"))

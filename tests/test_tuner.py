@@ -14,17 +14,19 @@ from hypothesis import strategies as st
 from scripted import PROBLEM, RULES, FakeClock, Scripted, only
 
 import convdispatch
-from convdispatch import machine, profile, reference, registry, report, settings
+from convdispatch import dispatch, machine, profile, reference, registry, report, settings
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Candidate, Config, Numerics
 from convdispatch.errors import ArgumentError, BackendError, ProfileError, UnknownBackendError
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Key, Result
-from convdispatch.tuning import tuner
+from convdispatch.tuning import gate, hard_inputs, online, tuner
+from convdispatch.tuning.calibrate import calibrate
 from convdispatch.tuning.gate import Trial
 from convdispatch.tuning.preference import order_by_preference
 from convdispatch.tuning.race import Rules
 from convdispatch.tuning.tuner import LayerReport, TuneReport, rivals, tune, tune_problem
+from convdispatch.tuning.validate import validate
 from convdispatch.tuning.workload import Layer, Workload
 
 OTHER = Problem.parse("1x5x5x2 * 1x1x2x3 VALID")
@@ -818,6 +820,29 @@ def test_a_trial_has_arrays_as_its_problem_wants_them(dtype: str, data_format: L
     assert arrays.judge(candidate, arrays.spoiled_output()).reason is not None
     output[-1] += 1  # the last image is looked at too
     assert arrays.judge(candidate, output).reason is not None
+
+
+@pytest.mark.parametrize("by", ["tune", "on-miss", "calibrate", "validate", "online"])
+def test_arrays_are_not_kept_when_the_measuring_is_over(
+    clock: FakeClock, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only(Scripted("a", clock), Scripted("b", clock, 1.2, expected=1.1))
+    if by == "tune":
+        tune(PROBLEM, threads=1)
+    elif by == "calibrate":
+        calibrate(problems=[PROBLEM], threads=1, clock=clock, rules=RULES)
+    elif by == "validate":
+        validate([PROBLEM], dispatch.decide, threads=1, clock=clock, oracle=RULES, duel=RULES)
+    else:
+        monkeypatch.setattr(online, "_online", online.Online(clock, lambda job: job()))
+        x, w = np.ones(PROBLEM.input_shape, "f4"), np.ones(PROBLEM.filter_shape, "f4")
+        with settings.options(tuning=by, threads=1):
+            plan = convdispatch.plan(x.shape, w)
+        while by == "online" and plan.evidence.detail.startswith("ahead so far"):
+            plan(x)
+    assert {entry.winner.backend for entry in stored().values()} <= {"a"}
+    assert gate.trial.cache_info().currsize == 0
+    assert hard_inputs._trials.cache_info().currsize == 0
 
 
 def test_trials_are_the_same_every_time() -> None:

@@ -16,6 +16,7 @@ from convdispatch.tuning.clock import Clock, system_clock
 from convdispatch.tuning.fit import FEWEST_PROBLEMS, FEWEST_TIMINGS, Timing, fit, timings_of
 from convdispatch.tuning.gate import Trial
 from convdispatch.tuning.race import Rules, Run, comparable_seconds, race
+from convdispatch.tuning.session import session
 
 #: What is measured: dense, pointwise, strided, depthwise, grouped, of few channels, with large filters; from a call
 #: of some microseconds to filters and images larger than the second cache.
@@ -93,7 +94,7 @@ def calibrate(
     started = time.monotonic()
     failures: list[str] = []
     timings: list[Timing] = []
-    with settings.options(tuning="off"), observe.unwatched(), isolation.children():
+    with settings.options(tuning="off"), observe.unwatched(), session():
         for problem in problems:
             timings += _measured(problem, budget, rules, clock, failures)
             if on_progress is not None:

@@ -88,6 +88,11 @@ def flops(problem: Problem) -> int:
     return len(_turns(problem)) * len(IMAGES) * tried.flops
 
 
+def forget() -> None:
+    """Let go of the images and filters that candidates share."""
+    _trials.cache_clear()
+
+
 def _turns(problem: Problem) -> range:
     """Return which kind of filters comes first in each trial: it takes several where there are few filters."""
     return range(0, _KINDS, min(problem.k, _KINDS))

@@ -7,12 +7,11 @@ candidate. Each backend has a child of its own, so that none is blamed for what 
 """
 
 import atexit
-import contextlib
 import textwrap
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from convdispatch import quarantine, registry, settings
 from convdispatch.backend import Backend, Candidate, Config
@@ -126,15 +125,6 @@ def close(backend: Backend | None = None) -> None:
             cell = _cells.pop(each, None)
             if cell is not None:
                 cell.close()
-
-
-@contextlib.contextmanager
-def children() -> Iterator[None]:
-    """Keep child processes within this block or function, and end them with it."""
-    try:
-        yield
-    finally:
-        close()
 
 
 @atexit.register

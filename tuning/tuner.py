@@ -36,6 +36,7 @@ from convdispatch.tuning.race import (
     standings,
 )
 from convdispatch.tuning.rematch import Rematch, carry_on, known_versions, rematch, still_there
+from convdispatch.tuning.session import session
 from convdispatch.tuning.workload import Layer, Workload
 
 Status = Literal["tuned", "known", "left", "failed"]
@@ -101,7 +102,7 @@ class TuneReport:
         return sum(report.entry is not None and report.entry.is_busy for report in self.layers)
 
 
-@isolation.children()
+@session()
 def tune(
     workload: str | Path | Problem | Workload | Iterable[Any],
     *,
