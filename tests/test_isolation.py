@@ -321,6 +321,47 @@ def test_all_of_a_backends_candidates_go_with_the_one_that_did_harm(monkeypatch:
     assert (held.reason, held.config, held.problem) == ("crashed", Config(a=3), str(PROBLEM))
 
 
+_FORKS = """
+import os, sys
+from pathlib import Path
+from convdispatch import registry
+from convdispatch.tuning import cell
+
+cell.Child = lambda *_: None
+held = cell.Cell(registry.get("direct"))
+print(held._folder)
+sys.stdout.flush()
+if (child := os.fork()) == 0:
+    sys.exit()
+os.waitpid(child, 0)
+sys.exit(not Path(held._folder).exists())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_the_end_of_a_forked_child_leaves_its_parents_folder_alone() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _FORKS], timeout=120, capture_output=True, text=True, check=False,
+        cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not Path(done.stdout.strip()).exists()  # nor does it outlive the parent
+
+
+@pytest.mark.parametrize("error", [OSError("no"), RuntimeError("no"), MemoryError("no")])
+def test_a_child_that_cannot_be_started_is_waited_for_by_nobody(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refuse(*args: Any, **more: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("convdispatch.tuning.child.subprocess.Popen", refuse)
+    assert tried("right") == Finding(
+        note="backend 'villain' cannot be tried in a child process, so it is tried here: "
+        "no process could be started: no"
+    )
+
+
 # Nobody is accused who does nothing wrong -------------------------------------------------------------------------
 
 
