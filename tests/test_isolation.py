@@ -37,6 +37,7 @@ from convdispatch.tuning.cell import Cell, Finding, Limits
 from convdispatch.tuning.gate import Trial
 from convdispatch.tuning.isolation import try_candidate
 from convdispatch.tuning.tuner import tune
+from convdispatch.tuning.warmup import warm_up
 
 
 @pytest.fixture(autouse=True)
@@ -448,6 +449,15 @@ def test_online_tuning_tries_third_parties_in_a_child_process_too(
     (entry,) = profile.read(profile.user_path()).entries()
     (failure,) = entry.failures
     assert (failure.backend, failure.reason[:28]) == ("villain", "quarantined: crashed (SIGABR")
+
+
+def test_compiling_ahead_runs_only_who_may_run_here(quick: FakeClock) -> None:
+    only(Villain(), Villain("bad", "aborts"), Scripted("scripted", quick))
+    seen: list[str] = []
+    with pytest.warns(UserWarning, match=r"bad is left out of 1x6x6x2 .*: quarantined: crashed \(SIGABRT\)"):
+        assert warm_up(PROBLEM, on_progress=lambda layer, made: seen.extend(one.backend.name for one in made)) == 2
+    assert sorted(seen) == ["scripted", "villain"]
+    assert not isolation._cells
 
 
 def test_children_do_not_outlive_tuning_on_a_miss(quick: FakeClock) -> None:
