@@ -520,6 +520,23 @@ def test_a_compiler_that_takes_long_holds_up_no_call(clock: FakeClock, monkeypat
     assert plan.candidate.name == "best"
 
 
+def test_without_a_thread_to_be_had_the_program_ends_as_usual(
+    clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    fresh = Online(clock)
+    monkeypatch.setattr(online, "_online", fresh)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    three(clock)
+    plan = made()
+    for _ in range(500):
+        plan(X)
+    assert fresh._closed
+    fresh.finish()
+
+
 def test_a_forked_child_goes_on(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs: list[Callable[[], None]] = []
     fresh = Online(clock, jobs.append)

@@ -165,8 +165,9 @@ class Online:
     # Jobs ------------------------------------------------------------------------------------------------------
 
     def _start(self, job: Job) -> None:
-        self._thread = threading.Thread(target=job, name="convdispatch-online", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=job, name="convdispatch-online", daemon=True)
+        thread.start()
+        self._thread = thread
 
     def _work(self, job: Job) -> None:
         try:
