@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from convdispatch.errors import BusyMachineError, ConvDispatchError
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Key
 from convdispatch.tuning import tuner
-from convdispatch.tuning.busy import Conditions, Ticks, Watch, wait_until_quiet
+from convdispatch.tuning.busy import Conditions, Ticks, Watch, children_seconds, since, wait_until_quiet
 from convdispatch.tuning.tuner import tune, tune_problem
 
 OTHER = Problem.parse("1x5x5x2 * 1x1x2x3 VALID")
@@ -149,6 +151,33 @@ def test_watching_takes_a_small_part_of_the_time() -> None:
     again.start()
     again.finish()
     assert again.calls == 7
+
+
+def test_what_our_own_children_did_is_not_done_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counts(QuietWatch):
+        def ticks(self) -> Ticks | None:
+            return Ticks(worked, 0.0, total)
+
+    monkeypatch.setattr("convdispatch.tuning.busy.time.process_time", lambda: 0.0)
+    worked, total, ours = 5.0, 100.0, 1.0
+    tell = since(lambda: Counts(1), lambda: ours)
+    worked, total, ours = 8.0, 110.0, 4.0
+    assert tell() == ""
+    worked, total = 11.0, 120.0
+    assert tell() == "other processes used 30.0% of the cores"
+
+
+_WORKS = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True)\ninput()"
+
+
+def test_childrens_seconds_count_while_they_live_and_when_they_have_ended() -> None:
+    before = children_seconds()
+    with subprocess.Popen([sys.executable, "-c", _WORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert children_seconds() - before > 0.2
+        child.communicate(b"\n")
+    assert children_seconds() - before > 0.2
 
 
 # Waiting ------------------------------------------------------------------------------------------------------------
