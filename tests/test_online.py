@@ -1,6 +1,7 @@
 """Online tuning under a fake clock: right results throughout, the budget kept, the fastest found, and an end to it."""
 
 import copy
+import itertools
 import pickle
 import random
 import threading
@@ -26,6 +27,7 @@ from convdispatch.problem import Problem
 from convdispatch.profile import Key
 from convdispatch.tuning import hard_inputs, online, pairs
 from convdispatch.tuning.online import Online, OnlinePlan
+from convdispatch.tuning.pairs import Pairing
 
 RNG = np.random.default_rng(0)
 X, W = RNG.standard_normal(PROBLEM.input_shape, "f4"), RNG.standard_normal(PROBLEM.filter_shape, "f4")
@@ -423,13 +425,68 @@ def test_a_machine_that_is_slow_now_and_then_does_not_make_a_loser_win(
 @given(seed=st.integers(0, 2**32), ratio=st.sampled_from([0.8, 1.0, 1.2]))
 def test_noise_does_not_make_a_loser_win(seed: int, ratio: float) -> None:
     shaking = random.Random(seed)
-    ratios: list[float] = []
-    while (said := pairs.verdict(ratios)) is None:
-        around = (shaking.lognormvariate(0, 0.05) + shaking.lognormvariate(0, 0.05)) / 2
-        outlier = 3.0 if shaking.random() < 0.05 else 1.0
-        ratios.append(ratio * shaking.lognormvariate(0, 0.05) * outlier / around)
-        assert len(ratios) <= pairs.MOST_PAIRS
+
+    def noise() -> float:
+        return shaking.lognormvariate(0, 0.05)
+
+    said = contested(noise, lambda: ratio * noise() * (3.0 if shaking.random() < 0.05 else 1.0))
     assert said == ("better" if ratio < 1 else "worse") or ratio == 1.0
+
+
+def contested(incumbent: Callable[[], float], challenger: Callable[[], float]) -> pairs.Verdict:
+    """Return how a contest ends between two with these times."""
+    pairing = Pairing()
+    while (said := pairs.verdict(pairing.ratios)) is None:
+        pairing.add(incumbent())
+        pairing.challenge(challenger())
+        assert pairing.add(incumbent())
+        pairing.interrupt()
+        assert len(pairing.ratios) == len(pairing.times) <= pairs.MOST_PAIRS
+    return said
+
+
+@pytest.mark.parametrize("kind", ["a tail", "spikes"])
+def test_noise_that_only_makes_slower_does_not_let_an_equal_take_over(kind: str) -> None:
+    shaking = random.Random(0)
+
+    def seconds() -> float:
+        if kind == "a tail":
+            return 1 + shaking.expovariate(1 / 0.05)
+        return (1 + shaking.gauss(0, 0.01)) * (1.5 if shaking.random() < 0.15 else 1.0)
+
+    ends = [contested(seconds, seconds) for _ in range(1000)]
+    assert ends.count("better") <= 10
+
+
+@pytest.mark.parametrize("drift", [0.98, 1.0, 1.02])
+def test_a_drift_is_nobodys_merit(drift: float) -> None:
+    times = (drift**number for number in itertools.count())
+    assert contested(times.__next__, times.__next__) == "worse"  # a tie keeps the incumbent
+
+
+def test_a_pair_is_three_calls_in_a_row() -> None:
+    pairing = Pairing()
+    opened = [pairing.is_open]
+    assert not pairing.add(1.0)
+    opened.append(pairing.is_open)
+    pairing.challenge(2.0)
+    opened.append(pairing.is_open)
+    assert pairing.add(4.0)
+    opened.append(pairing.is_open)
+    pairing.challenge(2.0)
+    assert pairing.add(8.0)
+    pairing.interrupt()
+    opened.append(pairing.is_open)
+    assert opened == [False, True, False, True, False]
+    pairing.challenge(2.0)
+    assert not pairing.add(1.0)
+    pairing.challenge(2.0)
+    assert pairing.add(0.0)
+    assert pairing.ratios == [2.0, 0.25, 2.0]
+    pairing.challenge(2.0)
+    assert pairing.add(0.0)  # too fast for the clock
+    assert pairing.ratios[-1] == 1.0
+    assert pairing.times == [2.0] * 5
 
 
 @pytest.mark.parametrize(
