@@ -133,7 +133,8 @@ def tune(
         workload: a packaged workload's name, a YAML file, a problem or its text, a ``Workload``, what ``record``
             recorded, or several problems.
         effort: ``"measure"``, ``"patient"`` or ``"exhaustive"``.
-        time_limit: seconds for the whole run; what it leaves undone is reported as left.
+        time_limit: seconds for the whole run; what it leaves undone is reported as left. Nothing new begins after
+            them, but who takes part in what was begun is still checked, and races for three rounds.
         threads: most threads a candidate may use; what was recorded, else the option ``threads``, where None.
         backends: names of the backends that take part; all where None.
         deployments: ``"plan"`` (filters packed before), ``"call"`` (packed in every call), or both.
@@ -409,7 +410,7 @@ def tune_problem(
     Args:
         key: the problem, deployment, thread budget and machine.
         effort: how many candidates and rounds.
-        seconds: most time the race may take.
+        seconds: most time the race may take, after the checks; it has three rounds in any case.
         backends: who takes part; all available ones where None.
         incumbent: the old entry, whose winner takes part too, and is preferred in a tie.
         sparing: whether those may stay out who lost in the old entry, where that still means something.
