@@ -125,7 +125,7 @@ def _measured(problem: Problem, threads: int, rules: Rules, clock: Clock, failur
         except Exception as error:  # noqa: BLE001  # whatever a backend raises, the others go on
             failures.append(f"{name}: {type(error).__name__}: {error}")
             continue
-        runners[name] = _call(arrays, plan)
+        runners[name] = arrays.runner(plan)
     said: Callable[[str, Exception], None] = lambda name, error: failures.append(f"{name}: {error!r}")  # noqa: E731
     seconds = comparable_seconds(race(runners, rules, clock, on_failure=said))
     sizes = calibration.sizes_of(problem)
@@ -141,11 +141,6 @@ def _measured(problem: Problem, threads: int, rules: Rules, clock: Clock, failur
         for name, (candidate, estimate) in known.items()
         if seconds.get(name)
     ]  # fmt: skip
-
-
-def _call(arrays: Trial, plan: Callable[..., object]) -> Run:
-    out = arrays.spoiled_output()
-    return lambda: plan(arrays.input, out=out, residual=arrays.residual)
 
 
 def _packed_as(candidate: Candidate) -> str:

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from convdispatch import heuristic, machine, observe, profile, quarantine, registry, settings, transfer
-from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Candidate, Effort
 from convdispatch.errors import ArgumentError, BackendError, BusyMachineError, ProfileError, ProfileWarning
-from convdispatch.plan import Plan
 from convdispatch.problem import Problem
 from convdispatch.profile import BUSY, Entry, Failure, Found, Key, Result
 from convdispatch.settings import EFFORTS
@@ -22,7 +20,7 @@ from convdispatch.tuning import calibrate, hard_inputs, isolation, stakes
 from convdispatch.tuning import workload as workloads
 from convdispatch.tuning.busy import Watch, wait_until_quiet
 from convdispatch.tuning.clock import Clock, system_clock
-from convdispatch.tuning.gate import Trial, trial
+from convdispatch.tuning.gate import trial
 from convdispatch.tuning.preference import order_by_preference
 from convdispatch.tuning.race import (
     RULES,
@@ -514,7 +512,7 @@ def _measure(
             fail(name, f"wrong result: {verdict.reason}")
             continue
         checked[name] = verdict.error, workspace
-        runners[name] = _runner(key, candidate, plan, arrays, out)
+        runners[name] = arrays.runner(plan, key.deployment)
     table, busy = _race_in_quiet(
         runners, rules, clock, key.threads, seconds,
         on_failure=lambda name, error: fail(name, f"{type(error).__name__}: {error}"),
@@ -557,13 +555,6 @@ def _race_in_quiet(
             break
         runners = {name: runners[name] for name in table}
     return table, busy
-
-
-def _runner(key: Key, candidate: Candidate, plan: Plan, arrays: Trial, out: Array) -> Run:
-    """Return what is timed: a plan's call, or the making of a plan and its call."""
-    if key.deployment == "call":
-        return lambda: arrays.plan(candidate)(arrays.input, residual=arrays.residual)
-    return lambda: plan(arrays.input, out=out, residual=arrays.residual)
 
 
 def rivals(entry: Entry) -> Iterator[tuple[str, float]]:
