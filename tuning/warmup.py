@@ -46,7 +46,7 @@ def warm_up(
         arrays = Trial.random(layer.problem.replace(n=min(1, layer.problem.n)))
         fit, refused = isolation.admitted(arrays.problem, candidates)
         for failure in refused:
-            warnings.warn(f"{failure.name} is left out of {layer.problem}: {failure.reason}", stacklevel=2)
+            warnings.warn(f"{failure.name} is left out of {layer.problem}: {failure.reason}", stacklevel=3)
         for candidate in fit:
             try:
                 arrays.plan(candidate)
