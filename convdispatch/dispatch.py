@@ -234,7 +234,7 @@ def _tuned(problem: Problem, deployment: str, options: Options) -> Decision | No
     key = key_for(problem, deployment, options)
     everyone = registry.available()
     _measured.add(key)
-    with _one_miss_at_a_time, session():
+    with _one_miss_at_a_time:
         known = profile.find(key)
         settled = (found.entry for found in known if found.exact and not found.entry.is_busy)
         if any(tuner.suffices(entry, cast("Effort", effort), everyone) for entry in settled):
@@ -242,10 +242,11 @@ def _tuned(problem: Problem, deployment: str, options: Options) -> Decision | No
             return _from_profile(problem, deployment, options, exact=True)
         try:
             old = known[0].entry if known else None
-            outcome = tuner.tune_problem(
-                key, effort=cast("Effort", effort), seconds=options.time_limit, incumbent=old,
-                sparing=old is None or not old.is_busy,
-            )  # fmt: skip
+            with session():
+                outcome = tuner.tune_problem(
+                    key, effort=cast("Effort", effort), seconds=options.time_limit, incumbent=old,
+                    sparing=old is None or not old.is_busy,
+                )  # fmt: skip
         except BackendError as error:
             warnings.warn(f"tuning {problem} failed: {error}", ProfileWarning, stacklevel=2)
             return None
