@@ -57,6 +57,13 @@ class _BlasScope:
             self._inside -= 1
             if not self._inside:
                 _set_blas_threads(self._saved)
+                self._saved = []
+
+    def begin_anew(self) -> None:
+        """Give BLAS its threads back in a forked child: nobody else will, since who was inside is not there."""
+        if self._saved:
+            _set_blas_threads(self._saved)
+        self.__init__()  # type: ignore[misc]
 
 
 _scope = _BlasScope()
@@ -138,7 +145,7 @@ _team = _Team()
 def _after_fork() -> None:
     global _team  # noqa: PLW0603  # a child has none of its parent's threads, and locks as they happened to be
     _team = _Team()
-    _scope.__init__()  # type: ignore[misc]
+    _scope.begin_anew()
 
 
 if hasattr(os, "register_at_fork"):

@@ -268,6 +268,7 @@ def _tuned(problem: Problem, deployment: str, options: Options) -> Decision | No
     if problem.is_empty:
         return None
     from convdispatch.tuning import tuner  # noqa: PLC0415  # needed only where something is measured
+    from convdispatch.tuning.session import session  # noqa: PLC0415
 
     effort = "measure" if options.effort == "estimate" else options.effort
     key = key_for(problem, deployment, options)
@@ -282,10 +283,11 @@ def _tuned(problem: Problem, deployment: str, options: Options) -> Decision | No
             return _from_profile(problem, deployment, options, exact=True)
         try:
             old = known[0].entry if known else None
-            outcome = tuner.tune_problem(
-                key, effort=cast("Effort", effort), seconds=options.time_limit, incumbent=old,
-                sparing=old is None or not old.is_busy,
-            )  # fmt: skip
+            with session():
+                outcome = tuner.tune_problem(
+                    key, effort=cast("Effort", effort), seconds=options.time_limit, incumbent=old,
+                    sparing=old is None or not old.is_busy,
+                )  # fmt: skip
         except BackendError as error:
             warnings.warn(f"tuning {problem} failed: {error}", ProfileWarning, stacklevel=2)
             return None

@@ -271,7 +271,7 @@ class Selection:
         return self == Selection()
 
     @property
-    def any_kind(self) -> bool:
+    def names_no_kind(self) -> bool:
         """Whether no kind is named."""
         return not (self.stale or self.flagged or self.broken or self.quarantined)
 
@@ -295,12 +295,12 @@ def prune(source: Profile, what: Selection, now: dt.datetime | None = None) -> P
 
     reasons: dict[str, str] = {}
     for entry in _readable(source):
-        reason = "selected" if what.any_kind else stale_reason(entry) if what.stale else ""
+        reason = "selected" if what.names_no_kind else stale_reason(entry) if what.stale else ""
         if what.flagged and entry.flags:
             reason = reason or f"flagged {', '.join(entry.flags)}"
         if reason and selected(entry.key.machine, entry.tuned):
             reasons[source.spelling(entry.key) or str(entry.key)] = reason
-    if what.quarantined or what.any_kind:
+    if what.quarantined or what.names_no_kind:
         held, _ = quarantine.written(source)
         reasons |= {one.key: "quarantined" for one in held if selected(one.machine, one.when)}
     changes: dict[str, str | None] = dict.fromkeys(reasons)
@@ -311,7 +311,7 @@ def prune(source: Profile, what: Selection, now: dt.datetime | None = None) -> P
         for key, lines in source.doubled().items():
             if key not in changes and what.machine is None:
                 reasons[key], changes[key] = f"doubled, line {lines[0]}", source.chunks()[key]
-    if what.any_kind and what.machine is not None and what.older_than is None:
+    if what.names_no_kind and what.machine is not None and what.older_than is None:
         sections = (MACHINE + what.machine, CALIBRATION + what.machine)
         changes |= {section: None for section in sections if section in source.chunks()}
     return Pruned(changes, reasons)

@@ -30,6 +30,8 @@ from convdispatch.problem import Problem
 from convdispatch.profile import Profile
 
 KIND = "quarantine "
+#: What the reason of a failure begins with that put its backend into quarantine.
+FAILED = "quarantined: "
 _KEY = re.compile(r"quarantine (?P<backend>.+) version (?P<version>-?\d+) \| (?P<machine>\S+)")
 
 _UNREADABLE = (ConvDispatchError, AttributeError, TypeError, ValueError, RecursionError)

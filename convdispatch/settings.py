@@ -130,7 +130,7 @@ TABLE: Mapping[str, tuple[Callable[[Any], Any], Any, str]] = {
     "online_budget": (_share, 0.02, "share of convolution time that online tuning may add"),
     "profile": (_path, None, "profile file of this project; read above the user's, and written instead of it"),
     "threads": (parse_threads, None, "most threads a call may use; all usable cores where unset"),
-    "time_limit": (_seconds, 10.0, "most seconds that on-miss tuning spends on one problem"),
+    "time_limit": (_seconds, 10.0, "most seconds that on-miss tuning races a problem's candidates, once checked"),
     "tuning": (_choice("tuning", TUNING), "off", "what an unmeasured problem causes: " + ", ".join(TUNING)),
 }
 

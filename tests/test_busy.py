@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from convdispatch.errors import BusyMachineError, ConvDispatchError
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Key
 from convdispatch.tuning import tuner
-from convdispatch.tuning.busy import Conditions, Ticks, Watch, wait_until_quiet
+from convdispatch.tuning.busy import Conditions, Ticks, Watch, children_seconds, since, wait_until_quiet
 from convdispatch.tuning.tuner import tune, tune_problem
 
 OTHER = Problem.parse("1x5x5x2 * 1x1x2x3 VALID")
@@ -151,6 +153,33 @@ def test_watching_takes_a_small_part_of_the_time() -> None:
     assert again.calls == 7
 
 
+def test_what_our_own_children_did_is_not_done_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counts(QuietWatch):
+        def ticks(self) -> Ticks | None:
+            return Ticks(worked, 0.0, total)
+
+    monkeypatch.setattr("convdispatch.tuning.busy.time.process_time", lambda: 0.0)
+    worked, total, ours = 5.0, 100.0, 1.0
+    tell = since(lambda: Counts(1), lambda: ours)
+    worked, total, ours = 8.0, 110.0, 4.0
+    assert tell() == ""
+    worked, total = 11.0, 120.0
+    assert tell() == "other processes used 30.0% of the cores"
+
+
+_WORKS = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True)\ninput()"
+
+
+def test_childrens_seconds_count_while_they_live_and_when_they_have_ended() -> None:
+    before = children_seconds()
+    with subprocess.Popen([sys.executable, "-c", _WORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert children_seconds() - before > 0.2
+        child.communicate(b"\n")
+    assert children_seconds() - before > 0.2
+
+
 # Waiting ------------------------------------------------------------------------------------------------------------
 
 
@@ -183,6 +212,18 @@ def test_a_race_that_was_disturbed_is_run_again_and_longer(clock: FakeClock, bus
     assert outcome.busy == ()
     assert outcome.entry.flags == ()
     assert outcome.entry.winner.rounds > RULES.rounds
+
+
+def test_a_race_that_ran_out_of_its_time_has_more_of_it_when_it_is_run_again(
+    clock: FakeClock, busy: Callable[..., Machine]
+) -> None:
+    rules = dataclasses.replace(RULES, rounds=1000, race_seconds=100.0)
+    found = []
+    for script in ((), (True,)):
+        busy(*script)
+        only(Scripted("a", clock), Scripted("b", clock, lambda call: 0.8 + 0.4 * (call % 4 > 1)))
+        found.append(tune_problem(key(), clock=clock, rules=rules).entry.winner.rounds)
+    assert 1.8 < found[1] / found[0] < 2.2
 
 
 def test_what_is_disturbed_twice_is_flagged_and_says_why(clock: FakeClock, busy: Callable[..., Machine]) -> None:
@@ -310,6 +351,20 @@ def test_what_is_kept_of_a_flagged_entry_keeps_the_flag(clock: FakeClock, busy: 
     assert stored()[PROBLEM].flags == ("busy",)  # "c" was not measured again
     tune(PROBLEM, deployments=("plan",))
     assert stored()[PROBLEM].flags == ()
+
+
+def test_what_a_busy_run_measured_beyond_this_effort_goes_with_the_first_quiet_one(
+    clock: FakeClock, busy: Callable[..., Machine]
+) -> None:
+    busy(then=True)
+    only(Scripted("a", clock, expected=1.0), Scripted("b", clock, 1.2, expected=1e9))
+    tune(PROBLEM, deployments=("plan",), effort="exhaustive", allow_busy=True)
+    assert [result.backend for result in stored()[PROBLEM].results] == ["a", "b"]
+    busy()
+    tune(PROBLEM, deployments=("plan",))  # "b" is estimated too slow for this
+    assert [result.backend for result in stored()[PROBLEM].results] == ["a"]
+    assert stored()[PROBLEM].flags == ()
+    assert [layer.status for layer in tune(PROBLEM, deployments=("plan",)).layers] == ["known"]
 
 
 def test_tuning_on_a_miss_never_refuses_and_measures_once(clock: FakeClock, busy: Callable[..., Machine]) -> None:

@@ -25,17 +25,19 @@ from strategies import problems, runs_here
 from villains import Villain, Wavering
 
 import convdispatch
-from convdispatch import dispatch, heuristic, machine, profile, quarantine, reference, registry, settings
+from convdispatch import dispatch, heuristic, machine, profile, profile_tools, quarantine, reference, registry, settings
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Candidate, Config, seen_by
 from convdispatch.plan import Plan
 from convdispatch.problem import Problem
+from convdispatch.profile_tools import Selection
 from convdispatch.tuning import cell as cell_module
 from convdispatch.tuning import isolation, isolation_worker, online, tuner
 from convdispatch.tuning.cell import Cell, Finding, Limits
 from convdispatch.tuning.gate import Trial
 from convdispatch.tuning.isolation import try_candidate
 from convdispatch.tuning.tuner import tune
+from convdispatch.tuning.warmup import warm_up
 
 
 @pytest.fixture(autouse=True)
@@ -320,6 +322,47 @@ def test_all_of_a_backends_candidates_go_with_the_one_that_did_harm(monkeypatch:
     assert (held.reason, held.config, held.problem) == ("crashed", Config(a=3), str(PROBLEM))
 
 
+_FORKS = """
+import os, sys
+from pathlib import Path
+from convdispatch import registry
+from convdispatch.tuning import cell
+
+cell.Child = lambda *_: None
+held = cell.Cell(registry.get("direct"))
+print(held._folder)
+sys.stdout.flush()
+if (child := os.fork()) == 0:
+    sys.exit()
+os.waitpid(child, 0)
+sys.exit(not Path(held._folder).exists())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_the_end_of_a_forked_child_leaves_its_parents_folder_alone() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _FORKS], timeout=120, capture_output=True, text=True, check=False,
+        cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not Path(done.stdout.strip()).exists()  # nor does it outlive the parent
+
+
+@pytest.mark.parametrize("error", [OSError("no"), RuntimeError("no"), MemoryError("no")])
+def test_a_child_that_cannot_be_started_is_waited_for_by_nobody(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refuse(*args: Any, **more: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("convdispatch.tuning.child.subprocess.Popen", refuse)
+    assert tried("right") == Finding(
+        note="backend 'villain' cannot be tried in a child process, so it is tried here: "
+        "no process could be started: no"
+    )
+
+
 # Nobody is accused who does nothing wrong -------------------------------------------------------------------------
 
 
@@ -408,6 +451,24 @@ def test_online_tuning_tries_third_parties_in_a_child_process_too(
     assert (failure.backend, failure.reason[:28]) == ("villain", "quarantined: crashed (SIGABR")
 
 
+def test_compiling_ahead_runs_only_who_may_run_here(quick: FakeClock) -> None:
+    only(Villain(), Villain("bad", "aborts"), Scripted("scripted", quick))
+    seen: list[str] = []
+    with pytest.warns(UserWarning, match=r"bad is left out of 1x6x6x2 .*: quarantined: crashed \(SIGABRT\)"):
+        assert warm_up(PROBLEM, on_progress=lambda layer, made: seen.extend(one.backend.name for one in made)) == 2
+    assert sorted(seen) == ["scripted", "villain"]
+    assert not isolation._cells
+
+
+def test_children_do_not_outlive_tuning_on_a_miss(quick: FakeClock) -> None:
+    only(Villain("villain"), registry.get("direct"))
+    with settings.options(tuning="on-miss", threads=1):
+        convdispatch.plan(PROBLEM.input_shape, np.ones(PROBLEM.filter_shape, "f4"))
+    (entry,) = profile.read(profile.user_path()).entries()
+    assert "villain" in {row.backend for row in entry.results}
+    assert not isolation._cells
+
+
 def test_who_is_mended_without_a_new_version_is_tried_again_when_asked_for(quick: FakeClock) -> None:
     villain = Villain("villain", "aborts")
     only(villain, registry.get("direct"))
@@ -417,6 +478,19 @@ def test_who_is_mended_without_a_new_version_is_tried_again_when_asked_for(quick
     report = tune(PROBLEM, threads=1, deployments=("plan",), retry_quarantined=True)
     assert rows(report) == ({"villain", "direct"}, {})
     assert "quarantine" not in profile.user_path().read_text()
+
+
+def test_who_is_pruned_out_of_quarantine_is_tried_again_where_it_failed(quick: FakeClock) -> None:
+    villain, path = Villain("villain", "aborts"), profile.user_path()
+    only(villain, registry.get("direct"))
+    tune(PROBLEM, threads=1, deployments=("plan",))
+    villain.behaviour = "right"
+    profile.edit(path, lambda old: profile_tools.prune(old, Selection(quarantined=True)).changes)
+    profile.forget()
+    isolation.forget([villain])  # as another process, which knows only what the file says
+    report = tune(PROBLEM, threads=1, deployments=("plan",))
+    assert rows(report) == ({"villain", "direct"}, {})
+    assert tune(PROBLEM, threads=1, deployments=("plan",)).layers[0].status == "known"
 
 
 def test_who_is_not_mended_is_in_quarantine_again(quick: FakeClock) -> None:

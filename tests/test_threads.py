@@ -69,6 +69,31 @@ def test_a_forked_child_works_like_its_parent() -> None:
     assert done.returncode == 0, done.stderr
 
 
+_FORKS_INSIDE = """
+import os, sys, warnings
+from convdispatch.backends import _threads
+
+warnings.simplefilter("ignore", DeprecationWarning)
+libraries = _threads._blas().lib_controllers
+_threads._set_blas_threads([2] * len(libraries))
+before = [library.get_num_threads() for library in libraries]
+with _threads._one_blas_thread():
+    child = os.fork()
+    if child == 0:
+        os._exit([library.get_num_threads() for library in libraries] != before)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_child_that_is_forked_while_blas_is_held_to_one_thread_has_all_of_them() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _FORKS_INSIDE], timeout=120, capture_output=True, text=True, check=False,
+        cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_error_in_a_job_is_raised_after_all_that_were_begun_have_ended() -> None:
     ended: list[int] = []
 

@@ -14,17 +14,19 @@ from hypothesis import strategies as st
 from scripted import PROBLEM, RULES, FakeClock, Scripted, only
 
 import convdispatch
-from convdispatch import machine, profile, reference, registry, settings
+from convdispatch import dispatch, machine, profile, reference, registry, report, settings
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Candidate, Config, Numerics
 from convdispatch.errors import ArgumentError, BackendError, ProfileError, UnknownBackendError
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Key, Result
-from convdispatch.tuning import tuner
+from convdispatch.tuning import gate, hard_inputs, online, tuner
+from convdispatch.tuning.calibrate import calibrate
 from convdispatch.tuning.gate import Trial
 from convdispatch.tuning.preference import order_by_preference
 from convdispatch.tuning.race import Rules
 from convdispatch.tuning.tuner import LayerReport, TuneReport, rivals, tune, tune_problem
+from convdispatch.tuning.validate import validate
 from convdispatch.tuning.workload import Layer, Workload
 
 OTHER = Problem.parse("1x5x5x2 * 1x1x2x3 VALID")
@@ -333,6 +335,14 @@ def test_the_order_of_measuring_decides_nothing(results: list[Result]) -> None:
 def test_rivals_are_each_backends_best_time_over_the_winners() -> None:
     entry = Entry(key(), (result("a", 2.0), result("a", 2.2), result("b", 3.0), result("b", 2.5)))
     assert list(rivals(entry)) == [("a", 1.0), ("b", 1.25)]
+
+
+def test_no_ratio_is_told_to_a_winner_too_fast_for_the_clock(clock: FakeClock) -> None:
+    entry = Entry(key(), (result("a", 0.0), result("a", 0.0), result("direct", 3.0)))
+    assert list(rivals(entry)) == [("a", 1.0)]
+    layer = LayerReport(Layer(PROBLEM), "plan", "known", entry)
+    assert report.tune_cells(layer)[-2:] == ("1x", "-")
+    assert report.total_line([layer]) == "one pass of these layers: 0 ns"
 
 
 # Workloads ------------------------------------------------------------------------------------------------------
@@ -662,6 +672,32 @@ def test_who_does_not_take_part_keeps_what_he_has_but_the_old_winner_races_again
     assert third.calls == kept
 
 
+def test_a_full_race_leaves_nothing_of_what_was_measured_before(clock: FakeClock) -> None:
+    tried = Config(factor=1.0), Config(factor=1.1)
+    many, failed = Scripted("many", clock, tried=tried), Scripted("failed", clock, tried=tried, off=1.0)
+    only(many, failed, Scripted("gone", clock, 2.0))
+    tuned_entry()
+    many.tried = failed.tried = tried[:1]
+    registry.get("gone").expected = 1e9  # type: ignore[attr-defined]
+    entry = tuned_entry(retune=True)
+    assert [result.name for result in entry.results] == ["many(factor=1.0)"]
+    assert [failure.name for failure in entry.failures] == ["failed(factor=1.0)"]
+    assert entry.lost_before == ()
+
+
+@pytest.mark.parametrize("version", [None, 2], ids=["is gone", "has changed"])
+def test_an_entry_whose_winner_is_gone_is_measured_again_whoever_takes_part(
+    clock: FakeClock, version: int | None
+) -> None:
+    only(Scripted("winner", clock, 0.5), Scripted("other", clock))
+    tuned_entry()
+    registry.unregister("winner")
+    if version is not None:
+        registry.register(Scripted("winner", clock, 2.0, version=version))
+    assert names_of(tuned_entry(backends=["other"])) == ["other"]
+    assert statuses(tune(PROBLEM, backends=["other"], deployments=["plan"], threads=1)) == ["known"]
+
+
 def test_no_time_leaves_everything_but_what_is_known(clock: FakeClock) -> None:
     backend = Scripted("a", clock)
     only(backend)
@@ -784,6 +820,29 @@ def test_a_trial_has_arrays_as_its_problem_wants_them(dtype: str, data_format: L
     assert arrays.judge(candidate, arrays.spoiled_output()).reason is not None
     output[-1] += 1  # the last image is looked at too
     assert arrays.judge(candidate, output).reason is not None
+
+
+@pytest.mark.parametrize("by", ["tune", "on-miss", "calibrate", "validate", "online"])
+def test_arrays_are_not_kept_when_the_measuring_is_over(
+    clock: FakeClock, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only(Scripted("a", clock), Scripted("b", clock, 1.2, expected=1.1))
+    if by == "tune":
+        tune(PROBLEM, threads=1)
+    elif by == "calibrate":
+        calibrate(problems=[PROBLEM], threads=1, clock=clock, rules=RULES)
+    elif by == "validate":
+        validate([PROBLEM], dispatch.decide, threads=1, clock=clock, oracle=RULES, duel=RULES)
+    else:
+        monkeypatch.setattr(online, "_online", online.Online(clock, lambda job: job()))
+        x, w = np.ones(PROBLEM.input_shape, "f4"), np.ones(PROBLEM.filter_shape, "f4")
+        with settings.options(tuning=by, threads=1):
+            plan = convdispatch.plan(x.shape, w)
+        while by == "online" and plan.evidence.detail.startswith("ahead so far"):
+            plan(x)
+    assert {entry.winner.backend for entry in stored().values()} <= {"a"}
+    assert gate.trial.cache_info().currsize == 0
+    assert hard_inputs._trials.cache_info().currsize == 0
 
 
 def test_trials_are_the_same_every_time() -> None:

@@ -6,6 +6,7 @@ a core is missing that ratio shows it, though nothing that runs in one thread be
 a tuner, since it would write down one-thread winners.
 """
 
+import contextlib
 import hashlib
 import os
 import statistics
@@ -139,11 +140,11 @@ class Watch:
         waiting = max(0.0, 1 - sum(cpu for _, cpu in self._loops) / sum(walls))
         return Conditions((high - low) / middle, waiting, others, steal, missing, load)
 
-    def finish(self) -> Conditions:
+    def finish(self, workers: float = 0.0) -> Conditions:
         """Stop, having calibrated often enough."""
         while len(self._loops) < _FEWEST:
             self.calibrate()
-        return self.stop()
+        return self.stop(workers)
 
     def look(self) -> Conditions:
         """Return what the machine is like while nothing of ours runs; takes a third of a second."""
@@ -199,16 +200,38 @@ def _work() -> None:
     hashlib.pbkdf2_hmac("sha256", b"convdispatch", b"calibration", _HASHES)
 
 
-def since(make: Callable[[], Watch]) -> Callable[[], str]:
-    """Return what tells, each time it is called, what says that the machine was busy since the time before."""
+def children_seconds() -> float:
+    """Return the processor seconds of our child processes, and of theirs: of those that live, and of those that lived.
+
+    Those of who has ended are its parent's to tell, so that they count once and for good.
+    """
+    import psutil  # noqa: PLC0415  # needed only where something is validated
+
+    times = os.times()
+    seconds = times.children_user + times.children_system
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            told = child.cpu_times()
+            ended = getattr(told, "children_user", 0.0) + getattr(told, "children_system", 0.0)
+            seconds += told.user + told.system + ended
+    return seconds
+
+
+def since(make: Callable[[], Watch], workers: Callable[[], float] = children_seconds) -> Callable[[], str]:
+    """Return what tells, each time it is called, what says that the machine was busy since the time before.
+
+    Args:
+        make: makes what watches.
+        workers: tells the processor seconds of our other processes so far.
+    """
     watch = make()
-    watch.start()
+    watch.start(workers())
 
     def tell() -> str:
         nonlocal watch
-        said = ", ".join(watch.finish().complaints())
+        said = ", ".join(watch.finish(workers()).complaints())
         watch = make()
-        watch.start()
+        watch.start(workers())
         return said
 
     return tell

@@ -16,6 +16,7 @@ from convdispatch.tuning.clock import Clock, system_clock
 from convdispatch.tuning.fit import FEWEST_PROBLEMS, FEWEST_TIMINGS, Timing, fit, timings_of
 from convdispatch.tuning.gate import Trial
 from convdispatch.tuning.race import Rules, Run, comparable_seconds, race
+from convdispatch.tuning.session import session
 
 #: What is measured: dense, pointwise, strided, depthwise, grouped, of few channels, with large filters; from a call
 #: of some microseconds to filters and images larger than the second cache.
@@ -93,7 +94,7 @@ def calibrate(
     started = time.monotonic()
     failures: list[str] = []
     timings: list[Timing] = []
-    with settings.options(tuning="off"), observe.unwatched(), isolation.children():
+    with settings.options(tuning="off"), observe.unwatched(), session():
         for problem in problems:
             timings += _measured(problem, budget, rules, clock, failures)
             if on_progress is not None:
@@ -124,7 +125,7 @@ def _measured(problem: Problem, threads: int, rules: Rules, clock: Clock, failur
         except Exception as error:  # noqa: BLE001  # whatever a backend raises, the others go on
             failures.append(f"{name}: {type(error).__name__}: {error}")
             continue
-        runners[name] = _call(arrays, plan)
+        runners[name] = arrays.runner(plan)
     said: Callable[[str, Exception], None] = lambda name, error: failures.append(f"{name}: {error!r}")  # noqa: E731
     seconds = comparable_seconds(race(runners, rules, clock, on_failure=said))
     sizes = calibration.sizes_of(problem)
@@ -140,11 +141,6 @@ def _measured(problem: Problem, threads: int, rules: Rules, clock: Clock, failur
         for name, (candidate, estimate) in known.items()
         if seconds.get(name)
     ]  # fmt: skip
-
-
-def _call(arrays: Trial, plan: Callable[..., object]) -> Run:
-    out = arrays.spoiled_output()
-    return lambda: plan(arrays.input, out=out, residual=arrays.residual)
 
 
 def _packed_as(candidate: Candidate) -> str:

@@ -5,10 +5,12 @@ import contextlib
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
 import time
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +80,8 @@ class Cell:
         """
         self.process = os.getpid()
         self._sent = _payload(backend)
-        self._folder = tempfile.TemporaryDirectory(prefix="convdispatch-")
+        self._folder = tempfile.mkdtemp(prefix="convdispatch-")
+        self._remove = weakref.finalize(self, _remove, self._folder, self.process)
         path = [search_path(), *(os.path.abspath(entry) for entry in sys.path)]  # noqa: PTH100  # "" is here
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(dict.fromkeys(entry for entry in path if entry)),
@@ -87,8 +90,8 @@ class Cell:
         }
         try:
             self._child = Child([sys.executable, "-P", "-m", "convdispatch.tuning.isolation_worker"], environment)
-        except OSError as error:
-            self._folder.cleanup()
+        except Exception as error:  # noqa: BLE001  # no memory, no thread, no process: it is tried here instead
+            self._remove()
             raise UnsentError(f"no process could be started: {error}") from None
 
     @property
@@ -108,7 +111,7 @@ class Cell:
             return Finding(f"{type(error).__name__}: {error}")
         seconds = limits.seconds + problem.flops / 2 / _CRAWL
         request = {
-            "problem": str(problem), "config": dict(candidate.config), "outputs": self._folder.name,
+            "problem": str(problem), "config": dict(candidate.config), "outputs": self._folder,
             "seconds": 2 * seconds + 10,
         }  # fmt: skip
         try:
@@ -180,7 +183,7 @@ class Cell:
         if "raised" in told:
             return Finding(told["raised"])
         for when, name in told.get("files", ()):
-            file = Path(self._folder.name, name)
+            file = Path(self._folder, name)
             verdict = trial(problem).judge(candidate, _array(problem, file))
             file.unlink()
             if verdict.reason is not None:
@@ -193,7 +196,13 @@ class Cell:
         """End the process."""
         if self.process == os.getpid():  # not where this is a copy that a fork made
             self._child.close()
-            self._folder.cleanup()
+            self._remove()
+
+
+def _remove(folder: str, process: int) -> None:
+    """Remove a folder, unless this process is a copy that a fork made of the one whose it is."""
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _payload(backend: Backend) -> dict[str, str]:

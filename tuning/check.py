@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from convdispatch.backend import Candidate
+from convdispatch.tuning import hard_inputs
 from convdispatch.tuning.clock import Clock
 from convdispatch.tuning.gate import Trial
 
@@ -16,7 +17,8 @@ class Checked:
         candidate: who.
         seconds: of a call, on arrays of its own.
         packing: seconds of packing the filters.
-        error: largest deviation from the reference over the largest output; NaN where it was too slow to be compared.
+        error: largest deviation from the reference over the largest output, on random and on hard inputs; NaN where it
+            was too slow to be compared.
         workspace: scratch bytes.
         slow: whether it is too slow to be tried.
         reason: why its result is wrong, or None.
@@ -51,7 +53,7 @@ def check(
     ended = clock()
     seconds = ended - (started if called else packed)
     slow = is_hopeless(seconds)
-    verdict = None if slow else arrays.judge(candidate, output)
+    verdict = None if slow else hard_inputs.worse(arrays.judge(candidate, output), candidate, arrays.problem)
     cost = 2 * (ended - started) + clock() - ended  # the first time cost as much as the second, and compiling
     error, reason = (verdict.error, verdict.reason) if verdict else (float("nan"), None)
     space = candidate.workspace(arrays.problem)

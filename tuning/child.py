@@ -83,23 +83,23 @@ class Child:
             environment: all of its environment variables; what it calls is not recorded in any case.
 
         Raises:
-            OSError: if it cannot be started.
+            OSError: if it cannot be started; or whatever else keeps it from that.
         """
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the child
         self._closed = False
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        started: queue.SimpleQueue[subprocess.Popen[str] | OSError] = queue.SimpleQueue()
+        started: queue.SimpleQueue[subprocess.Popen[str] | BaseException] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._run, args=(command, environment, started), daemon=True)
         self._reader.start()
         outcome = started.get()
-        if isinstance(outcome, OSError):
+        if isinstance(outcome, BaseException):
             self._errors.close()
             raise outcome
         self._process = outcome
 
     def _run(
         self, command: Sequence[str], environment: Mapping[str, str],
-        started: "queue.SimpleQueue[subprocess.Popen[str] | OSError]",
+        started: "queue.SimpleQueue[subprocess.Popen[str] | BaseException]",
     ) -> None:  # fmt: skip
         # The thread that reads also starts the process: Linux takes the end of the thread that did so for the
         # parent's, and the thread that asks may end long before the child does.
@@ -109,7 +109,7 @@ class Child:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
                 encoding="utf-8", env=environment, start_new_session=True,
             )  # fmt: skip
-        except OSError as error:
+        except BaseException as error:  # noqa: BLE001  # whatever it is, somebody waits
             started.put(error)
             return
         started.put(process)

@@ -20,9 +20,10 @@ from convdispatch.backend import Candidate
 from convdispatch.plan import Evidence, Plan
 from convdispatch.profile import Key
 from convdispatch.settings import Options
-from convdispatch.tuning import isolation, pairs
+from convdispatch.tuning import hard_inputs, isolation
 from convdispatch.tuning.check import Checked, check
 from convdispatch.tuning.pace import Pace
+from convdispatch.tuning.pairs import Pairing, verdict
 from convdispatch.tuning.standings import Standings
 
 if TYPE_CHECKING:
@@ -64,13 +65,7 @@ class Contest:
         self.flying = False  # whether the challenger computes a call now
         self._host: weakref.ref[Packed] | None = None  # whose calls are compared
         self._host_idle = 0
-        self._new_race()
-
-    def _new_race(self) -> None:
-        self._before: float | None = None  # the incumbent's last time
-        self._between: float | None = None  # the challenger's after that
-        self._times: list[float] = []
-        self._ratios: list[float] = []
+        self._pairing = Pairing()
 
     @property
     def evidence(self) -> Evidence:
@@ -142,13 +137,13 @@ class Contest:
     def _may_challenge(self, who: "Packed | None") -> bool:
         """Return whether the challenger is to compute the call that begins now."""
         challenger = self.challenger
-        if challenger is None or self.flying or self._before is None or self._between is not None:
+        if challenger is None or self.flying or not self._pairing.is_open:
             return False
         if len(self.recent) < _FIRST_CALLS:
             return False
         if who is not None and (self._hosting is not who or challenger.candidate.name not in who.plans):
             return False
-        times, typical = self._times, self.typical
+        times, typical = self._pairing.times, self.typical
         expected = statistics.median(times) if times else self.standings.expected(challenger, typical)
         return self.online.budget.affords(max(0.0, expected - typical))
 
@@ -165,15 +160,12 @@ class Contest:
         self.recent.append(seconds)
         if len(self.recent) < 16 or self.online.calls % 8 == 0:
             self.typical = statistics.median(self.recent)
-        pair = self._between is not None and self._before is not None
-        if self._between is not None and self._before is not None:
-            around = (self._before + seconds) / 2
-            self._ratios.append(self._between / around if around else 1.0)
-            self._between = None
+        paired = self._pairing.add(seconds)
+        if paired:
             self._judge()
-        self._before = seconds
-        if (pair or not self._may_challenge(who)) and (pause := self._pause()):
-            pace.pause, self._before = pause, None  # the next pair begins with a call just before it
+        if (paired or not self._may_challenge(who)) and (pause := self._pause()):
+            pace.pause = pause
+            self._pairing.interrupt()  # the next pair begins with a call just before it
 
     def _pause(self) -> int:
         """Return how many calls to pass over, so that three counted ones cost half of what is earned with all."""
@@ -191,7 +183,8 @@ class Contest:
         free = self._hosting is None or self._host_idle > _IDLE
         if not free or who.current.candidate.name != self.incumbent.name:
             return False
-        self._host, self._host_idle, self._before, self._between = weakref.ref(who), 0, None, None
+        self._host, self._host_idle = weakref.ref(who), 0
+        self._pairing.interrupt()
         return True
 
     def _count_challenge(self, challenger: Checked, seconds: float, error: Exception | None) -> None:
@@ -203,8 +196,7 @@ class Contest:
         if error is not None:
             self.put_out(challenger.candidate, error)
         else:
-            self._times.append(seconds)
-            self._between = seconds
+            self._pairing.challenge(seconds)
 
     def _earn(self, seconds: float) -> None:
         self.seconds += seconds
@@ -215,10 +207,11 @@ class Contest:
 
     def _judge(self) -> None:
         """Decide between challenger and incumbent, if the pairs so far allow it."""
-        challenger, said = self.challenger, pairs.verdict(self._ratios)
+        challenger, pairing = self.challenger, self._pairing
+        said = verdict(pairing.ratios)
         if challenger is None or said is None:
             return
-        self.standings.add_race(challenger.candidate.name, self._ratios, self._times)
+        self.standings.add_race(challenger.candidate.name, pairing.ratios, pairing.times)
         if said == "better":
             self._take_over(challenger.candidate)
         self._next()
@@ -227,14 +220,15 @@ class Contest:
         self.incumbent, self.trusted = candidate, True
         self.standings.incumbent = candidate.name
         self.recent.clear()
-        self.recent.extend(self._times)
-        self.typical = statistics.median(self._times) if self._times else self.typical
+        times = self._pairing.times
+        self.recent.extend(times)
+        self.typical = statistics.median(times) if times else self.typical
         if (host := self._hosting) is not None:
             host.follow()
 
     def _next(self) -> None:
         self.challenger = None
-        self._new_race()
+        self._pairing = Pairing()
         if (host := self._hosting) is not None:
             host.forget_others()
 
@@ -292,14 +286,19 @@ class Contest:
             self.waiting = found
 
     def _cost_of_check(self, candidate: Candidate, estimate: float | None) -> float:
-        """Return what a check is expected to cost: two calls with packing, and the reference where it is not known."""
+        """Return what a check is expected to cost.
+
+        These are two calls with packing, those on hard inputs by one thread, and the reference where it is not known.
+        """
         typical, problem = self.typical, self.key.problem
         if candidate.name == self.incumbent.name:
             expected = typical
         else:
             expected = _HOPELESS * typical if estimate is None else estimate
-        compared = problem.flops * min(2, problem.n) / problem.n
-        return 2 * expected + (0.0 if self.online.has_arrays(self) else compared / _REFERENCE_FLOPS)
+        hard = hard_inputs.flops(problem)
+        calls = 2 + candidate.config.threads * hard / problem.flops
+        compared = problem.flops * min(2, problem.n) / problem.n + hard
+        return calls * expected + (0.0 if self.online.has_arrays(self) else compared / _REFERENCE_FLOPS)
 
     def _check(self, candidate: Candidate) -> None:
         """Make a candidate ready, time it, and compare it with the reference."""

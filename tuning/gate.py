@@ -12,6 +12,7 @@ from convdispatch.backends._memory import room_for
 from convdispatch.plan import Plan
 from convdispatch.problem import Problem, dtype_of
 from convdispatch.reference import Oracle, Verdict
+from convdispatch.tuning.race import Run
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,14 @@ class Trial:
     def plan(self, candidate: Candidate) -> Plan:
         """Make the candidate's plan for these filters."""
         return Plan(self.problem, candidate, self.filters, self.bias)
+
+    def runner(self, plan: Plan, deployment: str = "plan") -> Run:
+        """Return what is timed: a plan's call, or the making of such a plan and its call."""
+        if deployment == "call":
+            candidate = plan.candidate
+            return lambda: self.plan(candidate)(self.input, residual=self.residual)
+        out = self.spoiled_output()
+        return lambda: plan(self.input, out=out, residual=self.residual)
 
     @functools.cached_property
     def _images(self) -> list[int]:

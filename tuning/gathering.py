@@ -13,6 +13,7 @@ from convdispatch.backend import Effort
 from convdispatch.profile import Entry, Found, Key
 from convdispatch.tuning import isolation, tuner
 from convdispatch.tuning.roster import Roster, connected, said
+from convdispatch.tuning.session import session
 from convdispatch.tuning.spread import Job, Spread, Worker
 from convdispatch.tuning.tuner import LayerReport
 from convdispatch.tuning.workload import Layer
@@ -72,7 +73,7 @@ def race_here(
     """
     chosen = tuner.chosen_backends(backends)
     isolation.forget([chosen[name] for name in again if name in chosen])
-    with isolation.children(), quarantine.kept_apart(held) as now:
+    with session(), quarantine.kept_apart(held) as now:
         report = tuner.measure_layer(layer, key, effort, seconds, chosen, known, retune=retune, again=again)
         return report, dict(now)
 

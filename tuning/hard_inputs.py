@@ -69,6 +69,35 @@ def measure(problem: Problem, candidate: Candidate) -> Verdict | None:
         return _measured(problem.replace(n=1), alone)
 
 
+def worse(verdict: Verdict, candidate: Candidate, problem: Problem) -> Verdict:
+    """Return what is worse: a verdict on random input, or the one on hard input, which costs more to come by."""
+    hard = measure(problem, candidate) if verdict.reason is None else None
+    if hard is None:
+        return verdict
+    return Verdict(max(verdict.error, hard.error), max(verdict.excess, hard.excess), hard.reason)
+
+
+def flops(problem: Problem) -> int:
+    """Return the operations of measuring a candidate; the reference needs as many, once a problem."""
+    if problem.is_integer or problem.is_trivial:
+        return 0
+    try:
+        tried = reduced(problem)
+    except ArgumentError:
+        tried = problem.replace(n=1)
+    return len(_turns(problem)) * len(IMAGES) * tried.flops
+
+
+def forget() -> None:
+    """Let go of the images and filters that candidates share."""
+    _trials.cache_clear()
+
+
+def _turns(problem: Problem) -> range:
+    """Return which kind of filters comes first in each trial: it takes several where there are few filters."""
+    return range(0, _KINDS, min(problem.k, _KINDS))
+
+
 @functools.lru_cache(maxsize=1024)
 def _measured(problem: Problem, candidate: Candidate) -> Verdict:
     worst = Verdict(0.0, 0.0, None)
@@ -117,7 +146,7 @@ def _trials(problem: Problem) -> tuple[_Trial, ...]:
     result = dtype_of(problem.result_dtype)
     drawn = np.concatenate([_image(problem, name, rng) for name in IMAGES])
     found = []
-    for first in range(0, _KINDS, min(problem.k, _KINDS)):
+    for first in _turns(problem):
         filters = _filters(problem, first, rng)
         images = _within_range(problem, drawn, filters).astype(dtype_of(problem.dtype))
         bias = rng.standard_normal(problem.k).astype(result) if problem.epilogue.bias else None

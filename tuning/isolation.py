@@ -7,11 +7,10 @@ candidate. Each backend has a child of its own, so that none is blamed for what 
 """
 
 import atexit
-import contextlib
 import textwrap
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from convdispatch import quarantine, registry, settings
 from convdispatch.backend import Backend, Candidate, Config
@@ -52,7 +51,7 @@ def admitted(problem: Problem, candidates: Sequence[Candidate]) -> tuple[list[Ca
         reason = textwrap.shorten(finding.reason, _REASON, placeholder=" ...")
         if finding.lasting:
             quarantine.add(candidate, problem, reason)
-            reason = f"quarantined: {reason}"
+            reason = f"{quarantine.FAILED}{reason}"
         failures.append(Failure(backend.name, backend.version, candidate.config, reason))
     return [candidate for candidate in fit if not quarantine.of(candidate.backend)], failures
 
@@ -126,15 +125,6 @@ def close(backend: Backend | None = None) -> None:
             cell = _cells.pop(each, None)
             if cell is not None:
                 cell.close()
-
-
-@contextlib.contextmanager
-def children() -> Iterator[None]:
-    """Keep child processes within this block or function, and end them with it."""
-    try:
-        yield
-    finally:
-        close()
 
 
 @atexit.register

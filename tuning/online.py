@@ -21,7 +21,7 @@ from convdispatch.backend import Candidate
 from convdispatch.plan import Evidence, Plan
 from convdispatch.profile import Key
 from convdispatch.settings import Options
-from convdispatch.tuning import isolation, tuner
+from convdispatch.tuning import session, tuner
 from convdispatch.tuning.clock import Clock, system_clock
 from convdispatch.tuning.contest import Contest, Job
 from convdispatch.tuning.gate import Trial
@@ -165,8 +165,9 @@ class Online:
     # Jobs ------------------------------------------------------------------------------------------------------
 
     def _start(self, job: Job) -> None:
-        self._thread = threading.Thread(target=job, name="convdispatch-online", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=job, name="convdispatch-online", daemon=True)
+        thread.start()
+        self._thread = thread
 
     def _work(self, job: Job) -> None:
         try:
@@ -194,7 +195,7 @@ class Online:
         """Keep the result of a contest that is over in the profile."""
         if self.has_arrays(contest):
             self._arrays = None
-        isolation.close()
+        session.end()
         standings, options = contest.standings, contest.options
         entry = standings.entry(contest.typical, contest.recent)
         if entry is None:

@@ -10,7 +10,7 @@ from convdispatch.backend import Candidate
 from convdispatch.profile import Key
 from convdispatch.tuning.clock import Clock
 from convdispatch.tuning.gate import trial
-from convdispatch.tuning.race import Rules, Run, Samples, race
+from convdispatch.tuning.race import Rules, Samples, race
 
 #: Name of the second runner of the champion, which tells how far two equals come out apart.
 AGAIN = "the champion again"
@@ -80,18 +80,11 @@ def duel(key: Key, champion: Candidate, others: Sequence[Candidate], rules: Rule
         clock: tells the time.
     """
     named = {candidate.name: candidate for candidate in (champion, *others)}
-    runners = {name: _runner(key, candidate) for name, candidate in named.items()}
-    runners[AGAIN] = _runner(key, champion)
+    arrays = trial(key.problem)
+    runners = {name: arrays.runner(arrays.plan(candidate), key.deployment) for name, candidate in named.items()}
+    runners[AGAIN] = arrays.runner(arrays.plan(champion), key.deployment)
     table = race(runners, rules, clock)
     ratios = {name: paired_ratio(table[name], table[champion.name]) for name in runners}
     again = ratios.pop(AGAIN)
     seconds = {name: table[name].median for name in named}
     return Duel(champion.name, ratios, seconds, max(again, 1 / again))
-
-
-def _runner(key: Key, candidate: Candidate) -> Run:
-    arrays = trial(key.problem)
-    if key.deployment == "call":
-        return lambda: arrays.plan(candidate)(arrays.input, residual=arrays.residual)
-    plan, out = arrays.plan(candidate), arrays.spoiled_output()
-    return lambda: plan(arrays.input, out=out, residual=arrays.residual)

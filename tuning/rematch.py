@@ -6,8 +6,8 @@ versions, say), who lost by measurement there is taken to lose here; its winner 
 the estimate's own pick too, so that a tuned choice is never worse than an untuned one.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from convdispatch import quarantine, registry
 from convdispatch.backend import Candidate, Effort
@@ -16,9 +16,19 @@ from convdispatch.settings import EFFORTS
 
 
 def known_versions(entry: Entry) -> dict[str, int]:
-    """Return the backends that an entry says something of, each with the version it was when measured."""
-    rows: tuple[Result | Failure, ...] = (*entry.results, *entry.failures)
+    """Return the backends that an entry says something of, each with the version it was when measured.
+
+    Of who failed by going into quarantine it says nothing any more when that has been lifted.
+    """
+    rows: tuple[Result | Failure, ...] = (*entry.results, *(row for row in entry.failures if not _is_lifted(row)))
     return dict(entry.lost_before) | {row.backend: row.version for row in rows}
+
+
+def _is_lifted(failure: Failure) -> bool:
+    if not failure.reason.startswith(quarantine.FAILED):
+        return False
+    backend = registry.available().get(failure.backend)
+    return backend is not None and quarantine.of(backend) is None
 
 
 def still_there(entry: Entry | None) -> list[Candidate]:
@@ -78,25 +88,39 @@ def rematch(
     return Rematch(tuple(named.values()), champion.name)
 
 
-def carried(
-    key: Key, incumbent: Entry, results: Sequence[Result], failures: Sequence[Failure]
-) -> tuple[list[Result], list[Failure], tuple[tuple[str, int], ...]]:
-    """Return what an old entry still tells of those who stayed out of a race.
+def carry_on(entry: Entry, incumbent: Entry, renewed: Container[str] = ()) -> Entry:
+    """Return an entry with what an old one still tells of those who stayed out of the race.
 
-    Returns:
-        Its results and failures, if it was measured for this very key; and the backends that lost before.
+    Args:
+        entry: what was measured now.
+        incumbent: the old entry. Only one for the same key gives its rows; one of a machine much like this one tells
+            who lost before.
+        renewed: backends all of whose candidates could race now: whatever is old of them tells nothing any more.
     """
     now = registry.available()
-    rows: tuple[Result | Failure, ...] = (*results, *failures)
-    raced, raced_backends = {row.name for row in rows}, {row.backend for row in rows}
-    current = {name: v for name, v in known_versions(incumbent).items() if name in now and now[name].version == v}
-    if incumbent.key == key:
-        there = {old.name for old in still_there(incumbent)}
+    rows: tuple[Result | Failure, ...] = (*entry.results, *entry.failures)
+    raced, known = {row.name for row in rows}, {row.backend for row in rows}
+    current = {
+        name: version
+        for name, version in known_versions(incumbent).items()
+        if name not in renewed and name in now and now[name].version == version
+    }
+    kept: list[Result] = []
+    failed: list[Failure] = []
+    if incumbent.key == entry.key:
+        there = {old.name for old in still_there(incumbent) if old.backend.name in current}
         kept = [row for row in incumbent.results if row.name in there - raced]
         failed = [
             row for row in incumbent.failures if current.get(row.backend) == row.version and row.name not in raced
         ]
-        known = raced_backends | {row.backend for row in kept} | {row.backend for row in failed}
+        known |= {row.backend for row in kept} | {row.backend for row in failed}
     else:
-        kept, failed, known = [], [], raced_backends | {row.backend for row in incumbent.failures}
-    return kept, failed, tuple((name, version) for name, version in current.items() if name not in known)
+        known |= {row.backend for row in incumbent.failures}
+    winner, *others = entry.results
+    return replace(
+        entry,
+        results=(winner, *sorted((*others, *kept), key=lambda row: row.median)),
+        failures=(*entry.failures, *failed),
+        flags=entry.flags or (incumbent.flags if kept else ()),
+        lost_before=tuple((name, version) for name, version in current.items() if name not in known),
+    )

@@ -10,20 +10,17 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from convdispatch import heuristic, machine, observe, profile, quarantine, registry, settings, transfer
-from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Candidate, Effort
 from convdispatch.errors import ArgumentError, BackendError, BusyMachineError, ProfileError, ProfileWarning
 from convdispatch.locks import module_lock
-from convdispatch.plan import Plan
 from convdispatch.problem import Problem
 from convdispatch.profile import BUSY, Entry, Failure, Found, Key, Result
-from convdispatch.reference import Verdict
 from convdispatch.settings import EFFORTS
 from convdispatch.tuning import calibrate, hard_inputs, isolation, stakes
 from convdispatch.tuning import workload as workloads
 from convdispatch.tuning.busy import Watch, wait_until_quiet
 from convdispatch.tuning.clock import Clock, system_clock
-from convdispatch.tuning.gate import Trial, trial
+from convdispatch.tuning.gate import trial
 from convdispatch.tuning.preference import order_by_preference
 from convdispatch.tuning.race import (
     RULES,
@@ -36,7 +33,8 @@ from convdispatch.tuning.race import (
     race,
     standings,
 )
-from convdispatch.tuning.rematch import carried, known_versions, rematch, still_there
+from convdispatch.tuning.rematch import Rematch, carry_on, known_versions, rematch, still_there
+from convdispatch.tuning.session import session
 from convdispatch.tuning.workload import Layer, Workload
 
 Status = Literal["tuned", "known", "left", "failed"]
@@ -102,7 +100,7 @@ class TuneReport:
         return sum(report.entry is not None and report.entry.is_busy for report in self.layers)
 
 
-@isolation.children()
+@session()
 def tune(
     workload: str | Path | Problem | Workload | Iterable[Any],
     *,
@@ -133,7 +131,8 @@ def tune(
         workload: a packaged workload's name, a YAML file, a problem or its text, a ``Workload``, what ``record``
             recorded, or several problems.
         effort: ``"measure"``, ``"patient"`` or ``"exhaustive"``.
-        time_limit: seconds for the whole run; what it leaves undone is reported as left.
+        time_limit: seconds for the whole run; what it leaves undone is reported as left. Nothing new begins after
+            them, but who takes part in what was begun is still checked, and races for three rounds.
         threads: most threads a candidate may use; what was recorded, else the option ``threads``, where None.
         backends: names of the backends that take part; all where None.
         deployments: ``"plan"`` (filters packed before), ``"call"`` (packed in every call), or both.
@@ -320,6 +319,9 @@ def suffices(entry: Entry, effort: Effort, backends: dict[str, Backend]) -> bool
     """Return whether an old entry answers the question: same effort or higher, every backend as it is now."""
     if EFFORTS.index(entry.effort) < EFFORTS.index(effort):
         return False
+    winner = registry.available().get(entry.winner.backend)
+    if winner is None or winner.version != entry.winner.version:
+        return False
     versions = known_versions(entry)
     return all(
         versions.get(name, backend.version) == backend.version
@@ -377,6 +379,16 @@ def predicted(result: Result, key: Key) -> float | None:
         return None
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """What became of a problem's candidates, and what said that the machine was busy meanwhile."""
+
+    results: list[Result]
+    failures: list[Failure]
+    standings: dict[str, Standing]
+    busy: tuple[str, ...]
+
+
 def tune_problem(
     key: Key,
     *,
@@ -391,12 +403,12 @@ def tune_problem(
     """Check and race the candidates of one problem.
 
     What estimates would pick and the old winner always take part; ``preference`` has the rule by which one wins. A race
-    that others disturbed is run again with twice the rounds; if they disturb that too, the entry is flagged.
+    that others disturbed is run again, twice as long; if they disturb that too, the entry is flagged.
 
     Args:
         key: the problem, deployment, thread budget and machine.
         effort: how many candidates and rounds.
-        seconds: most time the race may take.
+        seconds: most time the race may take, after the checks; it has three rounds in any case.
         backends: who takes part; all available ones where None.
         incumbent: the old entry, whose winner takes part too, and is preferred in a tie.
         sparing: whether those may stay out who lost in the old entry, where that still means something.
@@ -416,40 +428,47 @@ def tune_problem(
     again = rematch(key, effort, entrants, incumbent, picks) if sparing else None
     entrants += [old for old in still_there(incumbent) if incumbent and old.name == incumbent.winner.name]
     rules = rules or RULES[effort]
+    measured, again = _raced(key, entrants, again, rules, clock, seconds)
+    if not measured.results:
+        said = "; ".join(f"{failure.name}: {failure.reason}" for failure in measured.failures) or _nobody(backends)
+        raise BackendError(f"no candidate could do {key.problem}: {said}")
+    ordered = _ordered(measured, picks, incumbent, rules.margin)
+    entry = Entry(key, tuple(ordered), tuple(measured.failures), effort, flags=(BUSY,) if measured.busy else ())
+    if incumbent is not None and (again is not None or incumbent.key == key):
+        entry = carry_on(entry, incumbent, renewed=taking_part if again is None else ())
+    return Outcome(entry, left_out, measured.busy)
+
+
+def _raced(
+    key: Key, entrants: Sequence[Candidate], again: Rematch | None, rules: Rules, clock: Clock, seconds: float | None
+) -> tuple[_Measured, Rematch | None]:
+    """Check and race who must race again, or everybody; return what came of it, and the rematch if it holds."""
+    refused: list[Failure] = []
     # Two races at once would time each other; and a backend may itself convolve, which must not start a race.
     with _one_at_a_time, settings.options(tuning="off"), observe.unwatched():
-        raced, refused = isolation.admitted(key.problem, entrants if again is None else again.entrants)
-        measured = _measure(key, raced, rules, clock, seconds)
-        if again is not None and not again.holds(measured.results):
-            again = None
-            raced, also_refused = isolation.admitted(key.problem, entrants)
-            refused = list(dict.fromkeys((*refused, *also_refused)))
-            measured = _measure(key, raced, rules, clock, seconds)
-    results = [replace(row, estimate=predicted(row, key)) for row in measured.results]
-    failures = [*refused, *measured.failures]
-    if not results:
-        said = "; ".join(f"{failure.name}: {failure.reason}" for failure in failures) or _nobody(backends)
-        raise BackendError(f"no candidate could do {key.problem}: {said}")
+        if again is not None:
+            fit, refused = isolation.admitted(key.problem, again.entrants)
+            measured = _measure(key, fit, rules, clock, seconds)
+            if again.holds(measured.results):
+                return replace(measured, failures=[*refused, *measured.failures]), again
+        fit, also_refused = isolation.admitted(key.problem, entrants)
+        measured = _measure(key, fit, rules, clock, seconds)
+    refused = list(dict.fromkeys((*refused, *also_refused)))
+    return replace(measured, failures=[*refused, *measured.failures]), None
+
+
+def _ordered(measured: _Measured, picks: Sequence[Candidate], incumbent: Entry | None, margin: float) -> list[Result]:
+    """Return the results with the winner first, the others by time."""
+    results = measured.results
     contenders = _on_all_threads(results, picks) if measured.busy else results
-    ordered = order_by_preference(
+    winner = order_by_preference(
         contenders,
         incumbent.winner.name if incumbent else None,
         picks=[candidate.name for candidate in picks],
         standings=measured.standings if contenders == results else None,
-        margin=rules.margin,
-    )
-    ordered = [ordered[0], *sorted((row for row in results if row is not ordered[0]), key=lambda row: row.median)]
-    flags: tuple[str, ...] = (BUSY,) if measured.busy else ()
-    lost_before: tuple[tuple[str, int], ...] = ()
-    if (backends is not None or again is not None) and incumbent is not None:
-        kept, failed, lost_before = carried(key, incumbent, results, failures)
-        ordered = [ordered[0], *sorted((*ordered[1:], *kept), key=lambda result: result.median)]
-        failures += failed
-        flags = flags or (incumbent.flags if kept else ())
-        if again is None and incumbent.key != key:
-            lost_before = ()
-    entry = Entry(key, tuple(ordered), tuple(failures), effort, flags=flags, lost_before=lost_before)
-    return Outcome(entry, left_out, measured.busy)
+        margin=margin,
+    )[0]
+    return [winner, *sorted((row for row in results if row is not winner), key=lambda row: row.median)]
 
 
 def _on_all_threads(results: list[Result], picks: Sequence[Candidate]) -> list[Result]:
@@ -464,16 +483,6 @@ def _on_all_threads(results: list[Result], picks: Sequence[Candidate]) -> list[R
 def _nobody(backends: dict[str, Backend] | None) -> str:
     held = [str(kept) for b in (backends or registry.available()).values() if (kept := quarantine.of(b)) is not None]
     return "; ".join(held) or "no backend takes it"
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """What became of a problem's candidates, and what said that the machine was busy meanwhile."""
-
-    results: list[Result]
-    failures: list[Failure]
-    standings: dict[str, Standing]
-    busy: tuple[str, ...]
 
 
 def _measure(
@@ -494,7 +503,7 @@ def _measure(
         try:
             plan = arrays.plan(candidate)
             out = plan(arrays.input, out=arrays.spoiled_output(), residual=arrays.residual)
-            verdict = _worse(arrays.judge(candidate, out), candidate, key.problem)
+            verdict = hard_inputs.worse(arrays.judge(candidate, out), candidate, key.problem)
             workspace = candidate.workspace(key.problem)
         except Exception as error:  # noqa: BLE001  # whatever a backend raises, the others go on
             fail(name, f"{type(error).__name__}: {error}")
@@ -503,7 +512,7 @@ def _measure(
             fail(name, f"wrong result: {verdict.reason}")
             continue
         checked[name] = verdict.error, workspace
-        runners[name] = _runner(key, candidate, plan, arrays, out)
+        runners[name] = arrays.runner(plan, key.deployment)
     table, busy = _race_in_quiet(
         runners, rules, clock, key.threads, seconds,
         on_failure=lambda name, error: fail(name, f"{type(error).__name__}: {error}"),
@@ -516,15 +525,8 @@ def _measure(
         )
         for name, samples in table.items()
     ]  # fmt: skip
+    results = [replace(row, estimate=predicted(row, key)) for row in results]
     return _Measured(results, failures, standings(table), busy)
-
-
-def _worse(verdict: Verdict, candidate: Candidate, problem: Problem) -> Verdict:
-    """Return what is worse: a verdict on random input, or the one on hard input, which costs more to come by."""
-    hard = hard_inputs.measure(problem, candidate) if verdict.reason is None else None
-    if hard is None:
-        return verdict
-    return Verdict(max(verdict.error, hard.error), max(verdict.excess, hard.excess), hard.reason)
 
 
 def _race_in_quiet(
@@ -539,13 +541,14 @@ def _race_in_quiet(
     began = clock()
     table: dict[str, Samples] = {}
     busy: tuple[str, ...] = ()
-    for rounds in (rules.rounds, 2 * rules.rounds):
-        left = rules.race_seconds if seconds is None else min(rules.race_seconds, seconds - (clock() - began))
+    for times in (1, 2):
+        most = times * rules.race_seconds
+        left = most if seconds is None else min(most, seconds - (clock() - began))
         if table and left <= 0:
             break
         watch = make_watch(threads)
         watch.start()
-        now = replace(rules, rounds=rounds, race_seconds=left)
+        now = replace(rules, rounds=times * rules.rounds, race_seconds=left)
         table = race(runners, now, clock, on_failure=on_failure, on_round=watch.glance)
         busy = tuple(watch.finish().complaints())
         if not busy:
@@ -554,15 +557,14 @@ def _race_in_quiet(
     return table, busy
 
 
-def _runner(key: Key, candidate: Candidate, plan: Plan, arrays: Trial, out: Array) -> Run:
-    """Return what is timed: a plan's call, or the making of a plan and its call."""
-    if key.deployment == "call":
-        return lambda: arrays.plan(candidate)(arrays.input, residual=arrays.residual)
-    return lambda: plan(arrays.input, out=out, residual=arrays.residual)
-
-
 def rivals(entry: Entry) -> Iterator[tuple[str, float]]:
-    """Yield each backend of an entry with its best time over the winner's, the winner's own first."""
+    """Yield each backend of an entry with its best time over the winner's, the winner's own first.
+
+    A winner too fast for the clock has no time that another could be over.
+    """
+    if not entry.winner.median:
+        yield entry.winner.backend, 1.0
+        return
     seen = set()
     for result in sorted(entry.results, key=lambda result: result.median):
         if result.backend not in seen:

@@ -18,9 +18,10 @@ from convdispatch.errors import ConvDispatchError
 from convdispatch.plan import Evidence
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Key
-from convdispatch.tuning import calibrate, isolation, regret, tuner
+from convdispatch.tuning import calibrate, regret, tuner
 from convdispatch.tuning.clock import Clock, system_clock
 from convdispatch.tuning.race import Rules
+from convdispatch.tuning.session import session
 from convdispatch.tuning.validation import WAYS, Case, Cost, Validation, Way
 from convdispatch.tuning.workload import Layer, Workload
 
@@ -137,7 +138,7 @@ def validate(
 def _apart() -> Iterator[None]:
     """Keep what is run out of recordings, and what is found of backends that do harm out of the profile."""
     held = {one.key: one.text for one in quarantine.on(None)}
-    with observe.unwatched(), quarantine.kept_apart(held), isolation.children():
+    with observe.unwatched(), quarantine.kept_apart(held), session():
         yield
 
 

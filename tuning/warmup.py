@@ -1,5 +1,6 @@
 """Compiling ahead: every kernel that a workload may need, so that no call has to wait for a compiler."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,17 +9,22 @@ from convdispatch import heuristic, settings
 from convdispatch.backend import Candidate
 from convdispatch.errors import BackendError
 from convdispatch.problem import Problem
+from convdispatch.tuning import isolation
 from convdispatch.tuning import workload as workloads
 from convdispatch.tuning.gate import Trial
+from convdispatch.tuning.session import session
 from convdispatch.tuning.workload import Layer, Workload
 
 
+@session()
 def warm_up(
     workload: str | Path | Problem | Workload | Sequence[Any],
     *,
     on_progress: Callable[[Layer, Sequence[Candidate]], None] | None = None,
 ) -> int:
     """Compile the kernels of every candidate that ``tune`` would measure, and keep them on disk.
+
+    Third parties' candidates are tried in a child process first, as by ``tune``; who fails there is left out.
 
     Args:
         workload: as in ``tune``.
@@ -38,12 +44,15 @@ def warm_up(
         candidates, _ = heuristic.worth_measuring(ranked, "measure")
         # A batch of one has the same kernels, and smaller arrays.
         arrays = Trial.random(layer.problem.replace(n=min(1, layer.problem.n)))
-        for candidate in candidates:
+        fit, refused = isolation.admitted(arrays.problem, candidates)
+        for failure in refused:
+            warnings.warn(f"{failure.name} is left out of {layer.problem}: {failure.reason}", stacklevel=3)
+        for candidate in fit:
             try:
                 arrays.plan(candidate)
             except Exception as error:
                 raise BackendError(f"{candidate} failed to prepare {layer.problem}: {error}") from error
-        total += len(candidates)
+        total += len(fit)
         if on_progress is not None:
-            on_progress(layer, candidates)
+            on_progress(layer, fit)
     return total
