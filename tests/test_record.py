@@ -1,5 +1,6 @@
 """Recording: every call is counted once, by whom it is made, and nothing counted is lost on its way to the file."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -313,6 +314,32 @@ def test_a_program_is_recorded_to_its_end_with_its_children(tmp_path: Path, how:
         assert layer.seconds > 0
         if how != "alone":
             break
+
+
+_LATE = """
+import multiprocessing, sys
+def work(count):
+    import numpy as np, convdispatch
+    x, w = np.ones((1, 6, 6, 2), "f4"), np.ones((3, 3, 2, 3), "f4")
+    for _ in range(count):
+        convdispatch.conv2d(x, w, backend="im2col")
+if __name__ == "__main__":
+    process = multiprocessing.get_context(sys.argv[1]).Process(target=work, args=(5,))
+    process.start(); process.join()
+"""
+
+
+@pytest.mark.parametrize("how", multiprocessing.get_all_start_methods())
+def test_a_child_that_imports_convdispatch_first_is_recorded(tmp_path: Path, how: str) -> None:
+    script, calls = tmp_path / "program.py", tmp_path / "r.yaml"
+    script.write_text(_LATE)
+    environment = {**os.environ, "CONVDISPATCH_RECORD": str(calls), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, script, how], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False,
+        timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [layer.count for layer in workload.load(calls).layers] == [5]
 
 
 def test_a_program_that_records_nothing_loads_nothing_for_it() -> None:

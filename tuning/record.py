@@ -252,9 +252,11 @@ def record_program(path: Path | None = None) -> ProgramRecording | None:
     atexit.register(recording.write)
     if hasattr(os, "fork"):
         # A child of multiprocessing ends without atexit, and forgets what was to be done at its parent's end.
-        from multiprocessing import util  # noqa: PLC0415
+        from multiprocessing import parent_process, util  # noqa: PLC0415
 
         util.register_after_fork(recording, _write_at_the_end_of_a_child)
+        if parent_process() is not None:  # this is one, and has begun already: what is to be done then is over
+            _write_at_the_end_of_a_child(recording)
     return recording
 
 
