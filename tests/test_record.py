@@ -214,6 +214,19 @@ def test_merging_adds_up(tmp_path_factory: pytest.TempPathFactory, parts: list[l
     assert {layer.posed for layer in found} == {layer.posed for layer in every}
 
 
+def test_a_recording_is_written_as_a_profile_is(tmp_path: Path) -> None:
+    path, link, load = tmp_path / "r.yaml", tmp_path / "link.yaml", Workload("w", (Layer(PROBLEM),))
+    merge(path, load)
+    path.chmod(0o660)
+    link.symlink_to(path)
+    (tmp_path / f".r.yaml-{10**7}.tmp").write_text("half")  # by a process that was killed
+    merge(link, load)
+    assert link.is_symlink()
+    assert [layer.count for layer in workload.load(path).layers] == [2]
+    assert path.stat().st_mode & 0o777 == 0o660
+    assert {child.name for child in tmp_path.iterdir()} == {"r.yaml", "r.yaml.lock", "link.yaml"}
+
+
 def test_what_is_no_workload_is_not_overwritten(clock: FakeClock, tmp_path: Path) -> None:
     path = tmp_path / "notes.yaml"
     path.write_text("milk: bread\n")

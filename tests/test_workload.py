@@ -160,7 +160,18 @@ def test_dump_and_load_round_trip(name: str, tmp_path: Path) -> None:
     path = tmp_path / "w.yaml"
     load(name).dump(path)
     assert load(path) == load(str(path)) == load(name)
-    assert [file.name for file in tmp_path.iterdir()] == ["w.yaml"]
+    assert {file.name for file in tmp_path.iterdir()} == {"w.yaml", "w.yaml.lock"}
+
+
+def test_dump_goes_through_a_link_and_keeps_who_may_read(tmp_path: Path) -> None:
+    path, link = tmp_path / "w.yaml", tmp_path / "link.yaml"
+    path.touch(0o660)
+    path.chmod(0o660)
+    link.symlink_to(path)
+    load(SMALL).dump(link)
+    assert link.is_symlink()
+    assert path.stat().st_mode & 0o777 == 0o660
+    assert load(path) == load(SMALL)
 
 
 @pytest.mark.parametrize("word", ["null", "1", "a: b", "- x", "#", "'", '"', "two\nlines", "größe", "\x07", "*a"])
@@ -176,7 +187,7 @@ def test_dump_says_why_it_cannot(tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     with pytest.raises(WorkloadError, match="cannot be written"):
         load(SMALL).dump(tmp_path / "taken")
-    assert [file.name for file in tmp_path.iterdir()] == ["taken"]
+    assert {file.name for file in tmp_path.iterdir()} == {"taken", "taken.lock"}
 
 
 def test_short_forms_in_a_file(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from convdispatch import observe, safe_file, settings
@@ -19,7 +20,6 @@ from convdispatch.problem import Problem
 from convdispatch.tuning import workload as workloads
 from convdispatch.tuning.workload import Layer, Workload
 
-_SECONDS_TO_WAIT = 30.0
 #: A recording of a whole program is written at its end, and this often before: not every program ends well.
 _SECONDS_BETWEEN_WRITES = 30.0
 
@@ -113,15 +113,18 @@ def merge(path: Path, recorded: Workload) -> None:
         WorkloadError: if the file there is no workload, or it cannot be written; it is then as it was.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with safe_file.exclusive(path, _SECONDS_TO_WAIT):
-            if path.exists() and path.stat().st_size:
-                old = workloads.load(path)
+        place = safe_file.real(path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with safe_file.exclusive(place):
+            if place.exists() and place.stat().st_size:
+                old = workloads.load(place)
                 recorded = Workload(old.name, old.layers + recorded.layers, old.title, old.source)
             both = recorded.distinct()
             rows = sorted(both.layers, key=lambda layer: -(layer.seconds or 0.0))
-            Workload(both.name, tuple(rows), both.title, both.source).dump(path)
-    except OSError as error:
+            safe_file.replace(place, replace(both, layers=tuple(rows)).to_yaml().encode())
+    except WorkloadError:
+        raise
+    except (OSError, ValueError) as error:
         raise WorkloadError(f"{path}: the recording cannot be written: {error}") from None
 
 

@@ -17,7 +17,6 @@ Anything else is an error, since a misspelt ``count`` would silently weigh a lay
 needs them here, and a small file of them can stand for an enormous one.
 """
 
-import contextlib
 import difflib
 import functools
 import importlib.resources
@@ -29,7 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from convdispatch import safe_yaml
+from convdispatch import safe_file, safe_yaml
 from convdispatch.errors import ArgumentError, ArgumentTypeError, WorkloadError
 from convdispatch.problem import Problem
 from convdispatch.profile import DEPLOYMENTS
@@ -156,22 +155,18 @@ class Workload:
         return dump(head, flow=False) + "layers:\n" + "".join("- " + dump(row, flow=True) for row in rows)
 
     def dump(self, path: str | os.PathLike[str]) -> None:
-        """Write a workload file, whole or not at all.
+        """Write a workload file, whole or not at all, in place of what is there.
 
         Raises:
             WorkloadError: if the file cannot be written.
 
         """
-        target = Path(path)
-        draft = target.parent / f".{target.name}.{os.getpid()}.tmp"
         try:
-            draft.write_text(self.to_yaml(), encoding="utf-8")
-            draft.replace(target)
+            place = safe_file.real(Path(path))
+            with safe_file.exclusive(place):
+                safe_file.replace(place, self.to_yaml().encode())
         except (OSError, ValueError) as error:
-            raise WorkloadError(f"{target}: the workload cannot be written: {error}") from None
-        finally:
-            with contextlib.suppress(OSError):
-                draft.unlink()
+            raise WorkloadError(f"{path}: the workload cannot be written: {error}") from None
 
 
 @functools.cache
