@@ -275,6 +275,21 @@ def test_a_long_program_writes_now_and_then(tmp_path: Path, monkeypatch: pytest.
     assert workload.load(tmp_path / "r.yaml").layers[0].count == 6
 
 
+def test_a_program_that_gets_no_thread_goes_on_and_keeps_its_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    program = ProgramRecording(tmp_path / "r.yaml")
+    program._written -= 31
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        program.add(PROBLEM, "plan", 1, 1.0)
+    program.write()
+    assert workload.load(tmp_path / "r.yaml").layers[0].count == 1
+
+
 # Whole programs -------------------------------------------------------------------------------------------------
 
 _PROGRAM = """

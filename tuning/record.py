@@ -211,7 +211,9 @@ class ProgramRecording(Recording):
         now = time.monotonic()
         if now - self._written > _SECONDS_BETWEEN_WRITES:
             self._written = now
-            threading.Thread(target=self.write, name="convdispatch-record", daemon=True).start()
+            # Where there is no thread to be had, the call goes on; the next attempt writes these calls too.
+            with contextlib.suppress(RuntimeError):
+                threading.Thread(target=self.write, name="convdispatch-record", daemon=True).start()
 
     def write(self) -> None:
         """Move what was counted into the file; into one beside it, with a warning, if that one cannot be used."""
