@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,33 @@ def test_what_cannot_be_written_anywhere_is_kept(tmp_path: Path) -> None:
     folder.unlink()
     program.write()
     assert workload.load(folder / "r.yaml").layers[0].count == 1
+    assert program.calls == 0
+
+
+def test_an_interrupted_write_keeps_the_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(path: Path, recorded: Workload) -> None:
+        raise KeyboardInterrupt
+
+    program = ProgramRecording(tmp_path / "r.yaml")
+    program.add(PROBLEM, "plan", 1, 1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr("convdispatch.tuning.record.merge", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            program.write()
+    assert program.calls == 1
+    program.write()
+    assert workload.load(tmp_path / "r.yaml").layers[0].count == 1
+
+
+def test_calls_that_went_into_another_file_are_not_kept_if_the_warning_raises(tmp_path: Path) -> None:
+    path = tmp_path / "notes.yaml"
+    path.write_text("milk: bread\n")
+    program = ProgramRecording(path)
+    program.add(PROBLEM, "plan", 1, 1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="written to"):
+            program.write()
     assert program.calls == 0
 
 

@@ -221,19 +221,28 @@ class ProgramRecording(Recording):
             layers = self.take()
             if not layers:
                 return
-            recorded = Workload("recording", layers, title="recorded calls")
             try:
-                merge(self.path, recorded)
-            except ConvDispatchError as error:
-                beside = self.path.with_name(f"{self.path.stem}-{os.getpid()}.yaml")
-                try:
-                    merge(beside, recorded)
-                except ConvDispatchError:
-                    self.put_back(layers)  # for the next attempt
-                    where = "kept for another attempt"
-                else:
-                    where = f"written to {beside}"
-                warnings.warn(f"recorded calls are {where}: {error}", stacklevel=2)
+                said = self._move(Workload("recording", layers, title="recorded calls"))
+            except BaseException as error:
+                self.put_back(layers)  # for the next attempt
+                if not isinstance(error, ConvDispatchError):
+                    raise
+                said = f"kept for another attempt: {error}"
+        if said:
+            warnings.warn(f"recorded calls are {said}", stacklevel=2)
+
+    def _move(self, recorded: Workload) -> str:
+        """Write to the file or beside it; return what to say of that, if anything."""
+        try:
+            merge(self.path, recorded)
+        except ConvDispatchError as error:
+            beside = self.path.with_name(f"{self.path.stem}-{os.getpid()}.yaml")
+            try:
+                merge(beside, recorded)
+            except ConvDispatchError:
+                raise error from None  # the file that was asked for matters
+            return f"written to {beside}: {error}"
+        return ""
 
     def after_fork(self) -> None:
         """Begin anew in a forked child: what was counted before is the parent's to write."""
