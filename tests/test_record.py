@@ -114,6 +114,31 @@ def test_a_block_that_raises_ends_its_recording_and_keeps_its_calls(clock: FakeC
     assert workload.load(tmp_path / "r.yaml").layers == recorded.workload.layers
 
 
+def test_a_relative_path_is_meant_where_the_block_begins(
+    clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with record("r.yaml"):
+        convdispatch.conv2d(X, W)
+        monkeypatch.chdir("elsewhere")
+    assert (tmp_path / "r.yaml").exists()
+
+
+def test_what_a_block_raises_comes_before_a_recording_that_cannot_be_saved(clock: FakeClock, tmp_path: Path) -> None:
+    def stops() -> None:
+        convdispatch.conv2d(X, W)
+        raise KeyError("the program's own")
+
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(KeyError, match="the program's own") as raised, record(tmp_path / "file" / "r.yaml"):
+        stops()
+    (note,) = raised.value.__notes__
+    assert "the recording cannot be written" in note
+    with pytest.raises(WorkloadError, match="the recording cannot be written"), record(tmp_path / "file" / "r.yaml"):
+        convdispatch.conv2d(X, W)
+
+
 def test_a_call_that_raises_is_not_counted(clock: FakeClock) -> None:
     plan = convdispatch.plan(X.shape, W)
     with record() as recorded:

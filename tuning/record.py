@@ -173,7 +173,7 @@ def record(path: str | os.PathLike[str] | None = None) -> Iterator[Recording]:
         The recording. It can be looked at any time, and tuned afterwards: ``convdispatch.tune(recording)``.
 
     Raises:
-        WorkloadError: if the file cannot be written.
+        WorkloadError: if the file cannot be written; a note on what the block raised, where it did.
 
     Examples:
         >>> import numpy as np, convdispatch
@@ -183,13 +183,25 @@ def record(path: str | os.PathLike[str] | None = None) -> Iterator[Recording]:
         [('1x8x8x3 * 3x3x3x4 SAME', 1, 'call')]
     """
     recording = Recording()
+    target = None if path is None else Path(path).absolute()  # the block may go elsewhere
     _start(recording)
     try:
         yield recording
-    finally:
+    except BaseException as error:
         _stop(recording)
-        if path is not None and recording.calls:
-            recording.save(path)
+        try:
+            _save(recording, target)
+        except WorkloadError as failed:
+            error.add_note(str(failed))  # what stopped the program matters more
+        raise
+    else:
+        _stop(recording)
+        _save(recording, target)
+
+
+def _save(recording: Recording, path: Path | None) -> None:
+    if path is not None and recording.calls:
+        recording.save(path)
 
 
 # A whole program ------------------------------------------------------------------------------------------------
