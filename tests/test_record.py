@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scripted import PROBLEM, FakeClock, Scripted, only
 
 import convdispatch
-from convdispatch import observe, settings
+from convdispatch import observe, registry, settings
 from convdispatch.arguments import Array
 from convdispatch.errors import ArgumentError, WorkloadError
 from convdispatch.problem import Problem
@@ -91,6 +91,46 @@ def test_the_thread_budget_is_recorded_as_it_was_chosen_for(clock: FakeClock) ->
         plan(X)
         convdispatch.conv2d(X, W)
     assert {(layer.deployment, layer.threads) for layer in recorded} == {("plan", 3), ("call", 2)}
+
+
+def test_a_first_call_that_waits_for_a_compiler_counts_like_the_others(clock: FakeClock) -> None:
+    backend = registry.get("a")
+    assert isinstance(backend, Scripted)
+    backend.seconds = lambda call: 100.0 if call == 1 else 2.0
+    plan = convdispatch.plan(X.shape, W)
+    with record() as recorded:
+        plan(X)
+        assert rows(recorded) == {(str(PROBLEM), "plan", 1, 100.0)}  # nothing better is known
+        for _ in range(3):
+            plan(X)
+        assert rows(recorded) == {(str(PROBLEM), "plan", 4, 8.0)}
+
+
+def test_calls_that_wait_with_the_first_one_count_like_the_others(clock: FakeClock) -> None:
+    recorded = Recording()
+    clock.now = 5.0
+    for _ in range(3):  # three threads began at 0, and all were kept waiting
+        recorded.add(PROBLEM, "plan", 1, 5.0)
+    clock.now = 6.0
+    recorded.add(PROBLEM, "plan", 1, 1.0)
+    assert [(layer.count, layer.seconds) for layer in recorded] == [(4, 4.0)]
+
+
+def test_only_the_first_call_of_a_program_is_a_first_one(clock: FakeClock, tmp_path: Path) -> None:
+    program = ProgramRecording(tmp_path / "r.yaml")
+
+    def call(seconds: float) -> None:
+        clock.now += seconds
+        program.add(PROBLEM, "plan", 1, seconds)
+
+    call(100.0)
+    call(1.0)
+    program.write()
+    call(3.0)
+    call(1.0)
+    program.put_back(program.take())
+    program.write()
+    assert [(layer.count, layer.seconds) for layer in workload.load(tmp_path / "r.yaml").layers] == [(4, 6.0)]
 
 
 def test_nested_blocks_both_count(clock: FakeClock) -> None:

@@ -1,7 +1,8 @@
 """Recording: what a program really calls, how often and for how long, as a workload to tune.
 
 A recording is process-wide: the calls of all threads count, those of worker threads too. A call that another call
-makes inside, or that tuning makes to measure, is not the program's and does not count.
+makes inside, or that tuning makes to measure, is not the program's and does not count. Nor does what only a first call
+waits for: it counts as long as the later ones of its kind do on average.
 """
 
 import atexit
@@ -10,8 +11,8 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from convdispatch import observe, safe_file, settings
@@ -24,6 +25,46 @@ from convdispatch.tuning.workload import Layer, Workload
 _SECONDS_BETWEEN_WRITES = 30.0
 
 
+#: What a call is counted under: its problem, deployment and thread budget.
+_Key = tuple[Problem, str, int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """How often one thing was called, and for how long.
+
+    Attributes:
+        first: calls that began before the first one had ended. They may have waited for a compiler, an import or a
+            race, which no later call does.
+        first_seconds: what those took.
+        later, later_seconds: all others.
+    """
+
+    first: int = 0
+    first_seconds: float = 0.0
+    later: int = 0
+    later_seconds: float = 0.0
+
+    @property
+    def count(self) -> int:
+        """How many calls there were."""
+        return self.first + self.later
+
+    @property
+    def seconds(self) -> float:
+        """What the calls take without waiting: first ones count like later ones, where there were any."""
+        return self.later_seconds / self.later * self.count if self.later else self.first_seconds
+
+    def plus(self, other: "Tally") -> "Tally":
+        """Return this tally with another's calls added."""
+        return Tally(
+            self.first + other.first,
+            self.first_seconds + other.first_seconds,
+            self.later + other.later,
+            self.later_seconds + other.later_seconds,
+        )
+
+
 class Recording:
     """The calls that were made while it was active; an iterable of layers, the most time first.
 
@@ -33,30 +74,31 @@ class Recording:
     def __init__(self) -> None:
         """Begin without calls."""
         self._lock = threading.Lock()
-        self._calls: dict[tuple[Problem, str, int | None], tuple[int, float]] = {}
+        self._calls: dict[_Key, Tally] = {}
+        self._first_ended: dict[_Key, float] = {}
 
     def add(self, problem: Problem, deployment: str, threads: int | None, seconds: float) -> None:
-        """Count one call."""
+        """Count one call, which has just ended."""
         if problem.is_trivial:
             return  # there is nothing to tune
         key = problem, deployment, threads
+        now = time.perf_counter()
         with self._lock:
-            count, total = self._calls.get(key, (0, 0.0))
-            self._calls[key] = count + 1, total + seconds
+            is_first = now - seconds < self._first_ended.setdefault(key, now)
+            one = Tally(first=1, first_seconds=seconds) if is_first else Tally(later=1, later_seconds=seconds)
+            self._calls[key] = self._calls.get(key, Tally()).plus(one)
 
-    def take(self) -> tuple[Layer, ...]:
-        """Return the layers and begin anew."""
+    def take(self) -> dict[_Key, Tally]:
+        """Return the calls and begin anew."""
         with self._lock:
             calls, self._calls = self._calls, {}
-        return _layers(calls)
+        return calls
 
-    def put_back(self, layers: Iterable[Layer]) -> None:
+    def put_back(self, calls: Mapping[_Key, Tally]) -> None:
         """Add the calls that ``take`` took."""
         with self._lock:
-            for layer in layers:
-                key = layer.problem, layer.deployment or "plan", layer.threads
-                count, total = self._calls.get(key, (0, 0.0))
-                self._calls[key] = count + layer.count, total + (layer.seconds or 0.0)
+            for key, tally in calls.items():
+                self._calls[key] = self._calls.get(key, Tally()).plus(tally)
 
     def __iter__(self) -> Iterator[Layer]:
         with self._lock:
@@ -77,7 +119,7 @@ class Recording:
 
     @property
     def seconds(self) -> float:
-        """How long all of them took together."""
+        """How long all of them take together; see ``Tally.seconds``."""
         return sum(layer.seconds or 0.0 for layer in self)
 
     @property
@@ -98,10 +140,10 @@ class Recording:
         merge(Path(path), self.workload)
 
 
-def _layers(calls: dict[tuple[Problem, str, int | None], tuple[int, float]]) -> tuple[Layer, ...]:
+def _layers(calls: Mapping[_Key, Tally]) -> tuple[Layer, ...]:
     rows = [
-        Layer(problem, count, seconds=seconds, deployment=deployment, threads=threads)
-        for (problem, deployment, threads), (count, seconds) in calls.items()
+        Layer(problem, tally.count, seconds=tally.seconds, deployment=deployment, threads=threads)
+        for (problem, deployment, threads), tally in calls.items()
     ]
     return tuple(sorted(rows, key=lambda layer: -(layer.seconds or 0.0)))
 
@@ -230,13 +272,13 @@ class ProgramRecording(Recording):
     def write(self) -> None:
         """Move what was counted into the file; into one beside it, with a warning, if that one cannot be used."""
         with self._writing:
-            layers = self.take()
-            if not layers:
+            calls = self.take()
+            if not calls:
                 return
             try:
-                said = self._move(Workload("recording", layers, title="recorded calls"))
+                said = self._move(Workload("recording", _layers(calls), title="recorded calls"))
             except BaseException as error:
-                self.put_back(layers)  # for the next attempt
+                self.put_back(calls)  # for the next attempt
                 if not isinstance(error, ConvDispatchError):
                     raise
                 said = f"kept for another attempt: {error}"

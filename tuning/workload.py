@@ -12,9 +12,11 @@ A workload file is::
 
 A layer is a mapping of ``problem`` (any text that ``Problem.parse`` reads) and, where it helps, ``count`` (a
 whole number, 1 where unsaid) and ``name``; or just the problem's text. A recording of a program also says the
-``seconds`` that all those calls took together, and the ``deployment`` and ``threads`` that they were made with.
-Anything else is an error, since a misspelt ``count`` would silently weigh a layer wrongly. So are aliases: nobody
-needs them here, and a small file of them can stand for an enormous one.
+``seconds`` that all those calls took together, and the ``deployment`` and ``threads`` that they were made with. A
+layer's first call in a process, which may have waited for a compiler or a race, counts there with the average of its
+later ones; with its own time only where there was no other yet when it was written. Anything else is an error, since
+a misspelt ``count`` would silently weigh a layer wrongly. So are aliases: nobody needs them here, and a small file of
+them can stand for an enormous one.
 """
 
 import difflib
