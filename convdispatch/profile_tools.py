@@ -12,9 +12,7 @@ from convdispatch import calibration, fingerprint, profile, quarantine, registry
 from convdispatch.errors import ArgumentError
 from convdispatch.fingerprint import Grade
 from convdispatch.machine import Machine
-from convdispatch.profile import CALIBRATION, NOTES, Entry, Key, Profile
-
-MACHINE = "machine "
+from convdispatch.profile import CALIBRATION, MACHINE, NOTES, Entry, Key, Profile
 
 
 def grade(where: Profile, key: Key, here: Machine) -> Grade:
