@@ -114,11 +114,6 @@ class Workload:
         if not self.layers:
             raise WorkloadError(f"workload {self.name!r} has no layers; it needs at least one problem")
 
-    @property
-    def flops(self) -> int:
-        """Multiplications and additions of one pass, every layer as often as it runs."""
-        return sum(layer.count * layer.problem.flops for layer in self.layers)
-
     def with_batch(self, n: int) -> Self:
         """Return this workload with ``n`` images in every problem.
 
