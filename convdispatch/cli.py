@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 import convdispatch
 from convdispatch import dispatch, machine, quarantine, registry, report
@@ -194,9 +195,10 @@ def _bar(total: int, doing: str, name: str) -> Iterator[Callable[[str], None]]:
         numbers = itertools.count(1)
         yield lambda said: click.echo(f"[{next(numbers)}/{total}] {said}", err=True)
         return
-    columns = (TextColumn(f"{doing} {name}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.description}"), console=out, transient=True) as bar:
-        task = bar.add_task("...", total=total)
+    head, last = (TextColumn(text, markup=False) for text in ("{task.fields[head]}", "{task.description}"))
+    columns = (head, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), last)
+    with Progress(*columns, console=out, transient=True) as bar:
+        task = bar.add_task("...", total=total, head=f"{doing} {name}")
         yield lambda said: bar.update(task, advance=1, description=said)
 
 
@@ -212,7 +214,7 @@ def _said(layer: LayerReport) -> str:
 def _print_tune(result: TuneReport, here: Machine | None = None, hosts: Sequence[str] = ()) -> None:
     out = console()
     here = here or machine.current()
-    out.print(f"[bold]{result.workload.title or result.workload.name}[/bold]")
+    out.print(result.workload.title or result.workload.name, style="bold")
     at = f" ({', '.join(hosts)})" if hosts else ""
     out.print(f"{here.cpu}, {result.threads} of {here.cores} cores' threads, machine {result.machine}{at}")
     for deployment in dict.fromkeys(layer.deployment for layer in result.layers):
@@ -242,9 +244,9 @@ def _print_tune(result: TuneReport, here: Machine | None = None, hosts: Sequence
         out.print(f"{result.flagged} flagged busy: run again when the machine is quiet, and they are measured anew")
     for layer in result.layers:
         if layer.status == "failed":
-            out.print(f"failed: {layer.layer.problem} ({layer.deployment}): {layer.reason}", markup=False)
+            out.print(f"failed: {layer.layer.problem} ({layer.deployment}): {layer.reason}")
         for failure in layer.entry.failures if layer.entry else ():
-            out.print(f"passed over: {failure.name} for {layer.layer.problem}: {failure.reason}", markup=False)
+            out.print(f"passed over: {failure.name} for {layer.layer.problem}: {failure.reason}")
 
 
 @main.command()
@@ -283,8 +285,8 @@ def explain(problem: str, deployment: str, threads: int | None, file: Path | Non
         print_json(report.explanation_data(found))
         return
     out = console()
-    out.print(f"{found.problem}  ({found.deployment}, {found.threads} threads, {found.machine})", markup=False)
-    out.print(f"chosen: [bold]{found.chosen or 'none'}[/bold], {found.evidence}")
+    out.print(f"{found.problem}  ({found.deployment}, {found.threads} threads, {found.machine})")
+    out.print(Text.assemble("chosen: ", (found.chosen or "none", "bold"), f", {found.evidence}"))
     rows = table("", ("backend", "candidate", "measured", "spread", "estimate", "error", "workspace", "reason"))
     for row in found.rows:
         rows.add_row(*cells(row))

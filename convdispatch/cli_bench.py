@@ -175,10 +175,10 @@ def _ratio_text(result: LayerResult, *, allow_busy: bool) -> str:
 def _print(found: Report, *, allow_busy: bool, verbose: bool) -> None:
     out = console()
     here = machine.current()
-    out.print(f"[bold]{found.workload.title or found.workload.name}[/bold]")
-    out.print(f"{here.cpu}, {found.threads} of {here.cores} cores' threads, {found.rounds} rounds", markup=False)
+    out.print(found.workload.title or found.workload.name, style="bold")
+    out.print(f"{here.cpu}, {found.threads} of {here.cores} cores' threads, {found.rounds} rounds")
     versions = [f"{_label(name)} {version}" for name, version in found.versions.items()]
-    out.print(", ".join(versions), markup=False)
+    out.print(", ".join(versions))
     engines = [name for name in found.layers[0].timings if name in found.versions]
     rows = table(
         "GFLOP/s of each engine's best round ± half the spread of its rounds",
@@ -194,7 +194,7 @@ def _print(found: Report, *, allow_busy: bool, verbose: bool) -> None:
     if verbose:
         out.print(_details(found))
     for line in _lines(found, allow_busy=allow_busy, verbose=verbose):
-        out.print(line, markup=False)
+        out.print(line)
 
 
 def _details(found: Report) -> Table:

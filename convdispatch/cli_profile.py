@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.markup import escape
 
 from convdispatch import machine, profile, profile_tools, quarantine, report
 from convdispatch.errors import ProfileError
@@ -116,7 +115,7 @@ def show(
         columns = ("problem", "for", "threads", "winner", "time", "spread", "GFLOP/s", "error", "workspace")
         rows = table(str(place), (*columns, "next best", "here", "flags", "machine"), right)
         for entry in entries:
-            rows.add_row(*map(escape, _entry_cells(entry, found)))
+            rows.add_row(*_entry_cells(entry, found))
         console().print(rows)
     for one in quarantine.written(found)[0]:
         click.echo(f"quarantined: {one.backend} version {one.version} on {one.machine}: {one.reason} ({one.when})")
@@ -189,7 +188,7 @@ def diff(first: Path, second: Path, across: bool, as_json: bool) -> None:
             one, two = change.first.winner, change.second.winner
             about = (str(key.problem), key.deployment, str(key.threads))
             times = (one.name, time_text(one.median), two.name, time_text(two.median))
-            rows.add_row(*map(escape, (*about, *times, f"{change.ratio:.2f}x", cost)))
+            rows.add_row(*about, *times, f"{change.ratio:.2f}x", cost)
         console().print(rows)
     for file, entries in ((first, found.only_first), (second, found.only_second)):
         for entry in entries:

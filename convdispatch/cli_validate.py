@@ -93,11 +93,10 @@ def _print_calibration(found: CalibrationReport) -> None:
         rows.add_row(name, f"{own.before:.2f}x", f"{own.after:.2f}x", f"{factor:.2f}x")
     out.print(rows)
     for failure in found.failures:
-        out.print(f"passed over: {failure}", markup=False)
+        out.print(f"passed over: {failure}")
     out.print(
         f"{found.calibration.measurements} measurements of {found.problems} problems, in {found.seconds:.0f} s. "
         f"Profile: {found.profile}",
-        markup=False,
     )
 
 
@@ -183,7 +182,7 @@ def print_validation(found: Validation) -> None:
     rows.add_row("the best against itself", *_figures(found.noise), "")
     out.print(rows)
     for line in _lines(found):
-        out.print(line, markup=False)
+        out.print(line)
 
 
 def _figures(summary: Summary | None) -> tuple[str, str, str]:

@@ -75,3 +75,12 @@ class WorkloadError(ConvDispatchError, ValueError):
 
 class ProfileWarning(UserWarning):
     """A profile, or one entry of it, was passed over; the message says which and why."""
+
+
+def in_a_line(said: object, limit: int | None = None) -> str:
+    """Return what an error says in one line, of so many characters at most.
+
+    It is cut between characters, not words: one long word, such as a path, may be all there is.
+    """
+    line = " ".join(str(said).split())
+    return line if limit is None or len(line) <= limit else line[: limit - 3] + "..."

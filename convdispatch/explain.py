@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from convdispatch import arguments, dispatch, heuristic, machine, profile, settings, transfer
-from convdispatch.backend import Candidate
+from convdispatch.backend import Backend, Candidate
 from convdispatch.dispatch import Decision
 from convdispatch.errors import BackendRejectedError, ProfileMissError
 from convdispatch.plan import Evidence
 from convdispatch.problem import Problem
-from convdispatch.profile import Entry, Failure, Key, Result
+from convdispatch.profile import Entry, Failure, Found, Key, Result
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,8 @@ def explain_problem(problem: Problem, deployment: str = "plan", backend: Any = N
     except (BackendRejectedError, ProfileMissError) as error:
         refusal = str(error)
     key = dispatch.key_for(problem, deployment, options)
-    found = profile.find(key)
-    layer, entry = (found[0].layer, found[0].entry) if found else (None, None)
+    found = _decisive(profile.find(key), decision)
+    layer, entry = (found.layer, found.entry) if found else (None, None)
     return Explanation(
         problem, deployment, key.threads, machine.current().id,
         decision.candidate.name if decision else None,
@@ -168,6 +168,18 @@ def explain_problem(problem: Problem, deployment: str = "plan", backend: Any = N
         layer,
         tuple(_rows(key, entry, decision)),
     )  # fmt: skip
+
+
+def _decisive(answers: Sequence[Found], decision: Decision | None) -> Found | None:
+    """Return which of the profiles' answers a decision comes from, else the first: it may have had nothing to use."""
+    if decision is not None:
+        backend, options = decision.candidate.backend, settings.current()
+        for found in answers:
+            for row in found.entry.results:
+                same = row.name == decision.candidate.name and row.version == backend.version
+                if same and heuristic.accurate_by_measure(backend, found.entry.key.problem, row.error, options):
+                    return found
+    return next(iter(answers), None)
 
 
 def _evidence(decision: Decision, problem: Problem, entry: Entry | None) -> Evidence:
@@ -199,7 +211,6 @@ def _objection(problem: Problem, candidate: Candidate, measured: Result | None, 
 def _rows(key: Key, entry: Entry | None, decision: Decision | None) -> Sequence[Row]:
     problem = key.problem
     usable, refused = heuristic.usable(problem, settings.current())
-    here = machine.current()
     everything = transfer.rank(problem, usable.values(), key.threads, key.deployment).estimates
     estimates = {estimate.candidate.name: estimate.seconds for estimate in everything}
     rows = []
@@ -211,12 +222,19 @@ def _rows(key: Key, entry: Entry | None, decision: Decision | None) -> Sequence[
             sorted((r for r in entry.results if (r.backend, r.version) == own), key=lambda r: r.median) if entry else []
         )
         failed = next((f for f in entry.failures if (f.backend, f.version) == own), None) if entry else None
+        reason = ""
+        candidate: Candidate | None
         if chosen and decision:
             candidate = decision.candidate
         elif results:
             candidate = Candidate(backend, results[0].config)
-        else:
+        elif ranked:
             candidate = ranked[0].candidate
+        else:
+            candidate, reason = _unranked(backend, key)
+        if candidate is None:
+            rows.append(Row(name, reason=reason))
+            continue
         measured = next((r for r in results if r.name == candidate.name), None)
         rows.append(
             Row(
@@ -224,7 +242,7 @@ def _rows(key: Key, entry: Entry | None, decision: Decision | None) -> Sequence[
                 chosen,
                 candidate.name,
                 "" if chosen else _objection(problem, candidate, measured, failed),
-                estimates.get(candidate.name, candidate.estimate(problem, here)),
+                estimates[candidate.name] if candidate.name in estimates else _estimate(candidate, problem),
                 measured.median if measured else None,
                 measured.spread if measured else None,
                 measured.rounds if measured else None,
@@ -234,3 +252,20 @@ def _rows(key: Key, entry: Entry | None, decision: Decision | None) -> Sequence[
         )
     rows.sort(key=lambda row: (not row.chosen, bool(row.reason), row.median or row.estimate or float("inf")))
     return [*rows, *(Row(name, reason=reason) for name, reason in refused.items())]
+
+
+def _unranked(backend: Backend, key: Key) -> tuple[Candidate | None, str]:
+    """Return the default candidate of a backend that ranking passed over, or None and why there is none."""
+    try:
+        candidates = heuristic.candidates_of(backend, key.problem, key.threads, "estimate")
+    except Exception as error:  # noqa: BLE001  # somebody's backend is no reason to say nothing of the others
+        return None, f"its configs raised {type(error).__name__}: {error}"
+    return (candidates[0], "") if candidates else (None, "it has no configs")
+
+
+def _estimate(candidate: Candidate, problem: Problem) -> float | None:
+    """Return what a backend says of a candidate that is not among those it ranked, such as one from a profile."""
+    try:
+        return candidate.estimate(problem, machine.current())
+    except Exception:  # noqa: BLE001
+        return None

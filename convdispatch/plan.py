@@ -99,7 +99,7 @@ class Plan:
         self._input_shape, self._output_shape = problem.input_shape, problem.output_shape
         self._plain = self._needs_nothing_done()
         self._enter: Callable[[Any, Any], bool | None] | None = None
-        self._runs = 0
+        self._runs, self._tried = 0, False
         self._output_bytes = math.prod(problem.output_shape) * self._result.itemsize
 
     def _set_dtypes(self) -> None:
@@ -114,7 +114,7 @@ class Plan:
         state = self.__dict__.copy()
         state["candidate"] = (self.candidate.backend.name, self.candidate.config)
         del state["_lock"]
-        return state | {"_enter": None, "_runs": 0}
+        return state | {"_enter": None, "_runs": 0, "_tried": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         name, config = state.pop("candidate")
@@ -210,9 +210,11 @@ class Plan:
         assert self._kernel is not None  # noqa: S101  # or the plan is not plain
         if self._kernel(x, out, None) and self._filters is not None:
             self._redo_images(list(range(self.problem.n)), self._filters, x, out, None)
-        self._runs += 1
-        if self._runs == _RUNS_BEFORE:
-            self._enter = self._short_way()
+        if not self._tried:
+            self._runs += 1
+            if self._runs >= _RUNS_BEFORE:  # threads may count over each other, and miss any one number
+                self._tried = True
+                self._enter = self._short_way()
         return out
 
     # Arrays in -------------------------------------------------------------------------------------------------

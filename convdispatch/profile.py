@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from convdispatch import fingerprint, machine, safe_file, safe_yaml, settings
-from convdispatch.errors import ConvDispatchError, ProfileError, ProfileWarning
+from convdispatch.errors import ConvDispatchError, ProfileError, ProfileWarning, in_a_line
 from convdispatch.locks import module_lock
 from convdispatch.machine import Machine
 from convdispatch.profile_text import (
@@ -44,10 +44,10 @@ from convdispatch.profile_text import (
 )
 
 __all__ = [
-    "BUSY", "CALIBRATION", "DEPLOYMENTS", "NOTES", "Entry", "Failure", "Found", "Key", "Profile", "Result",
-    "dump_entry", "dump_machine", "edit", "files", "find", "find_in", "forget", "forget_decisions", "generation",
-    "layers", "looked_at_once", "notes", "only", "parse_key", "read", "remember", "remember_notes", "remembered",
-    "replace_file", "system_path", "user_path", "writable_path", "write",
+    "BUSY", "CALIBRATION", "DEPLOYMENTS", "MACHINE", "NOTES", "Entry", "Failure", "Found", "Key", "Profile",
+    "Result", "dump_entry", "dump_machine", "edit", "files", "find", "find_in", "forget", "forget_decisions",
+    "generation", "layers", "looked_at_once", "notes", "only", "parse_key", "read", "remember", "remember_notes",
+    "remembered", "replace_file", "system_path", "user_path", "writable_path", "write",
 ]  # fmt: skip
 
 FORMAT = 1
@@ -163,7 +163,7 @@ class Profile:
             try:
                 self._parsed[key] = self._read(parse_key(key), key)
             except Exception as error:  # noqa: BLE001  # as in _parse
-                return f"line {self._lines(key)[-1]}: {' '.join(str(error).split())}"
+                return f"line {self._lines(key)[-1]}: {in_a_line(error)}"
         return ""
 
     def machines(self) -> dict[str, dict[str, Any]]:
@@ -262,8 +262,8 @@ class Profile:
 
     def _warn(self, text: str, error: Exception) -> None:
         line = self._lines(text)[-1]
-        said = " ".join(str(error).split())
-        warnings.warn(f"{self.name}, line {line}: entry {text!r:.120} is ignored: {said}", ProfileWarning, stacklevel=2)
+        said = f"entry {text!r:.120} is ignored: {in_a_line(error)}"
+        warnings.warn(f"{self.name}, line {line}: {said}", ProfileWarning, stacklevel=2)
 
 
 @functools.cache

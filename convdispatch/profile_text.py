@@ -151,7 +151,8 @@ class Entry:
 # Text -----------------------------------------------------------------------------------------------------------
 
 
-def _flow(data: Mapping[str, Any]) -> str:
+def flow(data: Mapping[str, Any]) -> str:
+    """Return a mapping in one line of YAML."""
     import yaml  # noqa: PLC0415  # loaded with the first profile
 
     return str(yaml.safe_dump(dict(data), default_flow_style=True, sort_keys=False, width=math.inf)).strip()
@@ -170,25 +171,25 @@ def dump_entry(entry: Entry) -> str:
     if entry.flags:
         lines.append(f"  flags: [{', '.join(entry.flags)}]")
     if entry.lost_before:
-        lines.append(f"  lost_before: {_flow(dict(entry.lost_before))}")
+        lines.append(f"  lost_before: {flow(dict(entry.lost_before))}")
     lines.append("  results:")
     for result in entry.results:
         row = {
             "backend": result.backend, "version": result.version, "config": dict(result.config),
             "threads": result.config.threads,
-            "median_us": _rounded(result.median * 1e6), "spread": _rounded(result.spread), "rounds": result.rounds,
-            "error": _rounded(result.error), "workspace": result.workspace,
+            "median_us": rounded(result.median * 1e6), "spread": rounded(result.spread), "rounds": result.rounds,
+            "error": rounded(result.error), "workspace": result.workspace,
         }  # fmt: skip
         if result.interval is not None:
-            row["interval_us"] = [_rounded(seconds * 1e6) for seconds in result.interval]
+            row["interval_us"] = [rounded(seconds * 1e6) for seconds in result.interval]
         if result.estimate is not None:
-            row["estimate_us"] = _rounded(result.estimate * 1e6)
-        lines.append(f"  - {_flow(row)}")
+            row["estimate_us"] = rounded(result.estimate * 1e6)
+        lines.append(f"  - {flow(row)}")
     if entry.failures:
         lines.append("  failures:")
     for failure in entry.failures:
         row = {"backend": failure.backend, "version": failure.version, "config": dict(failure.config)}
-        lines.append(f"  - {_flow({**row, 'reason': failure.reason})}")
+        lines.append(f"  - {flow({**row, 'reason': failure.reason})}")
     return "\n".join(lines) + "\n"
 
 
@@ -196,11 +197,12 @@ def dump_machine(machine_id: str, fields: Mapping[str, Any]) -> str:
     """Return the text of a machine's section."""
     lines = [f"{MACHINE}{machine_id}:"]
     for name, value in fields.items():
-        lines.append(f"  {_flow({name: value})[1:-1]}")
+        lines.append(f"  {flow({name: value})[1:-1]}")
     return "\n".join(lines) + "\n"
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
+    """Return a number with the digits that a measurement is good for."""
     return float(f"{value:.4g}")
 
 

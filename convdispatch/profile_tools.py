@@ -9,11 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from convdispatch import calibration, fingerprint, profile, quarantine, registry, settings
+from convdispatch.errors import ArgumentError
 from convdispatch.fingerprint import Grade
 from convdispatch.machine import Machine
-from convdispatch.profile import CALIBRATION, NOTES, Entry, Key, Profile
-
-MACHINE = "machine "
+from convdispatch.profile import CALIBRATION, MACHINE, NOTES, Entry, Key, Profile
 
 
 def grade(where: Profile, key: Key, here: Machine) -> Grade:
@@ -285,8 +284,12 @@ class Pruned:
 
 
 def prune(source: Profile, what: Selection, now: dt.datetime | None = None) -> Pruned:
-    """Return what a selection takes out of a profile."""
-    limit = None if what.older_than is None else (now or dt.datetime.now(dt.UTC)) - dt.timedelta(days=what.older_than)
+    """Return what a selection takes out of a profile.
+
+    Raises:
+        ArgumentError: if ``older_than`` is no number of days that a calendar goes back.
+    """
+    limit = None if what.older_than is None else _ago(what.older_than, now or dt.datetime.now(dt.UTC))
 
     def selected(machine: str, when: str) -> bool:
         date = _when(when)
@@ -315,6 +318,13 @@ def prune(source: Profile, what: Selection, now: dt.datetime | None = None) -> P
         sections = (MACHINE + what.machine, CALIBRATION + what.machine)
         changes |= {section: None for section in sections if section in source.chunks()}
     return Pruned(changes, reasons)
+
+
+def _ago(days: float, now: dt.datetime) -> dt.datetime:
+    most = (now - dt.datetime.min.replace(tzinfo=dt.UTC)).days
+    if not 0 <= days <= most:
+        raise ArgumentError(f"older_than must be a number of days from 0 to {most}, e.g. 30; got {days}")
+    return now - dt.timedelta(days=days)
 
 
 def broken_notes(source: Profile) -> dict[str, str]:

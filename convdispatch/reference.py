@@ -216,20 +216,6 @@ class Oracle:
         return int(np.argmax(np.nan_to_num(excess, nan=np.inf, posinf=np.inf).max(axis=(1, 2, 3))))
 
 
-def judge(
-    problem: Problem,
-    numerics: Numerics,
-    config: Config,
-    input: Array,
-    filters: Array,
-    output: Array,
-    bias: Array | None = None,
-    residual: Array | None = None,
-) -> Verdict:
-    """Compare one output with the oracle's; see ``Oracle`` for the arrays."""
-    return Oracle(problem, input, filters, bias, residual).judge(numerics, config, output)
-
-
 def _eps(dtype: str) -> float:
     return float(np.finfo(dtype).eps)
 

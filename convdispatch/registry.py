@@ -9,6 +9,7 @@ import inspect
 import pkgutil
 import re
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -16,6 +17,7 @@ from typing import Any, TypeVar, overload
 
 import numpy as np
 
+from convdispatch import settings
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config, Kernel, Numerics
 from convdispatch.errors import (
@@ -104,6 +106,7 @@ class _Registry:
         self.loaded: dict[str, Backend] = {}
         self.failed: dict[str, str] = {}
         self.hidden: set[str] = set()
+        self.doubted: set[str] = set()
         self._found: dict[str, Callable[[], Any]] | None = None
 
     @property
@@ -307,7 +310,11 @@ def installed(backend: Backend) -> bool:
 
 
 def available() -> dict[str, Backend]:
-    """Return every backend that can be imported, by name."""
+    """Return every backend that can be imported, by name.
+
+    Whoever chooses asks this, so it is here that a forbidden name which nobody has is noticed.
+    """
+    _doubt(settings.current().forbid)
     found = {}
     for name in names():
         try:
@@ -315,6 +322,15 @@ def available() -> dict[str, Backend]:
         except BackendUnavailableError:
             continue
     return found
+
+
+def _doubt(forbidden: tuple[str, ...]) -> None:
+    """Warn, once a name, of forbidden names that no backend has now: a misspelt one forbids nothing."""
+    for name in forbidden:
+        if name in _registry.doubted or name in _registry.registered or name in _registry.found:
+            continue
+        _registry.doubted.add(name)
+        warnings.warn(f"forbid names {name!r}, which forbids nothing: {_unknown(name)}", stacklevel=3)
 
 
 def unavailable() -> dict[str, str]:

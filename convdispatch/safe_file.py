@@ -2,8 +2,8 @@
 
 import contextlib
 import errno
-import glob
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -135,8 +135,10 @@ def replace(path: Path, content: bytes) -> None:
     """
     # Not by tempfile: its files are for their owner only, and this one may be everyone's.
     beside = path.with_name(f".{path.name}-{os.getpid()}.tmp")
-    for stale in path.parent.glob(f".{glob.escape(path.name)}-*.tmp"):
-        stale.unlink(missing_ok=True)  # a killed process's: the living do this one at a time
+    draft = re.compile(rf"\.{re.escape(path.name)}-\d+\.tmp")  # no wider: the folder has other files' drafts too
+    for stale in path.parent.glob(".*.tmp"):
+        if draft.fullmatch(stale.name):
+            stale.unlink(missing_ok=True)  # a killed process's: the living do this one at a time
     try:
         with beside.open("wb") as file:
             file.write(content)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from convdispatch.errors import ConvDispatchError
+from convdispatch.errors import ConvDispatchError, in_a_line
 
 #: Nothing that convdispatch writes or reads is nested deeper than this.
 _DEPTH = 8
@@ -43,7 +43,7 @@ def load(text: str | bytes) -> Any:
     except YamlError:
         raise
     except (yaml.YAMLError, ValueError) as error:  # a date or number that is none gives a plain ValueError
-        raise YamlError(f"this is not YAML: {' '.join(str(error).split())}") from None
+        raise YamlError(f"this is not YAML: {in_a_line(error)}") from None
 
 
 def _check_shape(text: str | bytes, loader: Any) -> None:

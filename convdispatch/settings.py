@@ -54,8 +54,9 @@ def parse_bytes(value: Any) -> int | None:
     """Return a size in bytes from a number or a text such as ``"256MiB"``; None means no limit."""
     if value is None or value == "":
         return None
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
+    with contextlib.suppress(TypeError):  # NumPy's integers are whole numbers too
+        if not isinstance(value, bool) and (count := operator.index(value)) >= 0:
+            return count
     match = _SIZE.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         raise ArgumentError(f"memory_limit must be bytes or a text such as '256MiB'; got {value!r}")

@@ -29,9 +29,13 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON i
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Return a console that cuts nothing off where output is not a terminal."""
-    found = Console(stderr=stderr, highlight=False, soft_wrap=True)
-    return found if found.is_terminal else Console(stderr=stderr, highlight=False, width=_WIDE)
+    """Return a console that cuts nothing off where output is not a terminal.
+
+    It prints words as they are: the names, paths and reasons that others wrote may look like markup.
+    """
+    make = functools.partial(Console, stderr=stderr, highlight=False, markup=False, emoji=False)
+    found = make(soft_wrap=True)
+    return found if found.is_terminal else make(width=_WIDE)
 
 
 def table(title: str, columns: Sequence[str], right: Sequence[str] = ()) -> Table:

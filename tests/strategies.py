@@ -1,4 +1,4 @@
-"""Hypothesis strategies that draw whole problems, and arrays for them."""
+"""Hypothesis strategies that draw whole problems, arrays for them, and what their results are held against."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -10,9 +10,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from convdispatch.arguments import Array
-from convdispatch.backend import Backend, Candidate, Config
+from convdispatch.backend import Backend, Candidate, Config, Numerics
 from convdispatch.epilogue import ACTIVATIONS, INTEGER_ACTIVATIONS, Epilogue
 from convdispatch.problem import DATA_FORMATS, DTYPES, INTEGERS, PADDINGS, Problem, dtype_of, padding_of
+from convdispatch.reference import Oracle, Verdict
 
 HAVE_BFLOAT16 = importlib.util.find_spec("ml_dtypes") is not None
 USABLE_DTYPES = tuple(name for name in DTYPES if name != "bfloat16" or HAVE_BFLOAT16)
@@ -220,3 +221,17 @@ def cases(
     """Draw problems with arrays; see ``problems``."""
     drawn = problems(dtypes=dtypes, empty=empty, plain=plain, side=side)
     return st.builds(numbers, drawn, st.integers(0, 2**16))
+
+
+def judge(
+    problem: Problem,
+    numerics: Numerics,
+    config: Config,
+    input: Array,
+    filters: Array,
+    output: Array,
+    bias: Array | None = None,
+    residual: Array | None = None,
+) -> Verdict:
+    """Compare one output with the oracle's; see ``Oracle`` for the arrays."""
+    return Oracle(problem, input, filters, bias, residual).judge(numerics, config, output)

@@ -16,6 +16,7 @@ from strategies import (
     cases,
     fits,
     from_format,
+    judge,
     numbers,
     problems,
     runs_here,
@@ -98,7 +99,7 @@ def test_a_plan_is_within_the_bound_of_the_reference_or_says_why_not(backend: Ba
     assert y.flags.c_contiguous
     np.testing.assert_array_equal(x, kept)
     np.testing.assert_array_equal(case.w, w)
-    verdict = reference.judge(
+    verdict = judge(
         p, backend.numerics, plan.candidate.config, case.x, case.w, from_format(p, y), case.bias, case.residual
     )
     assert verdict.reason is None, plan.candidate
@@ -125,7 +126,7 @@ def test_every_config_is_within_the_bound_of_the_reference(backend: Backend, cas
         kernel = backend.prepare(p, w, bias, config)
         out = np.full(p.output_shape, 77, dtype_of(p.result_dtype))
         kernel(given_x, out, given_added)
-        verdict = reference.judge(p, backend.numerics, config, x, w, from_format(p, out), bias, added)
+        verdict = judge(p, backend.numerics, config, x, w, from_format(p, out), bias, added)
         assert verdict.reason is None, config
 
 
@@ -137,9 +138,7 @@ def test_every_dtype_is_right_or_refused(backend: Backend, text: str, dtype: str
         pytest.skip(str(Candidate(backend, Config()).rejects(case.problem)))
     plan = forced_plan(backend, case)
     y = from_format(case.problem, plan(case.input, residual=case.addend))
-    verdict = reference.judge(
-        case.problem, backend.numerics, plan.candidate.config, case.x, case.w, y, case.bias, case.residual
-    )
+    verdict = judge(case.problem, backend.numerics, plan.candidate.config, case.x, case.w, y, case.bias, case.residual)
     assert verdict.reason is None
 
 
@@ -150,9 +149,7 @@ def test_every_activation_is_applied_after_bias_and_residual(backend: Backend, a
     case = numbers(with_activation(numbers(problem), activation), seed=3)
     plan = forced_plan(backend, case)
     y = plan(case.input, residual=case.addend)
-    verdict = reference.judge(
-        case.problem, backend.numerics, plan.candidate.config, case.x, case.w, y, case.bias, case.residual
-    )
+    verdict = judge(case.problem, backend.numerics, plan.candidate.config, case.x, case.w, y, case.bias, case.residual)
     assert verdict.reason is None
 
 
@@ -366,7 +363,7 @@ def test_views_of_any_strides_are_read_and_written(backend: Backend, case: Case,
     out = np.full([2 * size for size in p.output_shape], 7, expected.dtype)[::2, ::2, ::2, 1::2]
     assert plan(shuffled, out=out, residual=case.addend) is out
     # Other strides may reach another loop of BLAS; the same problem, still within the bound.
-    verdict = reference.judge(
+    verdict = judge(
         p, backend.numerics, plan.candidate.config, case.x, case.w, from_format(p, out), case.bias, case.residual
     )
     assert verdict.reason is None

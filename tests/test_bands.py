@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import FLOAT_DTYPES, USABLE_DTYPES, numbers
+from strategies import FLOAT_DTYPES, USABLE_DTYPES, judge, numbers
 
 import convdispatch
-from convdispatch import reference
 from convdispatch.backend import Config
 from convdispatch.backends import _bands
 from convdispatch.backends._layout import SAME, STORAGES, stage, unstage
@@ -151,7 +150,7 @@ def test_banded_and_whole_images_are_right_and_pickle(backend: PackedBackend, te
             one(case.input, y, case.addend)
             out.append(y)
         nhwc = y.transpose(0, 2, 3, 1) if problem.data_format == "NCHW" else y
-        found = reference.judge(problem, backend.numerics, config, case.x, case.w, nhwc, case.bias, case.residual)
+        found = judge(problem, backend.numerics, config, case.x, case.w, nhwc, case.bias, case.residual)
         assert found.reason is None, f"{config}: {found.reason}"
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -519,6 +520,18 @@ def test_own_failure_and_nothing_to_compare_have_their_exit_code(scripted: Calla
     done = command(SMALL, "--against", "torch")
     assert done.exit_code == 4
     assert "convdispatch on 1x8x8x4 * 3x3x4x8 SAME: wrong result" in done.stdout
+
+
+def test_what_others_wrote_is_printed_as_it_is(scripted: Callable[[Report], None]) -> None:
+    awkward = "no [/usr/lib/x.so] [bold]"
+    result = result_of(TIMES)
+    timings = {**result.timings, "scipy": Timing("scipy", reason=awkward)}
+    report = report_of(replace(result, layer=replace(result.layer, name="block[conv]"), timings=timings))
+    scripted(replace(report, workload=replace(report.workload, title=awkward)))
+    done = command(SMALL, "--against", "torch", "--verbose")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.count(awkward) == 2
+    assert "block[conv]" in done.stdout
 
 
 def test_json_has_every_round_and_no_ratio_of_a_busy_layer() -> None:

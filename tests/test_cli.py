@@ -1,13 +1,18 @@
 """The command line: what it prints, what it writes, and how it ends."""
 
+import functools
+import io
 import json
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 
-from convdispatch import profile
+from convdispatch import cli, profile, quarantine, registry, settings
+from convdispatch.backend import Candidate, Config
 from convdispatch.cli import main
+from convdispatch.problem import Problem
 
 SMALL = "1x9x9x4 * 3x3x4x8 SAME"
 FEW = ("--backends", "direct,im2col")
@@ -115,6 +120,38 @@ def test_explain_shows_every_backend_with_its_reason_or_its_time(file: Path) -> 
     rows = {row["backend"]: row for row in data["rows"]}
     assert rows["im2col"]["median"] > 0
     assert rows["winograd"]["reason"]
+
+
+#: What a console would take for markup: a tag, the end of one that was never begun, and an emoji.
+AWKWARD = "crashed in [/usr/lib/x.so] [bold] :gear:"
+
+
+def test_a_workloads_words_are_printed_as_they_are(file: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    row = f"{{name: 'block[conv]', problem: '{SMALL}'}}"
+    mine.write_text(f"title: '{AWKWARD}'\nlayers:\n- {row}\n")
+    done = run("tune", mine, *FEW, "--profile", file, "--deployment", "plan")
+    assert done.exit_code == 0, done.output
+    assert AWKWARD in done.stdout
+    assert "block[conv]" in done.stdout
+
+
+def test_a_reason_is_printed_as_it_is(file: Path) -> None:
+    im2col = registry.get("im2col")
+    with settings.options(profile=file):
+        quarantine.add(Candidate(im2col, Config()), Problem.parse(SMALL), AWKWARD)
+    assert f"quarantined: {AWKWARD}" in run("explain", SMALL, "--profile", file).stdout
+    with settings.options(profile=file):
+        assert f"quarantined: {AWKWARD}" in run("backends").stdout
+
+
+def test_the_bar_shows_words_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr("convdispatch.terminal.Console", functools.partial(Console, file=shown, force_terminal=True))
+    with cli._bar(2, "tuning", "net {v} [/v2]") as advance:
+        advance("1x1 [/v2] :gear:")
+    assert "tuning net {v} [/v2]" in shown.getvalue()
+    assert "1x1 [/v2] :gear:" in shown.getvalue()
 
 
 def test_warmup_compiles_and_says_how_much() -> None:

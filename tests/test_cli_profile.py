@@ -156,6 +156,15 @@ def test_prune_says_what_goes_and_keeps_broken_text_aside(mixed: Path) -> None:
     assert not mixed.with_name("none.yaml").exists()
 
 
+@pytest.mark.parametrize("days", ["1e7", "1e300", "inf", "nan"])
+def test_prune_wants_days_that_a_calendar_has(mixed: Path, days: str) -> None:
+    done = run("prune", "--older-than", days, "--profile", mixed)
+    assert done.exit_code == 1
+    assert "older_than must be a number of days from 0 to" in done.stderr
+    assert f"got {float(days)}" in done.stderr
+    assert mixed.read_text() == MIXED
+
+
 def test_prune_broken_leaves_the_last_of_two(file: Path) -> None:
     file.write_text(text_of(entry(), more=profile.dump_entry(entry(row("direct")))))
     assert "1 taken out" in run("prune", "--broken", "--profile", file).stdout

@@ -209,6 +209,9 @@ def test_quarantines_travel_with_the_races_and_back(two_kinds: Any, file: Path, 
     once = Counter({"One": 1, "Two": 1})
     assert tune() == once  # and no worker writes a profile
     assert tune() == Counter()
+    file.write_text(file.read_text().replace("origin: convdispatch.", "origin: elsewhere."))
+    assert tune() == once  # what was held is other code of this name; what is held now takes its place
+    assert tune() == Counter()
     assert tune(retry_quarantined=True) == once
     assert tune(retry_quarantined=True, backends=["im2col"]) == Counter()
 

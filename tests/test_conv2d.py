@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from strategies import USABLE_DTYPES, Case, cases, from_format, numbers
+from strategies import USABLE_DTYPES, Case, cases, from_format, judge, numbers
 
 import convdispatch
-from convdispatch import reference
 from convdispatch.arguments import Array
 from convdispatch.problem import Problem, dtype_of
 
@@ -206,7 +205,7 @@ def test_any_drawn_call_is_within_the_bound_of_the_reference(case: Case) -> None
         case.input, case.w, residual=p.epilogue.residual, **case.arguments
     )  # fmt: skip
     candidate = chosen.candidate
-    verdict = reference.judge(
+    verdict = judge(
         p, candidate.backend.numerics, candidate.config, case.x, case.w, from_format(p, y), case.bias, case.residual
     )
     assert verdict.reason is None or p.is_empty, candidate

@@ -719,6 +719,57 @@ def test_explain_says_when_a_measured_error_is_too_large(three: dict[str, Script
     assert rows["quick"].chosen
 
 
+def test_explain_shows_the_entry_that_decided(three: dict[str, Scripted], tmp_path: Path) -> None:
+    know(result("steady", 2.0), result("quick", 3.0))
+    here, project = machine.current(), tmp_path / "project.yaml"
+    key = Key(PROBLEM, "plan", machine.usable_cores(), here.id)
+    profile.write(project, [Entry(key, (result("gone", 1.0), result("steady", 9.0, error=0.5)))], here)
+    with settings.options(profile=project):
+        told = explain(INPUT, FILTERS)
+    assert "in the user profile" in told.evidence.detail
+    assert (told.layer, told.chosen) == ("user", "steady")
+    assert [(row.backend, row.median) for row in told.rows[:2]] == [("steady", 2.0), ("quick", 3.0)]
+
+
+@pytest.mark.filterwarnings("ignore:backend 'broken'")
+def test_explain_shows_a_backend_that_cannot_estimate(three: dict[str, Scripted]) -> None:
+    class Broken(Scripted):
+        def estimate(self, problem: Problem, config: Config, machine: machine.Machine) -> float:
+            raise ZeroDivisionError
+
+    registry.register(Broken("broken", FakeClock()))
+    row = next(row for row in explain(INPUT, FILTERS).rows if row.backend == "broken")
+    assert (row.candidate, row.estimate, row.chosen) == ("broken", None, False)
+    know(result("broken", 3.0), result("quick", 4.0))
+    told = explain(INPUT, FILTERS)
+    assert (told.chosen, told.rows[0].estimate, told.rows[0].median) == ("broken", None, 3.0)
+
+
+@pytest.mark.filterwarnings("ignore:backend 'broken'")
+def test_explain_says_why_a_backend_has_no_candidate(three: dict[str, Scripted]) -> None:
+    class Broken(Scripted):
+        def configs(self, problem: Problem, effort: str) -> tuple[Config, ...]:
+            raise ZeroDivisionError("no cores")
+
+    registry.register(Broken("broken", FakeClock()))
+    registry.register(Scripted("empty", FakeClock(), tried=()))
+    reasons = {row.backend: row.reason for row in explain(INPUT, FILTERS).rows if row.candidate is None}
+    assert reasons == {"broken": "its configs raised ZeroDivisionError: no cores", "empty": "it has no configs"}
+
+
+def test_explain_estimates_nothing_that_was_ranked(three: dict[str, Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def estimate(self: Scripted, problem: Problem, config: Config, machine: machine.Machine) -> float | None:
+        asked.append(self.name)
+        return self.expected
+
+    explain(INPUT, FILTERS)  # decides, which is remembered
+    monkeypatch.setattr(Scripted, "estimate", estimate)
+    explain(INPUT, FILTERS)
+    assert sorted(asked) == sorted(three)
+
+
 def test_explain_tells_why_nobody_may(three: dict[str, Scripted]) -> None:
     with settings.options(forbid=tuple(three)):
         told = explain_problem(PROBLEM)

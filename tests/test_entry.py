@@ -130,6 +130,34 @@ def test_what_is_called_once_does_without() -> None:
     assert made._enter is not None
 
 
+def test_calls_that_count_over_each_other_do_not_cost_a_plan_its_short_way() -> None:
+    class Overtaken(int):
+        def __add__(self, more: int) -> int:
+            return 7  # others have counted meanwhile
+
+    made = convdispatch.plan(X, W, backend=("implicit_gemm", {"threads": 1}))
+    made._runs = Overtaken()
+    made(X)
+    assert made._enter is not None
+
+
+def test_a_kernel_without_a_short_way_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[convdispatch.Plan] = []
+
+    def none(plan: convdispatch.Plan) -> None:
+        asked.append(plan)
+
+    monkeypatch.setattr(convdispatch.Plan, "_short_way", none)
+    made = plan()
+    for _ in range(3):
+        made(X)
+    assert asked == [made]
+    again = pickle.loads(pickle.dumps(made))
+    for _ in range(3):
+        again(X)
+    assert asked == [made, again]
+
+
 def test_it_takes_two_arguments_and_nothing_else() -> None:
     made, out = plan(), np.empty(SHAPE, np.float32)
     assert entered(made) is None

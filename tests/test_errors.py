@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import convdispatch
+from convdispatch import settings
 from convdispatch.arguments import Array
 from convdispatch.errors import (
     ArgumentError,
@@ -13,6 +14,7 @@ from convdispatch.errors import (
     BackendRejectedError,
     ConvDispatchError,
     UnknownBackendError,
+    in_a_line,
 )
 
 X = np.ones((2, 5, 6, 4), np.float32)
@@ -332,3 +334,28 @@ def test_nothing_is_half_written_when_a_call_is_refused() -> None:
         with pytest.raises(ConvDispatchError):
             convdispatch.conv2d(X, W, out=out, **changes)
     assert (out == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("said", "limit", "line"),
+    [
+        (ValueError("two\n  lines"), None, "two lines"),
+        ("a b  c", 5, "a b c"),
+        ("a b c d", 6, "a b..."),
+        ("RuntimeError: " + "x" * 400, 30, "RuntimeError: " + "x" * 13 + "..."),
+        (ValueError(), 10, ""),
+    ],
+)
+def test_what_was_said_fits_in_a_line(said: object, limit: int | None, line: str) -> None:
+    assert in_a_line(said, limit) == line
+
+
+def test_a_memory_limit_may_be_any_whole_number() -> None:
+    with convdispatch.options(memory_limit=np.int64(1 << 20)) as chosen:
+        assert (chosen.memory_limit, type(chosen.memory_limit)) == (1 << 20, int)
+
+
+@pytest.mark.parametrize("value", [-1, np.int64(-1), 1.5, True, np.float32(3), "much", [1]])
+def test_a_memory_limit_that_is_none_is_refused(value: Any) -> None:
+    with pytest.raises(ArgumentError, match="memory_limit must be bytes or a text such as '256MiB'; got "):
+        settings.parse_bytes(value)

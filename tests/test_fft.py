@@ -11,6 +11,7 @@ import pytest
 import scipy.fft
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import judge
 
 import convdispatch
 from convdispatch.arguments import Array
@@ -19,7 +20,6 @@ from convdispatch.backends.fft import Fft, _good_length
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem
-from convdispatch.reference import judge
 
 FFT = Fft()
 MACHINE = Machine("test (test)", ("avx2", "fma"), 4, (32 << 10, 1 << 20, 16 << 20), "Linux x86_64", ())

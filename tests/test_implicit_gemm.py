@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import judge
 
 from convdispatch import registry
 from convdispatch.backend import Config
@@ -22,7 +23,6 @@ from convdispatch.backends.implicit_gemm import ImplicitGemm
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import current
 from convdispatch.problem import Problem
-from convdispatch.reference import judge
 from convdispatch.tuning.gate import Trial
 
 GEMM = ImplicitGemm()

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import numbers, problems
+from strategies import judge, numbers, problems
 
-from convdispatch import reference
 from convdispatch.backend import Config
 from convdispatch.backends import _dot
 from convdispatch.backends.int8_dot import Int8Dot
@@ -25,7 +24,7 @@ def check(problem: Problem, config: Config, seed: int = 0) -> None:
     around = np.full(int(np.prod(problem.output_shape)) + 256, 77, np.int32)
     out = around[128:-128].reshape(problem.output_shape)
     DOT.prepare(problem, case.w, None, config)(x, out, None)
-    verdict = reference.judge(problem, DOT.numerics, config, case.x, case.w, out)
+    verdict = judge(problem, DOT.numerics, config, case.x, case.w, out)
     assert verdict.reason is None, f"{problem} with {config}: {verdict.reason}"
     assert (around[:128] == 77).all()
     assert (around[-128:] == 77).all()

@@ -218,9 +218,11 @@ def test_a_link_and_its_file_have_one_lock(path: Path, tmp_path: Path) -> None:
 def test_a_killed_writers_halves_are_cleared_away(path: Path) -> None:
     for number in range(3):
         (path.parent / f".profile.yaml-{10**7 + number}.tmp").write_text("half")
-    (path.parent / ".other.yaml-1.tmp").write_text("somebody else's")
+    others = {".other.yaml-1.tmp", ".profile.yaml-b.yaml-1.tmp", ".profile.yaml-1.yaml-1.tmp"}
+    for name in others:
+        (path.parent / name).write_text("of a file that somebody else is writing")
     profile.write(path, [entry()], HERE)
-    assert leftovers(path) == [".other.yaml-1.tmp"]
+    assert set(leftovers(path)) == others
 
 
 # Cut and broken files -----------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """Recording: every call is counted once, by whom it is made, and nothing counted is lost on its way to the file."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from scripted import PROBLEM, FakeClock, Scripted, only
 
 import convdispatch
-from convdispatch import observe, settings
+from convdispatch import observe, registry, settings
 from convdispatch.arguments import Array
 from convdispatch.errors import ArgumentError, WorkloadError
 from convdispatch.problem import Problem
@@ -91,6 +93,46 @@ def test_the_thread_budget_is_recorded_as_it_was_chosen_for(clock: FakeClock) ->
     assert {(layer.deployment, layer.threads) for layer in recorded} == {("plan", 3), ("call", 2)}
 
 
+def test_a_first_call_that_waits_for_a_compiler_counts_like_the_others(clock: FakeClock) -> None:
+    backend = registry.get("a")
+    assert isinstance(backend, Scripted)
+    backend.seconds = lambda call: 100.0 if call == 1 else 2.0
+    plan = convdispatch.plan(X.shape, W)
+    with record() as recorded:
+        plan(X)
+        assert rows(recorded) == {(str(PROBLEM), "plan", 1, 100.0)}  # nothing better is known
+        for _ in range(3):
+            plan(X)
+        assert rows(recorded) == {(str(PROBLEM), "plan", 4, 8.0)}
+
+
+def test_calls_that_wait_with_the_first_one_count_like_the_others(clock: FakeClock) -> None:
+    recorded = Recording()
+    clock.now = 5.0
+    for _ in range(3):  # three threads began at 0, and all were kept waiting
+        recorded.add(PROBLEM, "plan", 1, 5.0)
+    clock.now = 6.0
+    recorded.add(PROBLEM, "plan", 1, 1.0)
+    assert [(layer.count, layer.seconds) for layer in recorded] == [(4, 4.0)]
+
+
+def test_only_the_first_call_of_a_program_is_a_first_one(clock: FakeClock, tmp_path: Path) -> None:
+    program = ProgramRecording(tmp_path / "r.yaml")
+
+    def call(seconds: float) -> None:
+        clock.now += seconds
+        program.add(PROBLEM, "plan", 1, seconds)
+
+    call(100.0)
+    call(1.0)
+    program.write()
+    call(3.0)
+    call(1.0)
+    program.put_back(program.take())
+    program.write()
+    assert [(layer.count, layer.seconds) for layer in workload.load(tmp_path / "r.yaml").layers] == [(4, 6.0)]
+
+
 def test_nested_blocks_both_count(clock: FakeClock) -> None:
     with record() as outer:
         convdispatch.conv2d(X, W)
@@ -110,6 +152,31 @@ def test_a_block_that_raises_ends_its_recording_and_keeps_its_calls(clock: FakeC
     assert not observe.is_watched()
     assert recorded.calls == 1
     assert workload.load(tmp_path / "r.yaml").layers == recorded.workload.layers
+
+
+def test_a_relative_path_is_meant_where_the_block_begins(
+    clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with record("r.yaml"):
+        convdispatch.conv2d(X, W)
+        monkeypatch.chdir("elsewhere")
+    assert (tmp_path / "r.yaml").exists()
+
+
+def test_what_a_block_raises_comes_before_a_recording_that_cannot_be_saved(clock: FakeClock, tmp_path: Path) -> None:
+    def stops() -> None:
+        convdispatch.conv2d(X, W)
+        raise KeyError("the program's own")
+
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(KeyError, match="the program's own") as raised, record(tmp_path / "file" / "r.yaml"):
+        stops()
+    (note,) = raised.value.__notes__
+    assert "the recording cannot be written" in note
+    with pytest.raises(WorkloadError, match="the recording cannot be written"), record(tmp_path / "file" / "r.yaml"):
+        convdispatch.conv2d(X, W)
 
 
 def test_a_call_that_raises_is_not_counted(clock: FakeClock) -> None:
@@ -213,6 +280,19 @@ def test_merging_adds_up(tmp_path_factory: pytest.TempPathFactory, parts: list[l
     assert {layer.posed for layer in found} == {layer.posed for layer in every}
 
 
+def test_a_recording_is_written_as_a_profile_is(tmp_path: Path) -> None:
+    path, link, load = tmp_path / "r.yaml", tmp_path / "link.yaml", Workload("w", (Layer(PROBLEM),))
+    merge(path, load)
+    path.chmod(0o660)
+    link.symlink_to(path)
+    (tmp_path / f".r.yaml-{10**7}.tmp").write_text("half")  # by a process that was killed
+    merge(link, load)
+    assert link.is_symlink()
+    assert [layer.count for layer in workload.load(path).layers] == [2]
+    assert path.stat().st_mode & 0o777 == 0o660
+    assert {child.name for child in tmp_path.iterdir()} == {"r.yaml", "r.yaml.lock", "link.yaml"}
+
+
 def test_what_is_no_workload_is_not_overwritten(clock: FakeClock, tmp_path: Path) -> None:
     path = tmp_path / "notes.yaml"
     path.write_text("milk: bread\n")
@@ -242,6 +322,33 @@ def test_what_cannot_be_written_anywhere_is_kept(tmp_path: Path) -> None:
     assert program.calls == 0
 
 
+def test_an_interrupted_write_keeps_the_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(path: Path, recorded: Workload) -> None:
+        raise KeyboardInterrupt
+
+    program = ProgramRecording(tmp_path / "r.yaml")
+    program.add(PROBLEM, "plan", 1, 1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr("convdispatch.tuning.record.merge", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            program.write()
+    assert program.calls == 1
+    program.write()
+    assert workload.load(tmp_path / "r.yaml").layers[0].count == 1
+
+
+def test_calls_that_went_into_another_file_are_not_kept_if_the_warning_raises(tmp_path: Path) -> None:
+    path = tmp_path / "notes.yaml"
+    path.write_text("milk: bread\n")
+    program = ProgramRecording(path)
+    program.add(PROBLEM, "plan", 1, 1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="written to"):
+            program.write()
+    assert program.calls == 0
+
+
 def test_a_long_program_writes_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
 
@@ -259,6 +366,21 @@ def test_a_long_program_writes_now_and_then(tmp_path: Path, monkeypatch: pytest.
     program.add(PROBLEM, "plan", 1, 1.0)
     assert len(started) == 1
     assert workload.load(tmp_path / "r.yaml").layers[0].count == 6
+
+
+def test_a_program_that_gets_no_thread_goes_on_and_keeps_its_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    program = ProgramRecording(tmp_path / "r.yaml")
+    program._written -= 31
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        program.add(PROBLEM, "plan", 1, 1.0)
+    program.write()
+    assert workload.load(tmp_path / "r.yaml").layers[0].count == 1
 
 
 # Whole programs -------------------------------------------------------------------------------------------------
@@ -313,6 +435,32 @@ def test_a_program_is_recorded_to_its_end_with_its_children(tmp_path: Path, how:
         assert layer.seconds > 0
         if how != "alone":
             break
+
+
+_LATE = """
+import multiprocessing, sys
+def work(count):
+    import numpy as np, convdispatch
+    x, w = np.ones((1, 6, 6, 2), "f4"), np.ones((3, 3, 2, 3), "f4")
+    for _ in range(count):
+        convdispatch.conv2d(x, w, backend="im2col")
+if __name__ == "__main__":
+    process = multiprocessing.get_context(sys.argv[1]).Process(target=work, args=(5,))
+    process.start(); process.join()
+"""
+
+
+@pytest.mark.parametrize("how", multiprocessing.get_all_start_methods())
+def test_a_child_that_imports_convdispatch_first_is_recorded(tmp_path: Path, how: str) -> None:
+    script, calls = tmp_path / "program.py", tmp_path / "r.yaml"
+    script.write_text(_LATE)
+    environment = {**os.environ, "CONVDISPATCH_RECORD": str(calls), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, script, how], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False,
+        timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [layer.count for layer in workload.load(calls).layers] == [5]
 
 
 def test_a_program_that_records_nothing_loads_nothing_for_it() -> None:

@@ -10,7 +10,7 @@ import pytest
 from scripted import PROBLEM, RULES, FakeClock, Scripted, only
 
 import convdispatch
-from convdispatch import dispatch, reference, registry
+from convdispatch import dispatch, reference, registry, settings
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config, Kernel, Numerics
 from convdispatch.errors import (
@@ -521,3 +521,35 @@ def test_an_interruption_while_importing_is_not_a_reason(installed: Callable[...
         registry.get("whole")
     point.what = Whole
     assert isinstance(registry.get("whole"), Whole)
+
+
+# Forbidden names ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def doubts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has not warned of any name yet."""
+    monkeypatch.setattr(registry._registry, "doubted", set())
+
+
+@pytest.mark.usefixtures("doubts")
+@pytest.mark.parametrize("way", ["option", "environment"])
+def test_a_forbidden_name_that_nobody_has_is_warned_of_once(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    changes = {}
+    if way == "option":
+        changes["forbid"] = ("fft", "winogard")
+    else:
+        monkeypatch.setenv("CONVDISPATCH_FORBID", "fft,winogard")
+    with settings.options(**changes):
+        with pytest.warns(UserWarning, match="forbid names 'winogard'.*did you mean 'winograd'") as told:
+            convdispatch.plan(INPUT, FILTERS)
+        assert len(told) == 1
+        convdispatch.plan(INPUT, FILTERS, strides=2)  # said once
+
+
+@pytest.mark.usefixtures("doubts")
+def test_a_forbidden_backend_may_come_later_or_be_taken_out() -> None:
+    with settings.options(forbid=("late", "fft")):
+        register("late")(right)
+        unregister("fft")
+        assert "late" in registry.available()

@@ -13,7 +13,7 @@ from scripted import PROBLEM, RULES, FakeClock, Scripted, only
 
 from convdispatch import profile
 from convdispatch.cli import main
-from convdispatch.errors import WorkloadError
+from convdispatch.errors import ArgumentError, WorkloadError
 from convdispatch.problem import Problem
 from convdispatch.tuning import stakes, tuner, workload
 from convdispatch.tuning.record import Recording
@@ -90,6 +90,11 @@ def test_a_workload_without_seconds_keeps_its_order_and_shares_evenly() -> None:
     ]
     assert {task.key.threads for task in tasks} == {4}
     assert [stakes.share(60.0, tasks[number:]) for number in (0, 5)] == [10.0, 60.0]
+
+
+def test_no_deployment_at_all_is_refused(recording: Recording) -> None:
+    with pytest.raises(ArgumentError, match=r"deployments must be at least one of plan, call; got \(\)"):
+        stakes.tasks(recording.workload, (), "m", 1)
 
 
 def test_what_was_added_by_hand_comes_last(recording: Recording) -> None:

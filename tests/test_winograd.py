@@ -9,6 +9,7 @@ import pytest
 import walls
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import judge
 
 from convdispatch import machine
 from convdispatch.arguments import Array
@@ -20,7 +21,6 @@ from convdispatch.backends.winograd import BLOCK_BYTES, Winograd
 from convdispatch.backends.winograd import SIZES as ALL_SIZES
 from convdispatch.errors import ArgumentError
 from convdispatch.problem import Problem
-from convdispatch.reference import judge
 
 WINOGRAD = Winograd()
 SIZES = ALL_SIZES[3, 1]

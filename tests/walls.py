@@ -3,12 +3,11 @@
 import pickle
 
 import numpy as np
-from strategies import Case, numbers
+from strategies import Case, judge, numbers
 
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config
 from convdispatch.problem import Problem
-from convdispatch.reference import judge
 
 
 def run(backend: Backend, case: Case, config: Config, *, pickled: bool = False) -> Array:

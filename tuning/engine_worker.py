@@ -9,13 +9,13 @@ import contextlib
 import os
 import statistics
 import sys
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from convdispatch.errors import in_a_line
 from convdispatch.problem import Problem
 from convdispatch.tuning.child import Child, ChildLostError, requests, search_path
 from convdispatch.tuning.clock import Clock, system_clock
@@ -111,7 +111,7 @@ def _short(error: Exception) -> str:
 
 
 def _cut(reason: str) -> str:
-    return textwrap.shorten(reason, _REASON, placeholder=" ...")
+    return in_a_line(reason, _REASON)
 
 
 def main() -> None:

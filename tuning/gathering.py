@@ -69,13 +69,13 @@ def race_here(
         held: the quarantines on this kind of machine, as the profile has them.
 
     Returns:
-        The report, and the quarantines that there are now.
+        The report, and the quarantines that are new, or now about other code of the same name.
     """
     chosen = tuner.chosen_backends(backends)
     isolation.forget([chosen[name] for name in again if name in chosen])
     with session(), quarantine.kept_apart(held) as now:
         report = tuner.measure_layer(layer, key, effort, seconds, chosen, known, retune=retune, again=again)
-        return report, dict(now)
+        return report, {key: text for key, text in now.items() if text != held.get(key)}
 
 
 class Gathering:
@@ -185,15 +185,13 @@ class Gathering:
             self._fail(job, worker, f"{type(error).__name__}: {said(error)}")
             return
         try:
-            report, held = future.result(timeout=_FETCH)
+            report, new = future.result(timeout=_FETCH)
         except Exception:  # noqa: BLE001  # lost, cancelled, or gone before its result was here
             self._tried(self._spread.lose(job, worker))
             return
         self._spread.end(worker)
         entries = [report.entry] if report.status == "tuned" and report.entry is not None else []
-        known = self._held[job.kind.machine.id]
-        new = {key: text for key, text in held.items() if key not in known}
-        known.update(new)
+        self._held[job.kind.machine.id].update(new)
         for entry in entries:
             profile.remember(entry)
         if entries or new:

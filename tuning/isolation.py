@@ -7,13 +7,13 @@ candidate. Each backend has a child of its own, so that none is blamed for what 
 """
 
 import atexit
-import textwrap
 import warnings
 import weakref
 from collections.abc import Sequence
 
 from convdispatch import quarantine, registry, settings
 from convdispatch.backend import Backend, Candidate, Config
+from convdispatch.errors import in_a_line
 from convdispatch.locks import module_rlock
 from convdispatch.problem import Problem
 from convdispatch.profile import Failure
@@ -48,7 +48,7 @@ def admitted(problem: Problem, candidates: Sequence[Candidate]) -> tuple[list[Ca
         if finding.reason is None:
             fit.append(candidate)
             continue
-        reason = textwrap.shorten(finding.reason, _REASON, placeholder=" ...")
+        reason = in_a_line(finding.reason, _REASON)
         if finding.lasting:
             quarantine.add(candidate, problem, reason)
             reason = f"{quarantine.FAILED}{reason}"

@@ -9,7 +9,6 @@ import faulthandler
 import functools
 import math
 import pickle
-import textwrap
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from convdispatch import registry
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Candidate, Config
+from convdispatch.errors import in_a_line
 from convdispatch.plan import Plan
 from convdispatch.problem import Problem
 from convdispatch.tuning.child import Reply, requests
@@ -131,7 +131,7 @@ _CHANGES: tuple[tuple[Callable[[_Setting], None], str, str], ...] = (
 
 
 def _short(error: BaseException) -> str:
-    return textwrap.shorten(f"{type(error).__name__}: {error}", _REASON, placeholder=" ...")
+    return in_a_line(f"{type(error).__name__}: {error}", _REASON)
 
 
 def main() -> None:

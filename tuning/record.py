@@ -1,7 +1,8 @@
 """Recording: what a program really calls, how often and for how long, as a workload to tune.
 
 A recording is process-wide: the calls of all threads count, those of worker threads too. A call that another call
-makes inside, or that tuning makes to measure, is not the program's and does not count.
+makes inside, or that tuning makes to measure, is not the program's and does not count. Nor does what only a first call
+waits for: it counts as long as the later ones of its kind do on average.
 """
 
 import atexit
@@ -10,7 +11,8 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from convdispatch import observe, safe_file, settings
@@ -19,9 +21,48 @@ from convdispatch.problem import Problem
 from convdispatch.tuning import workload as workloads
 from convdispatch.tuning.workload import Layer, Workload
 
-_SECONDS_TO_WAIT = 30.0
 #: A recording of a whole program is written at its end, and this often before: not every program ends well.
 _SECONDS_BETWEEN_WRITES = 30.0
+
+
+#: What a call is counted under: its problem, deployment and thread budget.
+_Key = tuple[Problem, str, int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """How often one thing was called, and for how long.
+
+    Attributes:
+        first: calls that began before the first one had ended. They may have waited for a compiler, an import or a
+            race, which no later call does.
+        first_seconds: what those took.
+        later, later_seconds: all others.
+    """
+
+    first: int = 0
+    first_seconds: float = 0.0
+    later: int = 0
+    later_seconds: float = 0.0
+
+    @property
+    def count(self) -> int:
+        """How many calls there were."""
+        return self.first + self.later
+
+    @property
+    def seconds(self) -> float:
+        """What the calls take without waiting: first ones count like later ones, where there were any."""
+        return self.later_seconds / self.later * self.count if self.later else self.first_seconds
+
+    def plus(self, other: "Tally") -> "Tally":
+        """Return this tally with another's calls added."""
+        return Tally(
+            self.first + other.first,
+            self.first_seconds + other.first_seconds,
+            self.later + other.later,
+            self.later_seconds + other.later_seconds,
+        )
 
 
 class Recording:
@@ -33,30 +74,31 @@ class Recording:
     def __init__(self) -> None:
         """Begin without calls."""
         self._lock = threading.Lock()
-        self._calls: dict[tuple[Problem, str, int | None], tuple[int, float]] = {}
+        self._calls: dict[_Key, Tally] = {}
+        self._first_ended: dict[_Key, float] = {}
 
     def add(self, problem: Problem, deployment: str, threads: int | None, seconds: float) -> None:
-        """Count one call."""
+        """Count one call, which has just ended."""
         if problem.is_trivial:
             return  # there is nothing to tune
         key = problem, deployment, threads
+        now = time.perf_counter()
         with self._lock:
-            count, total = self._calls.get(key, (0, 0.0))
-            self._calls[key] = count + 1, total + seconds
+            is_first = now - seconds < self._first_ended.setdefault(key, now)
+            one = Tally(first=1, first_seconds=seconds) if is_first else Tally(later=1, later_seconds=seconds)
+            self._calls[key] = self._calls.get(key, Tally()).plus(one)
 
-    def take(self) -> tuple[Layer, ...]:
-        """Return the layers and begin anew."""
+    def take(self) -> dict[_Key, Tally]:
+        """Return the calls and begin anew."""
         with self._lock:
             calls, self._calls = self._calls, {}
-        return _layers(calls)
+        return calls
 
-    def put_back(self, layers: Iterable[Layer]) -> None:
+    def put_back(self, calls: Mapping[_Key, Tally]) -> None:
         """Add the calls that ``take`` took."""
         with self._lock:
-            for layer in layers:
-                key = layer.problem, layer.deployment or "plan", layer.threads
-                count, total = self._calls.get(key, (0, 0.0))
-                self._calls[key] = count + layer.count, total + (layer.seconds or 0.0)
+            for key, tally in calls.items():
+                self._calls[key] = self._calls.get(key, Tally()).plus(tally)
 
     def __iter__(self) -> Iterator[Layer]:
         with self._lock:
@@ -77,7 +119,7 @@ class Recording:
 
     @property
     def seconds(self) -> float:
-        """How long all of them took together."""
+        """How long all of them take together; see ``Tally.seconds``."""
         return sum(layer.seconds or 0.0 for layer in self)
 
     @property
@@ -98,10 +140,10 @@ class Recording:
         merge(Path(path), self.workload)
 
 
-def _layers(calls: dict[tuple[Problem, str, int | None], tuple[int, float]]) -> tuple[Layer, ...]:
+def _layers(calls: Mapping[_Key, Tally]) -> tuple[Layer, ...]:
     rows = [
-        Layer(problem, count, seconds=seconds, deployment=deployment, threads=threads)
-        for (problem, deployment, threads), (count, seconds) in calls.items()
+        Layer(problem, tally.count, seconds=tally.seconds, deployment=deployment, threads=threads)
+        for (problem, deployment, threads), tally in calls.items()
     ]
     return tuple(sorted(rows, key=lambda layer: -(layer.seconds or 0.0)))
 
@@ -113,15 +155,18 @@ def merge(path: Path, recorded: Workload) -> None:
         WorkloadError: if the file there is no workload, or it cannot be written; it is then as it was.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with safe_file.exclusive(path, _SECONDS_TO_WAIT):
-            if path.exists() and path.stat().st_size:
-                old = workloads.load(path)
+        place = safe_file.real(path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with safe_file.exclusive(place):
+            if place.exists() and place.stat().st_size:
+                old = workloads.load(place)
                 recorded = Workload(old.name, old.layers + recorded.layers, old.title, old.source)
             both = recorded.distinct()
             rows = sorted(both.layers, key=lambda layer: -(layer.seconds or 0.0))
-            Workload(both.name, tuple(rows), both.title, both.source).dump(path)
-    except OSError as error:
+            safe_file.replace(place, replace(both, layers=tuple(rows)).to_yaml().encode())
+    except WorkloadError:
+        raise
+    except (OSError, ValueError) as error:
         raise WorkloadError(f"{path}: the recording cannot be written: {error}") from None
 
 
@@ -170,7 +215,7 @@ def record(path: str | os.PathLike[str] | None = None) -> Iterator[Recording]:
         The recording. It can be looked at any time, and tuned afterwards: ``convdispatch.tune(recording)``.
 
     Raises:
-        WorkloadError: if the file cannot be written.
+        WorkloadError: if the file cannot be written; a note on what the block raised, where it did.
 
     Examples:
         >>> import numpy as np, convdispatch
@@ -180,13 +225,25 @@ def record(path: str | os.PathLike[str] | None = None) -> Iterator[Recording]:
         [('1x8x8x3 * 3x3x3x4 SAME', 1, 'call')]
     """
     recording = Recording()
+    target = None if path is None else Path(path).absolute()  # the block may go elsewhere
     _start(recording)
     try:
         yield recording
-    finally:
+    except BaseException as error:
         _stop(recording)
-        if path is not None and recording.calls:
-            recording.save(path)
+        try:
+            _save(recording, target)
+        except WorkloadError as failed:
+            error.add_note(str(failed))  # what stopped the program matters more
+        raise
+    else:
+        _stop(recording)
+        _save(recording, target)
+
+
+def _save(recording: Recording, path: Path | None) -> None:
+    if path is not None and recording.calls:
+        recording.save(path)
 
 
 # A whole program ------------------------------------------------------------------------------------------------
@@ -208,27 +265,38 @@ class ProgramRecording(Recording):
         now = time.monotonic()
         if now - self._written > _SECONDS_BETWEEN_WRITES:
             self._written = now
-            threading.Thread(target=self.write, name="convdispatch-record", daemon=True).start()
+            # Where there is no thread to be had, the call goes on; the next attempt writes these calls too.
+            with contextlib.suppress(RuntimeError):
+                threading.Thread(target=self.write, name="convdispatch-record", daemon=True).start()
 
     def write(self) -> None:
         """Move what was counted into the file; into one beside it, with a warning, if that one cannot be used."""
         with self._writing:
-            layers = self.take()
-            if not layers:
+            calls = self.take()
+            if not calls:
                 return
-            recorded = Workload("recording", layers, title="recorded calls")
             try:
-                merge(self.path, recorded)
-            except ConvDispatchError as error:
-                beside = self.path.with_name(f"{self.path.stem}-{os.getpid()}.yaml")
-                try:
-                    merge(beside, recorded)
-                except ConvDispatchError:
-                    self.put_back(layers)  # for the next attempt
-                    where = "kept for another attempt"
-                else:
-                    where = f"written to {beside}"
-                warnings.warn(f"recorded calls are {where}: {error}", stacklevel=2)
+                said = self._move(Workload("recording", _layers(calls), title="recorded calls"))
+            except BaseException as error:
+                self.put_back(calls)  # for the next attempt
+                if not isinstance(error, ConvDispatchError):
+                    raise
+                said = f"kept for another attempt: {error}"
+        if said:
+            warnings.warn(f"recorded calls are {said}", stacklevel=2)
+
+    def _move(self, recorded: Workload) -> str:
+        """Write to the file or beside it; return what to say of that, if anything."""
+        try:
+            merge(self.path, recorded)
+        except ConvDispatchError as error:
+            beside = self.path.with_name(f"{self.path.stem}-{os.getpid()}.yaml")
+            try:
+                merge(beside, recorded)
+            except ConvDispatchError:
+                raise error from None  # the file that was asked for matters
+            return f"written to {beside}: {error}"
+        return ""
 
     def after_fork(self) -> None:
         """Begin anew in a forked child: what was counted before is the parent's to write."""
@@ -252,9 +320,11 @@ def record_program(path: Path | None = None) -> ProgramRecording | None:
     atexit.register(recording.write)
     if hasattr(os, "fork"):
         # A child of multiprocessing ends without atexit, and forgets what was to be done at its parent's end.
-        from multiprocessing import util  # noqa: PLC0415
+        from multiprocessing import parent_process, util  # noqa: PLC0415
 
         util.register_after_fork(recording, _write_at_the_end_of_a_child)
+        if parent_process() is not None:  # this is one, and has begun already: what is to be done then is over
+            _write_at_the_end_of_a_child(recording)
     return recording
 
 

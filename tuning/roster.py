@@ -10,7 +10,7 @@ from typing import Any
 
 import convdispatch
 from convdispatch import heuristic, machine, settings
-from convdispatch.errors import ClusterError
+from convdispatch.errors import ClusterError, in_a_line
 from convdispatch.tuning import tuner
 from convdispatch.tuning.spread import Kind, Worker
 
@@ -66,7 +66,7 @@ def connected() -> Iterator[None]:
 
 def said(error: BaseException) -> str:
     """Return an error's message in one line, its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    return in_a_line(error) or type(error).__name__
 
 
 def host() -> str:

@@ -7,8 +7,8 @@ come first and get the largest share of the time. What the profile knows already
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from convdispatch.errors import WorkloadError
-from convdispatch.profile import Key
+from convdispatch.errors import ArgumentError, WorkloadError
+from convdispatch.profile import DEPLOYMENTS, Key
 from convdispatch.tuning.workload import Layer, Workload
 
 
@@ -50,8 +50,11 @@ def tasks(
         The tasks: in the workload's order where no layer says its seconds, else by seconds, the most first.
 
     Raises:
+        ArgumentError: if there are no deployments.
         WorkloadError: if no layer is called in any of the deployments.
     """
+    if not deployments:
+        raise ArgumentError(f"deployments must be at least one of {', '.join(DEPLOYMENTS)}; got {deployments!r}")
     found: dict[Key, Layer] = {}
     for layer in load.layers:
         for deployment in deployments:

@@ -12,12 +12,13 @@ A workload file is::
 
 A layer is a mapping of ``problem`` (any text that ``Problem.parse`` reads) and, where it helps, ``count`` (a
 whole number, 1 where unsaid) and ``name``; or just the problem's text. A recording of a program also says the
-``seconds`` that all those calls took together, and the ``deployment`` and ``threads`` that they were made with.
-Anything else is an error, since a misspelt ``count`` would silently weigh a layer wrongly. So are aliases: nobody
-needs them here, and a small file of them can stand for an enormous one.
+``seconds`` that all those calls took together, and the ``deployment`` and ``threads`` that they were made with. A
+layer's first call in a process, which may have waited for a compiler or a race, counts there with the average of its
+later ones; with its own time only where there was no other yet when it was written. Anything else is an error, since
+a misspelt ``count`` would silently weigh a layer wrongly. So are aliases: nobody needs them here, and a small file of
+them can stand for an enormous one.
 """
 
-import contextlib
 import difflib
 import functools
 import importlib.resources
@@ -29,7 +30,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from convdispatch import safe_yaml
+from convdispatch import safe_file, safe_yaml
 from convdispatch.errors import ArgumentError, ArgumentTypeError, WorkloadError
 from convdispatch.problem import Problem
 from convdispatch.profile import DEPLOYMENTS
@@ -113,11 +114,6 @@ class Workload:
         if not self.layers:
             raise WorkloadError(f"workload {self.name!r} has no layers; it needs at least one problem")
 
-    @property
-    def flops(self) -> int:
-        """Multiplications and additions of one pass, every layer as often as it runs."""
-        return sum(layer.count * layer.problem.flops for layer in self.layers)
-
     def with_batch(self, n: int) -> Self:
         """Return this workload with ``n`` images in every problem.
 
@@ -156,22 +152,18 @@ class Workload:
         return dump(head, flow=False) + "layers:\n" + "".join("- " + dump(row, flow=True) for row in rows)
 
     def dump(self, path: str | os.PathLike[str]) -> None:
-        """Write a workload file, whole or not at all.
+        """Write a workload file, whole or not at all, in place of what is there.
 
         Raises:
             WorkloadError: if the file cannot be written.
 
         """
-        target = Path(path)
-        draft = target.parent / f".{target.name}.{os.getpid()}.tmp"
         try:
-            draft.write_text(self.to_yaml(), encoding="utf-8")
-            draft.replace(target)
+            place = safe_file.real(Path(path))
+            with safe_file.exclusive(place):
+                safe_file.replace(place, self.to_yaml().encode())
         except (OSError, ValueError) as error:
-            raise WorkloadError(f"{target}: the workload cannot be written: {error}") from None
-        finally:
-            with contextlib.suppress(OSError):
-                draft.unlink()
+            raise WorkloadError(f"{path}: the workload cannot be written: {error}") from None
 
 
 @functools.cache
