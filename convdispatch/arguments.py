@@ -2,6 +2,7 @@
 
 import functools
 import operator
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -243,6 +244,8 @@ def _pads(
     pads = _explicit_pads(padding, data_format, what)
     if min(pads) < 0:
         raise ArgumentError(f"padding must not be negative; got {padding!r}")
+    if max(pads) > sys.maxsize:  # kernels count in int64
+        raise ArgumentError(f"padding must be at most {sys.maxsize}; got {padding!r}")
     return pads
 
 

@@ -129,6 +129,15 @@ ROWS: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
     "a filter longer than image and padding": (
         {"filters": ones(9, 3, 4, 8), "padding": 1}, ArgumentError, ("filters", "9 rows", "5", "2 of padding")
     ),
+    # What int64 does not hold
+    "a stride beyond int64": ({"strides": 10**20}, ArgumentError, ("strides", "at most", str(10**20))),
+    "a dilation beyond int64": ({"dilations": (1, 2**63)}, ArgumentError, ("dilations", "at most", str(2**63))),
+    "padding beyond int64": ({"padding": 10**20}, ArgumentError, ("padding", "at most", str(10**20))),
+    "padding beyond any array": ({"padding": 10**12}, ArgumentError, ("padding", "2000000000005", "smaller")),
+    "padding beyond any array, with strides as large": (
+        {"padding": 10**17, "strides": 10**17}, ArgumentError, ("padding", "smaller")
+    ),
+    "a dilation that pads beyond any array": ({"dilations": 2**62}, ArgumentError, ("padding", "dilations", "smaller")),
     # Formats
     "an unknown data format": ({"data_format": "NCWH"}, ArgumentError, ("data_format", "'NCWH'", "NHWC, NCHW")),
     "a data format of None": ({"data_format": None}, ArgumentTypeError, ("data_format", "None")),
@@ -276,6 +285,9 @@ def test_a_plan_made_for_a_residual_wants_one() -> None:
         ((2, 5, 6.0, 4), ArgumentTypeError, ("input", "6.0")),
         (None, ArgumentTypeError, ("input", "None")),
         (5, ArgumentTypeError, ("input", "5")),
+        ((1, 10**20, 6, 4), ArgumentError, ("input", str(10**20), "elements")),
+        ((1, 2**30, 2**30, 4), ArgumentError, ("input", "1073741824", "elements")),
+        ((0, 2**30, 2**30, 4), ArgumentError, ("input", "1073741824", "elements")),
     ],
 )
 def test_plan_refuses_a_shape_that_is_none(shape: Any, kind: type[Exception], words: tuple[str, ...]) -> None:
