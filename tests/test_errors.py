@@ -181,6 +181,7 @@ ROWS: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
         {"out": ones(*Y, dtype=np.float64)}, ArgumentTypeError, ("out", "float32", "float64")
     ),
     "read-only out": ({"out": read_only(ones(*Y))}, ArgumentError, ("out", "read-only", "writable")),
+    "a masked out": ({"out": np.ma.masked_array(ones(*Y), ones(*Y) > 0)}, ArgumentTypeError, ("out", "masked")),
     "out as a list": ({"out": [1.0]}, ArgumentTypeError, ("out", "list")),
     # Backend
     "an unknown backend": ({"backend": "winogard"}, UnknownBackendError, ("'winogard'", "did you mean 'winograd'")),
@@ -262,6 +263,7 @@ def test_plan_refuses_the_same(row: str) -> None:
         ({"input": X, "residual": ones(*Y)}, ArgumentError, ("residual", "without")),
         ({"input": X, "out": ones(2, 5, 6, 7)}, ArgumentError, ("out", str(Y), "(2, 5, 6, 7)")),
         ({"input": X, "out": "y"}, ArgumentTypeError, ("out", "str")),
+        ({"input": X, "out": np.ma.masked_array(ones(*Y))}, ArgumentTypeError, ("out", "masked")),
     ],
 )
 def test_a_plan_refuses_when_called(call: dict[str, Any], kind: type[Exception], words: tuple[str, ...]) -> None:
