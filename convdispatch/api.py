@@ -7,6 +7,7 @@ import numpy as np
 
 from convdispatch import dispatch, observe
 from convdispatch.arguments import Array, as_array, dtype_name, name_of
+from convdispatch.errors import ArgumentTypeError
 from convdispatch.plan import Plan
 
 
@@ -117,8 +118,16 @@ def plan(
     else:
         shape, given = input, weights.dtype if dtype is None else dtype
     problem, packed, values = dispatch.checked(
-        shape, dtype_name(given), weights, bias, residual=bool(residual), filter_format=filter_format,
+        shape, dtype_name(given), weights, bias, residual=_is_to_come(residual), filter_format=filter_format,
         strides=strides, padding=padding, data_format=data_format, dilations=dilations, groups=groups,
         activation=activation,
     )  # fmt: skip
     return dispatch.make_plan(problem, packed, values, "plan", dispatch.parse_forced(backend))
+
+
+def _is_to_come(residual: Any) -> bool:
+    """Return whether a plan's calls will pass a residual; one that is given already would say yes and be dropped."""
+    if not isinstance(residual, bool | np.bool_):
+        got = type(residual).__name__
+        raise ArgumentTypeError(f"residual must be True or False here; got {got}: pass it to the plan's calls")
+    return bool(residual)

@@ -80,7 +80,7 @@ def parse_activation(value: Any) -> tuple[str | None, float]:
         return name, 0.0
     try:
         number = float(slope)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise ArgumentError(f"activation 'leaky_relu' needs a finite slope: ('leaky_relu', 0.01); got {value!r}")

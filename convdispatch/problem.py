@@ -113,11 +113,14 @@ class Problem:
                 raise ArgumentTypeError(f"{name} must be an int; got {getattr(self, name)!r}")
             if getattr(self, name) < low:
                 raise ArgumentError(f"{name} must be at least {low}; got {getattr(self, name)}")
-        for name, low in (("strides", 1), ("dilations", 1), ("pads", 0)):
-            if min(getattr(self, name)) < low:
-                raise ArgumentError(f"{name} must be at least {low}; got {getattr(self, name)}")
-            if max(getattr(self, name)) > sys.maxsize:  # kernels count in int64
-                raise ArgumentError(f"{name} must be at most {sys.maxsize}; got {getattr(self, name)}")
+        for name, count, low in (("strides", 2, 1), ("dilations", 2, 1), ("pads", 4, 0)):
+            sizes = getattr(self, name)
+            if type(sizes) is not tuple or len(sizes) != count or any(type(size) is not int for size in sizes):
+                raise ArgumentTypeError(f"{name} must be a tuple of {count} ints; got {sizes!r}")
+            if min(sizes) < low:
+                raise ArgumentError(f"{name} must be at least {low}; got {sizes}")
+            if max(sizes) > sys.maxsize:  # kernels count in int64
+                raise ArgumentError(f"{name} must be at most {sys.maxsize}; got {sizes}")
         for name, count in (("input channels", self.c), ("filters", self.k)):
             if count % self.groups:
                 raise ArgumentError(f"groups must divide the {name}: {count} {name}, groups={self.groups}")
@@ -138,6 +141,8 @@ class Problem:
             raise ArgumentTypeError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype}")
         if self.data_format not in DATA_FORMATS:
             raise ArgumentError(f"data_format must be one of {', '.join(DATA_FORMATS)}; got {self.data_format!r}")
+        if not isinstance(self.epilogue, Epilogue):
+            raise ArgumentTypeError(f"epilogue must be an Epilogue; got {self.epilogue!r}")
         activation = self.epilogue.activation
         if activation not in (None, *INTEGER_ACTIVATIONS) and self.dtype in INTEGERS:
             raise ArgumentError(

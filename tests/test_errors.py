@@ -87,6 +87,8 @@ ROWS: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
         ArgumentError,
         ("strides", "N and C", "NCHW"),
     ),
+    "stride as an array of a float": ({"strides": np.array(2.0)}, ArgumentTypeError, ("strides", "array(2.)")),
+    "stride as an array of a bool": ({"strides": np.array(True)}, ArgumentTypeError, ("strides", "array(True)")),
     "dilation 0": ({"dilations": 0}, ArgumentError, ("dilations", "at least 1", "0")),
     "a dilation over channels": ({"dilations": [1, 1, 1, 3]}, ArgumentError, ("dilations", "N and C")),
     "dilation as a float": ({"dilations": (1.0, 1.0)}, ArgumentTypeError, ("dilations", "1.0")),
@@ -101,6 +103,10 @@ ROWS: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
     "padding as a bool": ({"padding": True}, ArgumentTypeError, ("padding", "True")),
     "padding of None": ({"padding": None}, ArgumentTypeError, ("padding", "None")),
     "padding as bytes": ({"padding": b"SAME"}, ArgumentTypeError, ("padding", "b'SAME'")),
+    "padding as an array of text": ({"padding": np.array("SAME")}, ArgumentTypeError, ("padding", "array('SAME'")),
+    "arrays of a float as pads": (
+        {"padding": (np.array(1.0), np.array(1))}, ArgumentTypeError, ("padding", "array(1.)")
+    ),
     "three pads": ({"padding": (1, 1, 1)}, ArgumentError, ("padding", "(1, 1, 1)")),
     "four flat pads": ({"padding": (0, 1, 1, 0)}, ArgumentError, ("padding", "(0, 1, 1, 0)", "four pairs")),
     "a pair and a number": ({"padding": ((1, 1), 1)}, ArgumentError, ("padding", "((1, 1), 1)")),
@@ -149,6 +155,7 @@ ROWS: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
     "a missing slope": ({"activation": "leaky_relu"}, ArgumentError, ("leaky_relu", "slope")),
     "a slope that is no number": ({"activation": ("leaky_relu", "x")}, ArgumentError, ("leaky_relu", "slope", "'x'")),
     "an infinite slope": ({"activation": ("leaky_relu", np.inf)}, ArgumentError, ("leaky_relu", "slope", "inf")),
+    "a slope that no float holds": ({"activation": ("leaky_relu", 10**400)}, ArgumentError, ("leaky_relu", "slope")),
     "a slope too many": ({"activation": ("relu", 0.1)}, ArgumentError, ("relu", "no slope", "0.1")),
     "three parts of an activation": ({"activation": ("leaky_relu", 1, 2)}, ArgumentTypeError, ("activation",)),
     "an activation without integers": (
@@ -271,6 +278,12 @@ def test_a_plan_refuses_when_called(call: dict[str, Any], kind: type[Exception],
     with pytest.raises(kind) as caught:
         plan(**call)
     assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
+
+
+@pytest.mark.parametrize("residual", [ones(*Y), "no", 1, None])
+def test_plan_refuses_a_residual_that_is_no_bool(residual: Any) -> None:
+    with pytest.raises(ArgumentTypeError, match=r"residual must be True or False.*pass it to the plan's calls"):
+        convdispatch.plan(X, W, residual=residual)
 
 
 def test_a_plan_made_for_a_residual_wants_one() -> None:
