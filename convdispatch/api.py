@@ -98,7 +98,7 @@ def plan(
         input: the input's shape in ``data_format`` order, or an example array, of which only shape and dtype matter.
         filters, strides, padding, data_format, dilations, groups, filter_format, bias, activation: as in ``conv2d``.
         residual: whether calls will pass ``residual=``.
-        dtype: the input's dtype; must be the filters', which is taken where None.
+        dtype: the input's dtype; must be the filters', and the example's if there is one. The filters' where None.
         backend: as in ``conv2d``.
 
     Returns:
@@ -115,6 +115,10 @@ def plan(
     weights = as_array("filters", filters)
     if isinstance(input, np.ndarray):
         shape, given = input.shape, as_array("input", input).dtype
+        if dtype is not None and dtype_name(dtype) != dtype_name(given):
+            raise ArgumentTypeError(
+                f"dtype must be the input's or None; got {dtype_name(dtype)}, input is {given.name}"
+            )
     else:
         shape, given = input, weights.dtype if dtype is None else dtype
     problem, packed, values = dispatch.checked(

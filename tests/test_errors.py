@@ -157,6 +157,7 @@ ROWS: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
     "an infinite slope": ({"activation": ("leaky_relu", np.inf)}, ArgumentError, ("leaky_relu", "slope", "inf")),
     "a slope that no float holds": ({"activation": ("leaky_relu", 10**400)}, ArgumentError, ("leaky_relu", "slope")),
     "a slope too many": ({"activation": ("relu", 0.1)}, ArgumentError, ("relu", "no slope", "0.1")),
+    "two slopes": ({"activation": ("leaky_relu(0.1)", 0.5)}, ArgumentError, ("leaky_relu(0.1)", "0.5", "twice")),
     "three parts of an activation": ({"activation": ("leaky_relu", 1, 2)}, ArgumentTypeError, ("activation",)),
     "an activation without integers": (
         {"input": X.astype(np.int8), "filters": W.astype(np.int8), "activation": "gelu"},
@@ -320,6 +321,12 @@ def test_plan_refuses_a_dtype_that_cannot_be_convolved(dtype: Any) -> None:
 def test_plan_refuses_a_dtype_other_than_the_filters() -> None:
     with pytest.raises(ArgumentTypeError, match=r"float64 and float32"):
         convdispatch.plan((2, 5, 6, 4), W, dtype="float64")
+
+
+def test_plan_refuses_a_dtype_other_than_its_example() -> None:
+    with pytest.raises(ArgumentTypeError, match=r"dtype.*float64.*input.*float32"):
+        convdispatch.plan(X, W, dtype="float64")
+    assert convdispatch.plan(X, W, dtype=np.float32).problem == convdispatch.plan(X, W).problem
 
 
 @pytest.mark.parametrize(
