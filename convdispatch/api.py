@@ -7,6 +7,7 @@ import numpy as np
 
 from convdispatch import dispatch, observe
 from convdispatch.arguments import Array, as_array, dtype_name, name_of
+from convdispatch.errors import ArgumentTypeError
 from convdispatch.plan import Plan
 
 
@@ -97,7 +98,7 @@ def plan(
         input: the input's shape in ``data_format`` order, or an example array, of which only shape and dtype matter.
         filters, strides, padding, data_format, dilations, groups, filter_format, bias, activation: as in ``conv2d``.
         residual: whether calls will pass ``residual=``.
-        dtype: the input's dtype; must be the filters', which is taken where None.
+        dtype: the input's dtype; must be the filters', and the example's if there is one. The filters' where None.
         backend: as in ``conv2d``.
 
     Returns:
@@ -114,11 +115,23 @@ def plan(
     weights = as_array("filters", filters)
     if isinstance(input, np.ndarray):
         shape, given = input.shape, as_array("input", input).dtype
+        if dtype is not None and dtype_name(dtype) != dtype_name(given):
+            raise ArgumentTypeError(
+                f"dtype must be the input's or None; got {dtype_name(dtype)}, input is {given.name}"
+            )
     else:
         shape, given = input, weights.dtype if dtype is None else dtype
     problem, packed, values = dispatch.checked(
-        shape, dtype_name(given), weights, bias, residual=bool(residual), filter_format=filter_format,
+        shape, dtype_name(given), weights, bias, residual=_is_to_come(residual), filter_format=filter_format,
         strides=strides, padding=padding, data_format=data_format, dilations=dilations, groups=groups,
         activation=activation,
     )  # fmt: skip
     return dispatch.make_plan(problem, packed, values, "plan", dispatch.parse_forced(backend))
+
+
+def _is_to_come(residual: Any) -> bool:
+    """Return whether a plan's calls will pass a residual; one that is given already would say yes and be dropped."""
+    if not isinstance(residual, bool | np.bool_):
+        got = type(residual).__name__
+        raise ArgumentTypeError(f"residual must be True or False here; got {got}: pass it to the plan's calls")
+    return bool(residual)

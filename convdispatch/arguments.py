@@ -2,6 +2,7 @@
 
 import functools
 import operator
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -180,15 +181,17 @@ def _whole(name: str, value: Any, what: str) -> int:
         raise ArgumentTypeError(f"{name} must be {what}; got {value!r}") from None
 
 
+def _is_list(value: Any) -> bool:
+    """Return whether a value stands for several; an array of no dimension is a number like NumPy's own."""
+    return isinstance(value, Sequence) or (isinstance(value, np.ndarray) and value.ndim > 0)
+
+
 def pair(name: str, value: Any, data_format: str = "NHWC") -> tuple[int, int]:
     """Return (rows, columns) from an int, a pair, or TensorFlow's list of four in data-format order."""
     what = f"an int, (h, w), or four ints in {data_format} order with 1 for N and C"
     if isinstance(value, str | bytes):
         raise ArgumentTypeError(f"{name} must be {what}; got {value!r}")
-    if isinstance(value, Sequence | np.ndarray):
-        numbers = [_whole(name, item, what) for item in value]
-    else:
-        numbers = [_whole(name, value, what)]
+    numbers = [_whole(name, item, what) for item in (value if _is_list(value) else [value])]
     if len(numbers) == 4:
         rest = [numbers[axis] for axis in ((0, 3) if data_format == "NHWC" else (0, 1))]
         if rest != [1, 1]:
@@ -243,22 +246,24 @@ def _pads(
     pads = _explicit_pads(padding, data_format, what)
     if min(pads) < 0:
         raise ArgumentError(f"padding must not be negative; got {padding!r}")
+    if max(pads) > sys.maxsize:  # kernels count in int64
+        raise ArgumentError(f"padding must be at most {sys.maxsize}; got {padding!r}")
     return pads
 
 
 def _explicit_pads(padding: Any, data_format: str, what: str) -> Pads:
-    if not isinstance(padding, Sequence | np.ndarray) or isinstance(padding, bytes):
+    if not _is_list(padding) or isinstance(padding, bytes):
         size = _whole("padding", padding, what)
         return size, size, size, size
     items = list(padding)
-    if len(items) == 2 and not any(isinstance(item, Sequence | np.ndarray) for item in items):
+    if len(items) == 2 and not any(map(_is_list, items)):
         rows, columns = (_whole("padding", item, what) for item in items)
         return rows, rows, columns, columns
     if len(items) not in {2, 4}:
         raise ArgumentError(f"padding must be {what}; got {padding!r}")
     pairs = []
     for item in items:
-        if not isinstance(item, Sequence | np.ndarray) or isinstance(item, str | bytes) or len(item) != 2:
+        if not _is_list(item) or isinstance(item, str | bytes) or len(item) != 2:
             raise ArgumentError(f"padding must be {what}; got {padding!r}")
         pairs.append((_whole("padding", item[0], what), _whole("padding", item[1], what)))
     if len(pairs) == 4:

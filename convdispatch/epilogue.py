@@ -71,6 +71,8 @@ def parse_activation(value: Any) -> tuple[str | None, float]:
     if not isinstance(name, str):
         raise ArgumentTypeError(f"activation must be a name or ('leaky_relu', slope); got {value!r}")
     if match := _LEAKY.fullmatch(name):
+        if slope is not None:
+            raise ArgumentError(f"activation must not have its slope twice; got {value!r}")
         name, slope = "leaky_relu", match[1]
     if name not in ACTIVATIONS:
         raise ArgumentError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {name!r}")
@@ -80,7 +82,7 @@ def parse_activation(value: Any) -> tuple[str | None, float]:
         return name, 0.0
     try:
         number = float(slope)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise ArgumentError(f"activation 'leaky_relu' needs a finite slope: ('leaky_relu', 0.01); got {value!r}")

@@ -253,6 +253,8 @@ class Plan:
     def _check_out(self, out: Any) -> None:
         if not isinstance(out, np.ndarray):
             raise ArgumentTypeError(f"out must be an array; got {type(out).__name__}")
+        if type(out) is not np.ndarray and isinstance(out, np.ma.MaskedArray):  # np.ma takes 40 ms to load
+            raise ArgumentTypeError("out must not be a masked array, whose mask would hide results; pass its data")
         if out.shape != self.problem.output_shape:
             raise ArgumentError(f"out must have shape {self.problem.output_shape}; got {out.shape}")
         if out.dtype.name != self._result.name:

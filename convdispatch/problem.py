@@ -11,7 +11,9 @@ default: ``stride``, ``dilation``, ``groups`` (where the shapes do not tell), dt
 """
 
 import functools
+import math
 import re
+import sys
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -29,6 +31,8 @@ PADDINGS = ("VALID", "SAME", "SAME_LOWER")
 LOW_PRECISION = ("float16", "bfloat16")
 
 Pads = tuple[int, int, int, int]
+#: So many elements have more bytes than int64 counts, in the widest dtype that they or their sums may have.
+_TOO_MANY = sys.maxsize // 8
 
 
 def dtype_of(name: str) -> np.dtype[Any]:
@@ -101,6 +105,7 @@ class Problem:
                     f"{length}{f' and {padding} of padding' if padding else ''}; "
                     "use a smaller filter, padding='SAME' or explicit padding"
                 )
+        self._check_arrays()
 
     def _check_sizes(self) -> None:
         for name, low in (("n", 0), ("h", 0), ("w", 0), ("c", 0), ("k", 0), ("kh", 1), ("kw", 1), ("groups", 1)):
@@ -108,18 +113,36 @@ class Problem:
                 raise ArgumentTypeError(f"{name} must be an int; got {getattr(self, name)!r}")
             if getattr(self, name) < low:
                 raise ArgumentError(f"{name} must be at least {low}; got {getattr(self, name)}")
-        for name, low in (("pads", 0), ("strides", 1), ("dilations", 1)):
-            if min(getattr(self, name)) < low:
-                raise ArgumentError(f"{name} must be at least {low}; got {getattr(self, name)}")
+        for name, count, low in (("strides", 2, 1), ("dilations", 2, 1), ("pads", 4, 0)):
+            sizes = getattr(self, name)
+            if type(sizes) is not tuple or len(sizes) != count or any(type(size) is not int for size in sizes):
+                raise ArgumentTypeError(f"{name} must be a tuple of {count} ints; got {sizes!r}")
+            if min(sizes) < low:
+                raise ArgumentError(f"{name} must be at least {low}; got {sizes}")
+            if max(sizes) > sys.maxsize:  # kernels count in int64
+                raise ArgumentError(f"{name} must be at most {sys.maxsize}; got {sizes}")
         for name, count in (("input channels", self.c), ("filters", self.k)):
             if count % self.groups:
                 raise ArgumentError(f"groups must divide the {name}: {count} {name}, groups={self.groups}")
+
+    def _check_arrays(self) -> None:
+        padded = self._ordered(self.h + sum(self.pads[:2]), self.w + sum(self.pads[2:]), self.c)
+        for name, shape, remedy in (
+            ("input", self.input_shape, ""),
+            ("filters", self.filter_shape, ""),
+            ("input with its padding", padded, "; use smaller padding, or smaller dilations if that is SAME"),
+            ("output", self.output_shape, "; use fewer images or filters, or smaller padding"),
+        ):
+            if math.prod(size or 1 for size in shape) >= _TOO_MANY:  # NumPy, too, takes a size of 0 for 1 here
+                raise ArgumentError(f"{name} must have fewer than {_TOO_MANY} elements; got shape {shape}{remedy}")
 
     def _check_words(self) -> None:
         if self.dtype not in DTYPES:
             raise ArgumentTypeError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype}")
         if self.data_format not in DATA_FORMATS:
             raise ArgumentError(f"data_format must be one of {', '.join(DATA_FORMATS)}; got {self.data_format!r}")
+        if not isinstance(self.epilogue, Epilogue):
+            raise ArgumentTypeError(f"epilogue must be an Epilogue; got {self.epilogue!r}")
         activation = self.epilogue.activation
         if activation not in (None, *INTEGER_ACTIVATIONS) and self.dtype in INTEGERS:
             raise ArgumentError(

@@ -2,15 +2,19 @@
 
 import os
 import shlex
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from convdispatch import fingerprint, profile, profile_tools, quarantine, registry
+from convdispatch import fingerprint, profile, profile_tools, quarantine, registry, settings
 from convdispatch.errors import ProfileError
 from convdispatch.machine import Machine
 from convdispatch.profile import Entry, Key, Profile
 from convdispatch.quarantine import Quarantine
+
+#: Layers whose file somebody has named, and so may be anything.
+_NAMED = ("project", "only")
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,7 @@ def examine(layers: Sequence[tuple[str, Path]], writable: Path, here: Machine) -
         try:
             contents = profile.read(path)
         except ProfileError as error:
-            aside = shlex.join(["mv", str(path), f"{path}.aside"])
-            found.append(Finding("unreadable file", layer, str(path), str(path), str(error), aside))
+            found += _unreadable(layer, path, error)
             continue
         found += _Layer(layer, path, writable, here).findings(contents, seen)
         kept = path.with_name(path.name + ".broken")
@@ -61,18 +64,68 @@ def examine(layers: Sequence[tuple[str, Path]], writable: Path, here: Machine) -
     return found
 
 
+def _unreadable(layer: str, path: Path, error: ProfileError) -> Iterator[Finding]:
+    cause = error.__cause__
+    if isinstance(cause, NotADirectoryError):
+        return  # nothing is there; what keeps tuning from writing it is another finding
+    if layer in _NAMED and isinstance(cause, IsADirectoryError):
+        command = _use(shlex.quote(str(path / "profile.yaml")))
+    elif isinstance(cause, PermissionError):
+        closed = next((place for place in reversed(path.parents) if not os.access(place, os.X_OK)), None)
+        command = shlex.join(["chmod", "u+rw", str(path)] if closed is None else ["chmod", "u+x", str(closed)])
+    else:
+        command = _aside(path)
+    yield Finding("unreadable file", layer, str(path), str(path), str(error), command)
+
+
 def _unwritable(path: Path) -> Iterator[Finding]:
     place = path
-    while not place.exists() and place != place.parent:
+    while not _is_there(place) and place != place.parent:
         place = place.parent
-    folder = path.parent if path.exists() else place
+    folder = path.parent if place == path else place
+    if place == path and path.is_dir():
+        return  # it cannot be read either, which is said
     if not folder.is_dir():
-        reason, command = f"{folder} is no folder", ["mv", str(folder), f"{folder}.aside"]
+        reason, command = f"{folder} is no folder", _aside(folder)
     elif not os.access(folder, os.W_OK | os.X_OK):
-        reason, command = f"nothing may be written in {folder}", ["chmod", "u+wx", str(folder)]
+        reason, command = f"nothing may be written in {folder}", shlex.join(["chmod", "u+wx", str(folder)])
+    elif refusal := _refusal(folder):
+        reason, command = f"no file can be made in {folder}: {refusal}", _elsewhere(path)
     else:
         return
-    yield Finding("unwritable file", "written by tune", str(path), str(path), reason, shlex.join(command))
+    yield Finding("unwritable file", "written by tune", str(path), str(path), reason, command)
+
+
+def _aside(path: Path) -> str:
+    return shlex.join(["mv", str(path), f"{path}.aside"])
+
+
+def _use(path: str) -> str:
+    """Return the command that makes another file the profile; the path is quoted for a shell."""
+    return f"export {settings.PREFIX}PROFILE={path}"
+
+
+def _elsewhere(path: Path) -> str:
+    """Return the command that has tuning write another file than this: the user's, unless it is that."""
+    user = profile.user_path()
+    return _use('"$HOME/convdispatch-profile.yaml"' if path == user else shlex.quote(str(user)))
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.stat()
+    except OSError:  # in a folder that may not be looked into, too
+        return False
+    return True
+
+
+def _refusal(folder: Path) -> str:
+    """Return why no file can be made in a folder, though permissions allow it; trying leaves nothing behind."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 @dataclass(frozen=True)

@@ -312,6 +312,12 @@ def _candidate_fields(data: Any, key: Key) -> tuple[str, int, Config]:
     return _take(data, "backend", str), _take(data, "version", int), config
 
 
+def _words(name: str) -> tuple[str, list[str]]:
+    """Return a candidate's name and config however people write it: with other spaces, or keys in another order."""
+    backend, _, config = "".join(name.split()).partition("(")
+    return backend, sorted(config.removesuffix(")").split(","))
+
+
 def parse_entry(key: Key, data: Any) -> Entry:
     """Return an entry from what YAML made of its text.
 
@@ -332,7 +338,8 @@ def parse_entry(key: Key, data: Any) -> Entry:
     for row in data.get("failures") or []:
         failures.append(Failure(*_candidate_fields(row, key), reason=_take(row, "reason", str)))  # noqa: PERF401
     winner = _take(data, "winner", str)
-    chosen = next((result for result in results if result.name == winner), None)
+    alike = [result for result in results if _words(result.name) == _words(winner)]
+    chosen = min(alike, key=lambda result: result.name != winner, default=None)
     if chosen is None:
         names = ", ".join(result.name for result in results)
         raise ProfileError(f"winner {winner!r} is none of the results: {names}")

@@ -21,6 +21,7 @@ from convdispatch import settings
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config, Kernel, Numerics
 from convdispatch.errors import (
+    ArgumentTypeError,
     BackendError,
     BackendUnavailableError,
     ConvDispatchError,
@@ -195,6 +196,7 @@ def register(name: Any, *, replace: bool = False, **about: Any) -> Any:
 
     Raises:
         RegistrationError: if the name is taken or unusable, or the thing is no backend.
+        ArgumentTypeError: if what is said about a function is not of these, or of the wrong kind.
 
     Examples:
         >>> import numpy as np
@@ -204,6 +206,7 @@ def register(name: Any, *, replace: bool = False, **about: Any) -> Any:
         ...     return x @ w[0, 0]
         >>> unregister("pointwise")
     """
+    _check_about(about)
     if isinstance(name, str):
 
         def decorate(value: Any) -> Any:
@@ -216,6 +219,24 @@ def register(name: Any, *, replace: bool = False, **about: Any) -> Any:
         raise RegistrationError(f"register needs a name: register('mine')(...); got {name!r}")
     _add(own, name, replace, about)
     return name
+
+
+_ABOUT: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "version": ("an int", lambda value: type(value) is int),
+    "numerics": ("a Numerics", lambda value: isinstance(value, Numerics)),
+    "rejects": ("a function from a problem to a reason or None", callable),
+}
+
+
+def _check_about(about: dict[str, Any]) -> None:
+    for key, value in about.items():
+        if key not in _ABOUT:
+            near = difflib.get_close_matches(key, _ABOUT, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"a function's are {', '.join(_ABOUT)}"
+            raise ArgumentTypeError(f"register takes no {key!r}; {hint}")
+        what, is_right = _ABOUT[key]
+        if value is not None and not is_right(value):
+            raise ArgumentTypeError(f"{key} must be {what}; got {value!r}")
 
 
 def _add(name: str, value: Any, replace: bool, about: dict[str, Any]) -> None:

@@ -347,6 +347,15 @@ def test_a_layer_measured_while_busy_is_measured_again(puppets: type[Puppet]) ->
     assert (len(made), report.busy) == (2, [])
 
 
+def test_a_layer_that_no_memory_holds_fails_and_the_others_go_on(puppets: type[Puppet]) -> None:
+    large = "1x9999999x9999999x100 * 1x1x100x1 VALID"
+    load = Workload("two", tuple(Layer(Problem.parse(text)) for text in (large, SMALL)))
+    failed, done = bench(load, ["a"], rounds=3, effort=None, own="own", watch=Scripted).layers
+    assert "no memory for the arrays" in failed.own.reason
+    assert all(timing.reason and not timing.seconds for timing in failed.timings.values())
+    assert done.ratio == 2.0
+
+
 # Whole runs, with processes -----------------------------------------------------------------------------------------
 
 
@@ -393,6 +402,12 @@ def test_an_engine_that_hangs_is_given_up() -> None:
 def test_what_an_engine_rejects_has_a_reason() -> None:
     report = run("Right", own="Talking", problem="1x4x4x2 * 1x1x2x101 VALID")
     assert report.layers[0].own.reason == "too many filters"
+
+
+@pytest.mark.usefixtures("importable")
+def test_an_empty_batch_is_a_layer_like_any() -> None:
+    for timing in run("Right", own="Talking", problem="0x8x8x4 * 3x3x4x8 SAME").layers[0].timings.values():
+        assert (timing.reason, timing.error) == ("", 0.0)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="idle workers are not stopped here")

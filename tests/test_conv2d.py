@@ -146,6 +146,15 @@ def test_explicit_padding_in_all_its_forms() -> None:
     np.testing.assert_array_equal(channels_first.transpose(0, 2, 3, 1), run(((1, 2), (3, 4))))
 
 
+def test_an_array_of_no_dimension_is_a_number() -> None:
+    x, w = normal(2, 9, 10, 3), normal(3, 2, 3, 4)
+    how: dict[str, Any] = {"strides": 2, "dilations": 3, "padding": 3}
+    for same in ({key: np.array(value) for key, value in how.items()}, {**how, "padding": [np.array(3), np.array(3)]}):
+        np.testing.assert_array_equal(
+            convdispatch.conv2d(x, w, **same, backend="direct"), convdispatch.conv2d(x, w, **how, backend="direct")
+        )
+
+
 def test_lists_of_four_stand_in_data_format_order() -> None:
     x, w = normal(2, 9, 10, 3), normal(3, 2, 3, 4)
     expected = convdispatch.conv2d(x, w, strides=(2, 1), dilations=(1, 2), padding="VALID", backend="direct")

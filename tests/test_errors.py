@@ -89,6 +89,8 @@ ROWS: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
         ArgumentError,
         ("strides", "N and C", "NCHW"),
     ),
+    "stride as an array of a float": ({"strides": np.array(2.0)}, ArgumentTypeError, ("strides", "array(2.)")),
+    "stride as an array of a bool": ({"strides": np.array(True)}, ArgumentTypeError, ("strides", "array(True)")),
     "dilation 0": ({"dilations": 0}, ArgumentError, ("dilations", "at least 1", "0")),
     "a dilation over channels": ({"dilations": [1, 1, 1, 3]}, ArgumentError, ("dilations", "N and C")),
     "dilation as a float": ({"dilations": (1.0, 1.0)}, ArgumentTypeError, ("dilations", "1.0")),
@@ -103,6 +105,10 @@ ROWS: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
     "padding as a bool": ({"padding": True}, ArgumentTypeError, ("padding", "True")),
     "padding of None": ({"padding": None}, ArgumentTypeError, ("padding", "None")),
     "padding as bytes": ({"padding": b"SAME"}, ArgumentTypeError, ("padding", "b'SAME'")),
+    "padding as an array of text": ({"padding": np.array("SAME")}, ArgumentTypeError, ("padding", "array('SAME'")),
+    "arrays of a float as pads": (
+        {"padding": (np.array(1.0), np.array(1))}, ArgumentTypeError, ("padding", "array(1.)")
+    ),
     "three pads": ({"padding": (1, 1, 1)}, ArgumentError, ("padding", "(1, 1, 1)")),
     "four flat pads": ({"padding": (0, 1, 1, 0)}, ArgumentError, ("padding", "(0, 1, 1, 0)", "four pairs")),
     "a pair and a number": ({"padding": ((1, 1), 1)}, ArgumentError, ("padding", "((1, 1), 1)")),
@@ -131,6 +137,15 @@ ROWS: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
     "a filter longer than image and padding": (
         {"filters": ones(9, 3, 4, 8), "padding": 1}, ArgumentError, ("filters", "9 rows", "5", "2 of padding")
     ),
+    # What int64 does not hold
+    "a stride beyond int64": ({"strides": 10**20}, ArgumentError, ("strides", "at most", str(10**20))),
+    "a dilation beyond int64": ({"dilations": (1, 2**63)}, ArgumentError, ("dilations", "at most", str(2**63))),
+    "padding beyond int64": ({"padding": 10**20}, ArgumentError, ("padding", "at most", str(10**20))),
+    "padding beyond any array": ({"padding": 10**12}, ArgumentError, ("padding", "2000000000005", "smaller")),
+    "padding beyond any array, with strides as large": (
+        {"padding": 10**17, "strides": 10**17}, ArgumentError, ("padding", "smaller")
+    ),
+    "a dilation that pads beyond any array": ({"dilations": 2**62}, ArgumentError, ("padding", "dilations", "smaller")),
     # Formats
     "an unknown data format": ({"data_format": "NCWH"}, ArgumentError, ("data_format", "'NCWH'", "NHWC, NCHW")),
     "a data format of None": ({"data_format": None}, ArgumentTypeError, ("data_format", "None")),
@@ -142,7 +157,9 @@ ROWS: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
     "a missing slope": ({"activation": "leaky_relu"}, ArgumentError, ("leaky_relu", "slope")),
     "a slope that is no number": ({"activation": ("leaky_relu", "x")}, ArgumentError, ("leaky_relu", "slope", "'x'")),
     "an infinite slope": ({"activation": ("leaky_relu", np.inf)}, ArgumentError, ("leaky_relu", "slope", "inf")),
+    "a slope that no float holds": ({"activation": ("leaky_relu", 10**400)}, ArgumentError, ("leaky_relu", "slope")),
     "a slope too many": ({"activation": ("relu", 0.1)}, ArgumentError, ("relu", "no slope", "0.1")),
+    "two slopes": ({"activation": ("leaky_relu(0.1)", 0.5)}, ArgumentError, ("leaky_relu(0.1)", "0.5", "twice")),
     "three parts of an activation": ({"activation": ("leaky_relu", 1, 2)}, ArgumentTypeError, ("activation",)),
     "an activation without integers": (
         {"input": X.astype(np.int8), "filters": W.astype(np.int8), "activation": "gelu"},
@@ -174,6 +191,7 @@ ROWS: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
         {"out": ones(*Y, dtype=np.float64)}, ArgumentTypeError, ("out", "float32", "float64")
     ),
     "read-only out": ({"out": read_only(ones(*Y))}, ArgumentError, ("out", "read-only", "writable")),
+    "a masked out": ({"out": np.ma.masked_array(ones(*Y), ones(*Y) > 0)}, ArgumentTypeError, ("out", "masked")),
     "out as a list": ({"out": [1.0]}, ArgumentTypeError, ("out", "list")),
     # Backend
     "an unknown backend": ({"backend": "winogard"}, UnknownBackendError, ("'winogard'", "did you mean 'winograd'")),
@@ -255,6 +273,7 @@ def test_plan_refuses_the_same(row: str) -> None:
         ({"input": X, "residual": ones(*Y)}, ArgumentError, ("residual", "without")),
         ({"input": X, "out": ones(2, 5, 6, 7)}, ArgumentError, ("out", str(Y), "(2, 5, 6, 7)")),
         ({"input": X, "out": "y"}, ArgumentTypeError, ("out", "str")),
+        ({"input": X, "out": np.ma.masked_array(ones(*Y))}, ArgumentTypeError, ("out", "masked")),
     ],
 )
 def test_a_plan_refuses_when_called(call: dict[str, Any], kind: type[Exception], words: tuple[str, ...]) -> None:
@@ -262,6 +281,12 @@ def test_a_plan_refuses_when_called(call: dict[str, Any], kind: type[Exception],
     with pytest.raises(kind) as caught:
         plan(**call)
     assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
+
+
+@pytest.mark.parametrize("residual", [ones(*Y), "no", 1, None])
+def test_plan_refuses_a_residual_that_is_no_bool(residual: Any) -> None:
+    with pytest.raises(ArgumentTypeError, match=r"residual must be True or False.*pass it to the plan's calls"):
+        convdispatch.plan(X, W, residual=residual)
 
 
 def test_a_plan_made_for_a_residual_wants_one() -> None:
@@ -278,6 +303,9 @@ def test_a_plan_made_for_a_residual_wants_one() -> None:
         ((2, 5, 6.0, 4), ArgumentTypeError, ("input", "6.0")),
         (None, ArgumentTypeError, ("input", "None")),
         (5, ArgumentTypeError, ("input", "5")),
+        ((1, 10**20, 6, 4), ArgumentError, ("input", str(10**20), "elements")),
+        ((1, 2**30, 2**30, 4), ArgumentError, ("input", "1073741824", "elements")),
+        ((0, 2**30, 2**30, 4), ArgumentError, ("input", "1073741824", "elements")),
     ],
 )
 def test_plan_refuses_a_shape_that_is_none(shape: Any, kind: type[Exception], words: tuple[str, ...]) -> None:
@@ -295,6 +323,12 @@ def test_plan_refuses_a_dtype_that_cannot_be_convolved(dtype: Any) -> None:
 def test_plan_refuses_a_dtype_other_than_the_filters() -> None:
     with pytest.raises(ArgumentTypeError, match=r"float64 and float32"):
         convdispatch.plan((2, 5, 6, 4), W, dtype="float64")
+
+
+def test_plan_refuses_a_dtype_other_than_its_example() -> None:
+    with pytest.raises(ArgumentTypeError, match=r"dtype.*float64.*input.*float32"):
+        convdispatch.plan(X, W, dtype="float64")
+    assert convdispatch.plan(X, W, dtype=np.float32).problem == convdispatch.plan(X, W).problem
 
 
 @pytest.mark.parametrize(

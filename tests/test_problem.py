@@ -1,6 +1,7 @@
 """A problem's text and back: one line, canonical, the same in every process."""
 
 import pickle
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -136,6 +137,25 @@ def test_text_that_is_no_problem_is_refused_by_what_is_wrong(text: str, named: s
 def test_what_is_not_text_is_a_type_error(thing: object) -> None:
     with pytest.raises(ArgumentTypeError, match="problem must be text"):
         Problem.parse(thing)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"pads": (1, 1)}, ("pads", "4", "(1, 1)")),
+        ({"pads": 1}, ("pads", "4", "1")),
+        ({"strides": 2}, ("strides", "2", "got 2")),
+        ({"strides": [2, 2]}, ("strides", "tuple", "[2, 2]")),
+        ({"strides": (1, 2.0)}, ("strides", "ints", "(1, 2.0)")),
+        ({"dilations": (1, True)}, ("dilations", "ints", "(1, True)")),
+        ({"dilations": None}, ("dilations", "None")),
+        ({"epilogue": "+relu"}, ("epilogue", "Epilogue", "'+relu'")),
+    ],
+)
+def test_a_field_of_the_wrong_kind_is_refused_by_name(changes: dict[str, Any], words: tuple[str, ...]) -> None:
+    with pytest.raises(ArgumentTypeError) as caught:
+        Problem(1, 5, 5, 3, 8, 3, 3, **changes)
+    assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
 
 
 @given(st.text(alphabet="0123456789x*=,+ SAMEVLIDstrideNHWC()", max_size=40))

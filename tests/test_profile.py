@@ -190,6 +190,15 @@ def test_another_winner_may_be_written_by_hand(path: Path) -> None:
     assert [one.backend for one in again.results] == ["direct", "fft"]
 
 
+@pytest.mark.parametrize("name", ["winograd(m=4,threads=1)", "winograd( threads=1, m=4 )", "winograd (m=4, threads=1)"])
+def test_a_winner_by_hand_may_have_other_spaces_and_another_order(path: Path, name: str) -> None:
+    rows = tuple(result("winograd", config=Config(m=m, threads=1)) for m in (2, 4))
+    text = written(path, entry(None, *rows)).replace("winner: winograd(m=2, threads=1)", f"winner: {name}")
+    again = Profile(text, "some.yaml").get(key())
+    assert again is not None
+    assert again.winner.name == "winograd(m=4, threads=1)"
+
+
 EDITS: dict[str, Callable[[str], str]] = {
     "comments": lambda text: text.replace("\n", "  # why\n").replace(
         "  winner", "\n# at the edge\n  # inside\n  winner"

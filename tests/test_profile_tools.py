@@ -478,6 +478,47 @@ def test_a_file_that_cannot_be_written_is_found(tmp_path: Path, monkeypatch: pyt
     assert finding.command == f"chmod u+wx {tmp_path}"
 
 
+def test_a_folder_that_was_named_as_the_profile_stays_where_it_is(tmp_path: Path) -> None:
+    (finding,) = examine([("project", tmp_path)], tmp_path, HERE)
+    assert finding.kind == "unreadable file"
+    assert finding.command == f"export CONVDISPATCH_PROFILE={tmp_path / 'profile.yaml'}"
+    (finding,) = examine([("user", tmp_path)], tmp_path / "p.yaml", HERE)  # the name is convdispatch's own
+    assert finding.command == f"mv {tmp_path} {tmp_path}.aside"
+
+
+def test_what_cannot_be_there_is_not_to_be_moved(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    inside = tmp_path / "file" / "profile.yaml"
+    (finding,) = examine([("project", inside)], inside, HERE)
+    assert (finding.kind, finding.command) == ("unwritable file", f"mv {tmp_path / 'file'} {tmp_path / 'file'}.aside")
+
+
+def test_a_file_that_may_not_be_read_is_given_the_right(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Path) -> Profile:
+        raise ProfileError(f"{path} cannot be read") from PermissionError(13, "Permission denied")
+
+    path.write_text(text_of(entry()))
+    monkeypatch.setattr(profile, "read", denied)
+    (finding,) = examine([("project", path)], path, HERE)
+    assert finding.command == f"chmod u+rw {path}"
+    monkeypatch.setattr(os, "access", lambda place, mode: mode != os.X_OK or place != path.parent)
+    (finding,) = examine([("project", path)], path, HERE)
+    assert finding.command == f"chmod u+x {path.parent}"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="every folder can be made here")
+def test_a_folder_that_cannot_be_made_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: True)
+    nowhere = Path("/proc/convdispatch/profile.yaml")
+    (finding,) = examine([("project", nowhere)], nowhere, HERE)
+    assert (finding.kind, finding.wrong) == ("unwritable file", True)
+    assert "no file can be made in /proc" in finding.reason
+    assert finding.command == f"export CONVDISPATCH_PROFILE={profile.user_path()}"
+    monkeypatch.setattr(profile, "user_path", lambda: nowhere)
+    (finding,) = examine([], nowhere, HERE)
+    assert finding.command == 'export CONVDISPATCH_PROFILE="$HOME/convdispatch-profile.yaml"'
+
+
 @given(st.text("{}[]&*!|>'\"%@`#:-? \n\tab1", max_size=200))
 def test_no_text_makes_a_tool_raise(junk: str) -> None:
     for text in (f"{MIXED}{junk}", MIXED.replace("fft", junk, 2), f"{MIXED}quarantine {junk}\n  {junk}"):

@@ -14,6 +14,7 @@ from convdispatch import dispatch, reference, registry, settings
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config, Kernel, Numerics
 from convdispatch.errors import (
+    ArgumentTypeError,
     BackendError,
     BackendRejectedError,
     BackendUnavailableError,
@@ -183,6 +184,27 @@ def test_an_unfinished_class_is_refused_under_its_own_name_too() -> None:
 def test_a_class_says_its_version_itself() -> None:
     with pytest.raises(RegistrationError, match="backend 'whole' is a class: it says version itself"):
         register("whole", version=2)(Whole)
+
+
+@pytest.mark.parametrize(
+    ("about", "words"),
+    [
+        ({"foo": 1}, ("foo", "version, numerics, rejects")),
+        ({"rejcts": None}, ("rejcts", "did you mean 'rejects'")),
+        ({"rejects": "no"}, ("rejects", "function", "'no'")),
+        ({"version": "2"}, ("version", "int", "'2'")),
+        ({"version": True}, ("version", "int", "True")),
+        ({"numerics": "transform"}, ("numerics", "Numerics", "'transform'")),
+        ({"numerics": Numerics}, ("numerics", "Numerics")),
+    ],
+)
+def test_what_is_said_about_a_function_is_checked_before_it_is_there(
+    about: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    with pytest.raises(ArgumentTypeError) as caught:
+        register("mine", **about)
+    assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
+    assert registry.names() == BUILT_IN
 
 
 def test_unregistering_hides_and_restore_brings_back() -> None:

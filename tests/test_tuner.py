@@ -719,6 +719,20 @@ def test_a_problem_that_nobody_can_do_is_reported_and_the_others_go_on(clock: Fa
     assert not report.complete
 
 
+def test_a_problem_that_no_memory_holds_is_reported_and_the_others_go_on(clock: FakeClock) -> None:
+    only(Scripted("a", clock))
+    large = Problem.parse("1x9999999x9999999x100 * 1x1x100x1 VALID")
+    report = tune([large, OTHER], deployments=["plan"])
+    assert statuses(report) == ["failed", "tuned"]
+    assert f"no memory for the arrays of {large}" in report.layers[0].reason
+
+
+@pytest.mark.parametrize("text", ["0x6x6x2 * 3x3x2x3", "0x2x6x6 NCHW * 3x3x2x3 int8 +residual"])
+def test_an_empty_batch_is_tuned_like_any_problem_without_work(clock: FakeClock, text: str) -> None:
+    entry = race_of(Scripted("a", clock), clock=clock, key=key(Problem.parse(text)))
+    assert (names_of(entry), reasons(entry)) == (["a"], {})
+
+
 def test_a_failing_retune_keeps_the_old_entry(clock: FakeClock) -> None:
     backend = Scripted("a", clock)
     only(backend)

@@ -21,12 +21,14 @@ import numpy as np
 
 from convdispatch import heuristic, registry, settings
 from convdispatch.arguments import Array
+from convdispatch.errors import BackendError
 from convdispatch.problem import LOW_PRECISION, Problem
 from convdispatch.reference import conv2d
 from convdispatch.tuning import peak, tuner
 from convdispatch.tuning.busy import Conditions, Watch
 from convdispatch.tuning.engine_field import EngineField
 from convdispatch.tuning.engines import OWN, Case
+from convdispatch.tuning.gate import compared_images
 from convdispatch.tuning.workload import Layer, Workload
 
 #: Seconds of one sample.
@@ -256,8 +258,7 @@ def _layer(
     watch: Callable[[], Watch],
     order: random.Random,
 ) -> LayerResult:
-    exact = _exact(layer.problem)
-    built = {name: _judged(name, *engines.build(name, layer.problem), layer.problem, exact) for name in engines.names}
+    built = _built(layer.problem, engines)
     live = [name for name, timing in built.items() if not timing.reason]
     taken: dict[str, list[float]] = {name: [] for name in live}
     watching = watch()
@@ -278,6 +279,15 @@ def _layer(
     return LayerResult(layer, timings, conditions)
 
 
+def _built(problem: Problem, engines: EngineField) -> dict[str, Timing]:
+    """Have every engine build a problem; nobody takes part where there is no memory to compare them."""
+    try:
+        exact = _exact(problem)
+    except (BackendError, MemoryError) as error:
+        return {name: Timing(name, reason=f"it cannot be compared: {error}") for name in engines.names}
+    return {name: _judged(name, *engines.build(name, problem), problem, exact) for name in engines.names}
+
+
 def _turns(live: list[str], rounds: int, order: random.Random) -> Iterator[str]:
     """Yield who is next, round by round; who leaves ``live`` has no more turns."""
     for _ in range(rounds):
@@ -289,7 +299,7 @@ def _turns(live: list[str], rounds: int, order: random.Random) -> Iterator[str]:
 def _exact(problem: Problem) -> Array:
     """Return the reference's result for the first and the last image, NHWC, float64 or exact integers."""
     case = Case.of(problem)
-    images = sorted({0, problem.n - 1})
+    images = compared_images(problem.n)
     few = problem.replace(n=len(images), dtype=problem.dtype if problem.is_integer else "float64")
     return conv2d(few, case.x[images], case.w, case.bias, None if case.residual is None else case.residual[images])
 

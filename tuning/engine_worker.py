@@ -20,6 +20,7 @@ from convdispatch.problem import Problem
 from convdispatch.tuning.child import Child, ChildLostError, requests, search_path
 from convdispatch.tuning.clock import Clock, system_clock
 from convdispatch.tuning.engines import Case, Deployment, Engine, make
+from convdispatch.tuning.gate import compared_images
 from convdispatch.tuning.race import Run
 
 #: Calls shorter than this are timed several at once.
@@ -92,7 +93,7 @@ class Server:
         best = min(built, key=lambda name: times.get(name, 0.0))
         self._ready = built[best]
         result = self._ready.result(self._ready.run())
-        np.save(output, np.ascontiguousarray(result[sorted({0, problem.n - 1})]))
+        np.save(output, np.ascontiguousarray(result[compared_images(problem.n)]))
         return {"deployment": best, "tried": times, "passed_over": failed}
 
 

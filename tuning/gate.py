@@ -9,10 +9,16 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.backend import Candidate
 from convdispatch.backends._memory import room_for
+from convdispatch.errors import BackendError
 from convdispatch.plan import Plan
 from convdispatch.problem import Problem, dtype_of
 from convdispatch.reference import Oracle, Verdict
 from convdispatch.tuning.race import Run
+
+
+def compared_images(n: int) -> list[int]:
+    """Return which images of a batch are compared with the reference: the first and the last, of none none."""
+    return sorted({0, n - 1}) if n else []
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,11 @@ class Trial:
 
     @classmethod
     def random(cls, problem: Problem, seed: int = 0) -> "Trial":
-        """Draw normal floats, or integers from the whole range of their dtype."""
+        """Draw normal floats, or integers from the whole range of their dtype.
+
+        Raises:
+            BackendError: if there is no memory for them, so that no backend can be tried.
+        """
         rng = np.random.default_rng(seed)
 
         def draw(shape: tuple[int, ...], dtype: str) -> Array:
@@ -41,13 +51,16 @@ class Trial:
             return rng.standard_normal(shape).astype(kind)
 
         result = problem.result_dtype
-        return cls(
-            problem,
-            draw(problem.input_shape, problem.dtype),
-            draw(problem.filter_shape, problem.dtype),
-            draw((problem.k,), result) if problem.epilogue.bias else None,
-            draw(problem.output_shape, result) if problem.epilogue.residual else None,
-        )
+        try:
+            return cls(
+                problem,
+                draw(problem.input_shape, problem.dtype),
+                draw(problem.filter_shape, problem.dtype),
+                draw((problem.k,), result) if problem.epilogue.bias else None,
+                draw(problem.output_shape, result) if problem.epilogue.residual else None,
+            )
+        except MemoryError as error:
+            raise BackendError(f"there is no memory for the arrays of {problem}: {error}") from error
 
     def spoiled_output(self) -> Array:
         """Return an output full of what no kernel stores: fresh memory may hold another candidate's right result."""
@@ -70,8 +83,7 @@ class Trial:
 
     @functools.cached_property
     def _images(self) -> list[int]:
-        """The images compared: the first and the last of a batch."""
-        return sorted({0, self.problem.n - 1})
+        return compared_images(self.problem.n)
 
     def _some(self, array: Array) -> Array:
         view = array.transpose(0, 2, 3, 1) if self.problem.data_format == "NCHW" else array
