@@ -30,6 +30,7 @@ from convdispatch.terminal import (
     explained,
     json_option,
     print_json,
+    print_what_can_be_printed,
     profile_option,
     scope,
     table,
@@ -50,6 +51,7 @@ LEFT, FAILED = 3, 4
 @click.version_option(convdispatch.__version__, prog_name="convdispatch")
 def main() -> None:
     """2-D convolution on CPUs that knows, by measurement, which algorithm is fastest here."""
+    print_what_can_be_printed()
 
 
 main.add_command(bench)
@@ -287,7 +289,8 @@ def explain(problem: str, deployment: str, threads: int | None, file: Path | Non
     out = console()
     out.print(f"{found.problem}  ({found.deployment}, {found.threads} threads, {found.machine})")
     out.print(Text.assemble("chosen: ", (found.chosen or "none", "bold"), f", {found.evidence}"))
-    rows = table("", ("backend", "candidate", "measured", "spread", "estimate", "error", "workspace", "reason"))
+    numbers = ("measured", "spread", "estimate", "error", "workspace")
+    rows = table("", ("backend", "candidate", *numbers, "reason"), right=numbers, whole=("backend",))
     for row in found.rows:
         rows.add_row(*cells(row))
     out.print(rows)
@@ -310,7 +313,7 @@ def backends(as_json: bool) -> None:
         ]
         print_json({"available": data, "unavailable": missing})
         return
-    rows = table("", ("backend", "version", "numerics", "what it is"))
+    rows = table("", ("backend", "version", "numerics", "what it is"), whole=("backend", "version", "numerics"))
     for name, backend in found.items():
         said = f"quarantined: {held[name]}" if name in held else report.summary(backend)
         rows.add_row(name, str(backend.version), backend.numerics.kind, said)

@@ -111,9 +111,9 @@ def show(
         matching += " that are asked for" if where or backend or flagged else ""
         click.echo(f"{place} has no entries{matching}; convdispatch tune WORKLOAD makes some")
     else:
-        right = ("threads", "time", "spread", "GFLOP/s", "next best")
+        right = ("threads", "time", "spread", "GFLOP/s", "error", "workspace", "next best")
         columns = ("problem", "for", "threads", "winner", "time", "spread", "GFLOP/s", "error", "workspace")
-        rows = table(str(place), (*columns, "next best", "here", "flags", "machine"), right)
+        rows = table(str(place), (*columns, "next best", "here", "flags", "machine"), right, whole=("for", "here"))
         for entry in entries:
             rows.add_row(*_entry_cells(entry, found))
         console().print(rows)

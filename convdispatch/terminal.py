@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import io
 import json
 import sys
 import warnings
@@ -23,7 +24,7 @@ Command = Callable[..., None]
 
 threads_option = click.option("--threads", type=click.IntRange(min=1), help="Most threads a candidate may use.")
 profile_option = click.option(
-    "--profile", "file", type=click.Path(path_type=Path), help="Profile file to read and write."
+    "--profile", "file", type=click.Path(path_type=Path), help="Profile file to use instead of the usual ones."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 
@@ -38,12 +39,27 @@ def console(*, stderr: bool = False) -> Console:
     return found if found.is_terminal else make(width=_WIDE)
 
 
-def table(title: str, columns: Sequence[str], right: Sequence[str] = ()) -> Table:
-    """Return an empty table; columns in ``right`` are numbers."""
+def table(title: str, columns: Sequence[str], right: Sequence[str] = (), whole: Sequence[str] = ()) -> Table:
+    """Return an empty table.
+
+    Args:
+        title: above it.
+        columns: their names.
+        right: those that hold numbers.
+        whole: others of short words. Where a terminal is narrow, what is neither is wrapped, and nothing is cut.
+    """
     made = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
     for name in columns:
-        made.add_column(name, justify="right" if name in right else "left", no_wrap=True, overflow="fold")
+        number, short = name in right, name in right or name in whole
+        made.add_column(name, justify="right" if number else "left", no_wrap=short, overflow="fold")
     return made
+
+
+def print_what_can_be_printed() -> None:
+    """Have a question mark printed for what the output's encoding lacks: no command is to fail over a sign."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def print_json(data: object) -> None:

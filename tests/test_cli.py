@@ -3,13 +3,16 @@
 import functools
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-from convdispatch import cli, profile, quarantine, registry, settings
+from convdispatch import cli, profile, quarantine, registry, settings, terminal
 from convdispatch.backend import Candidate, Config
 from convdispatch.cli import main
 from convdispatch.problem import Problem
@@ -179,3 +182,31 @@ def test_profile_path_and_show(file: Path) -> None:
     assert {row["deployment"] for row in rows} == {"plan", "call"}
     layers = run("profile", "path", "--all", "--profile", file).stdout
     assert [line.split()[0] for line in layers.splitlines()] == ["project", "user", "system", "packaged"]
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_a_narrow_terminal_cuts_no_number_and_no_short_word(width: int) -> None:
+    numbers = {"measured": "12.34 us", "error": "1.2e-07", "workspace": "1.5 MiB"}
+    rows = terminal.table("", ("backend", "candidate", *numbers, "reason"), tuple(numbers), whole=("backend",))
+    reason = "its error was measured above what accuracy='strict' allows, by the hard inputs"
+    rows.add_row("implicit_gemm", "implicit_gemm(rows=6, threads=2, vectors=2)", *numbers.values(), reason)
+    out = Console(width=width, file=io.StringIO(), soft_wrap=True)
+    out.print(rows)
+    assert isinstance(out.file, io.StringIO)
+    lines = out.file.getvalue().splitlines()
+    assert all(len(line) <= width for line in lines)
+    assert all(any(value in line for line in lines) for value in ("implicit_gemm ", *numbers.values()))
+    joined = "".join("".join(line[lines[0].index("reason") :].split()) for line in lines[1:])
+    assert joined == "".join(reason.split())
+
+
+def test_what_an_encoding_lacks_is_printed_as_a_question_mark(tmp_path: Path) -> None:
+    load = tmp_path / "load.yaml"
+    load.write_text(f"name: grün\nlayers:\n- {{name: größe, problem: {SMALL}}}\n", encoding="utf-8")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "CONVDISPATCH_PROFILE": str(tmp_path / "p.yaml")}
+    program = "from convdispatch.cli import main; main()"
+    words = [sys.executable, "-c", program, "tune", str(load), *FEW, "--allow-busy", "--deployment", "plan"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "gr?n" in done.stdout
+    assert "gr??e" in done.stdout
