@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 
 from convdispatch import machine, profile, safe_yaml
 from convdispatch.backend import Backend, Candidate, Config, item_bytes
-from convdispatch.errors import ProfileError, ProfileWarning
+from convdispatch.errors import ProfileError, ProfileWarning, in_a_line
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem
 from convdispatch.profile import Profile
+from convdispatch.profile_text import flow, rounded
 
 TERMS = ("constant", "threads", "short", "filters", "traffic")
 SOURCES = ("calibrate", "tune")
@@ -168,20 +169,15 @@ def corrected(correct: Corrector, candidate: Candidate, estimate: float) -> floa
 
 def dump(calibration: Calibration) -> dict[str, str]:
     """Return the calibration as top-level text of a profile, by its key."""
-    import yaml  # noqa: PLC0415  # needed only where something is written
-
-    def flow(data: Mapping[str, Any]) -> str:
-        return str(yaml.safe_dump(dict(data), default_flow_style=True, sort_keys=False, width=math.inf)).strip()
-
     key = profile.CALIBRATION + calibration.machine
     lines = [f"{key}:", f"  made: {calibration.made}", f"  source: {calibration.source}"]
     lines += [f"  measurements: {calibration.measurements}", f"  common: {flow(_named(calibration.common))}"]
     lines.append("  backends:" if calibration.backends else "  backends: {}")
     for name, own in calibration.backends.items():
         row: dict[str, Any] = {"version": own.version, **_named(own.terms)}
-        row |= {"configs": {config: _rounded(value) for config, value in own.configs.items()}}
-        row |= {"packing": {config: [_rounded(x) for x in pair] for config, pair in own.packing.items()}}
-        row |= {"before": _rounded(own.before), "after": _rounded(own.after)}
+        row |= {"configs": {config: rounded(value) for config, value in own.configs.items()}}
+        row |= {"packing": {config: [rounded(x) for x in pair] for config, pair in own.packing.items()}}
+        row |= {"before": rounded(own.before), "after": rounded(own.after)}
         lines.append(f"    {flow({name: row})[1:-1]}")
     return {key: "\n".join(lines) + "\n"}
 
@@ -222,11 +218,7 @@ def _finite(value: Any) -> float:
 
 
 def _named(terms: tuple[float, ...]) -> dict[str, float]:
-    return {name: _rounded(value) for name, value in zip(TERMS, terms, strict=True)}
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")
+    return {name: rounded(value) for name, value in zip(TERMS, terms, strict=True)}
 
 
 def better_text(key: str, one: str, other: str) -> str:
@@ -249,7 +241,7 @@ def broken(where: Profile) -> dict[str, str]:
         try:
             parse(key.removeprefix(profile.CALIBRATION), text)
         except ProfileError as error:
-            found[key] = " ".join(str(error).split())
+            found[key] = in_a_line(error)
     return found
 
 

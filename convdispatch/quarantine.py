@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 
 from convdispatch import fingerprint, machine, profile, registry, safe_yaml
 from convdispatch.backend import Backend, Candidate, Config
-from convdispatch.errors import ConvDispatchError, ProfileError, ProfileWarning
+from convdispatch.errors import ConvDispatchError, ProfileError, ProfileWarning, in_a_line
 from convdispatch.problem import Problem
 from convdispatch.profile import Profile
 
@@ -116,7 +116,7 @@ def written(where: Profile) -> tuple[list[Quarantine], dict[str, str]]:
         try:
             found.append(_read(key, text))
         except _UNREADABLE as error:
-            broken[key] = " ".join(str(error).split())
+            broken[key] = in_a_line(error)
     return found, broken
 
 
@@ -134,7 +134,7 @@ def add(candidate: Candidate, problem: Problem, reason: str) -> Quarantine:
     """Quarantine a candidate's backend, for this process and in the profile file if that can be written."""
     backend = candidate.backend
     made = Quarantine(
-        backend.name, backend.version, machine.current().id, " ".join(reason.split()), registry.origin(backend),
+        backend.name, backend.version, machine.current().id, in_a_line(reason), registry.origin(backend),
         str(problem), candidate.config,
     )  # fmt: skip
     _keep({made.key: made.text})
@@ -200,7 +200,7 @@ def _parsed(key: str, text: str) -> Quarantine | None:
     try:
         return _read(key, text)
     except _UNREADABLE as error:
-        said = " ".join(str(error).split())
+        said = in_a_line(error)
         warnings.warn(f"profile: {key!r:.120} is ignored: {said}", ProfileWarning, stacklevel=2)
         return None
 

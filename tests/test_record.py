@@ -19,7 +19,7 @@ from scripted import PROBLEM, FakeClock, Scripted, only
 import convdispatch
 from convdispatch import observe, registry, settings
 from convdispatch.arguments import Array
-from convdispatch.errors import ArgumentError, WorkloadError
+from convdispatch.errors import ArgumentError, ArgumentTypeError, WorkloadError
 from convdispatch.problem import Problem
 from convdispatch.tuning import workload
 from convdispatch.tuning.record import ProgramRecording, Recording, merge, record
@@ -467,3 +467,8 @@ def test_a_program_that_records_nothing_loads_nothing_for_it() -> None:
     code = "import sys, convdispatch; print('convdispatch.tuning.record' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "False"
+
+
+def test_a_path_of_another_kind_is_refused_before_anything_is_recorded() -> None:
+    with pytest.raises(ArgumentTypeError, match="path must be a path of a file, or None; got 5"), record(5):  # type: ignore[arg-type]
+        pytest.fail("the block must not run")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from convdispatch import observe, safe_file, settings
-from convdispatch.errors import ConvDispatchError, WorkloadError
+from convdispatch.errors import ArgumentTypeError, ConvDispatchError, WorkloadError
 from convdispatch.problem import Problem
 from convdispatch.tuning import workload as workloads
 from convdispatch.tuning.workload import Layer, Workload
@@ -224,6 +224,8 @@ def record(path: str | os.PathLike[str] | None = None) -> Iterator[Recording]:
         >>> [(str(layer.problem), layer.count, layer.deployment) for layer in workload]
         [('1x8x8x3 * 3x3x3x4 SAME', 1, 'call')]
     """
+    if path is not None and not isinstance(path, str | os.PathLike):
+        raise ArgumentTypeError(f"path must be a path of a file, or None; got {path!r:.80}")
     recording = Recording()
     target = None if path is None else Path(path).absolute()  # the block may go elsewhere
     _start(recording)

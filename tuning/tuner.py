@@ -1,7 +1,6 @@
 """The tuner: checks and races every candidate of a problem, and writes down who won and on what evidence."""
 
 import functools
-import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any, Literal, cast
 
 from convdispatch import heuristic, machine, observe, profile, quarantine, registry, settings, transfer
 from convdispatch.backend import Backend, Candidate, Effort
-from convdispatch.errors import ArgumentError, BackendError, BusyMachineError, ProfileError, ProfileWarning
+from convdispatch.errors import ArgumentError, BackendError, BusyMachineError, ProfileError, ProfileWarning, in_a_line
 from convdispatch.locks import module_lock
 from convdispatch.problem import Problem
 from convdispatch.profile import BUSY, Entry, Failure, Found, Key, Result
@@ -224,9 +223,9 @@ def _is_quiet(threads: int, patience: float, left: float | None) -> bool:
 
 def check_deployments(deployments: Sequence[str]) -> None:
     """Raise an ``ArgumentError`` unless all of these are deployments."""
-    for deployment in deployments:
-        if deployment not in profile.DEPLOYMENTS:
-            raise ArgumentError(f"deployments must be of {', '.join(profile.DEPLOYMENTS)}; got {deployment!r}")
+    for deployment in [deployments] if isinstance(deployments, str) else deployments:
+        if deployment not in profile.DEPLOYMENTS or isinstance(deployments, str):
+            raise ArgumentError(f"deployments must be a list of {' or '.join(profile.DEPLOYMENTS)}; got {deployment!r}")
 
 
 def chosen_backends(names: Sequence[str] | None) -> dict[str, Backend]:
@@ -496,7 +495,7 @@ def _measure(
 
     def fail(name: str, reason: str) -> None:
         candidate = by_name[name]
-        reason = textwrap.shorten(reason, _LONGEST_REASON, placeholder=" ...")
+        reason = in_a_line(reason, _LONGEST_REASON)
         failures.append(Failure(candidate.backend.name, candidate.backend.version, candidate.config, reason))
 
     for name, candidate in by_name.items():
