@@ -188,9 +188,9 @@ def grid(*axes: tuple[int, int]) -> Array:
     Args:
         *axes: how long each is, and into how many pieces it is cut; see ``split``.
     """
-    ranges = [np.array(split(*axis), np.int64).reshape(-1, 2) for axis in axes]
-    places = np.indices([len(each) for each in ranges]).reshape(len(ranges), -1)
-    return np.hstack([each[place] for each, place in zip(ranges, places, strict=True)])
+    flat = itertools.chain.from_iterable
+    ends = flat(flat(itertools.product(*(split(*axis) for axis in axes))))
+    return np.fromiter(ends, np.int64).reshape(-1, 2 * len(axes))
 
 
 def split(count: int, parts: int) -> list[tuple[int, int]]:

@@ -81,6 +81,7 @@ class Direct(Backend):
     """The readable definition, in plain compiled loops."""
 
     name = "direct"
+    packing_cost = (5e-5, 3e-10)  # less, but a process's first call also waits for Numba's own cache
     strided = True
     fuses_epilogue = True
 

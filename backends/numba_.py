@@ -193,6 +193,7 @@ class Numba(Backend):
     """Compiled parallel loops over rows of output."""
 
     name = "numba"
+    packing_cost = (5e-5, 3e-10)  # less, but a process's first call also waits for Numba's own cache
     parallel = True
     fuses_epilogue = True
 

@@ -146,6 +146,12 @@ def _scratch(problem: Problem, form: _Form, tile: tuple[int, int], count: int) -
     return form.n**2 * transformed + copied + math.prod(stage) * p.group_c
 
 
+@functools.cache
+def _matrix(m: int, r: int, stride: int) -> Array:
+    """Return the matrix that transforms the rows and columns of a filter."""
+    return np.array(strided(m, r, stride).g, np.float64)
+
+
 def _growth(problem: Problem, config: Config) -> float:
     """Return the bound's factor: roundings along the way (in eps / 2), times what the transforms make of them."""
     form = _form(problem, config)
@@ -234,8 +240,7 @@ class Winograd(PackedBackend):
         if form.fold > 1:
             by_pixels = by_phases(filters, form.fold).transpose(0, 2, 1, 3, 4, 5)
             filters = by_pixels.reshape(form.r, form.r, form.depth, p.k).astype(p.dtype)
-        g = np.array(strided(form.m, form.r, form.stride).g, np.float64)
-        packed = transformed(filters, g, p.groups, block, config.threads)
+        packed = transformed(filters, _matrix(form.m, form.r, form.stride), p.groups, block, config.threads)
         added = np.empty(0, p.dtype) if bias is None else by_blocks(bias.reshape(p.groups, p.group_k), block)
         blocks = packed.shape[0] * packed.shape[1]
         tiles, down, across = _cut(p, form, tile, blocks, config.threads)
