@@ -4,6 +4,7 @@ Every comparison takes turns within one process, and is a median of ratios. Name
 default. Run it on a machine that does nothing else.
 """
 
+import functools
 import statistics
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 import convdispatch
-from convdispatch import machine
+from convdispatch import machine, registry
 from convdispatch.problem import Problem, dtype_of
 
 ROUNDS = 25
@@ -119,6 +120,20 @@ def calls() -> None:
     print(f"  conv2d(x, w): {whole:.1f} us; making a plan {packed:.1f} us; {whole - packed - call:.1f} us above both")
 
 
+def untuned() -> None:
+    """What ``conv2d`` chooses without a profile, over the best of all that can be forced; both pack in every call."""
+    for text in (*LAYERS, "1x14x14x256 * 3x3x256x256 SAME", "1x7x7x512 * 3x3x512x512 SAME"):
+        problem = Problem.parse(text)
+        x, w = np.ones(problem.input_shape, "f4"), np.ones(problem.filter_shape, "f4")
+        able = [n for n, b in registry.available().items() if n != "direct" and b.rejects(problem) is None]
+        calls = {name: functools.partial(convdispatch.conv2d, x, w, backend=name, **how(problem)) for name in able}
+        medians = {name: ratio(call, calls["im2col"]) for name, call in calls.items()}
+        best = min(medians, key=medians.__getitem__)
+        found = convdispatch.explain(x, w, deployment="call", **how(problem)).chosen
+        said = ratio(functools.partial(convdispatch.conv2d, x, w, **how(problem)), calls[best])
+        print(f"  {text}: {found}, {said:.2f} of {best}")
+
+
 def cold() -> None:
     """The first call of a new process whose kernels are compiled already, imports included, and what it is made of."""
     code = (
@@ -183,7 +198,7 @@ def memory() -> None:
     print(f"  4096x4096x3 to 64: {float(peak):.1f} MiB measured, {float(told):.1f} MiB told, by {candidate.strip()}")
 
 
-CLAIMS = {each.__name__: each for each in (epilogue, layouts, calls, cold, callers, memory)}
+CLAIMS = {each.__name__: each for each in (epilogue, layouts, calls, untuned, cold, callers, memory)}
 
 
 def main() -> None:
