@@ -71,13 +71,7 @@ def _keep(compiled: Any) -> None:
 
 
 class _Ingredient(codegen.JITCodeLibrary):
-    """A function that is only ever a part of others: it is optimised there, and is never run by itself.
-
-    Else LLVM would work on it at every level of calls, and make machine code of it for nobody: half of all time.
-    """
-
-    def _optimize_final_module(self) -> None:
-        pass
+    """A function that is only ever a part of others: no machine code is made of it, which nobody would run."""
 
     def _finalize_final_module(self) -> None:
         """Make of all that this has only the variable whose address Numba asks for at once."""

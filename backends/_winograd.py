@@ -114,15 +114,18 @@ def _enter(  # type: ignore[no-untyped-def]
     hold(patch), hold(half)
 
 
+def is_staged(groups: int, dilations: tuple[int, int]) -> bool:
+    """Return whether tiles are read from a copy of a group's channels."""
+    return groups > 1 and dilations == (1, 1)
+
+
 @compilable
-def stage_shape(
-    tiles: int, shape: tuple[int, int], groups: int, dilations: tuple[int, int], m: int, stride: int, n: int
-) -> tuple[int, int]:
+def stage_shape(tiles: int, shape: tuple[int, int], staged: bool, m: int, stride: int, n: int) -> tuple[int, int]:
     """Return most rows, and the columns, of the copy from which so many tiles of an image are read; 0 if there is none.
 
     ``shape`` is the output's rows and columns.
     """
-    if groups == 1 or dilations[0] > 1 or dilations[1] > 1:
+    if not staged:
         return 0, 0
     down, across = -(-shape[0] // m), -(-shape[1] // m)
     rows = min(down, (tiles - 1) // across + 2)
@@ -281,9 +284,9 @@ _SPOILED_AT, _DONE_AT = 8 * ARGUMENTS.at["spoiled"], 8 * ARGUMENTS.done_at
 
 @functools.cache
 def compiled(
-    m: int, r: int, stride: int, fold: int, rows: int, vectors: int, lanes: int, itemsize: int
+    m: int, r: int, stride: int, fold: int, staged: int, rows: int, vectors: int, lanes: int, itemsize: int
 ) -> CompiledKernel:
-    """Return the kernel for F(m x m, r x r) with register tiles of up to rows x vectors."""
+    """Return the kernel for F(m x m, r x r) with register tiles of up to rows x vectors; ``staged`` copies groups."""
     n, block = stride * (m - 1) + r, vectors * lanes
     points, step = n * n, block * itemsize
     less, least = rows - 1, max(1, rows - 2)
@@ -300,7 +303,7 @@ def compiled(
         count = last - first
         entering, leaving = odd_lines(count * padded, itemsize), odd_lines(count * block, itemsize)
         beyond = -(-least * max(padded, block) // lanes) * lanes  # a register tile may be longer than what is left
-        high, wide = stage_shape(count, out.shape[1:3], groups, dilations, m, stride, n)
+        high, wide = stage_shape(count, out.shape[1:3], staged, m, stride, n)
         scratch = np.empty(points * (entering + leaving) + beyond + high * wide * group_c + lanes, x.dtype)
         start = (-scratch.ctypes.data // itemsize) % lanes  # or every vector lies across two cache lines
         middle = start + points * entering  # what is written beyond the products must be behind all
@@ -312,17 +315,18 @@ def compiled(
         entered = -1
         for task in range(first_block, last_block):
             group, member = divmod(task, per_group)
-            if group != entered and high:
-                _enter_group(
-                    x, stage, out.shape, pads, runs, group * group_c, first, count, values,
-                    m, r, stride, n, lanes, itemsize,
-                )  # fmt: skip
-            elif group != entered:
-                _enter(
-                    here, out.shape, pads, dilations, group * group_c, runs, first, (np.int64(0), count), values,
-                    m, r, stride, n, lanes, itemsize,
-                )  # fmt: skip
-            entered = group
+            if group != entered:
+                entered = group
+                if staged:
+                    _enter_group(
+                        x, stage, out.shape, pads, runs, group * group_c, first, count, values,
+                        m, r, stride, n, lanes, itemsize,
+                    )  # fmt: skip
+                else:
+                    _enter(
+                        here, out.shape, pads, dilations, group * group_c, runs, first, (np.int64(0), count), values,
+                        m, r, stride, n, lanes, itemsize,
+                    )  # fmt: skip
             packed = u.ctypes.data + task * points * runs[0] * runs[1] * step
             added = bias.ctypes.data + task * step if bias.size else 0
             _multiply(

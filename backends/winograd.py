@@ -30,7 +30,7 @@ from convdispatch.backends._tile import register_tiles
 from convdispatch.backends._toomcook import amplification, roundings, strided
 from convdispatch.backends._transforms import odd_lines
 from convdispatch.backends._vector import vector_bytes
-from convdispatch.backends._winograd import compiled, stage_shape
+from convdispatch.backends._winograd import compiled, is_staged, stage_shape
 from convdispatch.backends._winograd_filters import transformed
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine, current
@@ -141,7 +141,9 @@ def _scratch(problem: Problem, form: _Form, tile: tuple[int, int], count: int) -
     lanes = vector_bytes() // size
     entered, left = count * form.padded(lanes), count * tile[1] * lanes
     copied = form.n**2 * form.padded(lanes) // form.fold + tile[0] * max(form.padded(lanes), tile[1] * lanes)
-    stage: tuple[int, int] = stage_shape(count, (p.oh, p.ow), p.groups, p.dilations, form.m, form.stride, form.n)
+    stage: tuple[int, int] = stage_shape(
+        count, (p.oh, p.ow), is_staged(p.groups, p.dilations), form.m, form.stride, form.n
+    )
     transformed: int = odd_lines(entered, size) + odd_lines(left, size)
     return form.n**2 * transformed + copied + math.prod(stage) * p.group_c
 
@@ -250,5 +252,6 @@ class Winograd(PackedBackend):
             "dilations": p.dilations, "groups": p.groups, "code": p.epilogue.code, "slope": p.epilogue.slope,
             "parts": parts,
         }  # fmt: skip
-        make = functools.partial(compiled, form.m, form.r, form.stride, form.fold, *tile, lanes, item_bytes(p.dtype))
+        algorithm = form.m, form.r, form.stride, form.fold, int(is_staged(p.groups, p.dilations))
+        make = functools.partial(compiled, *algorithm, *tile, lanes, item_bytes(p.dtype))
         return PackedKernel(make, p, values, len(parts), config.threads)
