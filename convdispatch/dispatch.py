@@ -6,7 +6,7 @@ import functools
 import math
 import shlex
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,7 +26,7 @@ from convdispatch.errors import (
 from convdispatch.locks import module_lock
 from convdispatch.plan import Evidence, Plan, check_bias, check_filters
 from convdispatch.problem import Problem
-from convdispatch.profile import Key, Result
+from convdispatch.profile import Found, Key, Result
 from convdispatch.settings import Options
 
 if TYPE_CHECKING:
@@ -77,10 +77,11 @@ _turns = _Turns()
 
 @dataclass(frozen=True)
 class Decision:
-    """What was chosen for a problem, and why."""
+    """What was chosen for a problem, why, and which of the profiles' answers says so, if one does."""
 
     candidate: Candidate
     evidence: Evidence
+    found: Found | None = None
 
 
 def decide(problem: Problem, deployment: str, forced: Forced = None) -> Decision:
@@ -110,14 +111,16 @@ def _decide(
     if forced is not None:
         return _forced(problem, deployment, forced, options)
     if options.tuning == "replay" and not problem.is_trivial:
-        if (found := _from_profile(problem, deployment, options)) is not None:
-            return Decision(found.candidate, Evidence("replay", found.evidence.detail))
+        answers = profile.find(key_for(problem, deployment, options))
+        if (stored := _from_profile(answers, problem, options)) is not None:
+            return replace(stored, evidence=Evidence("replay", stored.evidence.detail))
         _miss(problem, deployment, options)
-        return _estimated(problem, deployment, options)
+        return _estimated(answers, problem, deployment, options)
     if options.tuning == "on-miss" and (found := _on_miss(problem, deployment, options)):
         return found
     with profile.looked_at_once():
-        return _from_profile(problem, deployment, options) or _estimated(problem, deployment, options)
+        answers = profile.find(key_for(problem, deployment, options))
+        return _from_profile(answers, problem, options) or _estimated(answers, problem, deployment, options)
 
 
 def _miss(problem: Problem, deployment: str, options: Options, why: str = "") -> None:
@@ -151,7 +154,7 @@ def look(problem: Problem, deployment: str, forced: Forced = None) -> Decision:
         return found
     if options.tuning == "replay":
         if found.evidence.source == "profile":
-            return Decision(found.candidate, Evidence("replay", found.evidence.detail))
+            return replace(found, evidence=Evidence("replay", found.evidence.detail))
         if options.on_miss == "raise":
             raise ProfileMissError(miss_text(problem, deployment, options))
     if options.tuning == "online" and (contest := _contest(problem, deployment, forced)) and contest.seconds:
@@ -197,7 +200,7 @@ def _forced(problem: Problem, deployment: str, forced: tuple[str, Config | None]
             Evidence("forced", f"backend={name!r} with its config"),
         )
     only = replace(options, forbid=tuple(n for n in registry.names() if n != name))
-    found = _from_profile(problem, deployment, only)
+    found = _from_profile(profile.find(key_for(problem, deployment, only)), problem, only)
     if found:
         candidate = found.candidate
     else:
@@ -206,7 +209,7 @@ def _forced(problem: Problem, deployment: str, forced: tuple[str, Config | None]
             raise BackendRejectedError(f"backend {name!r} names no config for {problem}: give it one as (name, config)")
         candidate = ranking.estimates[0].candidate
     by = f"its config from {found.evidence}" if found else "its config estimated"
-    return Decision(candidate, Evidence("forced", f"backend={name!r}, {by}"))
+    return Decision(candidate, Evidence("forced", f"backend={name!r}, {by}"), found.found if found else None)
 
 
 def _check_keys(backend: Backend, problem: Problem, config: Config) -> None:
@@ -221,8 +224,9 @@ def _check_keys(backend: Backend, problem: Problem, config: Config) -> None:
             raise ArgumentError(f"backend {backend.name!r} has no config {key!r}; {hint}")
 
 
-def _from_profile(problem: Problem, deployment: str, options: Options, *, exact: bool = False) -> Decision | None:
-    answers = profile.find(key_for(problem, deployment, options))
+def _from_profile(
+    answers: Sequence[Found], problem: Problem, options: Options, *, exact: bool = False
+) -> Decision | None:
     held = quarantine.held() if answers else ()
     for found in answers:
         entry = found.entry
@@ -234,7 +238,7 @@ def _from_profile(problem: Problem, deployment: str, options: Options, *, exact:
         detail = f"{where}, {result.median * 1e6:.4g} us, {entry.tuned}"
         if found.differences:
             detail += f", measured with {' and '.join(found.differences)}"
-        return Decision(Candidate(registry.get(result.backend), result.config), Evidence("profile", detail))
+        return Decision(Candidate(registry.get(result.backend), result.config), Evidence("profile", detail), found)
     return None
 
 
@@ -258,10 +262,12 @@ def _allows(result: Result, problem: Problem, options: Options, held: quarantine
 def _on_miss(problem: Problem, deployment: str, options: Options) -> Decision | None:
     """Return what is known of just this problem, measured now if need be; once more if others disturbed it then."""
     key = key_for(problem, deployment, options)
-    known = next((found.entry for found in profile.find(key) if found.exact), None)
+    answers = profile.find(key)
+    stored = _from_profile(answers, problem, options, exact=True)
+    known = next((found.entry for found in answers if found.exact), None)
     if known is not None and known.is_busy and key not in _measured:
-        return _tuned(problem, deployment, options) or _from_profile(problem, deployment, options, exact=True)
-    return _from_profile(problem, deployment, options, exact=True) or _tuned(problem, deployment, options)
+        return _tuned(problem, deployment, options) or stored
+    return stored or _tuned(problem, deployment, options)
 
 
 def _tuned(problem: Problem, deployment: str, options: Options) -> Decision | None:
@@ -280,7 +286,7 @@ def _tuned(problem: Problem, deployment: str, options: Options) -> Decision | No
         settled = (found.entry for found in known if found.exact and not found.entry.is_busy)
         if any(tuner.suffices(entry, cast("Effort", effort), everyone) for entry in settled):
             # Another thread has measured it meanwhile; or nothing measured is allowed, and doing so again is no use.
-            return _from_profile(problem, deployment, options, exact=True)
+            return _from_profile(known, problem, options, exact=True)
         try:
             old = known[0].entry if known else None
             with session():
@@ -293,15 +299,15 @@ def _tuned(problem: Problem, deployment: str, options: Options) -> Decision | No
             return None
         tuner.keep(outcome.entry)
         _measured.add(key)
-    now = _from_profile(problem, deployment, options, exact=True)
-    return now and Decision(now.candidate, Evidence("tuned", now.evidence.detail))
+    now = _from_profile(profile.find(key), problem, options, exact=True)
+    return now and replace(now, evidence=Evidence("tuned", now.evidence.detail))
 
 
-def _estimated(problem: Problem, deployment: str, options: Options) -> Decision:
+def _estimated(answers: Sequence[Found], problem: Problem, deployment: str, options: Options) -> Decision:
     usable, refused = heuristic.usable(problem, options)
     allowed = [backend for backend in usable.values() if heuristic.accurate_by_kind(backend, problem, options)]
     ranking = transfer.rank(problem, allowed, heuristic.thread_budget(options), deployment)
-    measured, not_these = _errors(problem, deployment, options), []
+    measured, not_these = _errors(answers), []
     for estimate in ranking.estimates:
         candidate = estimate.candidate
         if estimate.seconds is None:
@@ -327,10 +333,10 @@ def _estimated(problem: Problem, deployment: str, options: Options) -> Decision:
     )
 
 
-def _errors(problem: Problem, deployment: str, options: Options) -> dict[tuple[str, int, Config], float]:
-    """Return the errors that were measured of candidates for a problem, the worst of each."""
+def _errors(answers: Sequence[Found]) -> dict[tuple[str, int, Config], float]:
+    """Return the errors that were measured of a problem's candidates, the worst of each."""
     found: dict[tuple[str, int, Config], float] = {}
-    for answer in profile.find(key_for(problem, deployment, options)):
+    for answer in answers:
         for row in answer.entry.results:
             name = row.backend, row.version, row.config
             found[name] = max(row.error, found.get(name, 0.0))
@@ -386,7 +392,7 @@ def _plain_plan(problem: Problem, filters: Array, bias: Array | None, deployment
         else:
             said = f"profile: {decision.candidate} for {problem} is ignored: {error}"
             warnings.warn(said, ProfileWarning, stacklevel=4)
-        fallback = _estimated(problem, deployment, options)
+        fallback = _estimated(profile.find(key_for(problem, deployment, options)), problem, deployment, options)
         return Plan(problem, fallback.candidate, filters, bias, fallback.evidence)
 
 

@@ -10,7 +10,7 @@ from convdispatch.dispatch import Decision
 from convdispatch.errors import BackendRejectedError, ProfileMissError
 from convdispatch.plan import Evidence
 from convdispatch.problem import Problem
-from convdispatch.profile import Entry, Failure, Found, Key, Result
+from convdispatch.profile import Entry, Failure, Key, Result
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def explain_problem(problem: Problem, deployment: str = "plan", backend: Any = N
     except (BackendRejectedError, ProfileMissError) as error:
         refusal = str(error)
     key = dispatch.key_for(problem, deployment, options)
-    found = _decisive(profile.find(key), decision)
+    found = (decision and decision.found) or next(iter(profile.find(key)), None)
     layer, entry = (found.layer, found.entry) if found else (None, None)
     return Explanation(
         problem, deployment, key.threads, machine.current().id,
@@ -168,18 +168,6 @@ def explain_problem(problem: Problem, deployment: str = "plan", backend: Any = N
         layer,
         tuple(_rows(key, entry, decision)),
     )  # fmt: skip
-
-
-def _decisive(answers: Sequence[Found], decision: Decision | None) -> Found | None:
-    """Return which of the profiles' answers a decision comes from, else the first: it may have had nothing to use."""
-    if decision is not None:
-        backend, options = decision.candidate.backend, settings.current()
-        for found in answers:
-            for row in found.entry.results:
-                same = row.name == decision.candidate.name and row.version == backend.version
-                if same and heuristic.accurate_by_measure(backend, found.entry.key.problem, row.error, options):
-                    return found
-    return next(iter(answers), None)
 
 
 def _evidence(decision: Decision, problem: Problem, entry: Entry | None) -> Evidence:
