@@ -24,7 +24,7 @@ from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._layout import SAME, STORAGES, stage, unstage
 from convdispatch.backends._memory import CACHE_LINE, address, aligned
 from convdispatch.backends._sequence import run_in_order
-from convdispatch.backends._threads import grid
+from convdispatch.backends._threads import split
 from convdispatch.backends._vector import hold, vector_bytes
 from convdispatch.problem import Problem
 
@@ -266,7 +266,8 @@ class _Conversion:
     def __init__(self, form: _Storage, images: int, shape: tuple[int, int, int], threads: int) -> None:
         self._kernel, self._size = _by_rows(*form.constants), images * math.prod(shape)
         cut = threads * _PARTS
-        self._parts = np.ascontiguousarray(grid((images, images), (shape[0], cut))[:, [0, 2, 3]])  # image, rows
+        parts = [(n, *rows) for n in range(images) for rows in split(shape[0], cut)]
+        self._parts = np.array(parts, np.int64).reshape(-1, 3)
         self._block = _COPY.pack(shape=shape, planar=form.planar, parts=self._parts)
 
     def room(self, dtype: str) -> Array:

@@ -144,8 +144,8 @@ def _scratch(problem: Problem, form: _Form, tile: tuple[int, int], count: int) -
     stage: tuple[int, int] = stage_shape(
         count, (p.oh, p.ow), is_staged(p.groups, p.dilations), form.m, form.stride, form.n
     )
-    transformed: int = odd_lines(entered, size) + odd_lines(left, size)
-    return form.n**2 * transformed + copied + math.prod(stage) * p.group_c
+    a_point: int = odd_lines(entered, size) + odd_lines(left, size)
+    return form.n**2 * a_point + copied + math.prod(stage) * p.group_c
 
 
 @functools.cache
