@@ -1,9 +1,10 @@
 """How Numba compiles kernels and what they call, and array types that fit every array."""
 
 import contextlib
+import contextvars
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,43 @@ def sources() -> str:
         return ""
 
 
+#: What may be compiled; everything where None.
+_wanted: contextvars.ContextVar[Container[str] | None] = contextvars.ContextVar("wanted", default=None)
+
+
+class NotCompiledError(Exception):
+    """Something would have to be compiled, and may not be.
+
+    Attributes:
+        name: of what is lacking, the same in all processes.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name} is on no disk, and was not to be compiled")
+        self.name = name
+
+
+@contextlib.contextmanager
+def compiling_only(names: Container[str]) -> Iterator[None]:
+    """Have nothing compiled in this block but what has one of these names: what else is lacking is an error.
+
+    Raises:
+        NotCompiledError: from within the block, where something else is on no disk.
+    """
+    before = _wanted.set(names)
+    try:
+        yield
+    finally:
+        _wanted.reset(before)
+
+
+def check_wanted(name: str) -> None:
+    """Raise ``NotCompiledError`` for what may not be compiled."""
+    wanted = _wanted.get()
+    if wanted is not None and name not in wanted:
+        raise NotCompiledError(name)
+
+
 def njit(signature: Any) -> Callable[[Callable[..., Any]], Any]:
     """Compile a function that Python calls, without the GIL, kept on disk by Numba where some folder is writable.
 
@@ -55,6 +93,8 @@ def njit(signature: Any) -> Callable[[Callable[..., Any]], Any]:
         compiled: Any = numba.njit(**OPTIONS)(function)
         if sources():
             _keep(compiled)
+            if _wanted.get() is not None and not _is_kept(compiled, signature):
+                check_wanted(f"{function.__module__}.{function.__qualname__}{signature}")
         compiled.compile(signature)
         compiled.disable_compile()
         return compiled
@@ -68,6 +108,14 @@ def _keep(compiled: Any) -> None:
         compiled.enable_caching()
         file = compiled._cache._cache_file  # noqa: SLF001
         file._source_stamp = file._source_stamp, sources()  # noqa: SLF001
+
+
+def _is_kept(compiled: Any, signature: Any) -> bool:
+    """Return whether Numba has a function's machine code for a signature on disk."""
+    if not compiled._cache.cache_path:  # noqa: SLF001
+        return False
+    key = compiled._cache._index_key(signature, compiled.targetctx.codegen())  # noqa: SLF001
+    return compiled._cache._cache_file.load(key) is not None  # noqa: SLF001
 
 
 class _Ingredient(codegen.JITCodeLibrary):

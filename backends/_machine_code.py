@@ -25,7 +25,7 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 from numba.core.runtime.nrt import rtsys
 
-from convdispatch.backends._jit import DIGEST_BYTES, OPTIONS, digest, sources
+from convdispatch.backends._jit import DIGEST_BYTES, OPTIONS, check_wanted, digest, sources
 
 _SUFFIX = ".kernel"
 _HERE = Path(__file__).parent
@@ -135,6 +135,7 @@ def compiled_address(signature: Any, function: Callable[..., Any]) -> int:
 
     Raises:
         TypeError: if it closes over anything else.
+        NotCompiledError: if ``compiling_only`` forbids to compile it.
     """
     with global_compiler_lock:
         if not sources():
@@ -142,6 +143,7 @@ def compiled_address(signature: Any, function: Callable[..., Any]) -> int:
         name = _name(signature, function)
         if known := _read(name):
             return _load(*known)
+        check_wanted(name)
         address, symbol, code = _compile(signature, function)
         _write(name, symbol, code)
         return address

@@ -123,6 +123,11 @@ class Plan:
         self._set_dtypes()  # `is` tells dtypes apart, and a pickle makes new ones
         self._lock = threading.Lock()
 
+    def complete(self) -> None:
+        """Compile what its calls will need besides its kernel; by itself a plan does so after some calls."""
+        if self._plain:
+            self._short_way()
+
     @property
     def workspace(self) -> int:
         """Scratch bytes of one call besides input, packed filters and output."""

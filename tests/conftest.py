@@ -11,7 +11,7 @@ from quiet import QuietWatch
 
 from convdispatch import dispatch, profile, registry, settings
 from convdispatch.errors import BackendRejectedError
-from convdispatch.tuning import tuner
+from convdispatch.tuning import compile_ahead, tuner
 
 # Derandomized, so that a run is the same run again; no deadline, since the first use of a dtype compiles.
 hypothesis.settings.register_profile(
@@ -41,6 +41,7 @@ def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("CONVDISPATCH_ISOLATION", "off")  # a child process takes a second; tests of isolation ask for it
     monkeypatch.setattr(profile, "user_path", lambda: tmp_path / "user" / "profile.yaml")
     monkeypatch.setattr(profile, "system_path", lambda: tmp_path / "system" / "profile.yaml")
+    monkeypatch.setattr(compile_ahead, "_MOST_CHILDREN", 0)  # the tests themselves already take all cores
     monkeypatch.setattr(tuner, "make_watch", QuietWatch)
     monkeypatch.setattr(dispatch, "_measured", set())
     settings.from_environment.cache_clear()

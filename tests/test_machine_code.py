@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numba
 import pytest
 from numba import types
 
 from convdispatch.backends import _machine_code as machine_code
+from convdispatch.backends._jit import NotCompiledError, compiling_only, njit
 from convdispatch.backends._vector import load, save
 
 WORD = types.int64(types.int64)
@@ -26,6 +28,10 @@ def times(factor: Any) -> Callable[[int], int]:
 
 def called(function: Callable[[int], int], value: int = 7) -> int:
     return int(ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(machine_code.compiled_address(WORD, function))(value))
+
+
+def increased(value):  # type: ignore[no-untyped-def]
+    return value + 1
 
 
 @pytest.fixture
@@ -132,6 +138,32 @@ def test_outdated_code_is_removed_from_the_packages_own_folder(tmp_path: Path) -
     assert fresh.exists()
     assert other.exists()
     assert not old.exists()
+
+
+def test_what_is_lacking_is_compiled_only_where_it_may_be(folders: list[Path], compilations: list[str]) -> None:
+    with compiling_only(()), pytest.raises(NotCompiledError) as lacking:
+        called(times(3))
+    assert compilations == []
+    with compiling_only({lacking.value.name}):
+        assert called(times(3)) == 21
+        with pytest.raises(NotCompiledError):
+            called(times(4))
+    assert lacking.value.name == kernels(folders[0])[0].name
+    with compiling_only(()):
+        assert called(times(3)) == 21  # it is on disk
+    assert called(times(4)) == 28
+    assert len(compilations) == 2
+
+
+def test_numbas_own_compiling_is_held_back_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    decorate = njit(types.int64(types.int64))
+    with compiling_only(()), pytest.raises(NotCompiledError, match="increased") as lacking:
+        decorate(increased)
+    with compiling_only({lacking.value.name}):
+        assert decorate(increased)(3) == 4
+    with compiling_only(()):
+        assert decorate(increased)(3) == 4
 
 
 @pytest.mark.parametrize("constant", ["text", 1.5, load, (1, save)])

@@ -158,6 +158,22 @@ def test_hopeless_losers_leave_after_one_round_and_plain_losers_after_a_few() ->
     assert rounds(table) == {"best": 7, "near": 7, "loser": ONE_CALL.drop_after, "hopeless": 1}
 
 
+def test_who_was_called_before_and_is_hopeless_is_called_once_more() -> None:
+    clock = FakeClock()
+    runners = {name: Runner(clock, value) for name, value in {"hopeless": 20.0, "best": 1.0, "near": 1.2}.items()}
+    table = race(runners, ONE_CALL, clock, called=True)
+    assert rounds(table) == {"hopeless": 1, "best": 7, "near": 7}
+    assert runners["hopeless"].calls == 1
+    assert comparable_seconds(table) == pytest.approx({"hopeless": 20.0, "best": 1.0, "near": 1.2})
+
+
+def test_short_calls_are_never_hopeless_at_once() -> None:
+    clock = FakeClock()
+    unlucky = Runner(clock, 0.019, 0.001)
+    table = race({"unlucky": unlucky, "other": Runner(clock, 0.001)}, ONE_CALL, clock, called=True)
+    assert rounds(table) == {"unlucky": 7, "other": 7}
+
+
 def test_one_slow_sample_puts_nobody_out() -> None:
     clock = FakeClock()
     # Call 1 is the warm-up; of the three first samples the second is bad.

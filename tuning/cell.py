@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from convdispatch import registry, settings
+from convdispatch import registry
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Candidate
 from convdispatch.problem import Problem, dtype_of
-from convdispatch.tuning.child import Child, ChildLostError, search_path
+from convdispatch.tuning.child import ChildLostError, start
 from convdispatch.tuning.gate import trial
 
 #: Multiply-adds a second below which a candidate counts as hanging.
@@ -82,14 +82,11 @@ class Cell:
         self._sent = _payload(backend)
         self._folder = tempfile.mkdtemp(prefix="convdispatch-")
         self._remove = weakref.finalize(self, _remove, self._folder, self.process)
-        path = [search_path(), *(os.path.abspath(entry) for entry in sys.path)]  # noqa: PTH100  # "" is here
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(dict.fromkeys(entry for entry in path if entry)),
-            f"{settings.PREFIX}TUNING": "off",
-            f"{settings.PREFIX}ISOLATION": "off",
-        }
         try:
-            self._child = Child([sys.executable, "-P", "-m", "convdispatch.tuning.isolation_worker"], environment)
+            self._child = start(
+                "convdispatch.tuning.isolation_worker",
+                [os.path.abspath(entry) for entry in sys.path],  # noqa: PTH100  # "" is here
+            )
         except Exception as error:  # noqa: BLE001  # no memory, no thread, no process: it is tried here instead
             self._remove()
             raise UnsentError(f"no process could be started: {error}") from None

@@ -206,3 +206,21 @@ class Child:
             if stream is not None:
                 with contextlib.suppress(OSError):
                     stream.close()
+
+
+def start(module: str, path: Sequence[str] = ()) -> Child:
+    """Run a module of convdispatch in a process of this interpreter, which neither tunes nor starts more of them.
+
+    Args:
+        module: its full name.
+        path: where else it is to find modules. What lies there may hide Python's own, so only who needs it has it.
+
+    Raises:
+        OSError: if it cannot be started; or whatever else keeps it from that.
+    """
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(entry for entry in (search_path(), *path) if entry)),
+        f"{settings.PREFIX}TUNING": "off",
+        f"{settings.PREFIX}ISOLATION": "off",
+    }
+    return Child([sys.executable, "-P", "-m", module], environment)

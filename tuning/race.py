@@ -49,6 +49,8 @@ class Rules:
 #: Seconds of a first call from which on a second would tell nothing new.
 _SLOW = 0.02
 _MOST_REPEATS = 1000
+#: Who is this many times slower than who may be dropped leaves without more samples.
+_AT_ONCE = 10
 #: Part of the intervals that hold the true median: for decisions, and for what is reported.
 DECIDED, REPORTED = 0.995, 0.95
 
@@ -196,6 +198,7 @@ def race(
     clock: Clock,
     *,
     seed: int = 0,
+    called: bool = False,
     on_failure: Callable[[str, Exception], None] | None = None,
     on_round: Callable[[], None] | None = None,
 ) -> dict[str, Samples]:
@@ -206,6 +209,8 @@ def race(
         rules: how many rounds, how long.
         clock: tells the time.
         seed: decides the order within the rounds.
+        called: whether all have been called before, so that none compiles or the like in its first call here. Who is
+            hopeless in that one leaves at once, and it is the only sample.
         on_failure: told of a runner that raised; it leaves the race. Without, the error is raised.
         on_round: called before each round, between the samples.
 
@@ -220,6 +225,8 @@ def race(
         if once is not None:
             table[name] = Samples(_repeats(once, rules), first=once)
     live = list(table)
+    if called:
+        live = _without_hopeless(table, rules)
     for number in range(1, rules.rounds + 1):
         if on_round is not None:
             on_round()
@@ -264,6 +271,18 @@ def _warm_up(run: Run, clock: Clock) -> float:
     return clock() - before
 
 
+def _without_hopeless(table: Mapping[str, Samples], rules: Rules) -> list[str]:
+    """Return who is not hopeless by its first call alone; that call is the sample of who is."""
+    best = min((samples.first for samples in table.values()), default=0.0)
+    live = []
+    for name, samples in table.items():
+        if samples.first > max(_SLOW, best * rules.drop * _AT_ONCE):
+            samples.seconds.append(samples.first)
+        else:
+            live.append(name)
+    return live
+
+
 def _repeats(once: float, rules: Rules) -> int:
     if once > _SLOW:
         return 1
@@ -292,7 +311,7 @@ def _still_in(live: list[str], table: Mapping[str, Samples], rules: Rules) -> li
 
 def _hopeless(samples: Samples, best: float, rules: Rules) -> bool:
     own = min(samples.first, *samples.seconds)
-    return own > best * rules.drop * (1 if len(samples.seconds) >= rules.drop_after else 10)
+    return own > best * rules.drop * (1 if len(samples.seconds) >= rules.drop_after else _AT_ONCE)
 
 
 def _decided(live: Sequence[str], table: Mapping[str, Samples], rules: Rules) -> bool:

@@ -6,7 +6,7 @@ Child processes take memory, and so do a large problem's arrays; the program tha
 import contextlib
 from collections.abc import Iterator
 
-from convdispatch.tuning import gate, hard_inputs, isolation
+from convdispatch.tuning import compile_ahead, gate, hard_inputs, isolation
 
 
 @contextlib.contextmanager
@@ -21,5 +21,6 @@ def session() -> Iterator[None]:
 def end() -> None:
     """End all child processes, and let go of the arrays that candidates share; who needs them again has new ones."""
     isolation.close()
+    compile_ahead.close()
     gate.trial.cache_clear()
     hard_inputs.forget()

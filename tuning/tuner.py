@@ -15,7 +15,7 @@ from convdispatch.locks import module_lock
 from convdispatch.problem import Problem
 from convdispatch.profile import BUSY, Entry, Failure, Found, Key, Result
 from convdispatch.settings import EFFORTS
-from convdispatch.tuning import calibrate, hard_inputs, isolation, stakes
+from convdispatch.tuning import calibrate, compile_ahead, hard_inputs, isolation, stakes
 from convdispatch.tuning import workload as workloads
 from convdispatch.tuning.busy import Watch, wait_until_quiet
 from convdispatch.tuning.clock import Clock, system_clock
@@ -498,9 +498,10 @@ def _measure(
         reason = in_a_line(reason, _LONGEST_REASON)
         failures.append(Failure(candidate.backend.name, candidate.backend.version, candidate.config, reason))
 
+    ready = compile_ahead.plans(arrays, by_name.values())
     for name, candidate in by_name.items():
         try:
-            plan = arrays.plan(candidate)
+            plan = ready.get(name) or arrays.plan(candidate)
             out = plan(arrays.input, out=arrays.spoiled_output(), residual=arrays.residual)
             verdict = hard_inputs.worse(arrays.judge(candidate, out), candidate, key.problem)
             workspace = candidate.workspace(key.problem)
@@ -548,7 +549,7 @@ def _race_in_quiet(
         watch = make_watch(threads)
         watch.start()
         now = replace(rules, rounds=times * rules.rounds, race_seconds=left)
-        table = race(runners, now, clock, on_failure=on_failure, on_round=watch.glance)
+        table = race(runners, now, clock, called=True, on_failure=on_failure, on_round=watch.glance)
         busy = tuple(watch.finish().complaints())
         if not busy:
             break

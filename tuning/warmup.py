@@ -9,7 +9,7 @@ from convdispatch import heuristic, settings
 from convdispatch.backend import Candidate
 from convdispatch.errors import BackendError
 from convdispatch.problem import Problem
-from convdispatch.tuning import isolation
+from convdispatch.tuning import compile_ahead, isolation
 from convdispatch.tuning import workload as workloads
 from convdispatch.tuning.gate import Trial
 from convdispatch.tuning.session import session
@@ -47,9 +47,11 @@ def warm_up(
         fit, refused = isolation.admitted(arrays.problem, candidates)
         for failure in refused:
             warnings.warn(f"{failure.name} is left out of {layer.problem}: {failure.reason}", stacklevel=3)
+        ready = compile_ahead.plans(arrays, fit)
         for candidate in fit:
             try:
-                arrays.plan(candidate)
+                plan = ready.get(candidate.name) or arrays.plan(candidate)
+                plan.complete()
             except Exception as error:
                 raise BackendError(f"{candidate} failed to prepare {layer.problem}: {error}") from error
         total += len(fit)

@@ -1,0 +1,147 @@
+"""Compiles the kernels that candidates lack side by side: one in this process, and others in child processes.
+
+A process compiles one kernel at a time, whatever its threads do; but machine code is kept on disk, so it does not
+matter who compiled it. That a kernel is lacking is found out by making plans while nothing may be compiled: what one
+asks for first is compiled, each kernel once, and then they try again. Whatever goes wrong on the way is no error: the
+kernel is compiled by who needs it, as if there were no other processes.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+
+from convdispatch import heuristic, registry, settings
+from convdispatch.backend import Candidate
+from convdispatch.backends._jit import NotCompiledError, compiling_only
+from convdispatch.locks import module_lock
+from convdispatch.plan import Plan
+from convdispatch.problem import Problem
+from convdispatch.tuning.child import Child, ChildLostError, start
+from convdispatch.tuning.gate import Trial
+
+#: Each child takes a quarter of a gigabyte.
+_MOST_CHILDREN = 7
+#: Seconds after which a child is given up.
+_PATIENCE = 120.0
+
+_Jobs = collections.deque[tuple[str, Candidate]]
+
+
+def plans(arrays: Trial, candidates: Iterable[Candidate]) -> dict[str, Plan]:
+    """Return the plans of candidates by name, all their kernels compiled.
+
+    Of built-in backends only; and who raises is left out, to raise again where somebody listens.
+    """
+    found: dict[str, Plan] = {}
+    waiting = [each for each in candidates if registry.is_built_in(each.backend)]
+    seen: set[str] = set()
+    while waiting:
+        lacking: dict[str, Candidate] = {}
+        unfinished = []
+        for candidate in waiting:
+            try:
+                found[candidate.name] = _plan(arrays, candidate, ())
+            except NotCompiledError as error:
+                lacking.setdefault(error.name, candidate)
+                unfinished.append(candidate)
+            except Exception:  # noqa: BLE001, S112  # whatever a backend raises
+                continue
+        if not lacking or seen.intersection(lacking):  # compiled in vain: there is no folder to keep it in
+            break
+        seen.update(lacking)
+        _compile(arrays, lacking)
+        waiting = unfinished
+    return found
+
+
+def close() -> None:
+    """End the child processes; who needs some again starts others."""
+    with _lock:
+        _children.close()
+
+
+def _plan(arrays: Trial, candidate: Candidate, kernels: Iterable[str]) -> Plan:
+    with compiling_only(frozenset(kernels)):
+        plan = arrays.plan(candidate)
+        plan.complete()
+    return plan
+
+
+def _compile(arrays: Trial, lacking: Mapping[str, Candidate]) -> None:
+    """Compile kernels, each by way of a candidate that needs it."""
+    jobs = collections.deque(lacking.items())
+    helpers = min(heuristic.thread_budget(settings.current()), len(jobs), 1 + _MOST_CHILDREN) - 1
+    with _lock, _children.taking(jobs, arrays.problem, helpers):
+        while job := _next(jobs):
+            kernel, candidate = job
+            with contextlib.suppress(Exception):  # it raises again where somebody listens
+                _plan(arrays, candidate, {kernel})
+
+
+def _next(jobs: _Jobs) -> tuple[str, Candidate] | None:
+    try:
+        return jobs.popleft()
+    except IndexError:  # the others were faster
+        return None
+
+
+class _Children:
+    """Child processes that compile; they wait from one time to the next."""
+
+    def __init__(self) -> None:
+        self._process = os.getpid()
+        self._known: dict[int, Child] = {}
+
+    @contextlib.contextmanager
+    def taking(self, jobs: _Jobs, problem: Problem, count: int) -> Iterator[None]:
+        """Have so many children take jobs within this block; what they have taken is done, or given up, at its end."""
+        self._know_own()
+        if not count:
+            yield
+            return
+        with concurrent.futures.ThreadPoolExecutor(count) as threads:
+            for number in range(count):
+                threads.submit(self._take, jobs, problem, number)
+            try:
+                yield
+            except BaseException:
+                jobs.clear()
+                self.close()
+                raise
+
+    def _take(self, jobs: _Jobs, problem: Problem, number: int) -> None:
+        """Pass jobs on to a child until there are no more, or the child is lost."""
+        try:
+            if number not in self._known:
+                self._known[number] = start("convdispatch.tuning.compile_worker")
+            child = self._known[number]
+            while job := _next(jobs):
+                kernel, candidate = job
+                child.send(
+                    {
+                        "kernel": kernel, "problem": str(problem), "backend": candidate.backend.name,
+                        "config": dict(candidate.config),
+                    }
+                )  # fmt: skip
+                child.receive(_PATIENCE)
+        except (OSError, ChildLostError):  # TimeoutError is an OSError
+            if lost := self._known.pop(number, None):
+                lost.close()
+
+    def _know_own(self) -> None:
+        """Forget the children of the process that this one was forked from."""
+        if self._process != os.getpid():
+            self._process, self._known = os.getpid(), {}
+
+    def close(self) -> None:
+        """End them."""
+        self._know_own()
+        while self._known:
+            _, child = self._known.popitem()
+            child.close()
+
+
+_children = _Children()
+_lock = module_lock()

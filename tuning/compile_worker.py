@@ -1,0 +1,45 @@
+"""The child process that compiles kernels for ``compile_ahead``, its parent; they are on disk when it has answered."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from convdispatch import registry
+from convdispatch.backend import Candidate, Config
+from convdispatch.backends._jit import NotCompiledError, compiling_only
+from convdispatch.errors import in_a_line
+from convdispatch.plan import Plan
+from convdispatch.problem import Problem, dtype_of
+from convdispatch.tuning.child import requests
+
+_REASON = 300
+
+
+def _compile(request: Mapping[str, Any]) -> None:
+    """Make a plan that needs the kernel; of what else it needs, nothing is compiled."""
+    problem = Problem.parse(request["problem"])
+    candidate = Candidate(registry.get(request["backend"]), Config(request["config"]))
+    filters = np.zeros(problem.filter_shape, dtype_of(problem.dtype))
+    bias = np.zeros(problem.k, dtype_of(problem.result_dtype)) if problem.epilogue.bias else None
+    try:
+        with compiling_only({request["kernel"]}):
+            Plan(problem, candidate, filters, bias).complete()
+    except NotCompiledError:
+        pass  # it comes after the one that was asked for, and is another request
+
+
+def main() -> None:
+    """Answer requests until there are no more."""
+    asked, reply = requests()
+    for request in asked:
+        try:
+            _compile(request)
+        except Exception as error:  # noqa: BLE001  # whatever it was, the parent will meet it, too
+            reply({"raised": in_a_line(f"{type(error).__name__}: {error}", _REASON)})
+        else:
+            reply({"done": True})
+
+
+if __name__ == "__main__":
+    main()
