@@ -20,13 +20,19 @@ from convdispatch.backends._tile import (
     add_to_all,
     add_to_each,
     clamp,
+    load_tile,
     multiply_add,
     store,
     store_some,
     stream,
     zeros,
 )
-from convdispatch.backends._vector import hold
+from convdispatch.backends._vector import hold, prefetch
+
+#: Filters with more bytes than this are taken by parts, but not for fewer tiles than these.
+_FAR, _LEAST_TILES = 4 << 20, 4
+#: Bytes of a part, and so many steps of a tile's sums between one look ahead at the next part and another.
+_PART, _STRETCH = 64 << 10, 64
 
 
 @compilable
@@ -94,6 +100,58 @@ def _next(place, shape):  # type: ignore[no-untyped-def]
     return place
 
 
+@compilable
+def is_far(filter_bytes, tiles):  # type: ignore[no-untyped-def]
+    """Return whether filters are taken by parts: from caches shared with others, or memory, and for so many tiles.
+
+    All tiles use a part before the next, so that it comes from afar once.
+    """
+    return filter_bytes > _FAR and tiles >= _LEAST_TILES
+
+
+@compilable
+def _add_products(  # type: ignore[no-untyped-def]
+    sums, rows, inputs, inside, behind, walk, part, weights, step, coming, lines, stretch, itemsize
+):
+    """Return a tile's sums with the products of its inputs and ``part`` of the filters, from and to which value.
+
+    Args:
+        inputs: address of the windows' addresses, behind which those of each tap are.
+        inside: whether all windows lie inside the image, and taps are found from the windows' addresses.
+        behind: bytes from those addresses to the values.
+        walk: taps of a row, bytes from a row of taps to the next and from a tap to the next, taps that are one run
+            through memory, values of a tap.
+        weights, step: where the filters lie, and how far it is from one value's to the next.
+        coming: where the filters lie that are used next: before each ``stretch``, so many ``lines`` are sent for.
+    """
+    kw, down, across, together, depth = walk
+    c, i, j, left, packed = part[0], 0, 0, part[1] - part[0], weights + part[0] * step
+    run = together * depth
+    if c:
+        first, c = divmod(c, run)
+        i, j = divmod(first * together, kw)
+    while left:
+        for _ in range(lines):
+            prefetch(coming)
+            coming += CACHE_LINE
+        if inside:
+            places, offset = inputs, behind + i * down + j * across + c * itemsize
+        else:
+            places, offset = inputs + (1 + i * kw + j) * rows * 8, behind + c * itemsize
+        now = min(run - c, left, stretch)
+        for _ in range(now):
+            sums = multiply_add(sums, rows, places, offset, packed)
+            offset += itemsize
+            packed += step
+        left -= now
+        c += now
+        if c == run:
+            c, j = 0, j + together
+            if j == kw:
+                i, j = i + 1, 0
+    return sums
+
+
 #: ``filters`` is ``[groups, blocks of a group, KH, KW, C // groups, block]``, filled up with zeros, ``bias`` alike.
 ARGUMENTS = Arguments(
     input=array_of(4), filters=array_of(6), bias=array_of(1), residual=array_of(4), out=array_of(4), zero=array_of(1),
@@ -129,53 +187,56 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
         for t in range(tiles):
             inside[t], place = _locate(place, here, itemsize, there, zero.ctypes.data, window, table[t])
         # Taps of one row are one run through memory, if nothing lies between them.
-        joined = dw == 1 and groups == 1
-        segments, run = (kh, kw * group_c) if joined else (kh * kw, group_c)
+        joined, pixel = dw == 1 and groups == 1, channels * itemsize
         table_at, table_step = table.ctypes.data, (2 + kh * kw) * rows * 8
         streams = streamed and out.ctypes.data % CACHE_LINE == 0
+        depth, far = kh * kw * group_c, is_far(w.size * itemsize, tiles)
+        turns, stretch = (-(-depth * step // _PART), _STRETCH) if far else (1, depth)
+        lines = _STRETCH * step // (tiles * CACHE_LINE) + 1 if far else 0
+        partial = np.empty((tiles if turns > 1 else 0, rows, block), x.dtype)
         for number in range(first_block, last_block):
             group, member = divmod(number, per_group)
             k0, count = group * group_k + member * block, min(block, group_k - member * block)
-            weights, behind = w.ctypes.data + number * kh * kw * group_c * step, group * group_c * itemsize
-            for t in range(tiles):
-                outputs = table_at + t * table_step
-                inputs, packed = outputs + rows * 8, weights
-                sums = zeros(rows, vectors, lanes, itemsize)
-                if bias.size:
-                    sums = add_to_all(sums, rows, bias.ctypes.data + number * step)
-                if inside[t]:
-                    for s in range(segments):
-                        gap = s * dh * here[3] if joined else s // kw * dh * here[3] + s % kw * dw
-                        offset = behind + gap * channels * itemsize
-                        for c in range(run):
-                            sums = multiply_add(sums, rows, inputs, offset + c * itemsize, packed)
-                            packed += step
-                else:
-                    for tap in range(kh * kw):
-                        taps = inputs + (1 + tap) * rows * 8
-                        for c in range(group_c):
-                            sums = multiply_add(sums, rows, taps, behind + c * itemsize, packed)
-                            packed += step
-                if residual.size:
-                    if count == block:
-                        sums = add_to_each(sums, rows, outputs, residual_offset + k0 * itemsize)
+            weights, behind = w.ctypes.data + number * depth * step, group * group_c * itemsize
+            for turn in range(turns):
+                begin, end = turn * depth // turns, (turn + 1) * depth // turns
+                share = (end - begin) // tiles
+                for t in range(tiles):
+                    outputs, inputs = table_at + t * table_step, table_at + t * table_step + rows * 8
+                    if turn:
+                        sums = load_tile(partial[t].ctypes.data, step, rows, vectors, lanes, itemsize)
                     else:
-                        sums = add_some_to_each(sums, rows, outputs, residual_offset + k0 * itemsize, count)
-                if code == RELU:
-                    sums = clamp(sums, 0.0, math.inf)
-                elif code == RELU6:
-                    sums = clamp(sums, 0.0, 6.0)
-                if count < block:
-                    store_some(sums, rows, outputs, k0 * itemsize, count)
-                elif streams:
-                    stream(sums, rows, outputs, k0 * itemsize)
-                else:
-                    store(sums, rows, outputs, k0 * itemsize)
-                if code > RELU6:
-                    first = (first_tile + t) * rows
-                    for r in range(first, min(first + rows, pixels)):
-                        finish(flat[r, k0 : k0 + count], code, slope)
-        hold(table)
+                        sums = zeros(rows, vectors, lanes, itemsize)
+                        if bias.size:
+                            sums = add_to_all(sums, rows, bias.ctypes.data + number * step)
+                    walk = (kw, dh * here[3] * pixel, dw * pixel, kw if joined and inside[t] else 1, group_c)
+                    sums = _add_products(
+                        sums, rows, inputs, inside[t], behind, walk, (begin, end), weights, step,
+                        weights + (end + t * share) * step, lines, stretch, itemsize,
+                    )  # fmt: skip
+                    if turn + 1 < turns:
+                        store(sums, rows, (np.int64(partial[t].ctypes.data), step), 0)
+                        continue
+                    if residual.size:
+                        if count == block:
+                            sums = add_to_each(sums, rows, outputs, residual_offset + k0 * itemsize)
+                        else:
+                            sums = add_some_to_each(sums, rows, outputs, residual_offset + k0 * itemsize, count)
+                    if code == RELU:
+                        sums = clamp(sums, 0.0, math.inf)
+                    elif code == RELU6:
+                        sums = clamp(sums, 0.0, 6.0)
+                    if count < block:
+                        store_some(sums, rows, outputs, k0 * itemsize, count)
+                    elif streams:
+                        stream(sums, rows, outputs, k0 * itemsize)
+                    else:
+                        store(sums, rows, outputs, k0 * itemsize)
+                    if code > RELU6:
+                        first = (first_tile + t) * rows
+                        for r in range(first, min(first + rows, pixels)):
+                            finish(flat[r, k0 : k0 + count], code, slope)
+        hold(table), hold(partial)
         add(arguments + _DONE_AT, 1)
 
     return CompiledKernel(convolve, ARGUMENTS)

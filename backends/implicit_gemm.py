@@ -86,7 +86,7 @@ class ImplicitGemm(PackedBackend):
     """Tiles of outputs summed in registers, the input read where it lies; any filter, stride and padding."""
 
     name = "implicit_gemm"
-    version = 5
+    version = 6
 
     def rejects_plain(self, problem: Problem) -> str | None:
         """Return None, or that integers or filters are missing."""
@@ -107,6 +107,8 @@ class ImplicitGemm(PackedBackend):
         blocks = p.groups * -(-p.group_k * item_bytes(p.dtype) // (vectors * vector_bytes()))
         tiles, down, across = _cut(p, rows, blocks, config.threads)
         each = -(-tiles // down) * (1 + rows * (2 + p.kh * p.kw) * 8)
+        if _indirect.is_far(blocks * vectors * vector_bytes() * p.taps, -(-tiles // down)):
+            each += -(-tiles // down) * rows * vectors * vector_bytes()
         if _is_in_line(p, rows):
             each = rows * vectors * vector_bytes()
             each += _staged(p, -(-tiles // down), rows) if p.groups > 1 else _window(p, rows)

@@ -16,7 +16,7 @@ from strategies import judge
 
 from convdispatch import registry
 from convdispatch.backend import Config
-from convdispatch.backends import _memory
+from convdispatch.backends import _indirect, _memory, implicit_gemm
 from convdispatch.backends._tile import register_tiles
 from convdispatch.backends._vector import vector_bytes
 from convdispatch.backends.implicit_gemm import ImplicitGemm
@@ -52,6 +52,23 @@ def check(problem: Problem, config: Config) -> None:
 def test_every_tile_does_every_remainder(text: str, tile: tuple[int, int]) -> None:
     for threads in (1, 3):
         check(Problem.parse(text), Config(rows=tile[0], vectors=tile[1], threads=threads))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1x7x9x520 * 3x3x520x300 SAME +relu",
+        "2x6x5x300 * 5x3x300x300 pad=1,2,0,1 stride=1x2 dilation=1x2 +bias +residual +gelu",
+        "1x3x13x512 * 3x3x256x512 SAME groups=2 +bias",
+        "1x7x9x300 * 3x3x300x300 SAME float64 +residual",
+    ],
+)
+def test_filters_that_come_from_afar_are_taken_by_parts(text: str) -> None:
+    problem = Problem.parse(text)
+    assert math.prod(problem.filter_shape) * np.dtype(problem.dtype).itemsize > _indirect._FAR
+    for rows, vectors in register_tiles()[:2]:
+        assert not implicit_gemm._is_in_line(problem, rows)
+        check(problem, Config(rows=rows, vectors=vectors, threads=1))
 
 
 @given(
