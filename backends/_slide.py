@@ -13,7 +13,6 @@ from convdispatch.backends._vector import (
     intrinsic,
     load_at,
     parts_of,
-    spaced,
 )
 
 
@@ -35,11 +34,12 @@ class _Window:
         return (outputs - 1) * self.stride + self.taps
 
 
-def _slide(b: Any, tile: Any, window: _Window, values: Any, places: list[Any], filters: Any) -> Any:
+def _slide(b: Any, tile: Any, window: _Window, values: Any, places: list[Any], filters: Any, row: int) -> Any:
     vector, count, taps, channels = tile.dtype, len(tile), window.taps, window.channels
     size, groups = vector.itemsize, vector.lanes // window.filters
     sums = parts_of(b, values, count)
-    weights = [load_at(b, vector.ir, filters, i * vector.lanes * size, size) for i in range(taps * channels)]
+    numbers = range(row * taps * channels, (row + 1) * taps * channels)
+    weights = [load_at(b, vector.ir, filters, number * vector.lanes * size, size) for number in numbers]
     pixel = ir.VectorType(vector.ir.element, groups * channels)
     for p, place in enumerate(places):
         users = [o for o in range(count) if 0 <= p - o * window.stride < taps]
@@ -61,37 +61,51 @@ def _spread(b: Any, pixel: Any, groups: int, channels: int, filters: int, c: int
     return b.shuffle_vector(pixel, undefined, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
 
 
+def _few_steps(b: Any, first: Any, step: Any, count: int) -> list[Any]:
+    """Return addresses ``step`` bytes apart, each a base plus no, one or two steps: what an instruction can add."""
+    two, three = b.shl(step, ir.Constant(I64, 1)), b.mul(step, ir.Constant(I64, 3))
+    places = []
+    for number in range(count):
+        if number and number % 3 == 0:
+            first = b.add(first, three)
+        places.append([first, b.add(first, step), b.add(first, two)][number % 3])
+    return places
+
+
 @intrinsic
 def slide(
-    typing: Any,
-    tile: Any, taps: Any, stride: Any, channels: Any, filters: Any, inputs: Any, step: Any, weights: Any,
+    typing: Any, tile: Any, down: Any, taps: Any, stride: Any, channels: Any, filters: Any,
+    inputs: Any, line: Any, step: Any, weights: Any,
 ) -> tuple[Any, Codegen]:  # fmt: skip
-    """Return a run of outputs plus one row of a filter: output ``o`` gains tap ``j`` times pixel ``o * stride + j``.
+    """Return a run of outputs plus ``down`` rows of a filter: output ``o`` gains tap ``j`` times ``o * stride + j``.
 
     A vector holds the outputs of whole groups of ``filters`` filters each, every group with its own ``channels``
-    channels. Pixels are ``step`` bytes apart from ``inputs`` on, each loaded once for all who need it; ``weights`` are
-    ``[taps, channels, lanes]``.
+    channels. Pixels are ``step`` bytes apart from ``inputs`` on, rows of them ``line`` bytes; each is loaded once for
+    all who need it. ``weights`` are ``[down, taps, channels, lanes]``.
     """
     window = _Window.of(taps, stride, channels, filters)
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        places = spaced(b, arguments[5], arguments[6], window.span(len(tile)))
-        return context.make_tuple(b, tile, _slide(b, tile, window, arguments[0], places, arguments[7]))
+        values, first, line, step, packed = arguments[0], *arguments[6:]
+        for row in range(down.literal_value):
+            places = _few_steps(b, first, step, window.span(len(tile)))
+            values = context.make_tuple(b, tile, _slide(b, tile, window, values, places, packed, row))
+            first = b.add(first, line)
+        return values
 
-    return tile(tile, taps, stride, channels, filters, inputs, step, weights), codegen
+    return tile(tile, down, taps, stride, channels, filters, inputs, line, step, weights), codegen
 
 
 @intrinsic
 def slide_found(
-    typing: Any,
-    tile: Any, taps: Any, stride: Any, channels: Any, filters: Any, table: Any, offset: Any, weights: Any,
-) -> tuple[Any, Codegen]:  # fmt: skip
-    """Do as ``slide`` does with pixels that lie anywhere: ``offset`` bytes behind the addresses in a table."""
+    typing: Any, tile: Any, taps: Any, stride: Any, channels: Any, filters: Any, table: Any, offset: Any, weights: Any
+) -> tuple[Any, Codegen]:
+    """Do as ``slide`` does, for one row, with pixels that lie anywhere: ``offset`` bytes behind a table's addresses."""
     window = _Window.of(taps, stride, channels, filters)
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         starts = [load_at(b, I64, arguments[5], 8 * p, 8) for p in range(window.span(len(tile)))]
         places = [b.add(start, arguments[6]) for start in starts]
-        return context.make_tuple(b, tile, _slide(b, tile, window, arguments[0], places, arguments[7]))
+        return context.make_tuple(b, tile, _slide(b, tile, window, arguments[0], places, arguments[7], 0))
 
     return tile(tile, taps, stride, channels, filters, table, offset, weights), codegen

@@ -45,6 +45,8 @@ _TILES = {32: (14, 7, 4), 16: (7, 4)}
 _SHORTER = (7, 4, 1)
 #: Taps of a row that are done together, held in registers, if the filter's width is a multiple of theirs.
 _TAPS = (7, 5, 3)
+#: Filters of so many rows and columns, one a channel, are done whole where they lie inside the image.
+_DOWN = 3
 #: A filter up to this width that is no such multiple is done a row at a time; wider ones, and narrow ones, by taps.
 _WIDEST = 31
 #: Channels of a group, each written out as code.
@@ -98,13 +100,13 @@ _DONE_AT = 8 * _ARGUMENTS.done_at
 
 @functools.cache
 def _compiled(  # noqa: C901, PLR0915
-    tile: int, taps: int, stride: int, dilated: bool, group_c: int, group_k: int, lanes: int, itemsize: int
+    tile: int, down: int, taps: int, stride: int, dilated: bool, group_c: int, group_k: int, lanes: int, itemsize: int
 ) -> CompiledKernel:
     """Return the kernel of one tile: ``taps`` of a filter's row at a time, whose outputs are ``stride`` pixels apart.
 
     With one tap at a time any stride and dilation will do, since then outputs share no pixel. A vector holds whole
     groups of ``group_k`` filters, each group with ``group_c`` channels; or, if both are 1, one filter each of
-    neighbouring channels.
+    neighbouring channels. If ``down`` is not 0, that many rows of a filter are done together where all lie inside.
     What is no dilation is compiled apart: with pixels a variable number of columns apart, the compiler keeps more
     differences of addresses than there are registers, and the kernel takes half as long again.
     """
@@ -148,12 +150,19 @@ def _compiled(  # noqa: C901, PLR0915
                             k0 = min(block * lanes, filters - lanes)
                             here, packed = from_row + k0 // group_k * group_c * itemsize, weights + block * filter_bytes
                             sums = add_to_all(zeros(tile, 1, lanes, itemsize), tile, start + k0 * start_step)
-                            for _ in range(first, last):
-                                for j in range(kw // taps):
-                                    at, taps_at = here + j * chunk, packed + j * taps * tap_bytes
-                                    sums = slide(sums, taps, stride, group_c, group_k, at, jump * pixel, taps_at)
-                                here += dh * line
-                                packed += kw * tap_bytes
+                            if last - first == down:
+                                sums = slide(
+                                    sums, down, taps, stride, group_c, group_k, here, dh * line, jump * pixel, packed
+                                )
+                            else:
+                                for _ in range(first, last):
+                                    for j in range(kw // taps):
+                                        at, taps_at = here + j * chunk, packed + j * taps * tap_bytes
+                                        sums = slide(
+                                            sums, 1, taps, stride, group_c, group_k, at, 0, jump * pixel, taps_at
+                                        )
+                                    here += dh * line
+                                    packed += kw * tap_bytes
                             if residual.size:
                                 sums = add_to_each(sums, tile, places, more + k0 * itemsize)
                             store(clamp(sums, low, high), tile, places, k0 * itemsize)
@@ -194,7 +203,7 @@ class Depthwise(PackedBackend):
     """Vectors along the channels, each of a group of few or of its own; any filter, stride, dilation and padding."""
 
     name = "depthwise"
-    version = 4
+    version = 5
 
     def rejects_plain(self, problem: Problem) -> str | None:
         """Return None, or why the problem is not depthwise, or that integers are missing."""
@@ -300,7 +309,8 @@ def _kernel_of(problem: Problem, tile: int, lanes: int) -> CompiledKernel:
     taps, stride = _taps(problem)
     dilated = taps > 1 and problem.dilations[1] > 1
     group = (problem.group_c, problem.group_k) if _shares_vectors(problem) else (1, 1)
-    return _compiled(tile, taps, stride, dilated, *group, lanes, item_bytes(problem.dtype))
+    down = _DOWN if problem.kh == problem.kw == taps == _DOWN and group == (1, 1) else 0
+    return _compiled(tile, down, taps, stride, dilated, *group, lanes, item_bytes(problem.dtype))
 
 
 def _shares_vectors(problem: Problem) -> bool:
