@@ -232,7 +232,7 @@ class Depthwise(PackedBackend):
         p, tile = problem, _fitting(problem, _tile(config))
         lanes, size = _lanes(p, machine.vector_bytes), item_bytes(p.dtype)
         tiles = p.n * p.oh * -(-p.ow // tile) * -(-p.k // lanes)
-        taps, stride = _taps(p)
+        taps, stride = _taps(p, tile)
         loads = p.kw // taps * ((tile - 1) * stride + 2 * taps)
         row = _FMA_SECONDS_PER_BYTE * lanes * size * tile * p.kw + _LOAD_SECONDS * loads
         row *= 1 if p.group_c == 1 else 0.75 * p.group_c
@@ -295,10 +295,13 @@ def _fitting(problem: Problem, tile: int) -> int:
     return next(length for length in (tile, *_SHORTER) if length <= least)
 
 
-def _taps(problem: Problem) -> tuple[int, int]:
-    """Return the taps done together, and the stride between outputs among the pixels they share."""
+def _taps(problem: Problem, tile: int) -> tuple[int, int]:
+    """Return the taps done together, and the stride between outputs among the pixels they share.
+
+    A single output shares none: its sum waits for itself, tap by tap, however its taps are loaded.
+    """
     p, stride = problem, problem.strides[1]
-    if stride > 2 or (stride == 2 and p.dilations[1] > 1):
+    if tile == 1 or stride > 2 or (stride == 2 and p.dilations[1] > 1):
         return 1, 1
     wide = p.kw if _TAPS[0] < p.kw <= _WIDEST else 1
     taps = next((taps for taps in _TAPS if p.kw % taps == 0), wide)
@@ -306,7 +309,7 @@ def _taps(problem: Problem) -> tuple[int, int]:
 
 
 def _kernel_of(problem: Problem, tile: int, lanes: int) -> CompiledKernel:
-    taps, stride = _taps(problem)
+    taps, stride = _taps(problem, tile)
     dilated = taps > 1 and problem.dilations[1] > 1
     group = (problem.group_c, problem.group_k) if _shares_vectors(problem) else (1, 1)
     down = _DOWN if problem.kh == problem.kw == taps == _DOWN and group == (1, 1) else 0
