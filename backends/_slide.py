@@ -86,7 +86,7 @@ def slide(
     window = _Window.of(taps, stride, channels, filters)
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        values, first, line, step, packed = arguments[0], *arguments[6:]
+        values, _, _, _, _, _, first, line, step, packed = arguments
         for row in range(down.literal_value):
             places = _few_steps(b, first, step, window.span(len(tile)))
             values = context.make_tuple(b, tile, _slide(b, tile, window, values, places, packed, row))
