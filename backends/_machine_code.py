@@ -25,7 +25,7 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 from numba.core.runtime.nrt import rtsys
 
-from convdispatch.backends._jit import DIGEST_BYTES, OPTIONS, check_wanted, digest, sources
+from convdispatch.backends._jit import DIGEST_BYTES, OPTIONS, check_wanted, digest, sources, undisturbed
 
 _SUFFIX = ".kernel"
 _HERE = Path(__file__).parent
@@ -117,7 +117,8 @@ def _load(symbol: str, code: bytes) -> int:
 
 def _compile(signature: Any, function: Callable[..., Any]) -> tuple[int, str, bytes]:
     """Return the address of a compiled function, where it stays, its symbol, and its object code."""
-    dispatcher: Any = numba.njit([signature], **OPTIONS)(function)
+    with undisturbed():
+        dispatcher: Any = numba.njit([signature], **OPTIONS)(function)
     _alive.append(dispatcher)
     compiled = dispatcher.overloads[signature.args]
     symbol, library = compiled.fndesc.llvm_cfunc_wrapper_name, compiled.library
