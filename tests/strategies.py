@@ -92,6 +92,8 @@ class _Kinds:
         along: taps of a row, with the stride along it.
         groups: channels and filters of a group.
         multipliers: filters of a channel, where each is a group.
+        with_groups: as ``along``, where there are groups.
+        dilation: the largest where there are groups.
         floats: what is computed with.
     """
 
@@ -99,6 +101,8 @@ class _Kinds:
     along: tuple[tuple[int, int], ...]
     groups: tuple[tuple[int, int], ...]
     multipliers: tuple[int, ...]
+    with_groups: tuple[tuple[int, int], ...]
+    dilation: int
     floats: tuple[str, ...]
 
     def draws(self, dtype: str) -> bool:
@@ -106,9 +110,14 @@ class _Kinds:
         return dtype in self.floats or dtype not in {"float32", "float64"}
 
 
-_FEW = _Kinds((1, 3), ((3, 1), (2, 1), (3, 2), (4, 3)), ((4, 4), (2, 3)), (1, 3), ("float32",))
+_FEW = _Kinds(
+    (1, 3), ((3, 1), (2, 1), (3, 2), (4, 3)), ((4, 4), (2, 3)), (1, 3),
+    with_groups=((3, 1), (3, 2)), dilation=1, floats=("float32",),
+)  # fmt: skip
+_ALONG = (*_FEW.along, (1, 1), (5, 1))
 _MANY = _Kinds(
-    (1, 2, 3, 5), (*_FEW.along, (1, 1), (5, 1)), (*_FEW.groups, (3, 2), (8, 8)), (1, 2, 3), ("float32", "float64")
+    (1, 2, 3, 5), _ALONG, (*_FEW.groups, (3, 2), (8, 8)), (1, 2, 3),
+    with_groups=_ALONG, dilation=3, floats=("float32", "float64"),
 )  # fmt: skip
 
 
@@ -131,14 +140,15 @@ def problems(
         side: most rows and columns before padding.
     """
     least = 0 if empty and draw(st.integers(0, 5)) == 5 else 1
+    groups, group_c, group_k = draw(_parts(least))
+    along, most = (_kinds().with_groups, _kinds().dilation) if groups > 1 else (_kinds().along, 3)
     # Every third problem has the filters that Winograd is about, some have those of a fast FIR.
     if which := draw(st.sampled_from((3, 0, 0, 3, 0, 9))):
         kernel, strides, dilations = (which, which), (1, 1), (1, 1)
     else:
-        (kw, stride), kh = draw(st.sampled_from(_kinds().along)), draw(st.sampled_from(_kinds().heights))
+        (kw, stride), kh = draw(st.sampled_from(along)), draw(st.sampled_from(_kinds().heights))
         kernel, strides = (kh, kw), (draw(st.integers(1, 3)), stride)
-        dilations = draw(st.one_of(st.just((1, 1)), _pairs(1, 3)))
-    groups, group_c, group_k = draw(_parts(least))
+        dilations = draw(st.one_of(st.just((1, 1)), _pairs(1, most)))
     image = draw(_pairs(least, side))
     extent = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
     padding = draw(st.sampled_from([*PADDINGS, "explicit"]))

@@ -91,7 +91,8 @@ def children(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeChild]]:
 
 def plans(backend: Backend, sizes: int = 3) -> dict[str, Any]:
     arrays = Trial.random(PROBLEM)
-    return compile_ahead.plans(arrays, [Candidate(backend, Config(size=size)) for size in range(sizes)])
+    candidates = [Candidate(backend, Config(size=size)) for size in range(sizes)]
+    return {candidate.name: plan for candidate, plan in compile_ahead.plans(arrays, candidates)}
 
 
 def start_of(started: list[FakeChild], disk: Disk, *, lost: bool = False) -> Any:

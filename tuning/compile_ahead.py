@@ -29,12 +29,11 @@ _PATIENCE = 120.0
 _Jobs = collections.deque[tuple[str, Candidate]]
 
 
-def plans(arrays: Trial, candidates: Iterable[Candidate]) -> dict[str, Plan]:
-    """Return the plans of candidates by name, all their kernels compiled.
+def plans(arrays: Trial, candidates: Iterable[Candidate]) -> Iterator[tuple[Candidate, Plan]]:
+    """Yield candidates with their plans, as soon as all kernels of one are compiled.
 
     Of built-in backends only; and who raises is left out, to raise again where somebody listens.
     """
-    found: dict[str, Plan] = {}
     waiting = [each for each in candidates if registry.is_built_in(each.backend)]
     seen: set[str] = set()
     while waiting:
@@ -42,7 +41,7 @@ def plans(arrays: Trial, candidates: Iterable[Candidate]) -> dict[str, Plan]:
         unfinished = []
         for candidate in waiting:
             try:
-                found[candidate.name] = _plan(arrays, candidate, ())
+                yield candidate, _plan(arrays, candidate, ())
             except NotCompiledError as error:
                 lacking.setdefault(error.name, candidate)
                 unfinished.append(candidate)
@@ -53,7 +52,6 @@ def plans(arrays: Trial, candidates: Iterable[Candidate]) -> dict[str, Plan]:
         seen.update(lacking)
         _compile(arrays, lacking)
         waiting = unfinished
-    return found
 
 
 def close() -> None:

@@ -498,7 +498,7 @@ def _measure(
         reason = in_a_line(reason, _LONGEST_REASON)
         failures.append(Failure(candidate.backend.name, candidate.backend.version, candidate.config, reason))
 
-    ready = compile_ahead.plans(arrays, by_name.values())
+    ready = {candidate.name: plan for candidate, plan in compile_ahead.plans(arrays, by_name.values())}
     for name, candidate in by_name.items():
         try:
             plan = ready.get(name) or arrays.plan(candidate)

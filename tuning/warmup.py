@@ -47,11 +47,11 @@ def warm_up(
         fit, refused = isolation.admitted(arrays.problem, candidates)
         for failure in refused:
             warnings.warn(f"{failure.name} is left out of {layer.problem}: {failure.reason}", stacklevel=3)
-        ready = compile_ahead.plans(arrays, fit)
+        ready = {candidate.name for candidate, _ in compile_ahead.plans(arrays, fit)}
         for candidate in fit:
             try:
-                plan = ready.get(candidate.name) or arrays.plan(candidate)
-                plan.complete()
+                if candidate.name not in ready:
+                    arrays.plan(candidate).complete()
             except Exception as error:
                 raise BackendError(f"{candidate} failed to prepare {layer.problem}: {error}") from error
         total += len(fit)
