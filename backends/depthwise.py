@@ -223,9 +223,12 @@ class Depthwise(PackedBackend):
         choices = [Config(columns=columns) for columns in fit]
         return sorted(choices, key=lambda config: self.estimate_plain(problem, config, here))
 
-    def workspace_plain(self, problem: Problem, config: Config) -> int:  # noqa: ARG002
-        """Return the bytes of each thread's addresses and tile."""
-        return config.threads * _tile(config) * (16 + vector_bytes())
+    def workspace_plain(self, problem: Problem, config: Config) -> int:
+        """Return the bytes of each thread's addresses, one for each pixel under a tile and chunk of taps, and tile."""
+        tile = _fitting(problem, _tile(config))
+        taps, stride = _taps(problem, tile)
+        addresses = problem.kh * (problem.kw // taps) * ((tile - 1) * stride + taps)
+        return config.threads * (8 * addresses + tile * vector_bytes())
 
     def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return the time of products, loads and stores by tile, or of the traffic if that takes longer."""

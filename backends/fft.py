@@ -105,7 +105,9 @@ def _good_lengths() -> tuple[int, ...]:
 
 
 def _good_length(least: int) -> int:
-    """Return the smallest product of 2, 3 and 5 from ``least`` on, as ``scipy.fft.next_fast_len`` does."""
+    """Return a product of 2, 3 and 5 from ``least`` on: the smallest, or where that is very long, an even one."""
+    if least > _good_lengths()[-1]:
+        return 2 * _good_length(-(-least // 2))
     return _good_lengths()[bisect.bisect_left(_good_lengths(), least)]
 
 

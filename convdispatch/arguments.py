@@ -2,7 +2,6 @@
 
 import functools
 import operator
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 
 from convdispatch.epilogue import Epilogue, parse_activation
 from convdispatch.errors import ArgumentError, ArgumentTypeError
-from convdispatch.problem import DATA_FORMATS, DTYPES, PADDINGS, Pads, Problem, padding_of
+from convdispatch.problem import DATA_FORMATS, DTYPES, LARGEST, PADDINGS, Pads, Problem, padding_of
 
 Array = NDArray[Any]
 FILTER_FORMATS = ("HWIO", "OIHW")
@@ -246,8 +245,8 @@ def _pads(
     pads = _explicit_pads(padding, data_format, what)
     if min(pads) < 0:
         raise ArgumentError(f"padding must not be negative; got {padding!r}")
-    if max(pads) > sys.maxsize:  # kernels count in int64
-        raise ArgumentError(f"padding must be at most {sys.maxsize}; got {padding!r}")
+    if max(pads) > LARGEST:
+        raise ArgumentError(f"padding must be at most {LARGEST}; got {padding!r}")
     return pads
 
 

@@ -308,10 +308,12 @@ def _estimated(answers: Sequence[Found], problem: Problem, deployment: str, opti
     allowed = [backend for backend in usable.values() if heuristic.accurate_by_kind(backend, problem, options)]
     ranking = transfer.rank(problem, allowed, heuristic.thread_budget(options), deployment)
     measured, not_these = _errors(answers), []
-    for estimate in ranking.estimates:
+    # What third parties promise of themselves is unchecked: they are for those whom nothing else is left to.
+    trusted = sorted(ranking.estimates, key=lambda each: not registry.is_built_in(each.candidate.backend))
+    for estimate in trusted:
         candidate = estimate.candidate
         if estimate.seconds is None:
-            break  # unknown ones come last, and nothing unknown is chosen unmeasured
+            continue  # nothing unknown is chosen unmeasured
         off = measured.get((candidate.backend.name, candidate.backend.version, candidate.config), 0.0)
         if not heuristic.accurate_by_measure(candidate.backend, problem, off, options):
             not_these.append(f"{candidate}: its error was measured as {off:.2g}")

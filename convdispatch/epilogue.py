@@ -1,5 +1,6 @@
 """What is done to a convolution's sums before they are stored: bias, residual, activation, in this order."""
 
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -118,9 +119,9 @@ def activate(y: Array, activation: str | None, slope: float = 0.0) -> Array:
     """Apply an activation to an array of any shape, in its own dtype; NaN stays NaN."""
     if activation is None:
         return y
-    if activation == "leaky_relu":
-        return np.where(y < 0, y * y.dtype.type(slope), y)
     with np.errstate(all="ignore"):  # infinities are the caller's; they need no warning here
+        if activation == "leaky_relu":
+            return np.where(y < 0, y * y.dtype.type(slope), y)
         return _FUNCTIONS[activation](y).astype(y.dtype, copy=False)
 
 
@@ -138,12 +139,14 @@ def finish(out: Array, epilogue: Epilogue, bias: Array | None, residual: Array |
         residual: of ``out``'s shape, present if the epilogue says so.
     """
     rows = max(1, _BLOCK // max(1, out.shape[2] * out.shape[3]))
-    for n in range(out.shape[0]):
-        for top in range(0, out.shape[1], rows):
-            part = out[n, top : top + rows]
+    wide = max(1, _BLOCK // max(1, out.shape[3]))
+    places = itertools.product(range(out.shape[0]), range(0, out.shape[1], rows), range(0, out.shape[2], wide))
+    with np.errstate(all="ignore"):
+        for n, top, left in places:
+            part = out[n, top : top + rows, left : left + wide]
             if bias is not None:
                 part += bias
             if residual is not None:
-                part += residual[n, top : top + rows]
+                part += residual[n, top : top + rows, left : left + wide]
             if epilogue.activation is not None:
                 part[...] = activate(part, epilogue.activation, epilogue.slope)

@@ -185,7 +185,11 @@ def _evidence(decision: Decision, problem: Problem, entry: Entry | None) -> Evid
 def _objection(problem: Problem, candidate: Candidate, measured: Result | None, failed: Failure | None) -> str:
     """Return what the options or a measurement hold against a candidate that could do the problem, or nothing."""
     options = settings.current()
-    if not heuristic.fits_memory(candidate.workspace(problem), options):
+    try:
+        fits = heuristic.fits_memory(candidate.workspace(problem), options)
+    except Exception as error:  # noqa: BLE001  # somebody's backend is no reason to explain nothing
+        return f"its workspace raised {type(error).__name__}: {error}"
+    if not fits:
         return f"needs more workspace than memory_limit={options.memory_limit}"
     if measured is not None and not heuristic.accurate_by_measure(candidate.backend, problem, measured.error, options):
         return f"its error was measured above what accuracy={options.accuracy!r} allows"
@@ -235,11 +239,18 @@ def _rows(key: Key, entry: Entry | None, decision: Decision | None) -> Sequence[
                 measured.spread if measured else None,
                 measured.rounds if measured else None,
                 measured.error if measured else None,
-                candidate.workspace(problem),
+                _workspace(candidate, problem),
             )
         )
     rows.sort(key=lambda row: (not row.chosen, bool(row.reason), row.median or row.estimate or float("inf")))
     return [*rows, *(Row(name, reason=reason) for name, reason in refused.items())]
+
+
+def _workspace(candidate: Candidate, problem: Problem) -> int | None:
+    try:
+        return candidate.workspace(problem)
+    except Exception:  # noqa: BLE001  # somebody's backend is no reason to explain nothing
+        return None
 
 
 def _unranked(backend: Backend, key: Key) -> tuple[Candidate | None, str]:

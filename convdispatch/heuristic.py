@@ -103,10 +103,12 @@ def rank(problem: Problem, backends: Iterable[Backend], threads: int, effort: Ef
 def worth_measuring(estimates: Sequence[Estimate], effort: Effort) -> tuple[list[Candidate], list[Estimate]]:
     """Split ranked estimates into candidates to measure and those estimated hopelessly slow.
 
-    Of backends without an estimate, something is always measured, and so is the yardstick unless that takes long.
+    Of backends without an estimate, something is always measured, and so is the yardstick unless that takes long. What
+    third parties promise puts nobody out: nothing holds their estimates to the truth.
     """
-    known = [estimate.seconds for estimate in estimates if estimate.seconds is not None]
-    limit = min(known, default=0.0) * _HOPELESS[effort]
+    known = [estimate for estimate in estimates if estimate.seconds is not None]
+    trusted = [estimate for estimate in known if registry.is_built_in(estimate.candidate.backend)] or known
+    limit = min((estimate.seconds or 0.0 for estimate in trusted), default=0.0) * _HOPELESS[effort]
     keep, leave = [], []
     for estimate in estimates:
         yardstick = estimate.candidate.backend.name == YARDSTICK

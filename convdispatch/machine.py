@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import os
 import platform
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
@@ -80,8 +81,10 @@ def current() -> Machine:
 @functools.cache
 def usable_cores() -> int:
     """Return how many cores this process may use: affinity, container quota and the hardware, the least."""
-    import loky  # noqa: PLC0415  # 30 ms to import, needed once
-
+    try:
+        import loky  # noqa: PLC0415  # 30 ms to import, needed once
+    except RuntimeError:  # the program is about to end, and loky's pools want to be told when
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, int(loky.cpu_count()))
 
 

@@ -33,6 +33,8 @@ LOW_PRECISION = ("float16", "bfloat16")
 Pads = tuple[int, int, int, int]
 #: So many elements have more bytes than int64 counts, in the widest dtype that they or their sums may have.
 _TOO_MANY = sys.maxsize // 8
+#: The largest stride, dilation and padding: kernels add and multiply them in int64.
+LARGEST = 1 << 40
 
 
 def dtype_of(name: str) -> np.dtype[Any]:
@@ -119,8 +121,8 @@ class Problem:
                 raise ArgumentTypeError(f"{name} must be a tuple of {count} ints; got {sizes!r}")
             if min(sizes) < low:
                 raise ArgumentError(f"{name} must be at least {low}; got {sizes}")
-            if max(sizes) > sys.maxsize:  # kernels count in int64
-                raise ArgumentError(f"{name} must be at most {sys.maxsize}; got {sizes}")
+            if max(sizes) > LARGEST:
+                raise ArgumentError(f"{name} must be at most {LARGEST}; got {sizes}")
         for name, count in (("input channels", self.c), ("filters", self.k)):
             if count % self.groups:
                 raise ArgumentError(f"groups must divide the {name}: {count} {name}, groups={self.groups}")

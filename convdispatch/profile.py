@@ -233,7 +233,7 @@ class Profile:
                 else:
                     added.append(new.rstrip())
         pieces, position = [], 0
-        for start, end, new_text in sorted(edits, key=lambda edit: edit[0]):
+        for start, end, new_text in sorted(edits, key=lambda edit: edit[:2]):  # what is put before a chunk comes first
             pieces += [text[position:start], new_text]
             position = end
         pieces.append(text[position:])

@@ -8,7 +8,6 @@ import importlib
 import inspect
 import pkgutil
 import re
-import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from convdispatch.errors import (
     RegistrationError,
     UnknownBackendError,
 )
+from convdispatch.locks import module_rlock
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem
 
@@ -101,7 +101,7 @@ class _Registry:
     """The state: what was registered, what was found and not yet loaded, what failed to load."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.lock = module_rlock()
         self.generation = 0
         self.registered: dict[str, Backend] = {}
         self.loaded: dict[str, Backend] = {}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from convdispatch import calibration, heuristic, machine, profile, registry
 from convdispatch.backend import Backend, Candidate, Config
 from convdispatch.calibration import Calibration, Corrector, Sizes, config_text
+from convdispatch.errors import ArgumentError
 from convdispatch.heuristic import Estimate
 from convdispatch.neighbours import Neighbour, Row, neighbours
 from convdispatch.problem import Problem
@@ -127,8 +128,8 @@ def _offs(
             says = backend is not None and backend.version == version
             says = says and backend is not None and _estimates_as_then(backend, neighbour, row)
             heard[name, version] = says
-        if says:
-            config, threads = _without_threads(row.config)
+        if says and (read := _without_threads(row.config)) is not None:
+            config, threads = read
             expected = here(name, version, config, threads, row.estimate)
             found.setdefault(name, []).append((row.config, math.log(row.seconds / expected)))
     return found
@@ -138,14 +139,18 @@ _text = functools.lru_cache(maxsize=4096)(Config.__str__)
 
 
 @functools.lru_cache(maxsize=4096)
-def _without_threads(config: str) -> tuple[str, int]:
-    read = _config(config)
-    return config_text(read), read.threads
+def _without_threads(config: str) -> tuple[str, int] | None:
+    """Return a config's text without its threads, and these; None for what somebody broke by hand."""
+    try:
+        read = _config(config)
+        return config_text(read), read.threads
+    except ArgumentError:
+        return None
 
 
 def _config(text: str) -> Config:
     items = (item.partition("=") for item in text.split(", ") if item)
-    return Config({key: int(value) if value.isdigit() else value for key, _, value in items})
+    return Config({key: int(value) if value.isdecimal() else value for key, _, value in items})
 
 
 #: Whether a backend estimates as when its stored estimates were made: its code may have changed, its kernels not; and

@@ -233,3 +233,13 @@ def test_the_child_needs_no_arrays(monkeypatch: pytest.MonkeyPatch, epilogue: st
     Trial.random(Problem.parse(problem)).plan(Candidate(registry.get("direct"), Config()))  # compiled from here on
     compile_worker._compile({"kernel": "none", "problem": problem, "backend": "direct", "config": {}})
     assert [str(plan.problem) for plan in made] == [problem]
+
+
+def test_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch, children: list[FakeChild]) -> None:
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread at interpreter shutdown")
+
+    disk = Disk()
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert len(plans(Compiled(disk))) == 3
+    assert {who for _, who in disk.compiled} == {"here"}

@@ -582,3 +582,13 @@ def test_a_plan_says_what_it_is() -> None:
     assert "1x5x5x3 * 3x3x3x4 SAME" in repr(plan)
     assert plan.evidence.source == "forced"
     assert plan.workspace >= 0
+
+
+@pytest.mark.parametrize("backend", ["im2col", "fft", "direct", "numba"])
+def test_results_that_are_not_finite_need_no_warning_from_any_backend(backend: str) -> None:
+    x, w = np.full((1, 9, 9, 8), 3e38, np.float32), np.ones((3, 3, 8, 8), np.float32)
+    bias = np.full(8, -np.inf, np.float32)
+    with np.errstate(all="raise"):
+        for activation in (None, ("leaky_relu", 0.0)):
+            y = convdispatch.conv2d(x, w, bias=bias, activation=activation, backend=backend)
+            assert not np.isfinite(y).any()

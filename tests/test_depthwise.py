@@ -161,3 +161,8 @@ def test_configs_are_tiles_and_others_are_refused() -> None:
     assert DEPTHWISE.configs(problem, effort)[0]["columns"] == 7
     with pytest.raises(ArgumentError, match="columns"):
         DEPTHWISE.prepare(problem, np.ones(problem.filter_shape, np.float32), None, Config(columns=0))
+
+
+def test_a_large_filters_addresses_are_part_of_the_workspace() -> None:
+    problem = Problem.parse("1x60x60x8 * 251x251x1x8 SAME")
+    assert DEPTHWISE.workspace(problem, Config(columns=7, threads=2)) >= 2 * 251 * 251 * 7 * 8

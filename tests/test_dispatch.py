@@ -15,9 +15,9 @@ import pytest
 from scripted import RULES, FakeClock, Scripted, only
 
 import convdispatch
-from convdispatch import dispatch, machine, profile, reference, registry, settings
+from convdispatch import dispatch, heuristic, machine, profile, reference, registry, settings
 from convdispatch.arguments import Array
-from convdispatch.backend import Config, Kernel, Numerics
+from convdispatch.backend import Candidate, Config, Kernel, Numerics
 from convdispatch.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -27,6 +27,7 @@ from convdispatch.errors import (
     UnknownBackendError,
 )
 from convdispatch.explain import bytes_text, explain, explain_problem, time_text
+from convdispatch.heuristic import Estimate
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Failure, Key, Result
 from convdispatch.tuning import tuner
@@ -821,3 +822,25 @@ def test_explaining_measures_nothing(clock: FakeClock) -> None:
     with settings.options(tuning="on-miss"):
         assert explain_problem(PROBLEM).evidence.source == "estimate"
     assert backend.calls == 0
+
+
+def test_what_a_third_party_promises_is_not_believed_unmeasured() -> None:
+    registry.register(Scripted("boast", FakeClock(), expected=1e-12))
+    decision = dispatch.decide(PROBLEM, "plan")
+    assert registry.is_built_in(decision.candidate.backend)
+    assert decision.evidence.source == "estimate"
+
+
+def test_what_a_third_party_promises_puts_nobody_out() -> None:
+    boast = Estimate(Candidate(Scripted("boast", FakeClock()), Config()), 1e-12)
+    honest = Estimate(Candidate(registry.get("implicit_gemm"), Config()), 1e-3)
+    slow = Estimate(Candidate(registry.get("im2col"), Config()), 1.0)
+    assert heuristic.worth_measuring([boast, honest, slow], "measure") == ([boast.candidate, honest.candidate], [slow])
+    assert heuristic.worth_measuring([boast], "measure") == ([boast.candidate], [])
+
+
+def test_explaining_goes_on_where_a_workspace_raises() -> None:
+    registry.register(Scripted("bad", FakeClock(), fails_in=lambda where, call: where == "workspace"))
+    rows = {row.backend: row for row in explain_problem(PROBLEM).rows}
+    assert rows["bad"].reason == "its workspace raised ValueError: scripted"
+    assert rows["bad"].workspace is None

@@ -287,3 +287,13 @@ def test_no_thread_warns_of_what_is_not_finite() -> None:
 @given(st.one_of(st.integers(1, 5000), st.integers(1, 1 << 24)))
 def test_lengths_are_those_that_scipy_finds_fast(least: int) -> None:
     assert _good_length(least) == scipy.fft.next_fast_len(least, real=True)
+
+
+def test_lines_may_be_longer_than_any_table() -> None:
+    for least in (2**24 + 1, 2**40 + 7):
+        length = _good_length(least)
+        assert least <= length <= 2 * least
+        for factor in (2, 3, 5):
+            while length % factor == 0:
+                length //= factor
+        assert length == 1

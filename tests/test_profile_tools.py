@@ -533,3 +533,16 @@ def test_no_text_makes_a_tool_raise(junk: str) -> None:
             export(source, portable=True)
             for stale, broken in itertools.product((False, True), repeat=2):
                 prune(source, Selection(stale, not stale, broken, quarantined=not broken))
+
+
+def test_a_machine_that_comes_with_a_better_first_entry_doubles_nothing() -> None:
+    head = "format: 1\n\n"
+    file = Profile(head + profile.dump_entry(entry(row(median=2e-3))) + "\n", "some.yaml")
+    better = entry(row(median=1e-3))
+    machine_text = profile.dump_machine(HERE.id, HERE.describe())
+    changes = {str(better.key): profile.dump_entry(better), f"machine {HERE.id}": machine_text}
+    for order in (changes, dict(reversed(changes.items()))):
+        now = file.changed(order)
+        assert now.count(f"{better.key}:") == 1
+        assert now.count(f"machine {HERE.id}:") == 1
+        assert [found.winner.median for found in Profile(now, "now.yaml").entries()] == [1e-3]

@@ -314,3 +314,9 @@ def test_higher_effort_looks_harder() -> None:
         assert harder.rounds > easier.rounds
         assert harder.race_seconds > easier.race_seconds
         assert harder.drop_after > easier.drop_after
+
+
+def test_nobody_who_left_is_said_to_be_faster_than_was_ever_measured() -> None:
+    # The leader's first three rounds were bad: against those, three times as slow looks like three times as fast.
+    table = {"a": Samples(1, [10.0] * 3 + [1.0] * 8), "b": Samples(1, [1.05] * 11), "c": Samples(1, [3.0] * 3)}
+    assert comparable_seconds(table)["c"] == 3.0

@@ -311,3 +311,9 @@ def test_calibration_and_neighbours_do_not_correct_the_same_error_twice(two: dic
         "steady": pytest.approx(2.0, rel=1e-3),
         "quick": pytest.approx(3.0, rel=1e-3),
     }
+
+
+@pytest.mark.parametrize("broken", ["threads=two", "threads=-1", "threads=2.5", "threads=\u00b2"])
+def test_a_config_broken_by_hand_says_nothing(broken: str) -> None:
+    assert transfer._without_threads(f"m=4, {broken}") is None
+    assert transfer._without_threads("m=4, threads=2") == ("m=4", 2)

@@ -79,6 +79,7 @@ class Cell:
             UnsentError: if the backend cannot be sent to it.
         """
         self.process = os.getpid()
+        self._served = False
         self._sent = _payload(backend)
         self._folder = tempfile.mkdtemp(prefix="convdispatch-")
         self._remove = weakref.finalize(self, _remove, self._folder, self.process)
@@ -113,7 +114,11 @@ class Cell:
         }  # fmt: skip
         try:
             before = self._begin(self._sent | request)
-            told = self._watched(problem, declared, seconds, before, limits.memory)
+            told: Finding | dict[str, Any]
+            if isinstance(before, Finding):
+                told = before
+            else:
+                told = self._watched(problem, declared, seconds, before, limits.memory)
             finding = told if isinstance(told, Finding) else self._judged(told, problem, candidate, declared)
         except BaseException:  # an interruption leaves an answer behind that nobody waits for
             self.close()
@@ -124,16 +129,22 @@ class Cell:
             self._child.pause()
         return finding
 
-    def _begin(self, request: dict[str, Any]) -> int:
-        """Send a request, and return the bytes that the process has when it is ready for it."""
+    def _begin(self, request: dict[str, Any]) -> int | Finding:
+        """Send a request, and return the bytes that the process has when it is ready for it.
+
+        A process that was ready before, and is no more, was spoilt by what ran in it: that is found then.
+        """
         try:
             self._child.go_on()
             self._child.send(request)
             told = self._child.receive(_START)
         except (OSError, TimeoutError, ChildLostError) as error:
+            if self._served and isinstance(error, ChildLostError):
+                return Finding(f"{error}, after a run that had gone well", lasting=True)
             raise UnsentError(str(error) or f"it did not start within {_START:g} s") from None
         if "lost" in told:
             raise UnsentError(told["lost"])
+        self._served = True
         return int(told["ready"])
 
     def _watched(

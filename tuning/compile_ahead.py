@@ -7,9 +7,9 @@ kernel is compiled by who needs it, as if there were no other processes.
 """
 
 import collections
-import concurrent.futures
 import contextlib
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 
 from convdispatch import heuristic, registry, settings
@@ -44,14 +44,14 @@ def plans(arrays: Trial, candidates: Iterable[Candidate]) -> Iterator[tuple[Cand
                 yield candidate, _plan(arrays, candidate, ())
             except NotCompiledError as error:
                 lacking.setdefault(error.name, candidate)
-                unfinished.append(candidate)
+                unfinished.append((error.name, candidate))
             except Exception:  # noqa: BLE001, S112  # whatever a backend raises
                 continue
-        if not lacking or seen.intersection(lacking):  # compiled in vain: there is no folder to keep it in
-            break
+        for name in seen.intersection(lacking):  # compiled in vain: a child was lost, or no folder keeps it
+            del lacking[name]
+        waiting = [candidate for name, candidate in unfinished if name in lacking]
         seen.update(lacking)
         _compile(arrays, lacking)
-        waiting = unfinished
 
 
 def close() -> None:
@@ -70,7 +70,7 @@ def _plan(arrays: Trial, candidate: Candidate, kernels: Iterable[str]) -> Plan:
 def _compile(arrays: Trial, lacking: Mapping[str, Candidate]) -> None:
     """Compile kernels, each by way of a candidate that needs it."""
     jobs = collections.deque(lacking.items())
-    helpers = min(heuristic.thread_budget(settings.current()), len(jobs), 1 + _MOST_CHILDREN) - 1
+    helpers = max(1, min(heuristic.thread_budget(settings.current()), len(jobs), 1 + _MOST_CHILDREN)) - 1
     with _lock, _children.taking(jobs, arrays.problem, helpers):
         while job := _next(jobs):
             kernel, candidate = job
@@ -99,15 +99,21 @@ class _Children:
         if not count:
             yield
             return
-        with concurrent.futures.ThreadPoolExecutor(count) as threads:
-            for number in range(count):
-                threads.submit(self._take, jobs, problem, number)
-            try:
-                yield
-            except BaseException:
-                jobs.clear()
-                self.close()
-                raise
+        threads = [threading.Thread(target=self._take, args=(jobs, problem, number)) for number in range(count)]
+        begun = []
+        try:
+            with contextlib.suppress(RuntimeError):  # no more threads, or the program is about to end
+                for thread in threads:
+                    thread.start()
+                    begun.append(thread)
+            yield
+        except BaseException:
+            jobs.clear()
+            self.close()
+            raise
+        finally:
+            for thread in begun:
+                thread.join()
 
     def _take(self, jobs: _Jobs, problem: Problem, number: int) -> None:
         """Pass jobs on to a child until there are no more, or the child is lost."""

@@ -78,8 +78,13 @@ class Trial:
         if deployment == "call":
             candidate = plan.candidate
             return lambda: self.plan(candidate)(self.input, residual=self.residual)
-        out = self.spoiled_output()
+        out = self._output
         return lambda: plan(self.input, out=out, residual=self.residual)
+
+    @functools.cached_property
+    def _output(self) -> Array:
+        """Where all who are timed store: one after another, as in one program."""
+        return self.spoiled_output()
 
     @functools.cached_property
     def _images(self) -> list[int]:

@@ -167,12 +167,18 @@ def comparable_seconds(table: Mapping[str, Samples]) -> dict[str, float]:
     The leader is the measure: its median, times the median of the others' ratios to it, round by round. A plain
     median would not do: where the machine becomes slower halfway, it is a matter of luck on which side of the change
     each runner's median falls, and who left before has only the fast half.
+    Nobody who left is said to be faster than was ever measured.
     """
     first = leader(table)
     if first is None or not all(table[first].seconds):  # too fast for the clock
         return {name: samples.median for name, samples in table.items()}
     measure = table[first]
-    return {name: measure.median * statistics.median(_ratios(samples, measure)) for name, samples in table.items()}
+    found = {}
+    for name, samples in table.items():
+        found[name] = measure.median * statistics.median(_ratios(samples, measure))
+        if len(samples.seconds) < len(measure.seconds):  # of few rounds, the measure's own may have been bad
+            found[name] = max(found[name], min(samples.seconds))
+    return found
 
 
 def comparable_intervals(table: Mapping[str, Samples]) -> dict[str, tuple[float, float] | None]:

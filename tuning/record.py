@@ -17,6 +17,7 @@ from pathlib import Path
 
 from convdispatch import observe, safe_file, settings
 from convdispatch.errors import ArgumentTypeError, ConvDispatchError, WorkloadError
+from convdispatch.locks import module_lock
 from convdispatch.problem import Problem
 from convdispatch.tuning import workload as workloads
 from convdispatch.tuning.workload import Layer, Workload
@@ -173,7 +174,7 @@ def merge(path: Path, recorded: Workload) -> None:
 # Who records ----------------------------------------------------------------------------------------------------
 
 _active: list[Recording] = []
-_change = threading.Lock()
+_change = module_lock()
 
 
 def _tell(problem: Problem, deployment: str, threads: int | None, seconds: float) -> None:

@@ -502,6 +502,7 @@ def _measure(
     for name, candidate in by_name.items():
         try:
             plan = ready.get(name) or arrays.plan(candidate)
+            plan.complete()  # nothing is to be compiled in a race
             out = plan(arrays.input, out=arrays.spoiled_output(), residual=arrays.residual)
             verdict = hard_inputs.worse(arrays.judge(candidate, out), candidate, key.problem)
             workspace = candidate.workspace(key.problem)
