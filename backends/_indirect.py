@@ -20,8 +20,9 @@ from convdispatch.backends._tile import (
     add_to_all,
     add_to_each,
     clamp,
-    load_tile,
+    load_apart,
     multiply_add,
+    save_apart,
     store,
     store_some,
     stream,
@@ -165,8 +166,8 @@ _DONE_AT = 8 * ARGUMENTS.done_at
 @functools.cache
 def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKernel:  # noqa: C901, PLR0915
     """Return the kernel of one tile."""
-    block = vectors * lanes
-    step = block * itemsize
+    block, sums_of_tile = vectors * lanes, rows * vectors
+    step, vector_bytes = block * itemsize, lanes * itemsize
 
     def convolve(arguments, job):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
         """Compute the tiles of pixels ``part[0:2]`` for the blocks of filters ``part[2:4]``."""
@@ -204,7 +205,7 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
                 for t in range(tiles):
                     outputs, inputs = table_at + t * table_step, table_at + t * table_step + rows * 8
                     if turn:
-                        sums = load_tile(partial[t].ctypes.data, step, rows, vectors, lanes, itemsize)
+                        sums = load_apart(partial[t].ctypes.data, vector_bytes, sums_of_tile, lanes, itemsize)
                     else:
                         sums = zeros(rows, vectors, lanes, itemsize)
                         if bias.size:
@@ -215,7 +216,7 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
                         weights + (end + t * share) * step, lines, stretch, itemsize,
                     )  # fmt: skip
                     if turn + 1 < turns:
-                        store(sums, rows, (np.int64(partial[t].ctypes.data), step), 0)
+                        save_apart(partial[t].ctypes.data, vector_bytes, sums)
                         continue
                     if residual.size:
                         if count == block:

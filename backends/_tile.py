@@ -107,26 +107,6 @@ def add_to_all(typing: Any, tile: Any, rows: Any, address: Any) -> tuple[Any, Co
     return tile(tile, rows, address), codegen
 
 
-@intrinsic
-def load_tile(
-    typing: Any, address: Any, step: Any, rows: Any, vectors: Any, lanes: Any, itemsize: Any
-) -> tuple[Any, Codegen]:
-    """Return a tile whose rows lie ``step`` bytes apart."""
-    vector, per_row = Vector(itemsize.literal_value, lanes.literal_value), vectors.literal_value
-    kind = types.UniTuple(vector, rows.literal_value * per_row)  # type: ignore[no-untyped-call]
-
-    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        places = spaced(b, arguments[0], arguments[1], rows.literal_value)
-        values = [
-            load_at(b, vector.ir, place, v * vector.lanes * vector.itemsize, vector.itemsize)
-            for place in places
-            for v in range(per_row)
-        ]
-        return context.make_tuple(b, kind, values)
-
-    return kind(types.int64, types.int64, rows, vectors, lanes, itemsize), codegen
-
-
 def _starts(b: Any, count: int, kind: Any, where: Any) -> Iterator[Any]:
     """Yield the addresses of rows from what tells where they lie, which is of this Numba type."""
     if isinstance(kind, types.BaseTuple):

@@ -185,11 +185,10 @@ def _evidence(decision: Decision, problem: Problem, entry: Entry | None) -> Evid
 def _objection(problem: Problem, candidate: Candidate, measured: Result | None, failed: Failure | None) -> str:
     """Return what the options or a measurement hold against a candidate that could do the problem, or nothing."""
     options = settings.current()
-    try:
-        fits = heuristic.fits_memory(candidate.workspace(problem), options)
-    except Exception as error:  # noqa: BLE001  # somebody's backend is no reason to explain nothing
-        return f"its workspace raised {type(error).__name__}: {error}"
-    if not fits:
+    workspace, complaint = _workspace(candidate, problem)
+    if workspace is None:
+        return complaint
+    if not heuristic.fits_memory(workspace, options):
         return f"needs more workspace than memory_limit={options.memory_limit}"
     if measured is not None and not heuristic.accurate_by_measure(candidate.backend, problem, measured.error, options):
         return f"its error was measured above what accuracy={options.accuracy!r} allows"
@@ -239,18 +238,19 @@ def _rows(key: Key, entry: Entry | None, decision: Decision | None) -> Sequence[
                 measured.spread if measured else None,
                 measured.rounds if measured else None,
                 measured.error if measured else None,
-                _workspace(candidate, problem),
+                _workspace(candidate, problem)[0],
             )
         )
     rows.sort(key=lambda row: (not row.chosen, bool(row.reason), row.median or row.estimate or float("inf")))
     return [*rows, *(Row(name, reason=reason) for name, reason in refused.items())]
 
 
-def _workspace(candidate: Candidate, problem: Problem) -> int | None:
+def _workspace(candidate: Candidate, problem: Problem) -> tuple[int | None, str]:
+    """Return a candidate's workspace, or None and why it cannot be told."""
     try:
-        return candidate.workspace(problem)
-    except Exception:  # noqa: BLE001  # somebody's backend is no reason to explain nothing
-        return None
+        return candidate.workspace(problem), ""
+    except Exception as error:  # noqa: BLE001  # somebody's backend is no reason to explain nothing
+        return None, f"its workspace raised {type(error).__name__}: {error}"
 
 
 def _unranked(backend: Backend, key: Key) -> tuple[Candidate | None, str]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import os
 import re
 import subprocess
@@ -571,43 +570,8 @@ def test_a_script_that_defines_its_own_backends_needs_no_precautions(tmp_path: P
     assert reason.startswith("quarantined: crashed (SIGSEGV) in string_at")
 
 
-class Spoils(Backend):
-    """Right, but what it leaves behind ends its process when that is asked something again."""
-
-    name = "spoils"
-
-    def __init__(self) -> None:
-        self.parent = os.getpid()
-
-    def rejects(self, problem: Problem) -> str | None:
-        return None
-
-    def configs(self, problem: Problem, effort: str) -> list[Config]:
-        return [Config(n=1), Config(n=2)]
-
-    def workspace(self, problem: Problem, config: Config) -> int:
-        return 0
-
-    def estimate(self, problem: Problem, config: Config, machine: Any) -> float | None:
-        return None
-
-    def prepare(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> Any:
-        kept = np.array(filters)
-
-        def convolve(input: Array, out: Array, residual: Array | None) -> None:
-            if os.getpid() != self.parent:
-                json.loads = aborting  # type: ignore[assignment]
-            out[...] = reference.convolve(problem, input, kept)
-
-        return convolve
-
-
-def aborting(text: str) -> None:
-    os.abort()
-
-
 def test_who_spoils_its_process_is_not_run_in_this_one() -> None:
-    backend = Spoils()
+    backend = Villain("spoils", "spoils its process")
     only(backend)
     assert try_candidate(PROBLEM, Candidate(backend, Config(n=1))).reason is None
     finding = try_candidate(PROBLEM, Candidate(backend, Config(n=2)))

@@ -1,6 +1,7 @@
 """Backends that break their contract, each in one way; imported by the child process that tries them."""
 
 import ctypes
+import json
 import os
 import signal
 import sys
@@ -140,6 +141,11 @@ def _take(input: Array, y: Array) -> None:
     np.ones(64 << 20, np.uint8)
 
 
+def _spoil(input: Array, y: Array) -> None:
+    """Leave behind what ends this process when it is asked something again."""
+    json.loads = lambda *_: os.abort()
+
+
 MISDEEDS: dict[str, Callable[[Array, Array], None]] = {
     "aborts": _abort,
     "reads null": _read_null,
@@ -157,4 +163,5 @@ MISDEEDS: dict[str, Callable[[Array, Array], None]] = {
     "changes input": _change_input,
     "prints": _print,
     "takes a workspace": _take,
+    "spoils its process": _spoil,
 }

@@ -114,12 +114,11 @@ class Cell:
         }  # fmt: skip
         try:
             before = self._begin(self._sent | request)
-            told: Finding | dict[str, Any]
             if isinstance(before, Finding):
-                told = before
+                finding = before
             else:
                 told = self._watched(problem, declared, seconds, before, limits.memory)
-            finding = told if isinstance(told, Finding) else self._judged(told, problem, candidate, declared)
+                finding = told if isinstance(told, Finding) else self._judged(told, problem, candidate, declared)
         except BaseException:  # an interruption leaves an answer behind that nobody waits for
             self.close()
             raise

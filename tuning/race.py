@@ -282,7 +282,7 @@ def _without_hopeless(table: Mapping[str, Samples], rules: Rules) -> list[str]:
     best = min((samples.first for samples in table.values()), default=0.0)
     live = []
     for name, samples in table.items():
-        if samples.first > max(_SLOW, best * rules.drop * _AT_ONCE):
+        if samples.first > _SLOW and _hopeless(samples, best, rules):
             samples.seconds.append(samples.first)
         else:
             live.append(name)
@@ -316,7 +316,7 @@ def _still_in(live: list[str], table: Mapping[str, Samples], rules: Rules) -> li
 
 
 def _hopeless(samples: Samples, best: float, rules: Rules) -> bool:
-    own = min(samples.first, *samples.seconds)
+    own = min((samples.first, *samples.seconds))
     return own > best * rules.drop * (1 if len(samples.seconds) >= rules.drop_after else _AT_ONCE)
 
 
