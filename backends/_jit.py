@@ -3,7 +3,6 @@
 import contextlib
 import contextvars
 import functools
-import gc
 import hashlib
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from numba import extending, types
 from numba.core import codegen, compiler
 
 from convdispatch import epilogue
+from convdispatch.backends._compiling import compiling
 
 #: Products may fuse with sums (FMA); nothing that changes what NaN, infinity or signed zero mean.
 FASTMATH = {"contract"}
@@ -83,18 +83,6 @@ def check_wanted(name: str) -> None:
         raise NotCompiledError(name)
 
 
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Keep Python from looking for garbage: a compiler makes many objects and little of it, and a tenth is saved."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
 def njit(signature: Any) -> Callable[[Callable[..., Any]], Any]:
     """Compile a function that Python calls, without the GIL, kept on disk by Numba where some folder is writable.
 
@@ -108,7 +96,7 @@ def njit(signature: Any) -> Callable[[Callable[..., Any]], Any]:
             _keep(compiled)
             if _wanted.get() is not None and not _is_kept(compiled, signature):
                 check_wanted(f"{function.__module__}.{function.__qualname__}{signature}")
-        with undisturbed():
+        with compiling():
             compiled.compile(signature)
         compiled.disable_compile()
         return compiled

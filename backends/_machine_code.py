@@ -21,11 +21,11 @@ import llvmlite
 import llvmlite.binding as llvm
 import numba
 import platformdirs
-from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 from numba.core.runtime.nrt import rtsys
 
-from convdispatch.backends._jit import DIGEST_BYTES, OPTIONS, check_wanted, digest, sources, undisturbed
+from convdispatch.backends._compiling import compiling
+from convdispatch.backends._jit import DIGEST_BYTES, OPTIONS, check_wanted, digest, sources
 
 _SUFFIX = ".kernel"
 _HERE = Path(__file__).parent
@@ -117,8 +117,7 @@ def _load(symbol: str, code: bytes) -> int:
 
 def _compile(signature: Any, function: Callable[..., Any]) -> tuple[int, str, bytes]:
     """Return the address of a compiled function, where it stays, its symbol, and its object code."""
-    with undisturbed():
-        dispatcher: Any = numba.njit([signature], **OPTIONS)(function)
+    dispatcher: Any = numba.njit([signature], **OPTIONS)(function)
     _alive.append(dispatcher)
     compiled = dispatcher.overloads[signature.args]
     symbol, library = compiled.fndesc.llvm_cfunc_wrapper_name, compiled.library
@@ -138,7 +137,7 @@ def compiled_address(signature: Any, function: Callable[..., Any]) -> int:
         TypeError: if it closes over anything else.
         NotCompiledError: if ``compiling_only`` forbids to compile it.
     """
-    with global_compiler_lock:
+    with compiling():
         if not sources():
             return _compile(signature, function)[0]
         name = _name(signature, function)

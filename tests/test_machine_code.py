@@ -1,7 +1,6 @@
 """Machine code on disk: found again, never believed when it is damaged or of other sources, and no need of Numba's."""
 
 import ctypes
-import gc
 import subprocess
 import sys
 from collections.abc import Callable
@@ -165,23 +164,6 @@ def test_numbas_own_compiling_is_held_back_too(tmp_path: Path, monkeypatch: pyte
         assert decorate(increased)(3) == 4
     with compiling_only(()):
         assert decorate(increased)(3) == 4
-
-
-@pytest.mark.parametrize("collects", [True, False])
-def test_garbage_is_looked_for_after_compiling_as_before(folders: list[Path], collects: bool) -> None:
-    def failing(value):  # type: ignore[no-untyped-def]
-        return missing(value)  # type: ignore[name-defined]  # noqa: F821
-
-    was_on = gc.isenabled()
-    try:
-        (gc.enable if collects else gc.disable)()
-        assert called(times(3)) == 21
-        assert gc.isenabled() == collects
-        with pytest.raises(numba.TypingError):
-            called(failing)
-        assert gc.isenabled() == collects
-    finally:
-        (gc.enable if was_on else gc.disable)()
 
 
 @pytest.mark.parametrize("constant", ["text", 1.5, load, (1, save)])
