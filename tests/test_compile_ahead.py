@@ -62,6 +62,7 @@ class FakeChild:
 
     def __init__(self, disk: Disk, *, lost: bool = False) -> None:
         self.disk, self.lost, self.closed = disk, lost, False
+        self.request: dict[str, Any] | None = None
 
     def send(self, request: Mapping[str, Any]) -> None:
         self.request = json.loads(json.dumps(request))
@@ -69,6 +70,8 @@ class FakeChild:
     def receive(self, timeout: float) -> dict[str, Any]:
         if self.lost:
             raise ChildLostError("crashed")
+        if self.request is None:
+            return {"ready": True}
         self.disk.need(self.request["kernel"], "child")
         return {"done": True}
 
@@ -132,6 +135,27 @@ def test_lost_children_are_done_without(monkeypatch: pytest.MonkeyPatch, childre
     # What a child had taken when it was lost is left to who needs it.
     assert len(found) >= 8 - len(children)
     assert all(child.closed for child in children)
+    before = list(children)
+    disk.kernels.clear()
+    plans(Compiled(disk), 8)
+    assert children == before  # another would be lost, too
+
+
+def test_a_child_that_does_not_begin_costs_no_kernel(
+    monkeypatch: pytest.MonkeyPatch, children: list[FakeChild]
+) -> None:
+    class Silent(FakeChild):
+        def receive(self, timeout: float) -> dict[str, Any]:
+            raise TimeoutError
+
+    def start(module: str) -> FakeChild:
+        children.append(Silent(disk))
+        return children[-1]
+
+    disk = Disk()
+    monkeypatch.setattr(compile_ahead, "start", start)
+    assert len(plans(Compiled(disk), 8)) == 8
+    assert all(child.closed for child in children)
 
 
 def test_no_child_can_be_started(monkeypatch: pytest.MonkeyPatch, children: list[FakeChild]) -> None:
@@ -168,6 +192,8 @@ def test_an_interrupt_ends_the_children(monkeypatch: pytest.MonkeyPatch, childre
 
     class Slow(FakeChild):
         def receive(self, timeout: float) -> dict[str, Any]:
+            if self.request is None:
+                return {"ready": True}
             at_work.set()
             assert ended.wait(20)
             raise ChildLostError("killed")

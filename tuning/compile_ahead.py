@@ -23,8 +23,8 @@ from convdispatch.tuning.gate import Trial
 
 #: Each child takes a quarter of a gigabyte.
 _MOST_CHILDREN = 7
-#: Seconds after which a child is given up.
-_PATIENCE = 120.0
+#: Seconds after which a child is given up that does not begin, or not end with a kernel.
+_PATIENCE_AT_START, _PATIENCE = 20.0, 60.0
 
 _Jobs = collections.deque[tuple[str, Candidate]]
 
@@ -86,11 +86,12 @@ def _next(jobs: _Jobs) -> tuple[str, Candidate] | None:
 
 
 class _Children:
-    """Child processes that compile; they wait from one time to the next."""
+    """Child processes that compile; they wait from one time to the next. If one is lost, no more are started."""
 
     def __init__(self) -> None:
         self._process = os.getpid()
         self._known: dict[int, Child] = {}
+        self._lost = False
 
     @contextlib.contextmanager
     def taking(self, jobs: _Jobs, problem: Problem, count: int) -> Iterator[None]:
@@ -119,7 +120,10 @@ class _Children:
         """Pass jobs on to a child until there are no more, or the child is lost."""
         try:
             if number not in self._known:
+                if self._lost:
+                    return
                 self._known[number] = start("convdispatch.tuning.compile_worker")
+                self._known[number].receive(_PATIENCE_AT_START)
             child = self._known[number]
             while job := _next(jobs):
                 kernel, candidate = job
@@ -131,17 +135,19 @@ class _Children:
                 )  # fmt: skip
                 child.receive(_PATIENCE)
         except (OSError, ChildLostError):  # TimeoutError is an OSError
+            self._lost = True
             if lost := self._known.pop(number, None):
                 lost.close()
 
     def _know_own(self) -> None:
         """Forget the children of the process that this one was forked from."""
         if self._process != os.getpid():
-            self._process, self._known = os.getpid(), {}
+            self.__init__()  # type: ignore[misc]
 
     def close(self) -> None:
         """End them."""
         self._know_own()
+        self._lost = False
         while self._known:
             _, child = self._known.popitem()
             child.close()

@@ -30,8 +30,9 @@ def _compile(request: Mapping[str, Any]) -> None:
 
 
 def main() -> None:
-    """Answer requests until there are no more."""
+    """Say that it is ready, and answer requests until there are no more."""
     asked, reply = requests()
+    reply({"ready": True})
     for request in asked:
         try:
             _compile(request)
