@@ -32,6 +32,8 @@ _HERE = Path(__file__).parent
 
 #: What holds machine code: it would go with these.
 _alive: list[Any] = []
+#: Names of what was compiled here and could not be kept.
+_unkept: set[str] = set()
 
 
 @functools.cache
@@ -79,8 +81,8 @@ def _read(name: str) -> tuple[str, bytes] | None:
     return None
 
 
-def _write(name: str, symbol: str, code: bytes) -> None:
-    """Keep object code in the first folder that lets itself be written, if there is one."""
+def _write(name: str, symbol: str, code: bytes) -> bool:
+    """Keep object code in the first folder that lets itself be written; return whether there is one."""
     content = symbol.encode() + b"\0" + code
     for folder in _folders():
         beside = folder / f".{name}-{os.getpid()}.tmp"
@@ -94,7 +96,8 @@ def _write(name: str, symbol: str, code: bytes) -> None:
             continue
         if folder.parent == _HERE:
             _remove_outdated(folder)
-        return
+        return True
+    return False
 
 
 @functools.cache
@@ -139,11 +142,22 @@ def compiled_address(signature: Any, function: Callable[..., Any]) -> int:
     """
     with compiling():
         if not sources():
+            _unkept.add(function.__qualname__)
             return _compile(signature, function)[0]
         name = _name(signature, function)
         if known := _read(name):
             return _load(*known)
         check_wanted(name)
         address, symbol, code = _compile(signature, function)
-        _write(name, symbol, code)
+        if not _write(name, symbol, code):
+            _unkept.add(name)
         return address
+
+
+def complaint() -> str:
+    """Return why later processes must compile again what this one has compiled; nothing if they need not."""
+    if not _unkept:
+        return ""
+    if not sources():
+        return "it cannot be told from what else other sources give, since the package's cannot be read as files"
+    return f"none of its folders could be written: {', '.join(map(str, _folders()))}; name another in NUMBA_CACHE_DIR"

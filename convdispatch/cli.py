@@ -30,6 +30,7 @@ from convdispatch.terminal import (
     explained,
     json_option,
     print_json,
+    print_table,
     print_what_can_be_printed,
     profile_option,
     scope,
@@ -229,7 +230,7 @@ def _print_tune(result: TuneReport, here: Machine | None = None, hosts: Sequence
         )
         for layer in layers:
             rows.add_row(*report.tune_cells(layer))
-        out.print(rows)
+        print_table(out, rows)
         out.print(report.total_line(layers))
     if (line := report.recorded_line(result.layers)) is not None:
         out.print(line)
@@ -263,7 +264,8 @@ def warmup(what: str, threads: int | None) -> None:
     load = workload.load(what).distinct()
     with scope(threads, None), _bar(len(load.layers), "compiling", load.name) as advance:
         count = warm_up(load, on_progress=lambda layer, _: advance(str(layer.problem)))
-    click.echo(f"{count} candidates for the {len(load.layers)} problems of {load.name} are ready")
+    problems = "1 problem" if len(load.layers) == 1 else f"{len(load.layers)} problems"
+    click.echo(f"{count} candidates for {problems} of {load.name} are ready")
 
 
 # explain, backends ----------------------------------------------------------------------------------------------
@@ -288,12 +290,13 @@ def explain(problem: str, deployment: str, threads: int | None, file: Path | Non
         return
     out = console()
     out.print(f"{found.problem}  ({found.deployment}, {found.threads} threads, {found.machine})")
-    out.print(Text.assemble("chosen: ", (found.chosen or "none", "bold"), f", {found.evidence}"))
+    why = found.evidence if found.chosen else found.evidence.detail
+    out.print(Text.assemble("chosen: ", (found.chosen or "none", "bold"), f", {why}"))
     numbers = ("measured", "spread", "estimate", "error", "workspace")
     rows = table("", ("backend", "candidate", *numbers, "reason"), right=numbers, whole=("backend",))
     for row in found.rows:
         rows.add_row(*cells(row))
-    out.print(rows)
+    print_table(out, rows)
 
 
 @main.command()
@@ -319,4 +322,4 @@ def backends(as_json: bool) -> None:
         rows.add_row(name, str(backend.version), backend.numerics.kind, said)
     for name, reason in missing.items():
         rows.add_row(name, "-", "-", f"unavailable: {reason}")
-    console().print(rows)
+    print_table(console(), rows)

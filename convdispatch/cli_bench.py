@@ -18,7 +18,7 @@ from rich.table import Table
 from convdispatch import machine, report
 from convdispatch.errors import ArgumentError
 from convdispatch.explain import time_text
-from convdispatch.terminal import console, explained, json_option, print_json, profile_option, scope, table
+from convdispatch.terminal import console, explained, json_option, print_json, print_table, profile_option, scope, table
 from convdispatch.tuning import workload
 from convdispatch.tuning.bench import SAMPLE, LayerResult, Report, Timing
 from convdispatch.tuning.bench import bench as run_bench
@@ -190,9 +190,9 @@ def _print(found: Report, *, allow_busy: bool, verbose: bool) -> None:
         rates = [_rate(result, result.timings[name]) for name in engines]
         head = result.layer.name, str(result.layer.count), str(result.layer.problem), own
         rows.add_row(*head, *rates, _label(result.rival or "-"), _ratio_text(result, allow_busy=allow_busy))
-    out.print(rows)
+    print_table(out, rows)
     if verbose:
-        out.print(_details(found))
+        print_table(out, _details(found))
     for line in _lines(found, allow_busy=allow_busy, verbose=verbose):
         out.print(line)
 

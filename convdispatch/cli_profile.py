@@ -17,7 +17,7 @@ from convdispatch.explain import bytes_text, time_text
 from convdispatch.profile import Entry, Key, Profile
 from convdispatch.profile_doctor import Finding, examine
 from convdispatch.profile_tools import Joined, Selection
-from convdispatch.terminal import console, explained, json_option, print_json, profile_option, scope, table
+from convdispatch.terminal import console, explained, json_option, print_json, print_table, profile_option, scope, table
 
 _FEW = 10
 _file = click.Path(path_type=Path, dir_okay=False)
@@ -116,7 +116,7 @@ def show(
         rows = table(str(place), (*columns, "next best", "here", "flags", "machine"), right, whole=("for", "here"))
         for entry in entries:
             rows.add_row(*_entry_cells(entry, found))
-        console().print(rows)
+        print_table(console(), rows)
     for one in quarantine.written(found)[0]:
         click.echo(f"quarantined: {one.backend} version {one.version} on {one.machine}: {one.reason} ({one.when})")
 
@@ -189,7 +189,7 @@ def diff(first: Path, second: Path, across: bool, as_json: bool) -> None:
             about = (str(key.problem), key.deployment, str(key.threads))
             times = (one.name, time_text(one.median), two.name, time_text(two.median))
             rows.add_row(*about, *times, f"{change.ratio:.2f}x", cost)
-        console().print(rows)
+        print_table(console(), rows)
     for file, entries in ((first, found.only_first), (second, found.only_second)):
         for entry in entries:
             click.echo(f"only in {file}: {entry.key}: {entry.winner.name} {time_text(entry.winner.median)}")

@@ -20,6 +20,7 @@ from convdispatch.terminal import (
     explained,
     json_option,
     print_json,
+    print_table,
     profile_option,
     scope,
     table,
@@ -91,7 +92,7 @@ def _print_calibration(found: CalibrationReport) -> None:
     for name, own in found.calibration.backends.items():
         factor = math.exp(found.calibration.common[0] + own.terms[0])
         rows.add_row(name, f"{own.before:.2f}x", f"{own.after:.2f}x", f"{factor:.2f}x")
-    out.print(rows)
+    print_table(out, rows)
     for failure in found.failures:
         out.print(f"passed over: {failure}")
     out.print(
@@ -180,7 +181,7 @@ def print_validation(found: Validation) -> None:
         target = TARGETS.get(way)
         rows.add_row(_WORDS[way], *_figures(found.regret(way)), _verdict(found.regret(way), target))
     rows.add_row("the best against itself", *_figures(found.noise), "")
-    out.print(rows)
+    print_table(out, rows)
     for line in _lines(found):
         out.print(line)
 

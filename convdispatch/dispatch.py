@@ -1,7 +1,6 @@
 """Decides: problem -> profile -> tuning, if wished -> estimate -> plan. The only place that does."""
 
 import contextlib
-import difflib
 import functools
 import math
 import shlex
@@ -14,7 +13,7 @@ import numpy as np
 
 from convdispatch import arguments, heuristic, machine, profile, quarantine, registry, settings, transfer
 from convdispatch.arguments import Array, as_array, name_of
-from convdispatch.backend import Backend, Candidate, Config, Effort, item_bytes, seen_by
+from convdispatch.backend import Candidate, Config, Effort, item_bytes, seen_by
 from convdispatch.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -193,7 +192,7 @@ def _forced(problem: Problem, deployment: str, forced: tuple[str, Config | None]
     if held := quarantine.of(backend):
         warnings.warn(f"backend={name!r} is used as asked, but {held}", ProfileWarning, stacklevel=2)
     if config is not None:
-        _check_keys(backend, problem, config)
+        heuristic.check_keys(backend, problem, config)
         given = {"threads": heuristic.thread_budget(options)} if backend.parallel else {}
         return Decision(
             Candidate(backend, Config({**given, **config})),
@@ -210,18 +209,6 @@ def _forced(problem: Problem, deployment: str, forced: tuple[str, Config | None]
         candidate = ranking.estimates[0].candidate
     by = f"its config from {found.evidence}" if found else "its config estimated"
     return Decision(candidate, Evidence("forced", f"backend={name!r}, {by}"), found.found if found else None)
-
-
-def _check_keys(backend: Backend, problem: Problem, config: Config) -> None:
-    """Refuse keys that the backend would pass over: a misspelt one is meant to say something."""
-    if problem.is_trivial:
-        return
-    known = {key for each in backend.configs(seen_by(backend, problem), "exhaustive") for key in each} | {"threads"}
-    for key in config:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
-            raise ArgumentError(f"backend {backend.name!r} has no config {key!r}; {hint}")
 
 
 def _from_profile(
@@ -271,12 +258,12 @@ def _on_miss(problem: Problem, deployment: str, options: Options) -> Decision | 
 
 
 def _tuned(problem: Problem, deployment: str, options: Options) -> Decision | None:
-    if problem.is_empty:
+    if problem.is_empty or options.effort == "estimate":
         return None
     from convdispatch.tuning import tuner  # noqa: PLC0415  # needed only where something is measured
     from convdispatch.tuning.session import session  # noqa: PLC0415
 
-    effort = "measure" if options.effort == "estimate" else options.effort
+    effort = cast("Effort", options.effort)
     key = key_for(problem, deployment, options)
     everyone = registry.available()
     with _turns.of(key) as mine:
@@ -284,14 +271,14 @@ def _tuned(problem: Problem, deployment: str, options: Options) -> Decision | No
             return None
         known = profile.find(key)
         settled = (found.entry for found in known if found.exact and not found.entry.is_busy)
-        if any(tuner.suffices(entry, cast("Effort", effort), everyone) for entry in settled):
+        if any(tuner.suffices(entry, effort, everyone) for entry in settled):
             # Another thread has measured it meanwhile; or nothing measured is allowed, and doing so again is no use.
             return _from_profile(known, problem, options, exact=True)
         try:
             old = known[0].entry if known else None
             with session():
                 outcome = tuner.tune_problem(
-                    key, effort=cast("Effort", effort), seconds=options.time_limit, incumbent=old,
+                    key, effort=effort, seconds=options.time_limit, incumbent=old,
                     sparing=old is None or not old.is_busy,
                 )  # fmt: skip
         except BackendError as error:

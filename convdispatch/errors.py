@@ -73,7 +73,11 @@ class WorkloadError(ConvDispatchError, ValueError):
     """A workload cannot be understood."""
 
 
-class ProfileWarning(UserWarning):
+class ConvDispatchWarning(UserWarning):
+    """The base of every warning by convdispatch."""
+
+
+class ProfileWarning(ConvDispatchWarning):
     """A profile, or one entry of it, was passed over; the message says which and why."""
 
 

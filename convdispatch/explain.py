@@ -7,10 +7,10 @@ from typing import Any
 from convdispatch import arguments, dispatch, heuristic, machine, profile, settings, transfer
 from convdispatch.backend import Backend, Candidate
 from convdispatch.dispatch import Decision
-from convdispatch.errors import BackendRejectedError, ProfileMissError
+from convdispatch.errors import ArgumentError, BackendRejectedError, ProfileMissError
 from convdispatch.plan import Evidence
 from convdispatch.problem import Problem
-from convdispatch.profile import Entry, Failure, Key, Result
+from convdispatch.profile import DEPLOYMENTS, Entry, Failure, Key, Result
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,8 @@ def explain(
 
 def explain_problem(problem: Problem, deployment: str = "plan", backend: Any = None) -> Explanation:
     """Tell the same of a ``Problem``; see ``explain``."""
+    if deployment not in DEPLOYMENTS:
+        raise ArgumentError(f"deployment must be {' or '.join(DEPLOYMENTS)}; got {deployment!r}")
     options = settings.current()
     refusal = ""
     decision: Decision | None = None

@@ -1,5 +1,6 @@
 """Which candidates there are for a problem, which of them are allowed, and how they rank without running them."""
 
+import difflib
 import functools
 import warnings
 from collections.abc import Iterable, Sequence
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 
 from convdispatch import machine, quarantine, registry
 from convdispatch.backend import Backend, Candidate, Config, Effort, seen_by
+from convdispatch.errors import ArgumentError, ConvDispatchWarning
 from convdispatch.problem import Problem
 from convdispatch.settings import Options
 
@@ -83,6 +85,18 @@ def refusal(backend: Backend, problem: Problem) -> str | None:
         return f"its rejects raised {type(error).__name__}: {error}"
 
 
+def check_keys(backend: Backend, problem: Problem, config: Config) -> None:
+    """Raise an ``ArgumentError`` for a key that the backend would pass over: a misspelt one means something."""
+    if problem.is_trivial:
+        return
+    known = {key for each in backend.configs(seen_by(backend, problem), "exhaustive") for key in each} | {"threads"}
+    for key in config:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
+            raise ArgumentError(f"backend {backend.name!r} has no config {key!r}; {hint}")
+
+
 def rank(problem: Problem, backends: Iterable[Backend], threads: int, effort: Effort = "estimate") -> list[Estimate]:
     """Return every candidate of these backends with its estimate, the fastest first, the unknown last."""
     here = machine.current()
@@ -94,7 +108,9 @@ def rank(problem: Problem, backends: Iterable[Backend], threads: int, effort: Ef
             estimates = [Estimate(each, each.estimate(problem, here)) for each in candidates]
         except Exception as error:  # noqa: BLE001
             become = "has no estimate" if candidates else "is passed over"
-            warnings.warn(f"backend {backend.name!r} {become} for {problem}: {error!r}", stacklevel=2)
+            warnings.warn(
+                f"backend {backend.name!r} {become} for {problem}: {error!r}", ConvDispatchWarning, stacklevel=2
+            )
             estimates = [Estimate(each, None) for each in candidates]
         found += estimates
     return sorted(found, key=lambda estimate: float("inf") if estimate.seconds is None else estimate.seconds)

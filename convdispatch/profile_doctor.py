@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from convdispatch import fingerprint, profile, profile_tools, quarantine, registry, settings
+from convdispatch import fingerprint, heuristic, profile, profile_tools, quarantine, registry, settings
+from convdispatch.backend import Candidate
 from convdispatch.errors import ProfileError
 from convdispatch.machine import Machine
 from convdispatch.profile import Entry, Key, Profile
@@ -174,6 +175,8 @@ class _Layer:
             yield self.finding("unknown backend", about, f"won by {winner}: {why}", self.tune(entry.key))
         if stale := profile_tools.stale_reason(entry, profile_tools.versions):
             yield self.finding("stale", about, stale, self.tune(entry.key))
+        for complaint in _complaints(entry):
+            yield self.finding("unusable config", about, complaint, self.tune(entry.key, "--retune"))
         if entry.flags:
             command = self.tune(entry.key, "--retune")
             yield self.finding("flagged", about, ", ".join(entry.flags), command)
@@ -199,3 +202,17 @@ class _Layer:
         matters = one.machine == self.here.id and now is not None and one.means(now)
         reason = f"{one.reason}{f' ({one.when})' if one.when else ''}"
         return self.finding("quarantined", about, reason, self.prune("--quarantined"), wrong=matters)
+
+
+def _complaints(entry: Entry) -> Iterator[str]:
+    """Yield what backends hold against the configs that an entry says they were measured with."""
+    problem, there = entry.key.problem, registry.available()
+    for result in entry.results:
+        backend = there.get(result.backend)
+        if backend is None or backend.version != result.version or heuristic.refusal(backend, problem):
+            continue  # other findings say so
+        try:
+            heuristic.check_keys(backend, problem, result.config)
+            Candidate(backend, result.config).workspace(problem)
+        except Exception as error:  # noqa: BLE001  # whatever a backend raises
+            yield f"{result.name}: {error}"

@@ -24,6 +24,7 @@ from convdispatch.errors import (
     BackendError,
     BackendUnavailableError,
     ConvDispatchError,
+    ConvDispatchWarning,
     RegistrationError,
     UnknownBackendError,
 )
@@ -351,7 +352,9 @@ def _doubt(forbidden: tuple[str, ...]) -> None:
         if name in _registry.doubted or name in _registry.registered or name in _registry.found:
             continue
         _registry.doubted.add(name)
-        warnings.warn(f"forbid names {name!r}, which forbids nothing: {_unknown(name)}", stacklevel=3)
+        warnings.warn(
+            f"forbid names {name!r}, which forbids nothing: {_unknown(name)}", ConvDispatchWarning, stacklevel=3
+        )
 
 
 def unavailable() -> dict[str, str]:

@@ -26,7 +26,8 @@ def load(text: str | bytes) -> Any:
     """Return the text's data: mappings, lists and plain values.
 
     Raises:
-        YamlError: if it is not YAML, uses aliases (a few lines of them can stand for gigabytes), or nests deeply.
+        YamlError: if it is not YAML, uses aliases (a few lines of them can stand for gigabytes), nests deeply, or says
+            something twice in one mapping, where the first would be lost in silence.
     """
     import yaml  # noqa: PLC0415  # needed only where there is a file to read
 
@@ -50,11 +51,38 @@ def _check_shape(text: str | bytes, loader: Any) -> None:
     # Before anything is built: deep nesting overflows the C stack in CSafeLoader, which ends the process.
     import yaml  # noqa: PLC0415
 
-    depth = line = 0
+    within: list[_Collection] = []
+    line = 0
     for event in yaml.parse(text, Loader=loader):
         line = event.start_mark.line + 1 if event.start_mark else line
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if isinstance(event, yaml.AliasEvent):
             raise YamlError("aliases are not read here; write the value out", line)
-        if depth > _DEPTH:
+        if isinstance(event, yaml.CollectionEndEvent):
+            within.pop()
+        elif isinstance(event, yaml.NodeEvent):
+            if within and (twice := within[-1].doubled(getattr(event, "value", None))):
+                raise YamlError(f"{twice} stands twice in the same place; keep one of the two", line)
+            if isinstance(event, yaml.CollectionStartEvent):
+                within.append(_Collection(isinstance(event, yaml.MappingStartEvent)))
+        if len(within) > _DEPTH:
             raise YamlError(_TOO_DEEP, line)
+
+
+class _Collection:
+    """A mapping or a list, as it is read."""
+
+    def __init__(self, is_mapping: bool) -> None:
+        self._is_mapping = is_mapping
+        self._nodes = 0
+        self._keys: set[str] = set()
+
+    def doubled(self, text: str | None) -> str:
+        """Take the next node, and return its text (None for what is no scalar) if it is a key that was there before."""
+        is_key = self._is_mapping and self._nodes % 2 == 0
+        self._nodes += 1
+        if not is_key or text is None:
+            return ""
+        if text in self._keys:
+            return repr(text)
+        self._keys.add(text)
+        return ""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
-from convdispatch.errors import ArgumentError, ArgumentTypeError
+from convdispatch.errors import ArgumentError, ArgumentTypeError, ConvDispatchWarning
 
 PREFIX = "CONVDISPATCH_"
 TUNING = ("off", "on-miss", "online", "replay")
@@ -35,8 +35,12 @@ def _choice(name: str, allowed: tuple[str, ...]) -> Callable[[Any], str]:
     return parse
 
 
+#: More threads than any machine has use for; profiles write them in four digits.
+MOST_THREADS = 9999
+
+
 def parse_threads(value: Any) -> int | None:
-    """Return a thread count of at least 1, or None for "as many as there are usable cores"."""
+    """Return a thread count, or None for "as many as there are usable cores"."""
     if value is None or value == "":
         return None
     try:
@@ -44,9 +48,9 @@ def parse_threads(value: Any) -> int | None:
     except (TypeError, ValueError):
         count = None
     if count is None or isinstance(value, bool):
-        raise ArgumentTypeError(f"threads must be a whole number of at least 1, or None; got {value!r}")
-    if count < 1:
-        raise ArgumentError(f"threads must be a whole number of at least 1, or None; got {value!r}")
+        raise ArgumentTypeError(f"threads must be a whole number from 1 to {MOST_THREADS}, or None; got {value!r}")
+    if not 1 <= count <= MOST_THREADS:
+        raise ArgumentError(f"threads must be a whole number from 1 to {MOST_THREADS}, or None; got {value!r}")
     return count
 
 
@@ -119,7 +123,11 @@ def _seconds(value: Any) -> float:
 #: option -> (parser, default, help). Each option is also read from ``CONVDISPATCH_<OPTION>``.
 TABLE: Mapping[str, tuple[Callable[[Any], Any], Any, str]] = {
     "accuracy": (_accuracy, "standard", "error class a backend must meet: strict, standard, fast, or a number"),
-    "effort": (_choice("effort", EFFORTS), "measure", "how hard on-miss tuning looks: " + ", ".join(EFFORTS)),
+    "effort": (
+        _choice("effort", EFFORTS),
+        "measure",
+        "how hard on-miss tuning looks (estimate: not at all): " + ", ".join(EFFORTS),
+    ),
     "forbid": (_names, (), "backends never to choose, separated by commas"),
     "isolation": (
         _choice("isolation", ISOLATION),
@@ -166,7 +174,11 @@ def from_environment() -> Options:
         if variable.startswith(PREFIX) and variable not in known:
             near = difflib.get_close_matches(variable, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(known))}"
-            warnings.warn(f"environment variable {variable} means nothing to convdispatch{hint}", stacklevel=2)
+            warnings.warn(
+                f"environment variable {variable} means nothing to convdispatch{hint}",
+                ConvDispatchWarning,
+                stacklevel=2,
+            )
     values = {}
     for name, row in TABLE.items():
         values[name] = _from_variable(name, row)
@@ -179,7 +191,7 @@ def _from_variable(name: str, row: tuple[Callable[[Any], Any], Any, str]) -> Any
     try:
         return default if given is None else parse(given)
     except (ArgumentError, ArgumentTypeError) as error:
-        warnings.warn(f"environment variable {variable} is ignored: {error}", stacklevel=3)
+        warnings.warn(f"environment variable {variable} is ignored: {error}", ConvDispatchWarning, stacklevel=3)
         return default
 
 

@@ -11,20 +11,28 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import click
-from rich.console import Console
+from rich.console import Console, Group
+from rich.measure import Measurement
+from rich.padding import Padding
 from rich.table import Table
 
 from convdispatch import settings
-from convdispatch.errors import BusyMachineError, ConvDispatchError, ProfileWarning
+from convdispatch.errors import BusyMachineError, ConvDispatchError, ConvDispatchWarning
 
 BUSY, INTERRUPTED = 5, 130
 _WIDE = 10_000
+_GAP = 2
 
 Command = Callable[..., None]
 
-threads_option = click.option("--threads", type=click.IntRange(min=1), help="Most threads a candidate may use.")
+threads_option = click.option(
+    "--threads", type=click.IntRange(1, settings.MOST_THREADS), help="Most threads a candidate may use."
+)
 profile_option = click.option(
-    "--profile", "file", type=click.Path(path_type=Path), help="Profile file to use instead of the usual ones."
+    "--profile",
+    "file",
+    type=click.Path(path_type=Path),
+    help="Profile file to read before the usual ones, and to write.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 
@@ -40,19 +48,47 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def table(title: str, columns: Sequence[str], right: Sequence[str] = (), whole: Sequence[str] = ()) -> Table:
-    """Return an empty table.
+    """Return an empty table, to be printed with ``print_table``.
 
     Args:
         title: above it.
         columns: their names.
         right: those that hold numbers.
-        whole: others of short words. Where a terminal is narrow, what is neither is wrapped, and nothing is cut.
+        whole: others of short words. Where a terminal is narrow, what is neither is wrapped.
     """
     made = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
     for name in columns:
         number, short = name in right, name in right or name in whole
         made.add_column(name, justify="right" if number else "left", no_wrap=short, overflow="fold")
     return made
+
+
+def print_table(out: Console, rows: Table) -> None:
+    """Print a table, wrapped between words; where even so it is too wide for the terminal, each row as a paragraph."""
+    spans = [
+        Measurement.get(out, out.options.update(width=_WIDE), Group(column.header, *column.cells))
+        for column in rows.columns
+    ]
+    least = [span.maximum if column.no_wrap else span.minimum for span, column in zip(spans, rows.columns, strict=True)]
+    room = out.width - sum(least) - _GAP * len(spans)
+    if room < 0:
+        _print_paragraphs(out, rows)
+        return
+    wanted = [span.maximum - width for span, width in zip(spans, least, strict=True)]
+    part = min(1.0, room / max(1, sum(wanted)))
+    for column, width, more in zip(rows.columns, least, wanted, strict=True):
+        column.width = width + int(part * more)
+    out.print(rows)
+
+
+def _print_paragraphs(out: Console, rows: Table) -> None:
+    if rows.title:
+        out.print(rows.title, style="bold")
+    names = [str(column.header).strip() for column in rows.columns]
+    for first, *others in zip(*(column.cells for column in rows.columns), strict=True):
+        told = [f"{name} {cell}" for name, cell in zip(names[1:], others, strict=True) if cell not in {"", "-"}]
+        out.print(first, style="bold")
+        out.print(Padding(", ".join(told), (0, 0, 0, 4)), soft_wrap=False)
 
 
 def print_what_can_be_printed() -> None:
@@ -73,7 +109,7 @@ def tell_of_waiting(said: str) -> None:
 
 
 def explained(command: Command) -> Command:
-    """Turn errors into a line on stderr and an exit code, and what a profile warns of into lines there too."""
+    """Turn errors into a line on stderr and an exit code, and what convdispatch warns of into lines there too."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -84,7 +120,7 @@ def explained(command: Command) -> Command:
             click.echo(f"convdispatch: {error}", err=True)
             sys.exit(BUSY if isinstance(error, BusyMachineError) else 1)
         except KeyboardInterrupt:
-            click.echo("convdispatch: interrupted; what was measured is kept, and the same command goes on", err=True)
+            click.echo("convdispatch: interrupted; what is done is kept, and the same command goes on", err=True)
             sys.exit(INTERRUPTED)
 
     return run
@@ -99,13 +135,13 @@ def _warnings_as_lines() -> Iterator[None]:
             message: Warning | str, category: type[Warning], filename: str, lineno: int,
             file: TextIO | None = None, line: str | None = None,
         ) -> None:  # fmt: skip
-            if issubclass(category, ProfileWarning):
+            if issubclass(category, ConvDispatchWarning):
                 click.echo(f"convdispatch: {message}", err=True)
             else:
                 usual(message, category, filename, lineno, file, line)
 
         warnings.showwarning = show
-        warnings.simplefilter("always", ProfileWarning)
+        warnings.simplefilter("always", ConvDispatchWarning)
         yield
 
 

@@ -379,6 +379,12 @@ def test_on_miss_leaves_empty_problems_alone(three: dict[str, Scripted]) -> None
     assert sum(backend.calls for backend in three.values()) == 0
 
 
+def test_on_miss_measures_nothing_at_the_effort_of_estimating(three: dict[str, Scripted]) -> None:
+    with settings.options(tuning="on-miss", effort="estimate"):
+        assert chosen() == ("quick", "estimate")
+    assert sum(backend.calls for backend in three.values()) == 0
+
+
 def test_on_miss_with_nobody_right_warns_and_goes_on_by_estimate(clock: FakeClock) -> None:
     only(Scripted("wrong", clock, off=1.0))
     with settings.options(tuning="on-miss"), pytest.warns(ProfileWarning, match="tuning .* failed: .*wrong result"):
@@ -518,7 +524,7 @@ def test_what_is_neither_a_name_nor_a_pair_is_a_type_error(backend: Any) -> None
 
 @pytest.mark.parametrize("threads", [0, -1, 1.5, "many"])
 def test_a_forced_thread_count_must_be_one(threads: Any) -> None:
-    with pytest.raises(ConvDispatchError, match="threads must be a whole number of at least 1"):
+    with pytest.raises(ConvDispatchError, match="threads must be a whole number from 1 to 9999"):
         convdispatch.conv2d(INPUT, FILTERS, backend=("im2col", {"threads": threads}))
 
 
@@ -787,6 +793,11 @@ def test_explain_of_a_forced_backend(three: dict[str, Scripted]) -> None:
     told = explain(INPUT, FILTERS, backend="spectral")
     assert told.chosen is None
     assert "not today" in told.evidence.detail
+
+
+def test_an_explanation_is_of_a_deployment_that_there_is() -> None:
+    with pytest.raises(ArgumentError, match="deployment must be plan or call; got 'plans'"):
+        explain(INPUT, FILTERS, deployment="plans")
 
 
 def test_an_explanation_reads_as_a_table(three: dict[str, Scripted]) -> None:

@@ -3,6 +3,7 @@
 import datetime as dt
 import itertools
 import os
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -390,6 +391,20 @@ def test_the_doctor_finds_each_thing_and_names_the_command_that_mends_it(path: P
     assert "there is no such backend here" in found["unknown backend"].reason
     assert found["other machine"].command == f"convdispatch profile prune --machine far {where}"
     assert found["quarantined"].reason == "it crashed (2026-01-01)"
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"m": 40, "threads": 1}, "winograd(m=40, threads=1): winograd's config needs m=2 or m=4 or m=6, .*; got m=40"),
+        ({"m": 2, "tile": 3}, "winograd(m=2, tile=3): backend 'winograd' has no config 'tile'; known are m, threads"),
+    ],
+)
+def test_a_config_that_its_backend_does_not_know_is_found(path: Path, config: dict[str, Any], reason: str) -> None:
+    measured = row("winograd", 2e-3, config=Config(config), version=registry.get("winograd").version)
+    finding = examined(path, text_of(entry(row(), measured)))["unusable config"]
+    assert re.fullmatch(re.escape(reason).replace(r"\.\*", ".*"), finding.reason)
+    assert finding.command.endswith(f"--retune --profile {path}")
 
 
 def test_a_quarantine_of_the_version_in_use_here_is_wrong(path: Path) -> None:

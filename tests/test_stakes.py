@@ -89,7 +89,7 @@ def test_a_workload_without_seconds_keeps_its_order_and_shares_evenly() -> None:
         (problem, deployment) for problem in (OTHER, PROBLEM, THIRD) for deployment in BOTH
     ]
     assert {task.key.threads for task in tasks} == {4}
-    assert [stakes.share(60.0, tasks[number:]) for number in (0, 5)] == [10.0, 60.0]
+    assert stakes.parts(tasks) == pytest.approx([1 / 6, 1 / 5, 1 / 4, 1 / 3, 1 / 2, 1])
 
 
 def test_no_deployment_at_all_is_refused(recording: Recording) -> None:
@@ -142,8 +142,8 @@ def test_each_key_comes_once_and_no_more_time_is_shared_out_than_there_is(
     seconds = [task.layer.seconds or 0.0 for task in tasks]
     assert seconds == sorted(seconds, reverse=True) or not any(seconds)
     left = limit
-    for number, task in enumerate(tasks):
-        share = stakes.share(left, tasks[number:])
+    for task, part in zip(tasks, stakes.parts(tasks), strict=True):
+        share = left * part
         assert 0 <= share <= left
         assert task.stake or share in {0, left}
         left -= share if task.stake else 0

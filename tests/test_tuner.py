@@ -796,6 +796,7 @@ def test_nothing_is_measured_when_the_profile_cannot_be_written(clock: FakeClock
         ({"effort": "estimate"}, ArgumentError, "effort must be one of measure, patient, exhaustive; got 'estimate'"),
         ({"time_limit": -1}, ArgumentError, "time_limit must be seconds"),
         ({"threads": 0}, ArgumentError, "threads must be"),
+        ({"threads": 10_000}, ArgumentError, "threads must be a whole number from 1 to 9999, or None; got 10000"),
         ({"deployments": ["both"]}, ArgumentError, "deployments must be a list of plan or call; got 'both'"),
         ({"deployments": "plan"}, ArgumentError, "deployments must be a list of plan or call; got 'plan'"),
         ({"backends": "a"}, ArgumentError, "backends must be a list of names; got 'a'"),

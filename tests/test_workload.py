@@ -253,6 +253,8 @@ ROW = "problem: '1x8x8x4 * 3x3x4x8 SAME'"
         ("layers: \x00", "w.yaml: this is not YAML: unacceptable character"),
         ("layers:\n- !!python/object/apply:os.abort []", "line 2: this is not YAML: could not determine"),
         ("a: &a [1]\nlayers: *a", "w.yaml, line 2: aliases are not read here"),
+        ("a: 1\nlayers:\n- {problem: 1x4, problem: 1x5}", "w.yaml, line 3: 'problem' stands twice in the same place"),
+        ("layers: []\nname: a\nlayers: [1]", "w.yaml, line 3: 'layers' stands twice in the same place"),
         ("a: 1\nlayers: " + "[" * 200_000, "w.yaml, line 2: nothing here is nested so deeply"),
         ("#" * (16 << 20) + "\n", "w.yaml: a workload file has at most 16777216 bytes"),
     ],

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from convdispatch import machine
 from convdispatch.backends._threads import run_all
 
 #: Rounds of hashing in the piece of work: about a millisecond.
@@ -169,9 +170,13 @@ class Watch:
         return time.perf_counter() - wall, time.thread_time() - cpu
 
     def together(self) -> float:
-        """Return the seconds in which each of the threads does the piece of work, all at once."""
+        """Return the seconds in which each of the threads does the piece of work, all at once.
+
+        No more than there are cores for: that more take turns says nothing of others.
+        """
+        count = min(self.threads, machine.usable_cores())
         before = time.perf_counter()
-        run_all([_work] * self.threads, self.threads)
+        run_all([_work] * count, count)
         return time.perf_counter() - before
 
     def tasks(self) -> float | None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from convdispatch import observe, safe_file, settings
-from convdispatch.errors import ArgumentTypeError, ConvDispatchError, WorkloadError
+from convdispatch.errors import ArgumentTypeError, ConvDispatchError, ConvDispatchWarning, WorkloadError
 from convdispatch.locks import module_lock
 from convdispatch.problem import Problem
 from convdispatch.tuning import workload as workloads
@@ -286,7 +286,7 @@ class ProgramRecording(Recording):
                     raise
                 said = f"kept for another attempt: {error}"
         if said:
-            warnings.warn(f"recorded calls are {said}", stacklevel=2)
+            warnings.warn(f"recorded calls are {said}", ConvDispatchWarning, stacklevel=2)
 
     def _move(self, recorded: Workload) -> str:
         """Write to the file or beside it; return what to say of that, if anything."""

@@ -4,6 +4,7 @@ Where a recording says how many seconds a program spent on a problem, those seco
 come first and get the largest share of the time. What the profile knows already has nothing at stake.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -74,7 +75,7 @@ def tasks(
     ]
 
 
-def share(left: float, remaining: Sequence[Task]) -> float:
-    """Return the seconds of those left that the first of the remaining tasks may take."""
-    total = sum(task.stake for task in remaining)
-    return max(0.0, left) * remaining[0].stake / total if total else max(0.0, left)
+def parts(work: Sequence[Task]) -> list[float]:
+    """Return for each task, in order, which part of the time that is left when it begins it may take."""
+    totals = list(itertools.accumulate(task.stake for task in reversed(work)))
+    return [task.stake / total if total else 1.0 for task, total in zip(work, reversed(totals), strict=True)]

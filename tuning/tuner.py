@@ -178,9 +178,9 @@ def tune(
     def left() -> float | None:
         return None if limit is None else limit - (time.monotonic() - started)
 
-    for number, task in enumerate(work):
+    for task, part in zip(work, stakes.parts(work), strict=True):
         still = left()
-        share = None if still is None else stakes.share(still, work[number:])
+        share = None if still is None else max(0.0, still) * part
         report = _tune_layer(task.layer, task.key, level, share, chosen, path, ready, retune=retune, again=again)
         reports.append(report)
         if on_progress is not None:

@@ -7,7 +7,8 @@ from typing import Any
 
 from convdispatch import heuristic, settings
 from convdispatch.backend import Candidate
-from convdispatch.errors import BackendError
+from convdispatch.backends import _machine_code as machine_code
+from convdispatch.errors import BackendError, ConvDispatchWarning
 from convdispatch.problem import Problem
 from convdispatch.tuning import compile_ahead, isolation
 from convdispatch.tuning import workload as workloads
@@ -46,7 +47,9 @@ def warm_up(
         arrays = Trial.random(layer.problem.replace(n=min(1, layer.problem.n)))
         fit, refused = isolation.admitted(arrays.problem, candidates)
         for failure in refused:
-            warnings.warn(f"{failure.name} is left out of {layer.problem}: {failure.reason}", stacklevel=3)
+            warnings.warn(
+                f"{failure.name} is left out of {layer.problem}: {failure.reason}", ConvDispatchWarning, stacklevel=3
+            )
         ready = {candidate.name for candidate, _ in compile_ahead.plans(arrays, fit)}
         for candidate in fit:
             try:
@@ -57,4 +60,6 @@ def warm_up(
         total += len(fit)
         if on_progress is not None:
             on_progress(layer, fit)
+    if complaint := machine_code.complaint():
+        warnings.warn(f"what was compiled serves this process only: {complaint}", ConvDispatchWarning, stacklevel=3)
     return total
