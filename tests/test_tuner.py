@@ -838,6 +838,31 @@ def test_a_trial_has_arrays_as_its_problem_wants_them(dtype: str, data_format: L
     assert arrays.judge(candidate, output).reason is not None
 
 
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 9])
+@pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
+def test_every_image_of_a_batch_is_judged(n: int, data_format: str) -> None:
+    text = f"{n}x6x6x2 * 3x3x2x3 +residual" if data_format == "NHWC" else f"{n}x2x6x6 NCHW * 3x3x2x3 +residual"
+    arrays = Trial.random(Problem.parse(text))
+    only(backend := Scripted("a", FakeClock()))
+    candidate = Candidate(backend, Config(threads=1))
+    right = arrays.plan(candidate)(arrays.input, residual=arrays.residual)
+    assert arrays.judge(candidate, right).reason is None
+    rounded = np.nextafter(right, np.inf, dtype="f4")
+    rounded[::2] = right[::2]
+    assert arrays.judge(candidate, rounded).reason is None
+    for image in range(n):
+        wrong = right.copy()
+        wrong[image, 0, 0, 0] += 1
+        assert arrays.judge(candidate, wrong).reason is not None
+        wrong[image] = np.nan
+        assert arrays.judge(candidate, wrong).reason is not None
+    if n == 9:
+        assert arrays.judge(candidate, np.roll(right, 1, axis=0)).reason is not None
+        swapped = right.copy()
+        swapped[1:-1] = right[-2:0:-1]
+        assert arrays.judge(candidate, swapped).reason is not None
+
+
 @pytest.mark.parametrize("by", ["tune", "on-miss", "calibrate", "validate", "online"])
 def test_arrays_are_not_kept_when_the_measuring_is_over(
     clock: FakeClock, by: str, monkeypatch: pytest.MonkeyPatch
