@@ -165,7 +165,7 @@ def _enter(recipe, given, count):  # type: ignore[no-untyped-def]
             _put(block + 8 * places[1], target)
             state = _release_lock()
             if threads > 1:
-                _team.share(team, kernel, block, parts, threads - 1)
+                _team.share(team, kernel, block, parts, threads - 1, threads)
             else:
                 _team.alone(kernel, block, 0, parts)
             _take_lock(state)
@@ -240,7 +240,7 @@ def entry(
         return None
     like = (input_like, out_like)
     recipe = _RECIPE.pack(
-        template=block, kernel=kernel.address, parts=count, threads=min(threads, count),
+        template=block, kernel=kernel.address, parts=count, threads=_team.useful(threads, count),
         whereabouts=address(_team.whereabouts), places=places, done_at=kernel.arguments.done_at,
         spoiled_at=-1 if spoiled_at is None else spoiled_at, array_type=id(np.ndarray),
         dtypes=[id(dtype) for _, dtype in like], sizes=[math.prod(shape) * dtype.itemsize for shape, dtype in like],

@@ -1,6 +1,6 @@
 """Kernels that run one after the other in one launch: the parts of each begin when all of the one before have ended.
 
-Threads take parts in their order, and a part waits only for parts that others are at work on; so nobody waits for
+Parts are begun in their order, and a part waits only for parts that others are at work on; so nobody waits for
 ever. Waiting costs a microsecond or two, a launch of its own costs Python's way there and back, and helpers that may
 have fallen asleep.
 """
@@ -55,6 +55,6 @@ def run_in_order(stages: Sequence[tuple[CompiledKernel, Array, int]], threads: i
         rows.append((kernel.address, address(block), parts, count))
         parts += count
     table, ended = np.array(rows, np.int64), np.zeros(len(rows), np.int64)
-    run(_in_order(), _ARGUMENTS.pack(stages=table, ended=ended), parts, threads)
+    run(_in_order(), _ARGUMENTS.pack(stages=table, ended=ended), parts, threads, in_order=True)
     for kernel, block, count in stages:
         check(kernel, block, count)

@@ -4,10 +4,15 @@ Waking a sleeping thread takes tens of microseconds, and so does handing it Pyth
 Here a helper waits in compiled code, watching memory for about a twentieth of a millisecond after it has worked, then
 asleep; who calls takes parts of the work too, and waits only for helpers that came. One call at a time is shared out,
 and none where callers keep the cores busy as it is; the others do their work alone, so nobody waits for a lock.
+
+Each thread has a share of its own, parts that follow each other, the same in every call: what it read and wrote last
+time is still in its core's caches. Who is done with that takes parts of the others' shares. Where parts must be begun
+in their order, all of them are one share.
 """
 
 import ctypes
 import functools
+import itertools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -40,29 +45,55 @@ _ALERT_TURNS = 2500
 _CLOSED = 1 << 30
 
 # The words of a team, those that different threads change on cache lines of their own: bytes from its address.
-_LOCK, _GENERATION, _PLACES, _NEXT, _LEFT, _SLEEPERS, _CALLERS = (64 * line for line in range(7))
-_FUNCTION, _BLOCK, _COUNT, _CORES, _HELPERS, _AVOIDED = (64 * 7 + 8 * word for word in range(6))
-_WORDS = 8 * 8
+_LOCK, _GENERATION, _PLACES, _LEFT, _SLEEPERS, _CALLERS = (64 * line for line in range(6))
+_FUNCTION, _BLOCK, _SHARES, _CORES, _HELPERS, _AVOIDED = (64 * 6 + 8 * word for word in range(6))
+#: Then a cache line for each share: the part to be taken next, and where the share ends.
+_FIRST_SHARE, _SHARE_BYTES = 64 * 7, 64
+_NEXT, _END = 0, 8
+#: Threads that a call is shared out to at most, the caller included.
+_MOST_SHARES = 256
+_WORDS = (_FIRST_SHARE + _MOST_SHARES * _SHARE_BYTES) // 8
 
 
 @compilable
-def _take_parts(team, function, block, count):  # type: ignore[no-untyped-def]
-    number = add(team + _NEXT, 1)
-    while number < count:
-        call_kernel(function, block, number)
-        number = add(team + _NEXT, 1)
+def _share(team, number):  # type: ignore[no-untyped-def]
+    return team + _FIRST_SHARE + number * _SHARE_BYTES
 
 
-def _serve(team):  # type: ignore[no-untyped-def]
-    """Help whoever calls, for ever."""
+@compilable
+def _cut(team, shares, parts):  # type: ignore[no-untyped-def]
+    for number in range(shares):
+        share = _share(team, number)
+        write(share + _NEXT, number * parts // shares)
+        write(share + _END, (number + 1) * parts // shares)
+    write(team + _SHARES, shares)
+
+
+@compilable
+def _take_parts(team, function, block, number):  # type: ignore[no-untyped-def]
+    """Do the parts of the share of this number, then those left of the others'."""
+    shares = read(team + _SHARES)
+    for turn in range(number, number + shares):
+        share = _share(team, turn % shares)
+        end = read(share + _END)
+        part = add(share + _NEXT, 1)
+        while part < end:
+            call_kernel(function, block, part)
+            part = add(share + _NEXT, 1)
+
+
+def _serve(team, number):  # type: ignore[no-untyped-def]
+    """Help whoever calls, for ever, as the helper of this number, from 1."""
+    served = -1
     while True:
         seen = read(team + _GENERATION)
         places = read(team + _PLACES)
-        if places > 0 and read(team + _NEXT) < read(team + _COUNT):
+        if places > 0 and served != seen:
             if exchange_if(team + _PLACES, places, places - 1):
                 # From here to the end of its part the caller waits, and its words stay as they are.
-                _take_parts(team, read(team + _FUNCTION), read(team + _BLOCK), read(team + _COUNT))
+                _take_parts(team, read(team + _FUNCTION), read(team + _BLOCK), number)
                 add(team + _LEFT, 1)
+                served = seen
             continue
         turns = 0
         while read(team + _GENERATION) == seen and turns < _ALERT_TURNS:
@@ -81,8 +112,8 @@ def alone(function, block, first, last):  # type: ignore[no-untyped-def]
 
 
 @compilable
-def share(team, function, block, count, places):  # type: ignore[no-untyped-def]
-    """Run all parts of a kernel's work together with up to ``places`` helpers."""
+def share(team, function, block, count, places, shares):  # type: ignore[no-untyped-def]
+    """Run all parts of a kernel's work, cut into shares, together with up to ``places`` helpers."""
     callers = add(team + _CALLERS, 1) + 1
     if callers > max(1, read(team + _CORES) // 2) or not exchange_if(team + _LOCK, 0, 1):
         for number in range(count):
@@ -91,14 +122,13 @@ def share(team, function, block, count, places):  # type: ignore[no-untyped-def]
         return
     write(team + _FUNCTION, function)
     write(team + _BLOCK, block)
-    write(team + _COUNT, count)
-    write(team + _NEXT, 0)
     write(team + _LEFT, 0)
+    _cut(team, shares, count)
     write(team + _PLACES, places)
     add(team + _GENERATION, 1)
     if read(team + _SLEEPERS) > 0:
         wake(team + _GENERATION, places)
-    _take_parts(team, function, block, count)
+    _take_parts(team, function, block, 0)
     came = places - add(team + _PLACES, -_CLOSED)
     wait_for(team + _LEFT, came)
     write(team + _LOCK, 0)
@@ -122,9 +152,9 @@ def _from_python(function: Any, words: int) -> Callable[..., None]:
     return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * words)(address)
 
 
-_serve_from_python = _from_python(_serve, 1)
+_serve_from_python = _from_python(_serve, 2)
 _alone_from_python = _from_python(alone, 4)
-_share_from_python = _from_python(share, 5)
+_share_from_python = _from_python(share, 6)
 
 
 class _Team:
@@ -135,6 +165,7 @@ class _Team:
         self._words[_CORES // 8] = machine.usable_cores()
         self.address: int = self._words.ctypes.data
         self.helpers = Helpers()
+        self._numbers = itertools.count(1)
         whereabouts[0] = self.address
 
     def prepare(self, places: int) -> None:
@@ -145,7 +176,7 @@ class _Team:
 
     def serve(self) -> None:
         """Help whoever calls, for ever."""
-        _serve_from_python(self.address)
+        _serve_from_python(self.address, next(self._numbers))
 
 
 _team = _Team()
@@ -160,7 +191,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def run_parts(kernel: int, block: int, count: int, threads: int) -> None:
+def useful(threads: int, count: int) -> int:
+    """Return how many of the threads a call of so many parts has work for."""
+    return min(threads, count, _MOST_SHARES)
+
+
+def run_parts(kernel: int, block: int, count: int, threads: int, *, in_order: bool = False) -> None:
     """Run the parts 0 to ``count`` of a kernel's work on up to this many threads, this one among them.
 
     Args:
@@ -168,14 +204,15 @@ def run_parts(kernel: int, block: int, count: int, threads: int) -> None:
         block: address of its packed arguments; the arrays they mean must be alive.
         count: how many parts there are.
         threads: most threads to use.
+        in_order: whether no part may be begun before those with smaller numbers.
     """
-    threads = min(threads, count)
+    threads = useful(threads, count)
     if threads <= 1:
         _alone_from_python(kernel, block, 0, count)
     elif CAN_SLEEP:
         team = _team
         team.prepare(threads - 1)
-        _share_from_python(team.address, kernel, block, count, threads - 1)
+        _share_from_python(team.address, kernel, block, count, threads - 1, 1 if in_order else threads)
     else:
         each = functools.partial(_alone_from_python, kernel, block)
         run_all([functools.partial(each, number, number + 1) for number in range(count)], threads)

@@ -144,6 +144,8 @@ class ImplicitGemm(PackedBackend):
         blocks = p.groups * packed.shape[1]
         tiles, down, across = _cut(p, tile[0], blocks, config.threads)
         parts = grid((tiles, down), (blocks, across))
+        if down < across:  # a thread's share is some filters for all tiles
+            parts = np.ascontiguousarray(np.roll(grid((blocks, across), (tiles, down)), 2, axis=1))
         values = {
             "filters": packed, "bias": added.reshape(-1),
             "streamed": streams(p.output_shape, item_bytes(p.dtype), block, p.group_k), "code": p.epilogue.code,
