@@ -102,29 +102,30 @@ def _filter(  # type: ignore[no-untyped-def]
 
 
 @compilable
-def _leave(products, bias, stage, first, doubts, m, n, rows, vectors, lanes, itemsize):  # type: ignore[no-untyped-def]
+def _leave(  # type: ignore[no-untyped-def]
+    products, bias, stage, first, doubts, half, m, n, rows, vectors, lanes, itemsize
+):
     """Transform products of ``[points, rows * vectors * lanes]`` back to ``stage``; return doubts.
 
     They become ``rows * m`` rows of the stage, from the tile number ``first`` on. ``bias`` is the address of a vector
-    of it, or 0.
+    of it, or 0. ``half`` is the address of n + 1 times m vectors for what is under way.
     """
     like = zeros(1, 1, lanes, itemsize)
     lane_bytes, step = lanes * itemsize, products.shape[1] * itemsize
-    half, done = np.empty(m * n * lanes, products.dtype), np.empty(m * lanes, products.dtype)
+    done = half + m * n * lane_bytes
     for r in range(rows):
         for v in range(vectors):
             start = products.ctypes.data + (r * vectors + v) * lane_bytes
-            leave_columns(start, step, half.ctypes.data, m, m, 1, n, lanes, itemsize)
+            leave_columns(start, step, half, m, m, 1, n, lanes, itemsize)
             for i in range(m):
-                line = load_apart(half.ctypes.data + i * n * lane_bytes, lane_bytes, n, lanes, itemsize)
+                line = load_apart(half + i * n * lane_bytes, lane_bytes, n, lanes, itemsize)
                 sums = transform_output(line, m, m, 1)
                 doubts = add_doubts(doubts, sums)
                 if bias:
                     sums = add_to_all(sums, m, bias)
-                save_apart(done.ctypes.data, lane_bytes, sums)
+                save_apart(done, lane_bytes, sums)
                 to = stage.ctypes.data + ((r * m + i) * stage.shape[1] + (first + v * lanes) * m) * itemsize
-                weave(to, done.ctypes.data, lane_bytes, m, like)
-    hold(half)
+                weave(to, done, lane_bytes, m, like)
     return doubts
 
 
@@ -166,6 +167,7 @@ def compiled(m: int, rows: int, vectors: int, taps: int, lanes: int, itemsize: i
         values = scratch[start : start + points * between].reshape(points, between)
         products = np.empty((points, leaving), x.dtype)
         stage = np.empty((filters, rows * m, strip * m), x.dtype)
+        half = np.empty(((n + 1) * m, lanes), x.dtype)
         like = zeros(1, 1, lanes, itemsize)
         doubts = zeros(1, 1, lanes, itemsize)[0]
         bias_at = np.int64(bias.ctypes.data)
@@ -188,15 +190,16 @@ def compiled(m: int, rows: int, vectors: int, taps: int, lanes: int, itemsize: i
                         )  # fmt: skip
                         added = bias_at + k * lanes * itemsize if bias.size else 0
                         doubts = _leave(
-                            products, added, stage[k], run * across, doubts, m, n, rows, vectors, lanes, itemsize
-                        )
+                            products, added, stage[k], run * across, doubts, np.int64(half.ctypes.data),
+                            m, n, rows, vectors, lanes, itemsize,
+                        )  # fmt: skip
                 first, right = (top + group * rows) * m, min(width, (left + strip) * m)
                 for r in range(min(rows * m, height - first)):
                     put_line(
                         out, residual, image, first + r, left * m, right, stage, r, code, slope, like, lanes, itemsize
                     )
-        hold(scratch)
-        report(doubts, lanes, x, arguments + _SPOILED_AT)
+        report(doubts, lanes, half[0], arguments + _SPOILED_AT)
+        hold(scratch), hold(half)
         add(arguments + _DONE_AT, 1)
 
     return CompiledKernel(convolve, ARGUMENTS)

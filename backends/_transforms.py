@@ -1,7 +1,5 @@
 """Winograd's transforms of input and output as straight-line vector code, and what becomes of doubts about sums."""
 
-import numpy as np
-
 from convdispatch.backends._atomics import write
 from convdispatch.backends._jit import compilable
 from convdispatch.backends._memory import CACHE_LINE
@@ -33,9 +31,8 @@ def leave_columns(products, between, half, m, r, stride, n, lanes, itemsize):  #
 
 
 @compilable
-def report(doubts, lanes, values, word):  # type: ignore[no-untyped-def]
-    """Set the word at an address to 1 if a lane of ``add_doubts``' vector is not 0; ``values`` have its dtype."""
-    check = np.zeros(lanes, values.dtype)
+def report(doubts, lanes, check, word):  # type: ignore[no-untyped-def]
+    """Set the word at an address to 1 if a lane of ``add_doubts``' vector is not 0; it is stored in ``check``."""
     save(check.ctypes.data, doubts)
     for lane in range(lanes):
         if check[lane] != 0:

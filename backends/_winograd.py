@@ -46,21 +46,22 @@ def _place(tile, shape, m, dilations):  # type: ignore[no-untyped-def]
 
 
 @compilable
-def _copy_patch(patch, x, where, steps, fold, group_c, itemsize):  # type: ignore[no-untyped-def]
-    """Copy a tile's n x n pixels to ``patch [n, n, values]``, zeros where they lie outside the image.
+def _copy_patch(patch, x, where, steps, fold, group_c, n, itemsize):  # type: ignore[no-untyped-def]
+    """Copy a tile's n x n pixels to a patch, zeros where they lie outside the image.
 
-    ``where`` is the image's number, the first row and column, and the first channel; ``steps`` are from one row or
-    column to the next. A pixel is ``group_c`` channels of each of ``fold`` columns.
+    ``patch`` is its address, and how many values apart its pixels are. ``where`` is the image's number, the first row
+    and column, and the first channel; ``steps`` are from one row or column to the next. A pixel is ``group_c`` channels
+    of each of ``fold`` columns.
     """
     image, top, left, channel = where
     _, _, height, width, channels = x
-    pieces, span = patch.shape[1], fold
-    if steps[1] == fold and group_c == channels and patch.shape[2] == fold * channels:  # a row is one run in both
-        pieces, span = 1, patch.shape[1] * fold
-    for i in range(patch.shape[0]):
+    pieces, span = n, fold
+    if steps[1] == fold and group_c == channels and patch[1] == fold * channels:  # a row is one run in both
+        pieces, span = 1, n * fold
+    for i in range(n):
         ih = top + i * steps[0]
         for j in range(pieces):
-            iw, target = left + j * steps[1], np.int64(patch[i, j].ctypes.data)
+            iw, target = left + j * steps[1], patch[0] + (i * n + j) * patch[1] * itemsize
             if 0 <= ih < height:
                 source = x[0] + (((image * height + ih) * width + iw) * channels + channel) * itemsize
                 copy_columns(target, source, iw, span, width, group_c * itemsize)
@@ -82,18 +83,18 @@ def _transform(tile, down, across, half, to, between, m, r, stride, n, lanes, it
 
 @compilable
 def _enter(  # type: ignore[no-untyped-def]
-    x, shape, pads, dilations, channel, runs, first, span, values, m, r, stride, n, lanes, itemsize
+    x, shape, pads, dilations, channel, runs, first, span, values, patch, half, m, r, stride, n, lanes, itemsize
 ):
     """Transform tiles of channels ``channel`` on into ``values [points, tiles * padded]``.
 
-    ``x`` is the images' address and shape. The tiles are ``span[0]`` to ``span[1]``, counted from ``first``, which lies
-    first in ``values``. A pixel is ``runs[0]`` rows of ``runs[1]`` neighbouring values. Each row fills up vectors with
-    what lies behind it, which counts for nothing.
+    Of ``values`` and ``patch [n * n, a run's values]`` the address and the row's length are given, of ``half``, n * n
+    vectors for what is under way, the address. ``x`` is the images' address and shape. The tiles are ``span[0]`` to
+    ``span[1]``, counted from ``first``, which lies first in ``values``. A pixel is ``runs[0]`` rows of ``runs[1]``
+    neighbouring values. Each row fills up vectors with what lies behind it, which counts for nothing.
     """
     fold, run = runs
-    room, pixel = -(-run // lanes) * lanes, x[4] * itemsize
-    patch, half = np.empty((n, n, room), values.dtype), np.empty(n * n * lanes, values.dtype)
-    steps, between = (fold * dilations[0], fold * dilations[1]), values.shape[1] * itemsize
+    room, pixel = patch[1], x[4] * itemsize
+    steps, between = (fold * dilations[0], fold * dilations[1]), values[1] * itemsize
     beyond = x[0] + x[1] * x[2] * x[3] * pixel
     for t in range(span[0], span[1]):
         image, oh, ow = _place(first + t, shape, m, dilations)
@@ -104,14 +105,11 @@ def _enter(  # type: ignore[no-untyped-def]
             bottom, right = top + (n - 1) * steps[0], left + (n - 1) * steps[1] + fold
             last = start + (n - 1) * (down + across) + room * itemsize
             if top < 0 or left < 0 or bottom >= x[2] or right > x[3] or last > beyond:
-                _copy_patch(patch, x, (image, top, left, channel), steps, fold, run // fold, itemsize)
-                start, down, across = np.int64(patch.ctypes.data), n * room * itemsize, room * itemsize
+                _copy_patch(patch, x, (image, top, left, channel), steps, fold, run // fold, n, itemsize)
+                start, down, across = patch[0], n * room * itemsize, room * itemsize
             for c in range(0, room, lanes):
-                to = np.int64(values.ctypes.data) + ((t * fold + row) * room + c) * itemsize
-                _transform(
-                    start + c * itemsize, down, across, half.ctypes.data, to, between, m, r, stride, n, lanes, itemsize
-                )
-    hold(patch), hold(half)
+                to = values[0] + ((t * fold + row) * room + c) * itemsize
+                _transform(start + c * itemsize, down, across, half, to, between, m, r, stride, n, lanes, itemsize)
 
 
 def is_staged(groups: int, dilations: tuple[int, int]) -> bool:
@@ -134,7 +132,7 @@ def stage_shape(tiles: int, shape: tuple[int, int], staged: bool, m: int, stride
 
 @compilable
 def _enter_group(  # type: ignore[no-untyped-def]
-    x, stage, shape, pads, runs, channel, first, count, values, m, r, stride, n, lanes, itemsize
+    x, stage, shape, pads, runs, channel, first, count, values, patch, half, m, r, stride, n, lanes, itemsize
 ):
     """Do as ``_enter`` does for the channels of a group, image by image from a copy with zeros around it.
 
@@ -153,7 +151,7 @@ def _enter_group(  # type: ignore[no-untyped-def]
         size = rows * columns * group_c * itemsize
         here = (np.int64(stage.ctypes.data) - image * size, image + 1, rows, columns, group_c)
         _enter(
-            here, shape, (oh * stride, 0), (1, 1), 0, runs, first, (begin, end), values,
+            here, shape, (oh * stride, 0), (1, 1), 0, runs, first, (begin, end), values, patch, half,
             m, r, stride, n, lanes, itemsize,
         )  # fmt: skip
         begin = end
@@ -182,7 +180,7 @@ def _pass(inputs, weights, runs, start, outputs, rows, vectors, lanes, itemsize)
 
 @compilable
 def _multiply(  # type: ignore[no-untyped-def]
-    values, count, packed, runs, bias, one, products, rows, less, least, vectors, lanes, itemsize
+    values, count, packed, runs, bias, one, products, points, rows, less, least, vectors, lanes, itemsize
 ):
     """Store ``values [points, count * padded] @ packed [points, values of a pixel, block]``.
 
@@ -191,13 +189,13 @@ def _multiply(  # type: ignore[no-untyped-def]
     behind the last. What is added at the point ``one`` is added to every output of a tile
     when it is transformed back, since powers of 1 are 1: the bias, of which this is the address, or 0.
     """
-    points, step = values.shape[0], vectors * lanes * itemsize
+    step = vectors * lanes * itemsize
     padded = runs[0] * -(-runs[1] // lanes) * lanes
     passes = -(-count // rows)
     for point in range(points):  # the filters of a point come from a far cache once, and stay for the other passes
         weights, start = packed + point * runs[0] * runs[1] * step, bias if point == one else 0
-        entered = np.int64(values.ctypes.data) + point * values.shape[1] * itemsize
-        left = np.int64(products.ctypes.data) + point * products.shape[1] * itemsize
+        entered = values[0] + point * values[1] * itemsize
+        left = products[0] + point * products[1] * itemsize
         for number in range(passes):
             first = number * count // passes
             now = (number + 1) * count // passes - first
@@ -222,13 +220,16 @@ def _finish(sums, out, residual, image, a, b, k0, count, code, slope):  # type: 
 
 @compilable
 def _leave(  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912
-    products, first, count, step, out, residual, k0, valid, dilations, code, slope, doubts,
+    products, first, count, step, out, residual, k0, valid, dilations, code, slope, doubts, half, rows,
     m, r, stride, n, lanes, itemsize,
 ):  # fmt: skip
-    """Transform products back, finish them and store ``valid`` filters from ``k0`` on; return the doubts."""
-    lane_bytes, between, room = lanes * itemsize, products.shape[1] * itemsize, -(-valid // lanes) * lanes
-    half, rows = np.empty(n * m * lanes, out.dtype), np.empty((2, m, lanes), out.dtype)
-    done, added = np.int64(rows[0].ctypes.data), np.int64(rows[1].ctypes.data)
+    """Transform products back, finish them and store ``valid`` filters from ``k0`` on; return the doubts.
+
+    ``half``, the address of n * m vectors, and ``rows [2 * m * lanes]`` are for what is under way.
+    """
+    lane_bytes, between, room = lanes * itemsize, products[1] * itemsize, -(-valid // lanes) * lanes
+    done = np.int64(rows.ctypes.data)
+    added = done + m * lane_bytes
     more = np.int64(residual.ctypes.data) - np.int64(out.ctypes.data)
     pixel = out.shape[3] * itemsize
     apart = dilations[1] * pixel
@@ -238,10 +239,10 @@ def _leave(  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912
         across = min(m, -(-(out.shape[2] - ow) // dilations[1]))
         corner = np.int64(out.ctypes.data) + ((image * out.shape[1] + oh) * out.shape[2] + ow) * pixel + k0 * itemsize
         for k in range(0, room, lanes):
-            start, usual = products.ctypes.data + t * step + k * itemsize, k + lanes <= valid and code <= RELU6
-            leave_columns(start, between, half.ctypes.data, m, r, stride, n, lanes, itemsize)
+            start, usual = products[0] + t * step + k * itemsize, k + lanes <= valid and code <= RELU6
+            leave_columns(start, between, half, m, r, stride, n, lanes, itemsize)
             for i in range(down):
-                line = load_apart(half.ctypes.data + i * n * lane_bytes, lane_bytes, n, lanes, itemsize)
+                line = load_apart(half + i * n * lane_bytes, lane_bytes, n, lanes, itemsize)
                 sums = transform_output(line, m, r, stride)
                 doubts = add_doubts(doubts, sums)
                 if not usual:
@@ -249,7 +250,7 @@ def _leave(  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912
                     few, a = min(lanes, valid - k), oh + i * dilations[0]
                     for j in range(across):
                         b = ow + j * dilations[1]
-                        _finish(rows[0, j], out, residual, image, a, b, k0 + k, few, code, slope)
+                        _finish(rows[j * lanes :], out, residual, image, a, b, k0 + k, few, code, slope)
                     continue
                 to = corner + i * dilations[0] * out.shape[2] * pixel + k * itemsize
                 if residual.size and across == m:
@@ -268,7 +269,6 @@ def _leave(  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912
                     store(sums, m, (done, lane_bytes), 0)
                     for j in range(across):
                         copy(to + j * apart, done + j * lane_bytes, lane_bytes)
-    hold(half), hold(rows)
     return doubts
 
 
@@ -304,13 +304,19 @@ def compiled(
         entering, leaving = odd_lines(count * padded, itemsize), odd_lines(count * block, itemsize)
         beyond = -(-least * max(padded, block) // lanes) * lanes  # a register tile may be longer than what is left
         high, wide = stage_shape(count, out.shape[1:3], staged, m, stride, n)
-        scratch = np.empty(points * (entering + leaving) + beyond + high * wide * group_c + lanes, x.dtype)
+        room = -(-runs[1] // lanes) * lanes
+        # One allocation for all: small layers take no longer than a few of them. What may be stored beyond the
+        # products lies behind them and in front of the rest.
+        before = points * (entering + leaving) + beyond
+        within = before + points * lanes, before + (points + 2 * m) * lanes
+        size = within[1] + points * room
+        scratch = np.empty(size + high * wide * group_c + lanes, x.dtype)
         start = (-scratch.ctypes.data // itemsize) % lanes  # or every vector lies across two cache lines
-        middle = start + points * entering  # what is written beyond the products must be behind all
-        values = scratch[start:middle].reshape(points, entering)
-        products = scratch[middle : middle + points * leaving].reshape(points, leaving)
-        end = middle + points * leaving + beyond
-        stage = scratch[end : end + high * wide * group_c].reshape(high, wide, group_c)
+        from_start = np.int64(scratch.ctypes.data) + start * itemsize
+        values, products = (from_start, entering), (from_start + points * entering * itemsize, leaving)
+        half, done = from_start + before * itemsize, scratch[start + within[0] : start + within[1]]
+        patch = (from_start + within[1] * itemsize, room)
+        stage = scratch[start + size : start + size + high * wide * group_c].reshape(high, wide, group_c)
         doubts = zeros(1, 1, lanes, itemsize)[0]
         entered = -1
         for task in range(first_block, last_block):
@@ -319,25 +325,26 @@ def compiled(
                 entered = group
                 if staged:
                     _enter_group(
-                        x, stage, out.shape, pads, runs, group * group_c, first, count, values,
+                        x, stage, out.shape, pads, runs, group * group_c, first, count, values, patch, half,
                         m, r, stride, n, lanes, itemsize,
                     )  # fmt: skip
                 else:
                     _enter(
                         here, out.shape, pads, dilations, group * group_c, runs, first, (np.int64(0), count), values,
-                        m, r, stride, n, lanes, itemsize,
+                        patch, half, m, r, stride, n, lanes, itemsize,
                     )  # fmt: skip
             packed = u.ctypes.data + task * points * runs[0] * runs[1] * step
             added = bias.ctypes.data + task * step if bias.size else 0
             _multiply(
-                values, count, packed, runs, added, n + 1, products, rows, less, least, vectors, lanes, itemsize
+                values, count, packed, runs, added, n + 1, products, points, rows, less, least, vectors, lanes, itemsize
             )  # fmt: skip
             valid = min(block, group_k - member * block)
             doubts = _leave(
                 products, first, count, step, out, residual, group * group_k + member * block, valid, dilations,
-                code, slope, doubts, m, r, stride, n, lanes, itemsize,
+                code, slope, doubts, half, done, m, r, stride, n, lanes, itemsize,
             )  # fmt: skip
-        report(doubts, lanes, x, arguments + _SPOILED_AT)
+        report(doubts, lanes, done, arguments + _SPOILED_AT)
+        hold(scratch)
         add(arguments + _DONE_AT, 1)
 
     return CompiledKernel(convolve, ARGUMENTS)
