@@ -141,6 +141,7 @@ def _scratch(problem: Problem, form: _Form, tile: tuple[int, int], count: int) -
     lanes = vector_bytes() // size
     entered, left = count * form.padded(lanes), count * tile[1] * lanes
     copied = form.n**2 * form.padded(lanes) // form.fold + tile[0] * max(form.padded(lanes), tile[1] * lanes)
+    copied += (form.n**2 + 2 * form.m) * lanes
     stage: tuple[int, int] = stage_shape(
         count, (p.oh, p.ow), is_staged(p.groups, p.dilations), form.m, form.stride, form.n
     )
