@@ -165,7 +165,7 @@ def _enter(recipe, given, count):  # type: ignore[no-untyped-def]
             _put(block + 8 * places[1], target)
             state = _release_lock()
             if threads > 1:
-                _team.share(team, kernel, block, parts, threads - 1, threads)
+                _team.share(team, kernel, block, parts, threads - 1)
             else:
                 _team.alone(kernel, block, 0, parts)
             _take_lock(state)

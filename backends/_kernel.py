@@ -11,7 +11,7 @@ from convdispatch.backends._team import run_parts
 from convdispatch.problem import Problem
 
 
-def run(kernel: CompiledKernel, block: Array, count: int, threads: int, *, in_order: bool = False) -> None:
+def run(kernel: CompiledKernel, block: Array, count: int, threads: int) -> None:
     """Run the parts of a kernel's work on up to this many threads.
 
     Args:
@@ -19,12 +19,11 @@ def run(kernel: CompiledKernel, block: Array, count: int, threads: int, *, in_or
         block: its packed arguments; the arrays they mean must be alive.
         count: how many parts there are.
         threads: most threads to use.
-        in_order: whether no part may be begun before those with smaller numbers.
 
     Raises:
         MemoryError: if a part did not come to its end.
     """
-    run_parts(kernel.address, address(block), count, threads, in_order=in_order)
+    run_parts(kernel.address, address(block), count, threads)
     check(kernel, block, count)
 
 

@@ -6,8 +6,7 @@ asleep; who calls takes parts of the work too, and waits only for helpers that c
 and none where callers keep the cores busy as it is; the others do their work alone, so nobody waits for a lock.
 
 Each thread has a share of its own, parts that follow each other, the same in every call: what it read and wrote last
-time is still in its core's caches. Who is done with that takes parts of the others' shares. Where parts must be begun
-in their order, all of them are one share.
+time is still in its core's caches. Who is done with that takes parts of the others' shares.
 """
 
 import ctypes
@@ -47,39 +46,35 @@ _CLOSED = 1 << 30
 # The words of a team, those that different threads change on cache lines of their own: bytes from its address.
 _LOCK, _GENERATION, _PLACES, _LEFT, _SLEEPERS, _CALLERS = (64 * line for line in range(6))
 _FUNCTION, _BLOCK, _SHARES, _CORES, _HELPERS, _AVOIDED = (64 * 6 + 8 * word for word in range(6))
-#: Then a cache line for each share: the part to be taken next, and where the share ends.
-_FIRST_SHARE, _SHARE_BYTES = 64 * 7, 64
+#: Then the shares, a cache line each: the part to be taken next, and where the share ends.
+_FIRST_SHARE, SHARE_BYTES = 64 * 7, 64
 _NEXT, _END = 0, 8
 #: Threads that a call is shared out to at most, the caller included.
-_MOST_SHARES = 256
-_WORDS = (_FIRST_SHARE + _MOST_SHARES * _SHARE_BYTES) // 8
+MOST_SHARES = 256
+_WORDS = (_FIRST_SHARE + MOST_SHARES * SHARE_BYTES) // 8
 
 
 @compilable
-def _share(team, number):  # type: ignore[no-untyped-def]
-    return team + _FIRST_SHARE + number * _SHARE_BYTES
+def cut(shares, count, parts):  # type: ignore[no-untyped-def]
+    """Cut parts into ``count`` shares, which lie at an address."""
+    for number in range(count):
+        write(shares + number * SHARE_BYTES + _NEXT, number * parts // count)
+        write(shares + number * SHARE_BYTES + _END, (number + 1) * parts // count)
 
 
 @compilable
-def _cut(team, shares, parts):  # type: ignore[no-untyped-def]
-    for number in range(shares):
-        share = _share(team, number)
-        write(share + _NEXT, number * parts // shares)
-        write(share + _END, (number + 1) * parts // shares)
-    write(team + _SHARES, shares)
-
-
-@compilable
-def _take_parts(team, function, block, number):  # type: ignore[no-untyped-def]
-    """Do the parts of the share of this number, then those left of the others'."""
-    shares = read(team + _SHARES)
-    for turn in range(number, number + shares):
-        share = _share(team, turn % shares)
+def take_parts(shares, count, number, function, block):  # type: ignore[no-untyped-def]
+    """Do the parts of the share of this number, then those left of the others'; return how many those were."""
+    done = 0
+    for turn in range(number, number + count):
+        share = shares + turn % count * SHARE_BYTES
         end = read(share + _END)
         part = add(share + _NEXT, 1)
         while part < end:
             call_kernel(function, block, part)
+            done += 1
             part = add(share + _NEXT, 1)
+    return done
 
 
 def _serve(team, number):  # type: ignore[no-untyped-def]
@@ -91,7 +86,8 @@ def _serve(team, number):  # type: ignore[no-untyped-def]
         if places > 0 and served != seen:
             if exchange_if(team + _PLACES, places, places - 1):
                 # From here to the end of its part the caller waits, and its words stay as they are.
-                _take_parts(team, read(team + _FUNCTION), read(team + _BLOCK), number)
+                count, function, block = read(team + _SHARES), read(team + _FUNCTION), read(team + _BLOCK)
+                take_parts(team + _FIRST_SHARE, count, number, function, block)
                 add(team + _LEFT, 1)
                 served = seen
             continue
@@ -112,8 +108,8 @@ def alone(function, block, first, last):  # type: ignore[no-untyped-def]
 
 
 @compilable
-def share(team, function, block, count, places, shares):  # type: ignore[no-untyped-def]
-    """Run all parts of a kernel's work, cut into shares, together with up to ``places`` helpers."""
+def share(team, function, block, count, places):  # type: ignore[no-untyped-def]
+    """Run all parts of a kernel's work together with up to ``places`` helpers."""
     callers = add(team + _CALLERS, 1) + 1
     if callers > max(1, read(team + _CORES) // 2) or not exchange_if(team + _LOCK, 0, 1):
         for number in range(count):
@@ -123,12 +119,13 @@ def share(team, function, block, count, places, shares):  # type: ignore[no-unty
     write(team + _FUNCTION, function)
     write(team + _BLOCK, block)
     write(team + _LEFT, 0)
-    _cut(team, shares, count)
+    write(team + _SHARES, places + 1)
+    cut(team + _FIRST_SHARE, places + 1, count)
     write(team + _PLACES, places)
     add(team + _GENERATION, 1)
     if read(team + _SLEEPERS) > 0:
         wake(team + _GENERATION, places)
-    _take_parts(team, function, block, 0)
+    take_parts(team + _FIRST_SHARE, places + 1, 0, function, block)
     came = places - add(team + _PLACES, -_CLOSED)
     wait_for(team + _LEFT, came)
     write(team + _LOCK, 0)
@@ -154,7 +151,7 @@ def _from_python(function: Any, words: int) -> Callable[..., None]:
 
 _serve_from_python = _from_python(_serve, 2)
 _alone_from_python = _from_python(alone, 4)
-_share_from_python = _from_python(share, 6)
+_share_from_python = _from_python(share, 5)
 
 
 class _Team:
@@ -193,10 +190,10 @@ if hasattr(os, "register_at_fork"):
 
 def useful(threads: int, count: int) -> int:
     """Return how many of the threads a call of so many parts has work for."""
-    return min(threads, count, _MOST_SHARES)
+    return min(threads, count, MOST_SHARES)
 
 
-def run_parts(kernel: int, block: int, count: int, threads: int, *, in_order: bool = False) -> None:
+def run_parts(kernel: int, block: int, count: int, threads: int) -> None:
     """Run the parts 0 to ``count`` of a kernel's work on up to this many threads, this one among them.
 
     Args:
@@ -204,7 +201,6 @@ def run_parts(kernel: int, block: int, count: int, threads: int, *, in_order: bo
         block: address of its packed arguments; the arrays they mean must be alive.
         count: how many parts there are.
         threads: most threads to use.
-        in_order: whether no part may be begun before those with smaller numbers.
     """
     threads = useful(threads, count)
     if threads <= 1:
@@ -212,7 +208,7 @@ def run_parts(kernel: int, block: int, count: int, threads: int, *, in_order: bo
     elif CAN_SLEEP:
         team = _team
         team.prepare(threads - 1)
-        _share_from_python(team.address, kernel, block, count, threads - 1, 1 if in_order else threads)
+        _share_from_python(team.address, kernel, block, count, threads - 1)
     else:
         each = functools.partial(_alone_from_python, kernel, block)
         run_all([functools.partial(each, number, number + 1) for number in range(count)], threads)

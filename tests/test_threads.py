@@ -12,7 +12,7 @@ import pytest
 
 import convdispatch
 from convdispatch.backends import _arguments, _memory, _team, _threads
-from convdispatch.backends._atomics import add, wait_for
+from convdispatch.backends._atomics import add
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.problem import Problem
 
@@ -161,12 +161,6 @@ def _note(arguments, number):  # type: ignore[no-untyped-def]
     done[number] += value
 
 
-def _wait_for_all_before(arguments, number):  # type: ignore[no-untyped-def]
-    _, value = unpack(arguments, 4)
-    wait_for(value, number)
-    add(value, 1)
-
-
 _NOTES = _arguments.Arguments(done=_arguments.array_of(1, "int64"), value=_arguments.INTEGER)
 unpack = _NOTES.unpack
 
@@ -191,26 +185,6 @@ def test_every_part_is_run_once_however_many_call_and_help() -> None:
         caller.join(60)
         assert not caller.is_alive()
     assert wrong == []
-
-
-def _note_when(arguments, number):  # type: ignore[no-untyped-def]
-    done, value = unpack(arguments, 4)
-    done[add(value, 1)] = number
-
-
-@pytest.mark.parametrize("threads", [1, 2, 3, 5])
-def test_parts_are_begun_in_their_order_where_that_is_asked_for(threads: int) -> None:
-    kernel = _arguments.CompiledKernel(_note_when, _NOTES)
-    waits = _arguments.CompiledKernel(_wait_for_all_before, _NOTES)
-    for count in (1, 2, 7, 64):
-        for _ in range(50):
-            begun, done = np.zeros(1, np.int64), np.full(count, -1, np.int64)
-            block = _NOTES.pack(done=done, value=_memory.address(begun))
-            _team.run_parts(kernel.address, block.ctypes.data, count, threads)
-            assert sorted(done) == list(range(count))
-            begun[0] = 0
-            _team.run_parts(waits.address, block.ctypes.data, count, threads, in_order=True)
-            assert begun[0] == count
 
 
 def test_without_a_way_to_sleep_the_parts_are_run_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
