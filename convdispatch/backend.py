@@ -6,6 +6,7 @@ declares it can do (``seen_by``): the plan around it converts layouts and dtypes
 NaN and infinity where they belong.
 """
 
+import difflib
 import functools
 import math
 from abc import ABC, abstractmethod
@@ -220,6 +221,18 @@ class Candidate:
     def rejects(self, problem: Problem) -> str | None:
         """Return the backend's reason against the problem, or None."""
         return self.backend.rejects(seen_by(self.backend, problem))
+
+    def check_keys(self, problem: Problem) -> None:
+        """Raise an ``ArgumentError`` for a key that the backend would pass over: a misspelt one, say."""
+        if problem.is_trivial:
+            return
+        configs = self.backend.configs(seen_by(self.backend, problem), "exhaustive")
+        known = {key for each in configs for key in each} | {"threads"}
+        for key in self.config:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
+                raise ArgumentError(f"backend {self.backend.name!r} has no config {key!r}; {hint}")
 
     def workspace(self, problem: Problem) -> int:
         """Return the scratch bytes of one call, those of the plan's own conversions included."""

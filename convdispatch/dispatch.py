@@ -192,7 +192,7 @@ def _forced(problem: Problem, deployment: str, forced: tuple[str, Config | None]
     if held := quarantine.of(backend):
         warnings.warn(f"backend={name!r} is used as asked, but {held}", ProfileWarning, stacklevel=2)
     if config is not None:
-        heuristic.check_keys(backend, problem, config)
+        Candidate(backend, config).check_keys(problem)
         given = {"threads": heuristic.thread_budget(options)} if backend.parallel else {}
         return Decision(
             Candidate(backend, Config({**given, **config})),

@@ -1,6 +1,5 @@
 """Which candidates there are for a problem, which of them are allowed, and how they rank without running them."""
 
-import difflib
 import functools
 import warnings
 from collections.abc import Iterable, Sequence
@@ -8,7 +7,7 @@ from dataclasses import dataclass
 
 from convdispatch import machine, quarantine, registry
 from convdispatch.backend import Backend, Candidate, Config, Effort, seen_by
-from convdispatch.errors import ArgumentError, ConvDispatchWarning
+from convdispatch.errors import ConvDispatchWarning
 from convdispatch.problem import Problem
 from convdispatch.settings import Options
 
@@ -83,18 +82,6 @@ def refusal(backend: Backend, problem: Problem) -> str | None:
         return backend.rejects(seen_by(backend, problem))
     except Exception as error:  # noqa: BLE001  # somebody's backend is no reason for the others to stop
         return f"its rejects raised {type(error).__name__}: {error}"
-
-
-def check_keys(backend: Backend, problem: Problem, config: Config) -> None:
-    """Raise an ``ArgumentError`` for a key that the backend would pass over: a misspelt one means something."""
-    if problem.is_trivial:
-        return
-    known = {key for each in backend.configs(seen_by(backend, problem), "exhaustive") for key in each} | {"threads"}
-    for key in config:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
-            raise ArgumentError(f"backend {backend.name!r} has no config {key!r}; {hint}")
 
 
 def rank(problem: Problem, backends: Iterable[Backend], threads: int, effort: Effort = "estimate") -> list[Estimate]:

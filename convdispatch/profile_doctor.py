@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from convdispatch import fingerprint, heuristic, profile, profile_tools, quarantine, registry, settings
+from convdispatch import fingerprint, profile, profile_tools, quarantine, registry, settings
 from convdispatch.backend import Candidate
 from convdispatch.errors import ProfileError
 from convdispatch.machine import Machine
@@ -209,10 +209,11 @@ def _complaints(entry: Entry) -> Iterator[str]:
     problem, there = entry.key.problem, registry.available()
     for result in entry.results:
         backend = there.get(result.backend)
-        if backend is None or backend.version != result.version or heuristic.refusal(backend, problem):
+        if backend is None or backend.version != result.version:
             continue  # other findings say so
+        candidate = Candidate(backend, result.config)
         try:
-            heuristic.check_keys(backend, problem, result.config)
-            Candidate(backend, result.config).workspace(problem)
+            candidate.check_keys(problem)
+            candidate.workspace(problem)
         except Exception as error:  # noqa: BLE001  # whatever a backend raises
             yield f"{result.name}: {error}"
