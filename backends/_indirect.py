@@ -31,7 +31,7 @@ from convdispatch.backends._tile import (
 from convdispatch.backends._vector import hold, prefetch
 
 #: Filters with more bytes than this are taken by parts, but not for fewer tiles than these.
-_FAR, _LEAST_TILES = 4 << 20, 4
+FAR, _LEAST_TILES = 4 << 20, 4
 #: Bytes of a part, and so many steps of a tile's sums between one look ahead at the next part and another.
 _PART, _STRETCH = 64 << 10, 64
 
@@ -107,7 +107,7 @@ def is_far(filter_bytes, tiles):  # type: ignore[no-untyped-def]
 
     All tiles use a part before the next, so that it comes from afar once.
     """
-    return filter_bytes > _FAR and tiles >= _LEAST_TILES
+    return filter_bytes > FAR and tiles >= _LEAST_TILES
 
 
 @compilable

@@ -69,11 +69,11 @@ def take_parts(shares, count, number, function, block):  # type: ignore[no-untyp
     for turn in range(number, number + count):
         share = shares + turn % count * SHARE_BYTES
         end = read(share + _END)
-        part = add(share + _NEXT, 1)
-        while part < end:
-            call_kernel(function, block, part)
-            done += 1
+        while read(share + _NEXT) < end:  # where all are done, looking is cheaper than counting up
             part = add(share + _NEXT, 1)
+            if part < end:
+                call_kernel(function, block, part)
+                done += 1
     return done
 
 

@@ -25,8 +25,9 @@ from convdispatch.backends._vector import vector_bytes
 from convdispatch.machine import Machine, current
 from convdispatch.problem import Problem
 
-#: Bytes of a job's input, and of its tables of addresses, that stay in a core's L2 cache.
-_CACHED_INPUT = 384 << 10
+#: Bytes of a job's input, and of its tables of addresses, that stay in a core's L2 cache; and of the input where
+#: filters come from far caches, once for each job's input.
+_CACHED_INPUT, _CACHED_INPUT_OF_FAR = 384 << 10, 512 << 10
 _CACHED_TABLE = 96 << 10
 #: Ranges of tiles: more would take longer to list than what they leave in the caches is worth.
 _MOST_RANGES = 1 << 16
@@ -71,12 +72,16 @@ def _cut(problem: Problem, rows: int, blocks: int, threads: int) -> tuple[int, i
     read again for every block, in L2.
     """
     p, size = problem, item_bytes(problem.dtype)
-    images = p.n * p.h * p.w * p.c * size
+    images, filters, cached = p.n * p.h * p.w * p.c * size, p.k * p.taps * size, _CACHED_INPUT
+    if filters > _indirect.FAR:
+        # Then it matters that what a stride leaves out takes no room; else, that pixels far apart want the same places.
+        images = int(images * min(1, p.kh / p.strides[0]) * min(1, p.kw / p.strides[1]))
+        cached = _CACHED_INPUT_OF_FAR
     tiles = p.n * p.oh * -(-p.ow // rows) if _is_in_line(p, rows) else -(-p.n * p.oh * p.ow // rows)
-    most = max(1, min(_CACHED_INPUT // max(1, images // tiles), _CACHED_TABLE // ((2 + p.kh * p.kw) * rows * 8)))
+    most = max(1, min(cached // max(1, images // tiles), _CACHED_TABLE // ((2 + p.kh * p.kw) * rows * 8)))
     wanted = 1 if threads == 1 else 4 * threads
     down = -(-tiles // most)
-    if down >= wanted or p.k * p.taps * size < images:  # cut the larger of input and filters
+    if down >= wanted or filters < images:  # cut the larger of input and filters
         down = max(down, wanted)
     down = min(tiles, _MOST_RANGES, -(-down // threads) * threads if down > 1 else 1)  # as many for each thread
     return tiles, down, min(blocks, -(-wanted // down))
@@ -86,7 +91,7 @@ class ImplicitGemm(PackedBackend):
     """Tiles of outputs summed in registers, the input read where it lies; any filter, stride and padding."""
 
     name = "implicit_gemm"
-    version = 6
+    version = 7
 
     def rejects_plain(self, problem: Problem) -> str | None:
         """Return None, or that integers or filters are missing."""

@@ -173,7 +173,7 @@ class Winograd(PackedBackend):
     """Minimal filtering, F(2x2) to F(6x6), for 3x3 and 5x5 filters of stride 1, any dilation, and of stride 2."""
 
     name = "winograd"
-    version = 8
+    version = 9
     packing_cost = (5e-5, 3e-9)
     numerics = Numerics("transform", growth=_growth)
 

@@ -226,8 +226,7 @@ class Candidate:
         """Raise an ``ArgumentError`` for a key that the backend would pass over: a misspelt one, say."""
         if problem.is_trivial:
             return
-        configs = self.backend.configs(seen_by(self.backend, problem), "exhaustive")
-        known = {key for each in configs for key in each} | {"threads"}
+        known = _known_keys(self.backend, problem)
         for key in self.config:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
@@ -250,6 +249,12 @@ class Candidate:
         if seconds is None or math.isnan(seconds):
             return None
         return seconds + _conversion_bytes(self.backend, problem, seen) / _COPY_BYTES_PER_SECOND
+
+
+@functools.lru_cache(maxsize=64)
+def _known_keys(backend: Backend, problem: Problem) -> frozenset[str]:
+    configs = backend.configs(seen_by(backend, problem), "exhaustive")
+    return frozenset(key for each in configs for key in each) | {"threads"}
 
 
 #: What converting an array costs: read, convert, write, on one core.

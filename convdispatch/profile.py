@@ -10,6 +10,7 @@ with evidence that says what differs, until that problem is tuned there.
 
 import contextlib
 import functools
+import stat
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextvars import ContextVar
@@ -312,7 +313,10 @@ def read(path: Path) -> Profile:
         ProfileError: if it cannot be read or is no profile.
     """
     try:
-        if path.stat().st_size > _LARGEST_FILE:
+        status = path.stat()
+        if stat.S_ISFIFO(status.st_mode):
+            raise ProfileError(f"{path} is a pipe, which nothing can be read from twice; a profile is a file")
+        if status.st_size > _LARGEST_FILE:
             raise ProfileError(f"{path} is larger than {_LARGEST_FILE >> 20} MiB, which no profile is")
         # Some editors put a mark first; and a byte that is no UTF-8 spoils its own entry, not the file.
         text = path.read_text(encoding="utf-8", errors="surrogateescape").removeprefix("\ufeff")

@@ -65,7 +65,7 @@ def test_every_tile_does_every_remainder(text: str, tile: tuple[int, int]) -> No
 )
 def test_filters_that_come_from_afar_are_taken_by_parts(text: str) -> None:
     problem = Problem.parse(text)
-    assert math.prod(problem.filter_shape) * np.dtype(problem.dtype).itemsize > _indirect._FAR
+    assert math.prod(problem.filter_shape) * np.dtype(problem.dtype).itemsize > _indirect.FAR
     for rows, vectors in register_tiles()[:2]:
         assert not implicit_gemm._is_in_line(problem, rows)
         check(problem, Config(rows=rows, vectors=vectors, threads=1))

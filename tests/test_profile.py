@@ -400,6 +400,13 @@ def test_a_file_larger_than_any_profile_is_not_read(path: Path) -> None:
         assert profile.find(key()) == []
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+def test_a_pipe_in_the_files_place_is_a_warning_and_a_miss_and_not_waited_for(path: Path) -> None:
+    os.mkfifo(path)
+    with settings.options(profile=path), pytest.warns(ProfileWarning, match="is a pipe"):
+        assert profile.find(key()) == []
+
+
 def test_a_directory_in_the_files_place_is_a_warning_and_a_miss(path: Path) -> None:
     path.mkdir()
     with settings.options(profile=path), pytest.warns(ProfileWarning, match="cannot be read as a profile"):
