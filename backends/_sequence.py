@@ -15,7 +15,7 @@ from convdispatch.backends._arguments import Arguments, CompiledKernel, array_of
 from convdispatch.backends._atomics import add, wait_for
 from convdispatch.backends._kernel import check, run
 from convdispatch.backends._memory import address
-from convdispatch.backends._team import SHARE_BYTES, take_parts, useful
+from convdispatch.backends._team import END, NEXT, SHARE_BYTES, take_parts, useful
 
 #: A row of ``stages`` is a kernel's address, its block's, and how many parts it has. Of each, ``shares`` has the shares
 #: as a team has them, and behind these the number of parts that have returned, whether they failed or not.
@@ -46,7 +46,7 @@ def _cut(counts: tuple[int, ...], threads: int) -> Array:
     """Return the shares of stages with so many parts, of which none has been taken."""
     shares = np.zeros((len(counts), threads + 1, SHARE_BYTES // 8), np.int64)
     ends = np.array(counts, np.int64).reshape(-1, 1) * np.arange(threads + 1) // threads
-    shares[:, :-1, 0], shares[:, :-1, 1] = ends[:, :-1], ends[:, 1:]
+    shares[:, :-1, NEXT // 8], shares[:, :-1, END // 8] = ends[:, :-1], ends[:, 1:]
     return shares
 
 

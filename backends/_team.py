@@ -48,7 +48,7 @@ _LOCK, _GENERATION, _PLACES, _LEFT, _SLEEPERS, _CALLERS = (64 * line for line in
 _FUNCTION, _BLOCK, _SHARES, _CORES, _HELPERS, _AVOIDED = (64 * 6 + 8 * word for word in range(6))
 #: Then the shares, a cache line each: the part to be taken next, and where the share ends.
 _FIRST_SHARE, SHARE_BYTES = 64 * 7, 64
-_NEXT, _END = 0, 8
+NEXT, END = 0, 8
 #: Threads that a call is shared out to at most, the caller included.
 MOST_SHARES = 256
 _WORDS = (_FIRST_SHARE + MOST_SHARES * SHARE_BYTES) // 8
@@ -58,8 +58,8 @@ _WORDS = (_FIRST_SHARE + MOST_SHARES * SHARE_BYTES) // 8
 def cut(shares, count, parts):  # type: ignore[no-untyped-def]
     """Cut parts into ``count`` shares, which lie at an address."""
     for number in range(count):
-        write(shares + number * SHARE_BYTES + _NEXT, number * parts // count)
-        write(shares + number * SHARE_BYTES + _END, (number + 1) * parts // count)
+        write(shares + number * SHARE_BYTES + NEXT, number * parts // count)
+        write(shares + number * SHARE_BYTES + END, (number + 1) * parts // count)
 
 
 @compilable
@@ -68,9 +68,9 @@ def take_parts(shares, count, number, function, block):  # type: ignore[no-untyp
     done = 0
     for turn in range(number, number + count):
         share = shares + turn % count * SHARE_BYTES
-        end = read(share + _END)
-        while read(share + _NEXT) < end:  # where all are done, looking is cheaper than counting up
-            part = add(share + _NEXT, 1)
+        end = read(share + END)
+        while read(share + NEXT) < end:  # where all are done, looking is cheaper than counting up
+            part = add(share + NEXT, 1)
             if part < end:
                 call_kernel(function, block, part)
                 done += 1

@@ -148,8 +148,9 @@ class ImplicitGemm(PackedBackend):
         added = np.empty(0, p.dtype) if bias is None else by_blocks(bias.reshape(p.groups, p.group_k), block)
         blocks = p.groups * packed.shape[1]
         tiles, down, across = _cut(p, tile[0], blocks, config.threads)
-        parts = grid((tiles, down), (blocks, across))
-        if down < across:  # a thread's share is some filters for all tiles
+        if down >= across:
+            parts = grid((tiles, down), (blocks, across))
+        else:  # a thread's share is some filters for all tiles
             parts = np.ascontiguousarray(np.roll(grid((blocks, across), (tiles, down)), 2, axis=1))
         values = {
             "filters": packed, "bias": added.reshape(-1),

@@ -87,6 +87,10 @@ class Verdict:
     excess: float
     reason: str | None
 
+    def joined(self, other: "Verdict") -> "Verdict":
+        """Return the verdict on both results: the larger numbers, and the first reason."""
+        return Verdict(max(self.error, other.error), max(self.excess, other.excess), self.reason or other.reason)
+
 
 class Oracle:
     """What is exactly right for some arrays, worked out once for every candidate that is compared with it."""

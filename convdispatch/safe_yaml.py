@@ -60,8 +60,9 @@ def _check_shape(text: str | bytes, loader: Any) -> None:
         if isinstance(event, yaml.CollectionEndEvent):
             within.pop()
         elif isinstance(event, yaml.NodeEvent):
-            if within and (twice := within[-1].doubled(getattr(event, "value", None))):
-                raise YamlError(f"{twice} stands twice in the same place; keep one of the two", line)
+            scalar = getattr(event, "value", None)
+            if within and within[-1].is_doubled(scalar):
+                raise YamlError(f"{scalar!r} stands twice in the same place; keep one of the two", line)
             if isinstance(event, yaml.CollectionStartEvent):
                 within.append(_Collection(isinstance(event, yaml.MappingStartEvent)))
         if len(within) > _DEPTH:
@@ -76,13 +77,12 @@ class _Collection:
         self._nodes = 0
         self._keys: set[str] = set()
 
-    def doubled(self, text: str | None) -> str:
-        """Take the next node, and return its text (None for what is no scalar) if it is a key that was there before."""
+    def is_doubled(self, text: str | None) -> bool:
+        """Take the next node's text, None for what is no scalar; return whether it is a key for the second time."""
         is_key = self._is_mapping and self._nodes % 2 == 0
         self._nodes += 1
         if not is_key or text is None:
-            return ""
-        if text in self._keys:
-            return repr(text)
+            return False
+        was_there = text in self._keys
         self._keys.add(text)
-        return ""
+        return was_there

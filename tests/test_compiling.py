@@ -3,12 +3,10 @@
 import gc
 import os
 import signal
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
+from programs import run_well
 
 from convdispatch.backends._compiling import compiling
 
@@ -42,11 +40,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_a_child_forked_while_another_thread_compiles_can_compile_too() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _FORKS], timeout=60, capture_output=True, text=True, check=False,
-        cwd=Path(__file__).parent.parent,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    run_well(_FORKS, 60)
 
 
 def test_an_interrupt_is_raised_after_all_compiling() -> None:

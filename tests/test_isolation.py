@@ -20,6 +20,7 @@ import psutil
 import pytest
 import villains
 from hypothesis import given
+from programs import run_well
 from scripted import PROBLEM, RULES, FakeClock, Scripted, only
 from strategies import problems, runs_here
 from villains import Villain, Wavering
@@ -341,12 +342,7 @@ sys.exit(not Path(held._folder).exists())
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_the_end_of_a_forked_child_leaves_its_parents_folder_alone() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _FORKS], timeout=120, capture_output=True, text=True, check=False,
-        cwd=Path(__file__).parent.parent,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert not Path(done.stdout.strip()).exists()  # nor does it outlive the parent
+    assert not Path(run_well(_FORKS).strip()).exists()  # nor does it outlive the parent
 
 
 @pytest.mark.parametrize("error", [OSError("no"), RuntimeError("no"), MemoryError("no")])

@@ -2,13 +2,11 @@
 
 import functools
 import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
+from programs import run_well
 
 import convdispatch
 from convdispatch.backends import _arguments, _memory, _team, _threads
@@ -62,11 +60,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or not same)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_a_forked_child_works_like_its_parent() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _FORKS % (BACKENDS,)], timeout=120, capture_output=True, text=True, check=False,
-        cwd=Path(__file__).parent.parent,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    run_well(_FORKS % (BACKENDS,))
 
 
 _FORKS_INSIDE = """
@@ -87,11 +81,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_a_child_that_is_forked_while_blas_is_held_to_one_thread_has_all_of_them() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _FORKS_INSIDE], timeout=120, capture_output=True, text=True, check=False,
-        cwd=Path(__file__).parent.parent,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    run_well(_FORKS_INSIDE)
 
 
 def test_an_error_in_a_job_is_raised_after_all_that_were_begun_have_ended() -> None:

@@ -119,9 +119,7 @@ class Trial:
         numerics, config = candidate.backend.numerics, candidate.config
         verdict = self._oracle.judge(numerics, config, self._some(output))
         for images in self._unlike_twins(output):
-            other = self._oracle.judge(numerics, config, self._some(output, images))
-            error, excess = max(verdict.error, other.error), max(verdict.excess, other.excess)
-            verdict = Verdict(error, excess, verdict.reason or other.reason)
+            verdict = verdict.joined(self._oracle.judge(numerics, config, self._some(output, images)))
         return verdict
 
     def _unlike_twins(self, output: Array) -> Iterator[list[int]]:

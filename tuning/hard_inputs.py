@@ -72,9 +72,7 @@ def measure(problem: Problem, candidate: Candidate) -> Verdict | None:
 def worse(verdict: Verdict, candidate: Candidate, problem: Problem) -> Verdict:
     """Return what is worse: a verdict on random input, or the one on hard input, which costs more to come by."""
     hard = measure(problem, candidate) if verdict.reason is None else None
-    if hard is None:
-        return verdict
-    return Verdict(max(verdict.error, hard.error), max(verdict.excess, hard.excess), hard.reason)
+    return verdict if hard is None else verdict.joined(hard)
 
 
 def flops(problem: Problem) -> int:
@@ -104,9 +102,7 @@ def _measured(problem: Problem, candidate: Candidate) -> Verdict:
     for trial in _trials(problem):
         plan = Plan(problem, candidate, trial.filters, trial.bias)
         outputs = [plan(image, residual=trial.residual) for image in trial.images]
-        verdict = trial.judge(candidate, np.concatenate(outputs))
-        error, excess = max(worst.error, verdict.error), max(worst.excess, verdict.excess)
-        worst = Verdict(error, excess, worst.reason or verdict.reason)
+        worst = worst.joined(trial.judge(candidate, np.concatenate(outputs)))
     return worst
 
 
