@@ -271,9 +271,13 @@ def item_bytes(dtype: str) -> int:
 def _conversion_bytes(backend: Backend, problem: Problem, seen: Problem) -> int:
     """Return the bytes of the copies a plan makes around a kernel: other layout, other dtype."""
     relayout = problem.data_format != seen.data_format and not backend.strided
+    widened = seen.result_dtype != problem.result_dtype
+    output = math.prod(seen.output_shape) * item_bytes(seen.result_dtype)
     total = 0
     if relayout or seen.dtype != problem.dtype:
         total += math.prod(seen.input_shape) * item_bytes(seen.dtype)
-    if relayout or seen.result_dtype != problem.result_dtype:
-        total += math.prod(seen.output_shape) * item_bytes(seen.result_dtype)
+    if relayout or widened:
+        total += output
+    if problem.epilogue.residual:
+        total += output * (widened + (relayout and seen.epilogue.residual))
     return total

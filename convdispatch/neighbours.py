@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from convdispatch import fingerprint, machine, profile
-from convdispatch.backend import item_bytes
+from convdispatch import fingerprint, machine, profile, safe_yaml
+from convdispatch.backend import Config, item_bytes
 from convdispatch.calibration import Sizes
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Profile
@@ -151,7 +151,7 @@ class Row(NamedTuple):
 
     backend: str
     version: int
-    config: str
+    config: Config
     estimate: float
     seconds: float
 
@@ -221,7 +221,7 @@ _ROW, _MEDIAN, _ESTIMATE = "  - {backend: ", "median_us: ", ", estimate_us: "
 def rows_of(text: str) -> tuple[Row, ...]:
     """Return an entry's results from its text as ``profile`` writes it; lines that look otherwise are passed over.
 
-    Reading the YAML takes a hundred times as long, which matters to the first call of a shape.
+    Reading all of the YAML takes a hundred times as long, which matters to the first call of a shape.
     """
     if "\n  flags:" in text:
         return ()  # what is doubtful serves its own problem for want of better, but nobody else's
@@ -236,15 +236,31 @@ def rows_of(text: str) -> tuple[Row, ...]:
         try:
             taken, expected = float(median), float(line[last + len(_ESTIMATE) :].rstrip(" }"))
             if expected > 0 and taken > 0:
-                found.append(Row(backend, int(version), config.replace(": ", "="), expected / 1e6, taken / 1e6))
+                found.append(Row(backend, int(version), _config(config), expected / 1e6, taken / 1e6))
         except ValueError:
             continue  # made by hand
     return tuple(found)
 
 
+@functools.lru_cache(maxsize=4096)
+def _config(text: str) -> Config:
+    """Read what stands between a config's braces; of thousands of entries there are some dozens.
+
+    Raises:
+        ValueError: for what somebody broke by hand.
+    """
+    values = safe_yaml.load(f"{{{text}}}")
+    if not all(isinstance(name, str) and isinstance(value, int | float | str) for name, value in values.items()):
+        raise ValueError(f"no config: {text}")
+    config = Config(values)
+    if config.threads < 1:
+        raise ValueError(f"no number of threads: {config.threads}")
+    return config
+
+
 def _rows_in_memory(entry: Entry) -> tuple[Row, ...]:
     return tuple(
-        Row(r.backend, r.version, str(r.config), r.estimate, r.median)
+        Row(r.backend, r.version, r.config, r.estimate, r.median)
         for r in (() if entry.flags else entry.results)
         if r.estimate and r.median
     )

@@ -39,9 +39,20 @@ def convolve(problem: Problem, input: Array, filters: Array) -> Array:
                     continue
                 window = padded[:, rows, columns]
                 for g in range(groups):
-                    part: Array = window[..., g * cg : (g + 1) * cg] @ weights[i, j, :, g * kg : (g + 1) * kg]
-                    sums[..., g * kg : (g + 1) * kg] += part
+                    own = slice(g * kg, (g + 1) * kg)
+                    sums[..., own] += _product(window[..., g * cg : (g + 1) * cg], weights[i, j, :, own])
     return sums
+
+
+#: Channels from which on copying pixels into one matrix takes less time than a product for each row of pixels.
+_DEEP = 64
+
+
+def _product(pixels: Array, weights: Array) -> Array:
+    """Return pixels ``[N, OH, OW, C]`` times weights ``[C, K]``."""
+    deep = len(weights) >= _DEEP and weights.dtype == np.float64
+    product: Array = np.tensordot(pixels, weights, 1) if deep else pixels @ weights
+    return product
 
 
 def apply_epilogue(problem: Problem, sums: Array, bias: Array | None, residual: Array | None) -> Array:
@@ -115,6 +126,7 @@ class Oracle:
         self.problem = problem
         self._arrays = input, filters
         self._added = bias, residual
+        self._last_bounds: dict[str, tuple[float, Array]] = {}
 
     @functools.cached_property
     def sums(self) -> Array:
@@ -132,6 +144,18 @@ class Oracle:
         """``conv(|x|, |w|)``, what local error bounds are made of."""
         x, w = (np.abs(array.astype(np.float64)) for array in self._arrays)
         return convolve(self.problem.replace(dtype="float64"), x, w)
+
+    @functools.cached_property
+    def _largest(self) -> float:
+        """The largest exact output's magnitude."""
+        return max(float(np.abs(self.exact).max()), float(np.finfo(np.float64).tiny))
+
+    @functools.cached_property
+    def _largest_terms(self) -> Array:
+        """The largest sum of terms, bias and residual included, of each image and filter, ``[N, K]``."""
+        bias, residual = (0.0 if added is None else np.abs(added.astype(np.float64)) for added in self._added)
+        largest: Array = (self._magnitude + bias + residual).max(axis=(1, 2))
+        return largest
 
     @functools.cached_property
     def _norms(self) -> Array:
@@ -168,6 +192,13 @@ class Oracle:
 
     def _allowed(self, numerics: Numerics, config: Config) -> Array:
         """Return the largest error that finished outputs may have: that of the sums, and of what follows them."""
+        growth = numerics.growth(self.problem, config)
+        last = self._last_bounds.get(numerics.kind)
+        if last is None or last[0] != growth:
+            last = self._last_bounds[numerics.kind] = growth, self._allowed_anew(numerics, config)
+        return last[1]
+
+    def _allowed_anew(self, numerics: Numerics, config: Config) -> Array:
         problem, allowed = self.problem, self.bound(numerics, config)
         if problem.epilogue:
             # No activation is steeper than 1.2, leaky_relu aside; each step rounds once or twice.
@@ -192,7 +223,7 @@ class Oracle:
         if not np.isfinite(got).all():
             return Verdict(np.inf, np.inf, "results that are not finite from finite input")
         deviation = np.abs(got - self.exact)
-        error = float(deviation.max() / max(float(np.abs(self.exact).max()), np.finfo(np.float64).tiny))
+        error = float(deviation.max() / self._largest)
         excess = float((deviation / self._allowed(numerics, config)).max())
         if excess <= 1:
             return Verdict(error, excess, None)
@@ -208,11 +239,9 @@ class Oracle:
         got = output.astype(np.float64)
         if not np.isfinite(got).all():
             return np.inf
-        bias, residual = (0.0 if added is None else np.abs(added.astype(np.float64)) for added in self._added)
-        largest = (self._magnitude + bias + residual).max(axis=(1, 2))
         floor = self._floor + (float(np.finfo(np.float16).tiny) if self.problem.dtype == "float16" else 0.0)
         deviation = np.maximum(0.0, np.abs(got - self.exact) - floor).max(axis=(1, 2))
-        return float(np.max(deviation / np.maximum(largest, floor), initial=0.0))
+        return float(np.max(deviation / np.maximum(self._largest_terms, floor), initial=0.0))
 
     def worst_image(self, numerics: Numerics, config: Config, output: Array) -> int:
         """Return the number of the image whose output is furthest from what is allowed."""

@@ -4,7 +4,6 @@ The measurements of similar problems say by how much each candidate's estimate i
 by how near they are and how well they agree; where that is too little, the calibrated estimates stand as they are.
 """
 
-import functools
 import math
 import weakref
 from collections import defaultdict
@@ -14,7 +13,6 @@ from dataclasses import dataclass
 from convdispatch import calibration, heuristic, machine, profile, registry
 from convdispatch.backend import Backend, Candidate, Config
 from convdispatch.calibration import Calibration, Corrector, Sizes, config_text
-from convdispatch.errors import ArgumentError
 from convdispatch.heuristic import Estimate
 from convdispatch.neighbours import Neighbour, Row, neighbours
 from convdispatch.problem import Problem
@@ -70,7 +68,7 @@ class Local:
 
     def __init__(self, around: list[Neighbour], backends: Mapping[str, Backend], correct: "_Correctors") -> None:
         everyone, by_backend = _Mean(), defaultdict[str, _Mean](_Mean)
-        by_candidate = defaultdict[tuple[str, str], _Mean](_Mean)
+        by_candidate = defaultdict[tuple[str, Config], _Mean](_Mean)
         heard = []
         for neighbour in around:
             offs = _offs(neighbour, backends, correct)
@@ -97,7 +95,7 @@ class Local:
     def factor(self, candidate: Candidate) -> float:
         """Return what to multiply a candidate's calibrated estimate by."""
         name = candidate.backend.name
-        off = self._by_candidate.get((name, _text(candidate.config)))
+        off = self._by_candidate.get((name, candidate.config))
         return math.exp(self._by_backend.get(name, self._shared) if off is None else off)
 
 
@@ -116,10 +114,10 @@ class _Correctors:
 
 def _offs(
     neighbour: Neighbour, backends: Mapping[str, Backend], correct: _Correctors
-) -> dict[str, list[tuple[str, float]]]:
+) -> dict[str, list[tuple[Config, float]]]:
     """Return, by backend, each config's logarithm of measured over calibrated time at a neighbour."""
     here = correct.at(neighbour.place.sizes)
-    found: dict[str, list[tuple[str, float]]] = {}
+    found: dict[str, list[tuple[Config, float]]] = {}
     heard: dict[tuple[str, int], bool] = {}
     for row in neighbour.rows:
         name, version = row.backend, row.version
@@ -128,29 +126,10 @@ def _offs(
             says = backend is not None and backend.version == version
             says = says and backend is not None and _estimates_as_then(backend, neighbour, row)
             heard[name, version] = says
-        if says and (read := _without_threads(row.config)) is not None:
-            config, threads = read
-            expected = here(name, version, config, threads, row.estimate)
+        if says:
+            expected = here(name, version, config_text(row.config), row.config.threads, row.estimate)
             found.setdefault(name, []).append((row.config, math.log(row.seconds / expected)))
     return found
-
-
-_text = functools.lru_cache(maxsize=4096)(Config.__str__)
-
-
-@functools.lru_cache(maxsize=4096)
-def _without_threads(config: str) -> tuple[str, int] | None:
-    """Return a config's text without its threads, and these; None for what somebody broke by hand."""
-    try:
-        read = _config(config)
-        return config_text(read), read.threads
-    except ArgumentError:
-        return None
-
-
-def _config(text: str) -> Config:
-    items = (item.partition("=") for item in text.split(", ") if item)
-    return Config({key: int(value) if value.isdecimal() else value for key, _, value in items})
 
 
 #: Whether a backend estimates as when its stored estimates were made: its code may have changed, its kernels not; and
@@ -164,7 +143,7 @@ def _estimates_as_then(backend: Backend, neighbour: Neighbour, row: Row) -> bool
     if neighbour.here not in known:
         try:
             problem = Problem.parse(neighbour.text)
-            now = Candidate(backend, _config(row.config)).estimate(problem, machine.current())
+            now = Candidate(backend, row.config).estimate(problem, machine.current())
         except Exception:  # noqa: BLE001  # a backend that cannot estimate what it was measured on has changed
             now = None
         known[neighbour.here] = now is not None and abs(math.log(max(now, 1e-12) / row.estimate)) < _SAME

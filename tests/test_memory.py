@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import convdispatch
 from convdispatch import dispatch, heuristic, settings
 from convdispatch.problem import Problem
 
@@ -61,3 +64,23 @@ def test_no_call_takes_more_than_it_says(backend: str, filters: str) -> None:
     )  # fmt: skip
     peak, told = json.loads(done.stdout)
     assert peak <= told + 16 * MIB
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("backend", ["direct", "im2col"])
+def test_the_copies_that_a_plan_makes_around_its_kernel_are_counted(backend: str, data_format: str, dtype: str) -> None:
+    shape = (1, 64, 128, 64) if data_format == "NCHW" else (1, 128, 64, 64)
+    x = np.ones(shape, dtype)
+    w = np.ones((1, 1, x.shape[data_format.index("C")], 64), dtype)
+    plan = convdispatch.plan(
+        x, w, data_format=data_format, residual=True, backend=(backend, {"threads": 1} if backend == "im2col" else {})
+    )
+    out = np.empty(plan.problem.output_shape, dtype)
+    residual = np.ones_like(out)
+    plan(x, out=out, residual=residual)
+    tracemalloc.start()
+    plan(x, out=out, residual=residual)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert plan.workspace - MIB // 4 <= peak <= plan.workspace + MIB // 4

@@ -12,7 +12,7 @@ from scripted import FakeClock, Scripted, only
 from strategies import problems
 
 from convdispatch import calibration, dispatch, machine, neighbours, profile, registry, transfer
-from convdispatch.backend import Config, Effort
+from convdispatch.backend import Candidate, Config, Effort
 from convdispatch.explain import explain_problem
 from convdispatch.machine import Machine
 from convdispatch.neighbours import Row, place_of, rows_of
@@ -65,8 +65,10 @@ _results = st.builds(
     Result,
     st.sampled_from(["fft", "im2col", "my-own.one"]),
     st.integers(1, 9),
-    st.dictionaries(st.sampled_from(["m", "rows", "loop"]), st.integers(0, 99) | st.sampled_from(["filters", "a-b"]))
-    .map(Config),
+    st.dictionaries(
+        st.sampled_from(["m", "rows", "loop"]),
+        st.integers(0, 99) | st.booleans() | st.sampled_from([0.5, "filters", "a-b", "true", "12", "a: b", "x, y}"]),
+    ).map(Config),
     st.integers(1, 9999).map(lambda n: n / 1e6),
     st.just(0.01),
     st.just(7),
@@ -84,8 +86,8 @@ def test_rows_read_in_haste_are_those_that_are_read_with_care(results: list[Resu
     text = profile.dump_entry(entry)
     careful = profile.Profile(f"format: 1\n\n{text}", "text").get(entry.key)
     assert careful is not None
-    expected = [Row(r.backend, r.version, str(r.config), r.estimate or 0.0, r.median) for r in careful.results]
-    assert sorted(rows_of(text)) == sorted(expected)
+    expected = [Row(r.backend, r.version, r.config, r.estimate or 0.0, r.median) for r in careful.results]
+    assert sorted(rows_of(text), key=str) == sorted(expected, key=str)
 
 
 def test_rows_without_an_estimate_and_of_doubtful_entries_are_passed_over() -> None:
@@ -230,7 +232,7 @@ def test_confidence_is_a_share_and_the_nearer_the_larger(seconds: float, count: 
         assert place is not None
         around = [
             neighbours.Neighbour(
-                TARGET.text, place, distance, (Row("quick", 1, "", 1.0, seconds * math.exp(scatter * (-1) ** number)),)
+                TARGET.text, place, distance, (Row("quick", 1, Config(), 1.0, seconds * math.exp(scatter * (-1) ** number)),)
             )
             for number, distance in enumerate(distances)
         ]
@@ -313,7 +315,26 @@ def test_calibration_and_neighbours_do_not_correct_the_same_error_twice(two: dic
     }
 
 
-@pytest.mark.parametrize("broken", ["threads=two", "threads=-1", "threads=2.5", "threads=\u00b2"])
+@pytest.mark.parametrize("broken", ["threads: two", "threads: -1", "threads: 2.5", "threads: \u00b2", "a: [1]", "1: 2", "m"])
 def test_a_config_broken_by_hand_says_nothing(broken: str) -> None:
-    assert transfer._without_threads(f"m=4, {broken}") is None
-    assert transfer._without_threads("m=4, threads=2") == ("m=4", 2)
+    text = profile.dump_entry(know(NEAR, quick=2.0))
+    assert "config: {}" in text
+    assert rows_of(text.replace("config: {}", "config: {m: 4, threads: 2}"))[0].config == Config(m=4, threads=2)
+    assert rows_of(text.replace("config: {}", f"config: {{{broken}}}")) == ()
+
+
+def test_a_folded_neighbour_is_heard_and_silences_nobody() -> None:
+    """Its config holds a yes, which is neither the text "true" nor "True"."""
+    folded, plain = Config(folded=True, m=4, threads=1), Config(m=4, threads=1)
+    winograd = registry.get("winograd")
+    stem = Problem.parse("1x64x64x3 * 7x7x3x64 SAME stride=2")
+    for problem, config in ((stem, folded), (NEAR, plain)):
+        estimate = Candidate(winograd, config).estimate(problem, HERE)
+        assert estimate is not None
+        row = Result("winograd", winograd.version, config, 2 * estimate, 0.0, 9, 1e-7, 0, estimate=estimate)
+        text = profile.dump_entry(Entry(Key(problem, "plan", 2, HERE.id), (row,)))
+        place = place_of(problem.text)
+        assert place is not None
+        around = neighbours.Neighbour(problem.text, place, 0.0, rows_of(text))
+        offs = transfer._offs(around, {"winograd": winograd}, transfer._Correctors(None, {}, "plan"))
+        assert offs == {"winograd": [(config, pytest.approx(math.log(2), rel=1e-2))]}
