@@ -16,6 +16,8 @@ _FUTEX = {"Linux x86_64": 202, "Linux aarch64": 98}.get(_SYSTEM)
 _WAIT, _WAKE = 128, 129  # between threads of one process
 
 CAN_SLEEP = _FUTEX is not None
+#: The C library's function, or the system's, that lets another thread have the caller's core.
+_YIELD = "SwitchToThread" if _SYSTEM.startswith("Windows") else "sched_yield"
 
 
 def _word(b: Any, address: Any) -> Any:
@@ -83,7 +85,7 @@ def yield_core(typing: Any) -> tuple[Any, Codegen]:
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         kind = ir.FunctionType(I32, [])
-        b.call(cgutils.get_or_insert_function(b.module, kind, "sched_yield"), [])  # type: ignore[no-untyped-call]
+        b.call(cgutils.get_or_insert_function(b.module, kind, _YIELD), [])  # type: ignore[no-untyped-call]
         return context.get_dummy_value()
 
     return types.void(), codegen
@@ -126,7 +128,10 @@ def _futex(context: Any, b: Any, address: Any, operation: int, value: Any) -> An
 
 @intrinsic
 def sleep_while(typing: Any, address: Any, value: Any) -> tuple[Any, Codegen]:
-    """Sleep until woken, but only if the lower half of a word is still that of ``value``; may wake for no reason."""
+    """Sleep until woken, but only if the lower half of a word is still that of ``value``; may wake for no reason.
+
+    Only where threads can sleep on memory; there is no such function elsewhere, and code that calls it does not load.
+    """
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         return _futex(context, b, arguments[0], _WAIT, arguments[1])
@@ -136,7 +141,7 @@ def sleep_while(typing: Any, address: Any, value: Any) -> tuple[Any, Codegen]:
 
 @intrinsic
 def wake(typing: Any, address: Any, count: Any) -> tuple[Any, Codegen]:
-    """Wake up to ``count`` threads that sleep on a word."""
+    """Wake up to ``count`` threads that sleep on a word; only where they can."""
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         return _futex(context, b, arguments[0], _WAKE, arguments[1])

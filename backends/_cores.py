@@ -33,13 +33,19 @@ class Helpers:
         self.count = 0
 
     def grow(self, count: int, serve: Callable[[], object]) -> None:
-        """Have at least this many threads, each of which runs ``serve``."""
+        """Have at least this many threads, each of which runs ``serve``, or as many as can be had.
+
+        Nobody depends on them: whoever calls does what is left undone.
+        """
         if self.count >= count:
             return
         with self._lock:
             while self.count < count:
                 thread = threading.Thread(target=serve, name="convdispatch", daemon=True)
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError:  # no more threads for this process, or it is about to end
+                    break
                 if thread.native_id is not None:
                     self.threads.append(thread.native_id)
                 self.count += 1

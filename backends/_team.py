@@ -149,9 +149,10 @@ def _from_python(function: Any, words: int) -> Callable[..., None]:
     return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * words)(address)
 
 
-_serve_from_python = _from_python(_serve, 2)
 _alone_from_python = _from_python(alone, 4)
-_share_from_python = _from_python(share, 5)
+if CAN_SLEEP:
+    _serve_from_python = _from_python(_serve, 2)
+    _share_from_python = _from_python(share, 5)
 
 
 class _Team:

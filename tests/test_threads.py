@@ -3,6 +3,7 @@
 import functools
 import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -184,6 +185,49 @@ def test_without_a_way_to_sleep_the_parts_are_run_all_the_same(monkeypatch: pyte
     block = _NOTES.pack(done=done, value=3)
     _team.run_parts(kernel.address, block.ctypes.data, 50, 3)
     assert (done == 3).all()
+
+
+_THE_SAME = """
+import numpy as np
+import convdispatch
+x, w = np.random.rand(1, 40, 40, 16).astype("f4"), np.random.rand(3, 3, 16, 16).astype("f4")
+y = convdispatch.conv2d(x, w, backend="direct")
+for backend in %r:
+    plan = convdispatch.plan(x, w, backend=(backend, {"threads": 3}))
+    other = convdispatch.plan(
+        x.transpose(0, 3, 1, 2), w, data_format="NCHW", backend=(backend, {"threads": 3})
+    )
+    for _ in range(4):
+        np.testing.assert_allclose(plan(x), y, rtol=1e-4)
+        np.testing.assert_allclose(other(x.transpose(0, 3, 1, 2)), y.transpose(0, 3, 1, 2), rtol=1e-4)
+"""
+
+
+def test_without_more_threads_to_be_had_the_caller_does_all_the_work() -> None:
+    none = """
+import threading
+def start(self):
+    raise RuntimeError("can't start new thread")
+threading.Thread.start = start
+"""
+    run_well(none + _THE_SAME % (BACKENDS,))
+
+
+def test_on_a_system_whose_threads_cannot_sleep_on_memory_no_kernel_asks_for_that(tmp_path: Path) -> None:
+    """As on Windows, whose libraries have no such functions; the one that kernels use there is lent them here."""
+    elsewhere = f"""
+import ctypes, dataclasses, os
+import llvmlite.binding as llvm
+os.environ["NUMBA_CACHE_DIR"] = {str(tmp_path)!r}
+here = ctypes.CDLL(None)
+llvm.add_symbol("SwitchToThread", ctypes.cast(here.sched_yield, ctypes.c_void_p).value)
+for name in ("sched_yield", "syscall", "sched_getcpu"):
+    llvm.add_symbol(name, 0)  # who calls it does not survive
+from convdispatch import machine
+changed = dataclasses.replace(machine.current(), system="Windows AMD64")
+machine.current = lambda: changed
+"""
+    run_well(elsewhere + _THE_SAME % (BACKENDS[:2],), 300)
 
 
 def test_an_address_is_where_the_first_element_lies() -> None:

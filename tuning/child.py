@@ -1,7 +1,7 @@
 """A child process that answers requests, held so that it may crash, hang or be stopped without harm to its parent.
 
-Requests and replies are lines of JSON on the child's stdin and stdout. The child leads a process group of its own,
-which is killed as a whole.
+Requests and replies are lines of JSON on the child's stdin and stdout, a reply behind a mark that keeps it apart from
+what else is printed. The child leads a process group of its own, which is killed as a whole.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ import queue
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,11 @@ from convdispatch.problem import Problem
 _SPIN = 0.15
 #: Seconds in which a child that says no more has to end by itself.
 _LAST_WORDS = 5.0
+#: The most that is kept of what a child writes to stderr, in characters.
+_MOST_SAID = 4000
+#: What a reply begins with, the record separator of JSON text sequences (RFC 7464): what Python's start-up files, say,
+#: print before the child listens is none.
+_MARK = "\x1e"
 
 Reply = Callable[[Mapping[str, Any]], None]
 
@@ -44,7 +48,7 @@ def requests() -> tuple[Iterator[dict[str, Any]], Reply]:
     os.dup2(2, 1)
 
     def reply(data: Mapping[str, Any]) -> None:
-        replies.write(json.dumps(data) + "\n")
+        replies.write(f"{_MARK}{json.dumps(data)}\n")
         replies.flush()
 
     return (json.loads(line) for line in asked), reply
@@ -85,17 +89,17 @@ class Child:
         Raises:
             OSError: if it cannot be started; or whatever else keeps it from that.
         """
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the child
-        self._closed = False
-        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._said, self._closed = "", False
+        self._replies: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         started: queue.SimpleQueue[subprocess.Popen[str] | BaseException] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._run, args=(command, environment, started), daemon=True)
         self._reader.start()
         outcome = started.get()
         if isinstance(outcome, BaseException):
-            self._errors.close()
             raise outcome
         self._process = outcome
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
 
     def _run(
         self, command: Sequence[str], environment: Mapping[str, str],
@@ -106,8 +110,8 @@ class Child:
         environment = {name: value for name, value in environment.items() if name != f"{settings.PREFIX}RECORD"}
         try:
             process = subprocess.Popen(  # noqa: S603  # this interpreter or the one the user names
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
-                encoding="utf-8", env=environment, start_new_session=True,
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                encoding="utf-8", errors="replace", env=environment, start_new_session=True,
             )  # fmt: skip
         except BaseException as error:  # noqa: BLE001  # whatever it is, somebody waits
             started.put(error)
@@ -115,8 +119,17 @@ class Child:
         started.put(process)
         assert process.stdout is not None  # noqa: S101  # for the type checker
         for line in process.stdout:
-            self._lines.put(line)
-        self._lines.put("")
+            _, is_reply, reply = line.rpartition(_MARK)
+            with contextlib.suppress(ValueError):
+                if is_reply:
+                    self._replies.put(json.loads(reply))
+        self._replies.put(None)
+        process.wait()  # see above: it may have closed its stdout, and not ended yet
+
+    def _listen(self) -> None:
+        assert self._process.stderr is not None  # noqa: S101  # for the type checker
+        for line in self._process.stderr:
+            self._said = (self._said + line)[-_MOST_SAID:]
 
     @property
     def pid(self) -> int:
@@ -146,12 +159,11 @@ class Child:
             ChildLostError: if the process ended.
         """
         try:
-            line = self._lines.get(timeout=timeout)
+            reply = self._replies.get(timeout=timeout)
         except queue.Empty:
             raise TimeoutError from None
-        if not line:
+        if reply is None:
             raise ChildLostError(self.end())
-        reply: dict[str, Any] = json.loads(line)
         return reply
 
     def end(self) -> str:
@@ -167,8 +179,9 @@ class Child:
 
     def said(self) -> str:
         """Return the last of what it wrote to stderr."""
-        self._errors.seek(0)
-        return self._errors.read()[-4000:].decode(errors="replace").strip()
+        if not self.running:
+            self._listener.join(timeout=1)  # something that it started may still write
+        return self._said.strip()
 
     def pause(self) -> None:
         """Stop the process while it is not asked anything: pools that spin after a call take others' cores."""
@@ -199,11 +212,12 @@ class Child:
         self._closed = True
         self.kill()
         self._process.wait()
-        self._reader.join(timeout=1)
-        # A stream that is still being read cannot be closed: something that the child started has outlived it.
-        output = None if self._reader.is_alive() else self._process.stdout
-        for stream in (self._process.stdin, output, self._errors):
-            if stream is not None:
+        readers = {None: self._process.stdin, self._reader: self._process.stdout, self._listener: self._process.stderr}
+        for reader, stream in readers.items():
+            if reader is not None:
+                reader.join(timeout=1)
+            # A stream that is still being read cannot be closed: something that the child started has outlived it.
+            if stream is not None and (reader is None or not reader.is_alive()):
                 with contextlib.suppress(OSError):
                     stream.close()
 
