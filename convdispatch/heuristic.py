@@ -19,7 +19,7 @@ _EPSILON = {"float32": 2.0**-23, "float64": 2.0**-52}
 _HOPELESS = {"estimate": 4.0, "measure": 4.0, "patient": 16.0, "exhaustive": float("inf")}
 #: Measured though it is hopeless: the yardstick that people compare with. But not where a call takes longer than this:
 #: it would be most of the time that tuning takes, more than a minute for a layer of 10 GFLOP.
-YARDSTICK, _LONGEST_YARDSTICK = "direct", 0.25
+YARDSTICK, _LONGEST_YARDSTICK = "direct", 0.1
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from convdispatch import settings
+from convdispatch import safe_yaml, settings
 from convdispatch.backend import Config, candidate_name
 from convdispatch.errors import ProfileError
 from convdispatch.problem import Problem
@@ -153,15 +153,11 @@ class Entry:
 
 def flow(data: Mapping[str, Any]) -> str:
     """Return a mapping in one line of YAML."""
-    import yaml  # noqa: PLC0415  # loaded with the first profile
-
-    return str(yaml.safe_dump(dict(data), default_flow_style=True, sort_keys=False, width=math.inf)).strip()
+    return safe_yaml.dump(dict(data), flow=True).strip()
 
 
 def _line(name: str, text: str) -> str:
-    import yaml  # noqa: PLC0415
-
-    return str(yaml.safe_dump({name: text}, width=math.inf)).strip()
+    return safe_yaml.dump({name: text}, flow=False).strip()
 
 
 def dump_entry(entry: Entry) -> str:

@@ -15,7 +15,6 @@ It holds for that version of that code: another version, or other code that goes
 import contextlib
 import datetime as dt
 import functools
-import math
 import re
 import textwrap
 import warnings
@@ -184,13 +183,11 @@ def _keep(texts: Mapping[str, str | None]) -> None:
 
 
 def _dumped(one: Quarantine) -> str:
-    import yaml  # noqa: PLC0415  # loaded with the first profile
-
     body = {
         "reason": one.reason, "origin": one.origin, "problem": one.problem, "config": dict(one.config),
         "when": one.when,
     }  # fmt: skip
-    text = str(yaml.safe_dump(body, default_flow_style=None, sort_keys=False, width=math.inf))
+    text = safe_yaml.dump(body, flow=None)
     return f"{one.key}:\n{textwrap.indent(text, '  ')}"
 
 

@@ -1,4 +1,7 @@
-"""Reading YAML that anybody may have written: plain data only, nothing executed, nothing that can end the process."""
+"""Reading YAML that anybody may have written: plain data only, nothing executed, nothing that can end the process.
+
+And writing it, without lines that are broken for being long.
+"""
 
 from typing import Any
 
@@ -45,6 +48,27 @@ def load(text: str | bytes) -> Any:
         raise
     except (yaml.YAMLError, ValueError) as error:  # a date or number that is none gives a plain ValueError
         raise YamlError(f"this is not YAML: {in_a_line(error)}") from None
+
+
+#: More than any line has, and the most that libyaml takes.
+_WIDTH = 2**31 - 1
+
+
+def dump(data: Any, *, flow: bool | None, unicode: bool = False) -> str:
+    """Return data as YAML, the keys in their order.
+
+    Args:
+        data: mappings, lists and plain values.
+        flow: whether all of it is in braces and brackets; None for collections without others in them.
+        unicode: whether letters beyond ASCII are written as they are.
+    """
+    import yaml  # noqa: PLC0415  # needed only where there is a file to write
+
+    style = {"default_flow_style": flow, "sort_keys": False, "allow_unicode": unicode, "width": _WIDTH}
+    try:
+        return str(yaml.dump(data, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), **style))
+    except UnicodeError:  # half a letter, as in a file name of another encoding, is nothing for libyaml
+        return str(yaml.dump(data, Dumper=yaml.SafeDumper, **style))
 
 
 def _check_shape(text: str | bytes, loader: Any) -> None:

@@ -230,12 +230,10 @@ def test_confidence_is_a_share_and_the_nearer_the_larger(seconds: float, count: 
     def confidence(*distances: float, scatter: float = 0.0) -> float:
         place = place_of(TARGET.text)
         assert place is not None
-        around = [
-            neighbours.Neighbour(
-                TARGET.text, place, distance, (Row("quick", 1, Config(), 1.0, seconds * math.exp(scatter * (-1) ** number)),)
-            )
-            for number, distance in enumerate(distances)
-        ]
+        around = []
+        for number, distance in enumerate(distances):
+            row = Row("quick", 1, Config(), 1.0, seconds * math.exp(scatter * (-1) ** number))
+            around.append(neighbours.Neighbour(TARGET.text, place, distance, (row,)))
         return transfer.Local(around, {"quick": backend}, transfer._Correctors(None, {}, "plan")).confidence
 
     assert 0 < confidence(*[1.0] * count) < confidence(*[0.5] * count) < confidence(*[0.0] * count) < 1
@@ -315,7 +313,9 @@ def test_calibration_and_neighbours_do_not_correct_the_same_error_twice(two: dic
     }
 
 
-@pytest.mark.parametrize("broken", ["threads: two", "threads: -1", "threads: 2.5", "threads: \u00b2", "a: [1]", "1: 2", "m"])
+@pytest.mark.parametrize(
+    "broken", ["threads: two", "threads: -1", "threads: 2.5", "threads: \u00b2", "a: [1]", "1: 2", "m"]
+)
 def test_a_config_broken_by_hand_says_nothing(broken: str) -> None:
     text = profile.dump_entry(know(NEAR, quick=2.0))
     assert "config: {}" in text

@@ -138,16 +138,12 @@ class Workload:
 
     def to_yaml(self) -> str:
         """Return the text of a workload file; ``load`` of the file is equal to this workload."""
-        import yaml  # noqa: PLC0415  # only files need it
-
         head = {"name": self.name, "title": self.title, "source": self.source}
         rows = [{key: getattr(layer, key) for key in _KEYS} | {"problem": layer.problem.text} for layer in self.layers]
 
         def dump(mapping: dict[str, Any], *, flow: bool) -> str:
             filled = {key: value for key, value in mapping.items() if value not in ("", None)}
-            return yaml.safe_dump(
-                filled, default_flow_style=flow, sort_keys=False, allow_unicode=True, width=float("inf")
-            )
+            return safe_yaml.dump(filled, flow=flow, unicode=True)
 
         return dump(head, flow=False) + "layers:\n" + "".join("- " + dump(row, flow=True) for row in rows)
 
