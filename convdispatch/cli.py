@@ -263,7 +263,7 @@ def warmup(what: str, threads: int | None) -> None:
     """
     load = workload.load(what).distinct()
     with scope(threads, None), _bar(len(load.layers), "compiling", load.name) as advance:
-        count = warm_up(load, on_progress=lambda layer, _: advance(str(layer.problem)))
+        count = warm_up(load, on_progress=lambda layer, _: advance(str(layer.problem)), on_wait=tell_of_waiting)
     problems = "1 problem" if len(load.layers) == 1 else f"{len(load.layers)} problems"
     click.echo(f"{count} candidates for {problems} of {load.name} are ready")
 

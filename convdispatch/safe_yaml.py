@@ -64,7 +64,7 @@ def dump(data: Any, *, flow: bool | None, unicode: bool = False) -> str:
     """
     import yaml  # noqa: PLC0415  # needed only where there is a file to write
 
-    style = {"default_flow_style": flow, "sort_keys": False, "allow_unicode": unicode, "width": _WIDTH}
+    style: dict[str, Any] = {"default_flow_style": flow, "sort_keys": False, "allow_unicode": unicode, "width": _WIDTH}
     try:
         return str(yaml.dump(data, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), **style))
     except UnicodeError:  # half a letter, as in a file name of another encoding, is nothing for libyaml

@@ -118,6 +118,33 @@ def test_each_kernel_is_compiled_once(monkeypatch: pytest.MonkeyPatch, children:
     assert children == before
 
 
+def test_kernels_for_many_problems_are_compiled_together(
+    monkeypatch: pytest.MonkeyPatch, children: list[FakeChild]
+) -> None:
+    disk, told = Disk(), list[str]()
+    disk.kernels.add("shared")
+    monkeypatch.setattr(compile_ahead, "start", start_of(children, disk))
+    backend = Compiled(disk)
+    made: list[Problem] = []
+    prepare = backend.prepare
+
+    def counted(problem: Problem, *rest: Any) -> Kernel:
+        made.append(problem)
+        return prepare(problem, *rest)
+
+    monkeypatch.setattr(backend, "prepare", counted)
+    sizes = [PROBLEM.replace(k=k, h=h) for k in (8, 1000) for h in (9, 16)]
+    jobs = [compile_ahead.Job(p, Candidate(backend, Config(size=n))) for n, p in enumerate([*sizes, *sizes])]
+    compile_ahead.kernels(jobs, told.append)
+    assert sorted(name for name, _ in disk.compiled) == [f"kernel {number}" for number in range(8)]
+    assert told == ["compiling 8 kernels"]
+    assert max(problem.k for problem in made) < 100  # packing a thousand filters would be for nothing
+    made.clear()
+    compile_ahead.kernels([job._replace(candidate=Candidate(backend, Config(size=0))) for job in jobs], told.append)
+    assert len(made) == 1  # once will do for all that are of a kind
+    assert len(told) == 1
+
+
 def test_children_wait_for_the_next_round(monkeypatch: pytest.MonkeyPatch, children: list[FakeChild]) -> None:
     disk = Disk()
     monkeypatch.setattr(compile_ahead, "start", start_of(children, disk))

@@ -216,12 +216,12 @@ def test_hopeless_estimates_are_left_out_and_named(clock: FakeClock) -> None:
 
 
 def test_the_yardstick_is_measured_unless_that_takes_long(clock: FakeClock) -> None:
-    yardstick = Scripted("direct", clock, 500.0, expected=0.2)
+    yardstick = Scripted("direct", clock, 500.0, expected=0.08)
     only(Scripted("fine", clock, expected=0.001), yardstick)
     entry = tune_problem(key(), clock=clock, rules=RULES).entry
     assert names_of(entry) == ["fine", "direct"]
     assert entry.results[1].rounds == 1
-    yardstick.expected, yardstick.calls = 0.3, 0
+    yardstick.expected, yardstick.calls = 0.12, 0
     outcome = tune_problem(key(), clock=clock, rules=RULES)
     assert (outcome.left_out, yardstick.calls) == (("direct",), 0)
 

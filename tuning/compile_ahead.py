@@ -10,7 +10,8 @@ import collections
 import contextlib
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple, TypeVar
 
 from convdispatch import heuristic, registry, settings
 from convdispatch.backend import Candidate
@@ -19,6 +20,7 @@ from convdispatch.locks import module_lock
 from convdispatch.plan import Plan
 from convdispatch.problem import Problem
 from convdispatch.tuning.child import Child, ChildLostError, start
+from convdispatch.tuning.compile_worker import need
 from convdispatch.tuning.gate import Trial
 
 #: Each child takes a quarter of a gigabyte.
@@ -26,7 +28,16 @@ _MOST_CHILDREN = 7
 #: Seconds after which a child is given up that does not begin, or not end with a kernel.
 _PATIENCE_AT_START, _PATIENCE = 20.0, 60.0
 
-_Jobs = collections.deque[tuple[str, Candidate]]
+
+class Job(NamedTuple):
+    """Who is to have all its kernels, and for what."""
+
+    problem: Problem
+    candidate: Candidate
+
+
+_Kernels = collections.deque[tuple[str, Job]]
+_Made = TypeVar("_Made")
 
 
 def plans(arrays: Trial, candidates: Iterable[Candidate]) -> Iterator[tuple[Candidate, Plan]]:
@@ -34,24 +45,27 @@ def plans(arrays: Trial, candidates: Iterable[Candidate]) -> Iterator[tuple[Cand
 
     Of built-in backends only; and who raises is left out, to raise again where somebody listens.
     """
-    waiting = [each for each in candidates if registry.is_built_in(each.backend)]
-    seen: set[str] = set()
-    while waiting:
-        lacking: dict[str, Candidate] = {}
-        unfinished = []
-        for candidate in waiting:
-            try:
-                yield candidate, _plan(arrays, candidate, ())
-            except NotCompiledError as error:
-                lacking.setdefault(error.name, candidate)
-                unfinished.append((error.name, candidate))
-            except Exception:  # noqa: BLE001, S112  # whatever a backend raises
-                continue
-        for name in seen.intersection(lacking):  # compiled in vain: a child was lost, or no folder keeps it
-            del lacking[name]
-        waiting = [candidate for name, candidate in unfinished if name in lacking]
-        seen.update(lacking)
-        _compile(arrays, lacking)
+
+    def make(job: Job) -> Plan:
+        with compiling_only(()):
+            plan = arrays.plan(job.candidate)
+            plan.complete()
+        return plan
+
+    for job, plan in _ready([Job(arrays.problem, candidate) for candidate in candidates], make):
+        yield job.candidate, plan
+
+
+def kernels(jobs: Iterable[Job], on_wait: Callable[[str], object] = lambda _: None) -> None:
+    """Compile what candidates lack for many problems: the more at once, the better it is shared out.
+
+    Args:
+        jobs: who is to have all its kernels. Some may still be lacking afterwards: it is not tried for every shape.
+        on_wait: told in words how many kernels are compiled next.
+    """
+    alike = {_kind(job): job for job in jobs}
+    for _ in _ready(map(_smaller, alike.values()), lambda job: need(*job, ()), on_wait):
+        pass
 
 
 def close() -> None:
@@ -60,27 +74,64 @@ def close() -> None:
         _children.close()
 
 
-def _plan(arrays: Trial, candidate: Candidate, kernels: Iterable[str]) -> Plan:
-    with compiling_only(frozenset(kernels)):
-        plan = arrays.plan(candidate)
-        plan.complete()
-    return plan
+#: Filters that are enough to have any kernel: more than any tile is wide.
+_FILTERS = 96
 
 
-def _compile(arrays: Trial, lacking: Mapping[str, Candidate]) -> None:
+def _kind(job: Job) -> tuple[object, ...]:
+    """Return what is the same for jobs that need the same kernels: not sizes, but for those that decide about tiles."""
+    p, candidate = job
+    config = tuple((key, value) for key, value in candidate.config.items() if key != "threads")
+    layout = p.dtype, p.data_format, p.epilogue, p.groups > 1, p.groups == p.c, p.group_c if p.groups > 1 else 0
+    return candidate.backend.name, config, layout, p.kh, p.kw, p.strides, p.dilations, p.ow
+
+
+def _smaller(job: Job) -> Job:
+    """Return a job that needs the same kernels, with fewer filters to be packed."""
+    p = job.problem
+    return Job(p.replace(k=min(p.k, _FILTERS)), job.candidate) if p.groups == 1 else job
+
+
+def _ready(
+    jobs: Iterable[Job], make: Callable[[Job], _Made], on_wait: Callable[[str], object] = lambda _: None
+) -> Iterator[tuple[Job, _Made]]:
+    """Yield jobs with what is made of them, as soon as all kernels of one are compiled."""
+    waiting = [job for job in jobs if registry.is_built_in(job.candidate.backend)]
+    seen: set[str] = set()
+    while waiting:
+        lacking: dict[str, Job] = {}
+        unfinished = []
+        for job in waiting:
+            try:
+                yield job, make(job)
+            except NotCompiledError as error:
+                lacking.setdefault(error.name, job)
+                unfinished.append((error.name, job))
+            except Exception:  # noqa: BLE001, S112  # whatever a backend raises
+                continue
+        for name in seen.intersection(lacking):  # compiled in vain: a child was lost, or no folder keeps it
+            del lacking[name]
+        waiting = [job for name, job in unfinished if name in lacking]
+        seen.update(lacking)
+        if lacking:
+            on_wait(f"compiling {len(lacking)} kernel{'s' * (len(lacking) > 1)}")
+            _compile(lacking)
+
+
+def _compile(lacking: Mapping[str, Job]) -> None:
     """Compile kernels, each by way of a candidate that needs it."""
-    jobs = collections.deque(lacking.items())
-    helpers = max(1, min(heuristic.thread_budget(settings.current()), len(jobs), 1 + _MOST_CHILDREN)) - 1
-    with _lock, _children.taking(jobs, arrays.problem, helpers):
-        while job := _next(jobs):
-            kernel, candidate = job
+    wanted = collections.deque(lacking.items())
+    helpers = max(1, min(heuristic.thread_budget(settings.current()), len(wanted), 1 + _MOST_CHILDREN)) - 1
+    with _lock, _children.taking(wanted, helpers):
+        while job := _next(wanted):
+            kernel, (problem, candidate) = job
             with contextlib.suppress(Exception):  # it raises again where somebody listens
-                _plan(arrays, candidate, {kernel})
+                need(problem, candidate, {kernel})
 
 
-def _next(jobs: _Jobs) -> tuple[str, Candidate] | None:
+def _next(wanted: _Kernels) -> tuple[str, Job] | None:
     try:
-        return jobs.popleft()
+        return wanted.popleft()
     except IndexError:  # the others were faster
         return None
 
@@ -94,13 +145,13 @@ class _Children:
         self._lost = False
 
     @contextlib.contextmanager
-    def taking(self, jobs: _Jobs, problem: Problem, count: int) -> Iterator[None]:
-        """Have so many children take jobs within this block; what they have taken is done, or given up, at its end."""
+    def taking(self, wanted: _Kernels, count: int) -> Iterator[None]:
+        """Have so many children take kernels in this block; what they have taken is done, or given up, at its end."""
         self._know_own()
         if not count:
             yield
             return
-        threads = [threading.Thread(target=self._take, args=(jobs, problem, number)) for number in range(count)]
+        threads = [threading.Thread(target=self._take, args=(wanted, number)) for number in range(count)]
         begun = []
         try:
             with contextlib.suppress(RuntimeError):  # no more threads, or the program is about to end
@@ -109,15 +160,15 @@ class _Children:
                     begun.append(thread)
             yield
         except BaseException:
-            jobs.clear()
+            wanted.clear()
             self.close()
             raise
         finally:
             for thread in begun:
                 thread.join()
 
-    def _take(self, jobs: _Jobs, problem: Problem, number: int) -> None:
-        """Pass jobs on to a child until there are no more, or the child is lost."""
+    def _take(self, wanted: _Kernels, number: int) -> None:
+        """Pass kernels on to a child until there are no more, or the child is lost."""
         try:
             if number not in self._known:
                 if self._lost:
@@ -125,8 +176,8 @@ class _Children:
                 self._known[number] = start("convdispatch.tuning.compile_worker")
                 self._known[number].receive(_PATIENCE_AT_START)
             child = self._known[number]
-            while job := _next(jobs):
-                kernel, candidate = job
+            while job := _next(wanted):
+                kernel, (problem, candidate) = job
                 child.send(
                     {
                         "kernel": kernel, "problem": str(problem), "backend": candidate.backend.name,

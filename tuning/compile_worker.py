@@ -1,6 +1,7 @@
 """The child process that compiles kernels for ``compile_ahead``, its parent; they are on disk when it has answered."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Container, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,17 +17,24 @@ from convdispatch.tuning.child import requests
 _REASON = 300
 
 
-def _compile(request: Mapping[str, Any]) -> None:
-    """Make a plan that needs the kernel; of what else it needs, nothing is compiled."""
-    problem = Problem.parse(request["problem"])
-    candidate = Candidate(registry.get(request["backend"]), Config(request["config"]))
+def need(problem: Problem, candidate: Candidate, kernels: Container[str]) -> None:
+    """Make a plan, of whatever filters, while nothing may be compiled but these kernels.
+
+    Raises:
+        NotCompiledError: for the first other kernel that the plan lacks.
+        Exception: whatever the backend raises.
+    """
     filters = np.zeros(problem.filter_shape, dtype_of(problem.dtype))
     bias = np.zeros(problem.k, dtype_of(problem.result_dtype)) if problem.epilogue.bias else None
-    try:
-        with compiling_only({request["kernel"]}):
-            Plan(problem, candidate, filters, bias).complete()
-    except NotCompiledError:
-        pass  # it comes after the one that was asked for, and is another request
+    with compiling_only(kernels):
+        Plan(problem, candidate, filters, bias).complete()
+
+
+def _compile(request: Mapping[str, Any]) -> None:
+    """Compile what is asked for; of what else is lacking there, nothing: that is another request."""
+    candidate = Candidate(registry.get(request["backend"]), Config(request["config"]))
+    with contextlib.suppress(NotCompiledError):
+        need(Problem.parse(request["problem"]), candidate, {request["kernel"]})
 
 
 def main() -> None:

@@ -139,7 +139,7 @@ def tune(
         retry_quarantined: whether to lift the quarantine of the backends that take part, so that they are tried again.
         allow_busy: whether to measure on a busy machine too, without waiting; what is measured then is flagged.
         on_progress: called with each layer's report as soon as there is one.
-        on_wait: told in words that the machine is busy, and how long that is waited for.
+        on_wait: told in words what is waited for: compilers, or a quiet moment of a busy machine.
 
     Returns:
         A report with an entry for each distinct problem and deployment.
@@ -178,6 +178,10 @@ def tune(
     def left() -> float | None:
         return None if limit is None else limit - (time.monotonic() - started)
 
+    new = [task.key for task in work if retune or _known(task.key, path) is None]
+    if new and limit is None:
+        ready()
+        _compile_for(new, level, chosen, on_wait or (lambda _: None))
     for task, part in zip(work, stakes.parts(work), strict=True):
         still = left()
         share = None if still is None else max(0.0, still) * part
@@ -194,6 +198,18 @@ def tune(
                 reports[number] = second if second.status == "tuned" else reports[number]
     calibrate.learn((report.entry for report in reports if report.entry), path)
     return TuneReport(load, tuple(reports), path, time.monotonic() - started, budget, machine.current().id)
+
+
+def _compile_for(
+    keys: Iterable[Key], effort: Effort, backends: dict[str, Backend], on_wait: Callable[[str], None]
+) -> None:
+    """Compile what candidates for these keys lack, all at once: that takes less time than one key after the other."""
+    jobs = [
+        compile_ahead.Job(key.problem, candidate)
+        for key in keys
+        for candidate in (*_entrants(key, effort, backends)[0], *_picks(key, backends))
+    ]
+    compile_ahead.kernels(jobs, on_wait)
 
 
 def checked_effort(effort: str) -> Effort:

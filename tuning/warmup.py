@@ -22,6 +22,7 @@ def warm_up(
     workload: str | Path | Problem | Workload | Sequence[Any],
     *,
     on_progress: Callable[[Layer, Sequence[Candidate]], None] | None = None,
+    on_wait: Callable[[str], None] | None = None,
 ) -> int:
     """Compile the kernels of every candidate that ``tune`` would measure, and keep them on disk.
 
@@ -30,6 +31,7 @@ def warm_up(
     Args:
         workload: as in ``tune``.
         on_progress: called with each layer and the candidates made ready for it.
+        on_wait: told in words how many kernels are being compiled.
 
     Returns:
         How many candidates were made ready.
@@ -38,18 +40,12 @@ def warm_up(
         WorkloadError: if the workload cannot be understood.
         BackendError: if a backend fails to prepare what it does not reject.
     """
-    options, total = settings.current(), 0
-    for layer in workloads.load(workload).distinct().layers:
-        usable, _ = heuristic.usable(layer.problem, options)
-        ranked = heuristic.rank(layer.problem, usable.values(), heuristic.thread_budget(options), "measure")
-        candidates, _ = heuristic.worth_measuring(ranked, "measure")
+    work = [(layer, _candidates(layer.problem)) for layer in workloads.load(workload).distinct().layers]
+    jobs = [compile_ahead.Job(layer.problem, candidate) for layer, fit in work for candidate in fit]
+    compile_ahead.kernels(jobs, on_wait or (lambda _: None))
+    for layer, fit in work:
         # A batch of one has the same kernels, and smaller arrays.
         arrays = Trial.random(layer.problem.replace(n=min(1, layer.problem.n)))
-        fit, refused = isolation.admitted(arrays.problem, candidates)
-        for failure in refused:
-            warnings.warn(
-                f"{failure.name} is left out of {layer.problem}: {failure.reason}", ConvDispatchWarning, stacklevel=3
-            )
         ready = {candidate.name for candidate, _ in compile_ahead.plans(arrays, fit)}
         for candidate in fit:
             try:
@@ -57,9 +53,20 @@ def warm_up(
                     arrays.plan(candidate).complete()
             except Exception as error:
                 raise BackendError(f"{candidate} failed to prepare {layer.problem}: {error}") from error
-        total += len(fit)
         if on_progress is not None:
             on_progress(layer, fit)
     if complaint := machine_code.complaint():
         warnings.warn(f"what was compiled serves this process only: {complaint}", ConvDispatchWarning, stacklevel=3)
-    return total
+    return sum(len(fit) for _, fit in work)
+
+
+def _candidates(problem: Problem) -> list[Candidate]:
+    """Return whom ``tune`` would measure, but for third parties' candidates that fail."""
+    options = settings.current()
+    usable, _ = heuristic.usable(problem, options)
+    ranked = heuristic.rank(problem, usable.values(), heuristic.thread_budget(options), "measure")
+    worth, _ = heuristic.worth_measuring(ranked, "measure")
+    fit, refused = isolation.admitted(problem.replace(n=min(1, problem.n)), worth)
+    for failure in refused:
+        warnings.warn(f"{failure.name} is left out of {problem}: {failure.reason}", ConvDispatchWarning, stacklevel=5)
+    return fit
