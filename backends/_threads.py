@@ -182,6 +182,15 @@ def run_numpy(jobs: Sequence[Job], threads: int) -> None:
         run_all([functools.partial(quiet, job) for job in jobs], threads)
 
 
+#: Pixels of output up to which jobs of some tiles each can be listed. With 64 filters they take a tebibyte.
+_MOST_PIXELS = 1 << 32
+
+
+def too_many(pixels: int) -> str | None:
+    """Return why so many pixels of output cannot be cut into jobs of bounded size, or None."""
+    return f"{pixels} pixels of output would be more jobs than can be listed" if pixels > _MOST_PIXELS else None
+
+
 def grid(*axes: tuple[int, int]) -> Array:
     """Return jobs: each range of the first axis with each range of the second and so on, as rows of starts and ends.
 

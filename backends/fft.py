@@ -23,7 +23,7 @@ import numpy as np
 
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config, Effort, Kernel, Numerics, item_bytes
-from convdispatch.backends._threads import run_numpy, split
+from convdispatch.backends._threads import run_numpy, split, too_many
 from convdispatch.backends._windows import overlap
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine
@@ -399,10 +399,10 @@ class Fft(Backend):
     native_dtypes = frozenset(("float32", "float64"))
 
     def rejects(self, problem: Problem) -> str | None:
-        """Return a reason for integers."""
+        """Return a reason for integers, and for more pixels than can be cut."""
         if problem.is_integer:
             return f"integers must be exact, and the Fourier transform of {problem.dtype} values is not"
-        return None
+        return too_many(problem.n * problem.oh * problem.ow)
 
     def configs(self, problem: Problem, effort: Effort) -> Sequence[Config]:
         """Return transform lengths, by rows and by columns; each axis is cut to what it needs."""

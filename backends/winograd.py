@@ -25,7 +25,7 @@ from convdispatch.backend import Config, Effort, Numerics, item_bytes
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import by_blocks, by_phases
 from convdispatch.backends._packed import PackedBackend
-from convdispatch.backends._threads import grid
+from convdispatch.backends._threads import grid, too_many
 from convdispatch.backends._tile import register_tiles
 from convdispatch.backends._toomcook import amplification, roundings, strided
 from convdispatch.backends._transforms import odd_lines
@@ -195,7 +195,8 @@ class Winograd(PackedBackend):
             (problem.c == 0, "there are no input channels"),
             (problem.groups > 1 and problem.group_c == 1, "one channel a group leaves no matrices to multiply"),
         )
-        return next((reason for bad, reason in checks if bad), None)
+        pixels = problem.n * problem.oh * problem.ow
+        return next((reason for bad, reason in checks if bad), None) or too_many(pixels)
 
     def configs_plain(self, problem: Problem, effort: Effort) -> Sequence[Config]:  # noqa: ARG002
         """Return the tile sizes, first the one with the smallest estimate here."""

@@ -4,26 +4,32 @@ The plan does what its backend leaves to it: it brings arrays into the form the 
 transform spoiled with NaN or infinity redone, applies the epilogue, and rounds once.
 """
 
+import contextlib
 import functools
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from convdispatch import epilogue, observe, registry
+from convdispatch import epilogue, observe, registry, settings
 from convdispatch.arguments import Array, as_array
 from convdispatch.backend import Candidate, Config, Kernel, seen_by
 from convdispatch.backends._memory import room_for
-from convdispatch.errors import ArgumentError, ArgumentTypeError, BackendRejectedError
+from convdispatch.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    BackendRejectedError,
+    BackendUnavailableError,
+)
 from convdispatch.problem import Problem, dtype_of
 
 #: Usual calls of a plan before it gets a short way into its kernel: what is called once is done sooner without.
 _RUNS_BEFORE = 2
-#: Who redoes the images that a transform spoiled, the first that is available.
-_LOCAL = ("im2col", "direct")
+#: Who redoes the images that a transform spoiled, the first that the options allow; the last can do everything.
+_LOCAL = ("im2col", "implicit_gemm", "numba", "direct")
 
 
 @dataclass(frozen=True)
@@ -296,7 +302,7 @@ class Plan:
         if p.epilogue and not fused:
             epilogue.finish(sums, p.epilogue, self._bias, residual)
         if sums is not result:
-            with np.errstate(over="ignore"):  # too large for float16 is infinity, as in any rounding
+            with np.errstate(all="ignore"):  # too large for float16 is infinity, too small is zero, as in any rounding
                 result[...] = sums
 
     def _run_kernel(self, kernel: Kernel, x: Array, residual: Array | None, sums: Array) -> None:
@@ -335,10 +341,23 @@ class Plan:
 
 
 def _local_plan(problem: Problem, filters: Array, bias: Array | None) -> Plan:
-    available = registry.available()
-    backend = next(available[name] for name in _LOCAL if name in available)
-    config = Config(backend.configs(seen_by(backend, problem), "estimate")[0], threads=1)
-    return Plan(problem, Candidate(backend, config), filters, bias)
+    chosen = next(_allowed(problem), None) or Candidate(registry.built_in(_LOCAL[-1]), Config())
+    return Plan(problem, chosen, filters, bias)
+
+
+def _allowed(problem: Problem) -> Iterator[Candidate]:
+    """Yield built-in candidates that do not mix pixels, and that the options in force allow."""
+    options = settings.current()
+    for name in _LOCAL:
+        with contextlib.suppress(BackendUnavailableError):
+            backend = registry.built_in(name)
+            seen = seen_by(backend, problem)
+            if name in options.forbid or backend.rejects(seen):
+                continue
+            for config in backend.configs(seen, "exhaustive"):
+                candidate = Candidate(backend, Config(config, threads=1) if backend.parallel else config)
+                if options.memory_limit is None or candidate.workspace(problem) <= options.memory_limit:
+                    yield candidate
 
 
 def check_filters(problem: Problem, filters: Array, filter_format: str) -> Array:

@@ -314,6 +314,21 @@ def get(name: str) -> Backend:
         raise BackendUnavailableError(f"backend {name!r} is unavailable: {_registry.failed[name]}")
 
 
+def built_in(name: str) -> Backend:
+    """Return one of convdispatch's own backends, whatever is registered under its name, or taken out.
+
+    Raises:
+        BackendUnavailableError: if it cannot be imported here; the message says why.
+    """
+    with _registry.lock:
+        if (backend := _registry.loaded.get(name)) is None:
+            try:
+                backend = _registry.loaded[name] = _instance(name, _registry.found[name]())
+            except ImportError as error:
+                raise BackendUnavailableError(f"backend {name!r} is unavailable: {error}") from error
+        return backend
+
+
 def origin(backend: Backend) -> str:
     """Return where a backend's code is: ``module:name`` of its class, or of the function it was made of."""
     code: Any = backend.function if isinstance(backend, FunctionBackend) else type(backend)

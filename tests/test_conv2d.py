@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from strategies import USABLE_DTYPES, Case, cases, from_format, judge, numbers
 
 import convdispatch
+from convdispatch import reference, registry
 from convdispatch.arguments import Array
 from convdispatch.problem import Problem, dtype_of
 
@@ -592,3 +593,47 @@ def test_results_that_are_not_finite_need_no_warning_from_any_backend(backend: s
         for activation in (None, ("leaky_relu", 0.0)):
             y = convdispatch.conv2d(x, w, bias=bias, activation=activation, backend=backend)
             assert not np.isfinite(y).any()
+
+
+# Images that a transform spoiled --------------------------------------------------------------------------------
+
+LOCAL = ("im2col", "implicit_gemm", "numba", "direct")
+
+
+def _redone(**options: Any) -> str:
+    """Hold that winograd makes the right thing of an image with a NaN in a corner; return who redid it."""
+    x, w = normal(2, 12, 12, 8), normal(3, 3, 8, 8)
+    x[0, 0, 0, 0] = np.nan
+    with convdispatch.options(**options):
+        plan = convdispatch.plan(x, w, backend="winograd")
+        y = plan(x)
+    right = reference.convolve(plan.problem, x, w)
+    np.testing.assert_allclose(y, right, rtol=1e-3, atol=1e-4)
+    assert np.isnan(y).any(axis=-1).sum() == 4
+    assert plan._redo is not None
+    return str(plan._redo.candidate)
+
+
+def test_spoiled_images_are_redone_by_our_own_whatever_bears_their_names() -> None:
+    def wrong(x: Array, w: Array, problem: Problem) -> Array:
+        return np.full((problem.n, problem.oh, problem.ow, problem.k), 42.0, x.dtype)
+
+    for name in LOCAL:
+        registry.unregister(name)
+    for name in ("im2col", "numba"):
+        convdispatch.register(name)(wrong)
+    assert _redone().startswith("im2col(block_kib=")
+
+
+def test_spoiled_images_are_redone_by_who_is_allowed() -> None:
+    for count, name in enumerate(LOCAL):
+        assert _redone(forbid=LOCAL[:count]).startswith(name)
+    assert _redone(forbid=LOCAL).startswith("direct")  # somebody must
+    assert _redone(memory_limit="20KiB").startswith("implicit_gemm")
+
+
+def test_a_low_precision_result_is_rounded_without_a_word_of_how_small_it_is() -> None:
+    x, w = np.full((1, 4, 4, 1), 1e-4, np.float16), np.full((1, 1, 1, 1), 1e-3, np.float16)
+    with np.errstate(all="raise"):
+        for backend in ("implicit_gemm", "direct", "im2col", "fft"):
+            assert convdispatch.conv2d(x, w, backend=backend).max() == np.float16(1e-7)
