@@ -57,6 +57,14 @@ def dtype_name(value: Any) -> str:
     return str(name)
 
 
+def check_same_dtype(input: str, filters: np.dtype[Any]) -> None:
+    """Raise an ``ArgumentTypeError`` unless filters are of the input's dtype, of which this is the name."""
+    if name_of(filters) != input:
+        raise ArgumentTypeError(
+            f"input and filters must have one dtype; got {input} and {filters.name}: convert one with astype"
+        )
+
+
 def make_problem(
     input_shape: Any,
     filter_shape: Any,

@@ -12,7 +12,6 @@ It stands in the profile under ``calibration MACHINE:`` and is made by ``tuning/
 import datetime as dt
 import functools
 import math
-import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 
 from convdispatch import machine, profile, safe_yaml
 from convdispatch.backend import Backend, Candidate, Config, item_bytes
-from convdispatch.errors import ProfileError, ProfileWarning, in_a_line
+from convdispatch.errors import ProfileError, ProfileWarning, in_a_line, warn
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem
 from convdispatch.profile import Profile
@@ -275,5 +274,5 @@ def _from(file: Profile) -> Calibration | None:
     try:
         return parse(here, file.text(key))
     except ProfileError as error:
-        warnings.warn(f"{file.name}: calibration {here} is ignored: {error}", ProfileWarning, stacklevel=3)
+        warn(f"{file.name}: calibration {here} is ignored: {error}", ProfileWarning)
         return None

@@ -21,7 +21,7 @@ from convdispatch import dispatch, machine, quarantine, registry, report
 from convdispatch.cli_bench import bench
 from convdispatch.cli_profile import profile_group
 from convdispatch.cli_validate import calibrate, validate
-from convdispatch.explain import cells, explain_problem, time_text
+from convdispatch.explain import cells, explain_problem
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem
 from convdispatch.profile import DEPLOYMENTS
@@ -172,7 +172,9 @@ def _tune_across(found: Cluster, load: Workload, how: dict[str, Any], *, as_json
         click.echo(f"left out: {left.address}: {left.reason}", err=True)
     told = len(left_out)
     with _bar(len(found.jobs(load, how["deployments"])), "tuning", load.name) as advance:
-        result = found.tune(load, on_progress=lambda host, layer: advance(f"{host or '-'}: {_said(layer)}"), **how)
+        result = found.tune(
+            load, on_progress=lambda host, layer: advance(f"{host or '-'}: {report.said_of(layer)}"), **how
+        )
     if as_json:
         print_json(report.cluster_data(result))
     else:
@@ -187,7 +189,7 @@ def _tune_across(found: Cluster, load: Workload, how: dict[str, Any], *, as_json
 def _progress(total: int, name: str) -> Iterator[Callable[[LayerReport], None]]:
     """Yield what to call with each layer: a bar on a terminal, a line elsewhere; on stderr both."""
     with _bar(total, "tuning", name) as advance:
-        yield lambda layer: advance(_said(layer))
+        yield lambda layer: advance(report.said_of(layer))
 
 
 @contextlib.contextmanager
@@ -203,15 +205,6 @@ def _bar(total: int, doing: str, name: str) -> Iterator[Callable[[str], None]]:
     with Progress(*columns, console=out, transient=True) as bar:
         task = bar.add_task("...", total=total, head=f"{doing} {name}")
         yield lambda said: bar.update(task, advance=1, description=said)
-
-
-def _said(layer: LayerReport) -> str:
-    what = f"{layer.layer.problem} ({layer.deployment})"
-    if layer.entry is None:
-        return f"{what}: {layer.status}{f', {layer.reason}' if layer.reason else ''}"
-    winner = layer.entry.winner
-    busy = f" (busy: {', '.join(layer.busy)})" if layer.busy else ""
-    return f"{what}: {layer.status}, {winner.name} {time_text(winner.median)}{busy}"
 
 
 def _print_tune(result: TuneReport, here: Machine | None = None, hosts: Sequence[str] = ()) -> None:

@@ -18,7 +18,17 @@ from rich.table import Table
 from convdispatch import machine, report
 from convdispatch.errors import ArgumentError
 from convdispatch.explain import time_text
-from convdispatch.terminal import console, explained, json_option, print_json, print_table, profile_option, scope, table
+from convdispatch.terminal import (
+    console,
+    explained,
+    json_option,
+    print_json,
+    print_table,
+    profile_option,
+    scope,
+    table,
+    tell_of_waiting,
+)
 from convdispatch.tuning import workload
 from convdispatch.tuning.bench import SAMPLE, LayerResult, Report, Timing
 from convdispatch.tuning.bench import bench as run_bench
@@ -93,6 +103,8 @@ def bench(
             sample=sample,
             attempts=1 if allow_busy else 2,
             on_progress=_said(len(load.layers)),
+            on_tuned=lambda layer: click.echo(f"tuning {report.said_of(layer)}", err=True),
+            on_wait=tell_of_waiting,
         )
     if as_json:
         print_json(data(found, allow_busy=allow_busy))
@@ -231,7 +243,7 @@ def _lines(found: Report, *, allow_busy: bool, verbose: bool) -> list[str]:
     if absent and not verbose:
         lines.append("'-' is an engine that did not do a layer; --verbose says why")
     if not found.compared:
-        return [*lines, "no verdict: there is nothing to compare"]
+        return [*lines, "no verdict: there is nothing to compare with"]
     if found.busy and not allow_busy:
         said = [f"  {line}" for line in found.busy]
         return [*lines, "busy: no verdict. Measure on an idle machine, or see the numbers with --allow-busy:", *said]

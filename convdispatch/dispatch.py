@@ -4,7 +4,7 @@ import contextlib
 import functools
 import math
 import shlex
-import warnings
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from convdispatch import arguments, heuristic, machine, profile, quarantine, registry, settings, transfer
-from convdispatch.arguments import Array, as_array, name_of
+from convdispatch.arguments import Array, as_array
 from convdispatch.backend import Candidate, Config, Effort, item_bytes, seen_by
 from convdispatch.errors import (
     ArgumentError,
@@ -21,6 +21,7 @@ from convdispatch.errors import (
     BackendRejectedError,
     ProfileMissError,
     ProfileWarning,
+    warn,
 )
 from convdispatch.locks import module_lock
 from convdispatch.plan import Evidence, Plan, check_bias, check_filters
@@ -40,7 +41,7 @@ _measured: set[Key] = set()
 #: Bytes of a result that may be too much for memory.
 _HUGE = 1 << 32
 #: Seconds to wait for another thread that measures the same: a backend that does so of itself is not to hang.
-_LONGEST_WAIT = 60.0
+_LONGEST_WAIT, _BETWEEN_LOOKS = 60.0, 0.005
 
 
 class _Turns:
@@ -56,19 +57,26 @@ class _Turns:
 
     @contextlib.contextmanager
     def of(self, key: Key) -> Iterator[bool]:
-        """Yield whether the block may measure, which is then alone to do so."""
+        """Yield whether the block may measure, which is then alone to do so; if another did, it has ended."""
         with self._change:
             mine = self._turn.acquire(blocking=False)
-            waits = not mine and self._key == key
             if mine:
                 self._key = key
-        if waits:
-            mine = self._turn.acquire(timeout=_LONGEST_WAIT)
+        if not mine:
+            self._wait_while(key)
         try:
             yield mine
         finally:
             if mine:
-                self._turn.release()
+                with self._change:
+                    self._key = None
+                    self._turn.release()
+
+    def _wait_while(self, key: Key) -> None:
+        """Wait as long as just this is being measured."""
+        end = time.monotonic() + _LONGEST_WAIT
+        while self._key == key and time.monotonic() < end:
+            time.sleep(_BETWEEN_LOOKS)
 
 
 _turns = _Turns()
@@ -127,7 +135,7 @@ def _miss(problem: Problem, deployment: str, options: Options, why: str = "") ->
     told = miss_text(problem, deployment, options) + why
     if options.on_miss == "raise":
         raise ProfileMissError(told)
-    warnings.warn(f"{told}; the estimate decides", ProfileWarning, stacklevel=2)
+    warn(f"{told}; the estimate decides", ProfileWarning)
 
 
 def miss_text(problem: Problem, deployment: str, options: Options) -> str:
@@ -190,7 +198,7 @@ def _forced(problem: Problem, deployment: str, forced: tuple[str, Config | None]
     if reason := backend.rejects(seen_by(backend, problem)):
         raise BackendRejectedError(f"backend {name!r} cannot do {problem}: {reason}")
     if held := quarantine.of(backend):
-        warnings.warn(f"backend={name!r} is used as asked, but {held}", ProfileWarning, stacklevel=2)
+        warn(f"backend={name!r} is used as asked, but {held}", ProfileWarning)
     if config is not None:
         Candidate(backend, config).check_keys(problem)
         given = {"threads": heuristic.thread_budget(options)} if backend.parallel else {}
@@ -238,8 +246,8 @@ def _allows(result: Result, problem: Problem, options: Options, held: quarantine
         if backend.version != result.version or quarantine.of(backend, held) or heuristic.refusal(backend, problem):
             return False
         workspace = Candidate(backend, result.config).workspace(problem)
-    except Exception as error:  # noqa: BLE001  # somebody's backend is no reason for the others to stop
-        warnings.warn(f"profile: {result.name} for {problem} is ignored: {error}", ProfileWarning, stacklevel=2)
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # somebody's backend must not stop the others
+        warn(f"profile: {result.name} for {problem} is ignored: {error}", ProfileWarning)
         return False
     if not heuristic.fits_memory(workspace, options):
         return False
@@ -267,13 +275,14 @@ def _tuned(problem: Problem, deployment: str, options: Options) -> Decision | No
     key = key_for(problem, deployment, options)
     everyone = registry.available()
     with _turns.of(key) as mine:
-        if not mine:
-            return None
         known = profile.find(key)
         settled = (found.entry for found in known if found.exact and not found.entry.is_busy)
         if any(tuner.suffices(entry, effort, everyone) for entry in settled):
             # Another thread has measured it meanwhile; or nothing measured is allowed, and doing so again is no use.
             return _from_profile(known, problem, options, exact=True)
+        if not mine:
+            profile.forget_decisions()  # so that a later call comes here again
+            return None
         try:
             old = known[0].entry if known else None
             with session():
@@ -282,7 +291,7 @@ def _tuned(problem: Problem, deployment: str, options: Options) -> Decision | No
                     sparing=old is None or not old.is_busy,
                 )  # fmt: skip
         except BackendError as error:
-            warnings.warn(f"tuning {problem} failed: {error}", ProfileWarning, stacklevel=2)
+            warn(f"tuning {problem} failed: {error}", ProfileWarning)
             return None
         tuner.keep(outcome.entry)
         _measured.add(key)
@@ -294,7 +303,9 @@ def _estimated(answers: Sequence[Found], problem: Problem, deployment: str, opti
     usable, refused = heuristic.usable(problem, options)
     allowed = [backend for backend in usable.values() if heuristic.accurate_by_kind(backend, problem, options)]
     ranking = transfer.rank(problem, allowed, heuristic.thread_budget(options), deployment)
-    measured, not_these = _errors(answers), []
+    measured = _errors(answers)
+    unmeasured = [name for name, backend in usable.items() if backend not in allowed]
+    not_these = [f"{', '.join(unmeasured)}: accuracy={options.accuracy!r} needs errors measured"] if unmeasured else []
     # What third parties promise of themselves is unchecked: they are for those whom nothing else is left to.
     trusted = sorted(ranking.estimates, key=lambda each: not registry.is_built_in(each.candidate.backend))
     for estimate in trusted:
@@ -307,7 +318,7 @@ def _estimated(answers: Sequence[Found], problem: Problem, deployment: str, opti
             continue
         try:
             fits = heuristic.fits_memory(candidate.workspace(problem), options)
-        except Exception as error:  # noqa: BLE001  # somebody's backend is no reason for the others to stop
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # somebody's backend must not stop the others
             not_these.append(f"{candidate}: its workspace raised {type(error).__name__}: {error}")
             continue
         if fits:
@@ -315,9 +326,10 @@ def _estimated(answers: Sequence[Found], problem: Problem, deployment: str, opti
             said = f"{estimate.seconds * 1e6:.4g} us predicted{basis}"
             return Decision(candidate, Evidence("estimate", said))
     reasons = "; ".join([*(f"{name}: {reason}" for name, reason in refused.items()), *not_these])
-    limits = f", memory_limit={options.memory_limit}" if options.memory_limit is not None else ""
+    limits = f", forbid={options.forbid}" if options.forbid else ""
+    limits += f", memory_limit={options.memory_limit}" if options.memory_limit is not None else ""
     raise BackendRejectedError(
-        f"no backend may do {problem} under accuracy={options.accuracy!r}, forbid={options.forbid}{limits}"
+        f"no backend may do {problem} under accuracy={options.accuracy!r}{limits}"
         + (f" ({reasons})" if reasons else "")
     )
 
@@ -380,7 +392,7 @@ def _plain_plan(problem: Problem, filters: Array, bias: Array | None, deployment
             _miss(problem, deployment, options, f" ({decision.candidate} is in it, but: {error})")
         else:
             said = f"profile: {decision.candidate} for {problem} is ignored: {error}"
-            warnings.warn(said, ProfileWarning, stacklevel=4)
+            warn(said, ProfileWarning)
         fallback = _estimated(profile.find(key_for(problem, deployment, options)), problem, deployment, options)
         return Plan(problem, fallback.candidate, filters, bias, fallback.evidence)
 
@@ -424,10 +436,7 @@ def checked(
         **how: strides, padding, data_format, dilations, groups, activation.
     """
     weights = as_array("filters", filters)
-    if name_of(weights.dtype) != dtype:
-        raise ArgumentTypeError(
-            f"input and filters must have one dtype; got {dtype} and {weights.dtype.name}: convert one with astype"
-        )
+    arguments.check_same_dtype(dtype, weights.dtype)
     problem = arguments.make_problem(
         input_shape, weights.shape, dtype, filter_format=filter_format, bias=bias is not None, residual=residual, **how
     )

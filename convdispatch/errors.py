@@ -20,6 +20,10 @@
 profile were not there.
 """
 
+import sys
+import warnings
+from types import FrameType
+
 
 class ConvDispatchError(Exception):
     """The base of every error raised by convdispatch."""
@@ -79,6 +83,19 @@ class ConvDispatchWarning(UserWarning):
 
 class ProfileWarning(ConvDispatchWarning):
     """A profile, or one entry of it, was passed over; the message says which and why."""
+
+
+def warn(said: str, category: type[ConvDispatchWarning] = ConvDispatchWarning) -> None:
+    """Warn whoever called convdispatch: the line that is shown is theirs."""
+    level, frame = 1, sys._getframe()  # noqa: SLF001  # what the interpreter has for this
+    while frame.f_back is not None and _is_ours(frame):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(said, category, stacklevel=level)
+
+
+def _is_ours(frame: FrameType) -> bool:
+    name = frame.f_globals.get("__name__", "")
+    return name.partition(".")[0] == "convdispatch" or name in {"contextlib", "functools"}
 
 
 def in_a_line(said: object, limit: int | None = None) -> str:

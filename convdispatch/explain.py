@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from convdispatch import arguments, dispatch, heuristic, machine, profile, settings, transfer
 from convdispatch.backend import Backend, Candidate
 from convdispatch.dispatch import Decision
@@ -142,6 +144,8 @@ def explain(
         ArgumentError, ArgumentTypeError: as ``conv2d``.
     """
     name = arguments.dtype_name(getattr(input, "dtype", getattr(filters, "dtype", dtype)))
+    if hasattr(filters, "dtype"):
+        arguments.check_same_dtype(name, np.dtype(filters.dtype))
     problem = arguments.make_problem(
         getattr(input, "shape", input), getattr(filters, "shape", filters), name, strides, padding, data_format,
         dilations, groups, filter_format, activation, bias=bias, residual=residual,
@@ -251,7 +255,7 @@ def _workspace(candidate: Candidate, problem: Problem) -> tuple[int | None, str]
     """Return a candidate's workspace, or None and why it cannot be told."""
     try:
         return candidate.workspace(problem), ""
-    except Exception as error:  # noqa: BLE001  # somebody's backend is no reason to explain nothing
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # somebody's backend is no reason to explain nothing
         return None, f"its workspace raised {type(error).__name__}: {error}"
 
 
@@ -259,7 +263,7 @@ def _unranked(backend: Backend, key: Key) -> tuple[Candidate | None, str]:
     """Return the default candidate of a backend that ranking passed over, or None and why there is none."""
     try:
         candidates = heuristic.candidates_of(backend, key.problem, key.threads, "estimate")
-    except Exception as error:  # noqa: BLE001  # somebody's backend is no reason to say nothing of the others
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # somebody's backend is no reason to say nothing of the others
         return None, f"its configs raised {type(error).__name__}: {error}"
     return (candidates[0], "") if candidates else (None, "it has no configs")
 
@@ -268,5 +272,5 @@ def _estimate(candidate: Candidate, problem: Problem) -> float | None:
     """Return what a backend says of a candidate that is not among those it ranked, such as one from a profile."""
     try:
         return candidate.estimate(problem, machine.current())
-    except Exception:  # noqa: BLE001
+    except (Exception, SystemExit):  # noqa: BLE001
         return None

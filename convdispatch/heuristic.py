@@ -1,13 +1,12 @@
 """Which candidates there are for a problem, which of them are allowed, and how they rank without running them."""
 
 import functools
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from convdispatch import machine, quarantine, registry
 from convdispatch.backend import Backend, Candidate, Config, Effort, seen_by
-from convdispatch.errors import ConvDispatchWarning
+from convdispatch.errors import warn
 from convdispatch.problem import Problem
 from convdispatch.settings import Options
 
@@ -80,7 +79,7 @@ def refusal(backend: Backend, problem: Problem) -> str | None:
     """Return why a backend cannot do a problem, or None; one that raises cannot."""
     try:
         return backend.rejects(seen_by(backend, problem))
-    except Exception as error:  # noqa: BLE001  # somebody's backend is no reason for the others to stop
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # somebody's backend must not stop the others
         return f"its rejects raised {type(error).__name__}: {error}"
 
 
@@ -93,11 +92,9 @@ def rank(problem: Problem, backends: Iterable[Backend], threads: int, effort: Ef
         try:
             candidates = candidates_of(backend, problem, threads, effort)
             estimates = [Estimate(each, each.estimate(problem, here)) for each in candidates]
-        except Exception as error:  # noqa: BLE001
+        except (Exception, SystemExit) as error:  # noqa: BLE001
             become = "has no estimate" if candidates else "is passed over"
-            warnings.warn(
-                f"backend {backend.name!r} {become} for {problem}: {error!r}", ConvDispatchWarning, stacklevel=2
-            )
+            warn(f"backend {backend.name!r} {become} for {problem}: {error!r}")
             estimates = [Estimate(each, None) for each in candidates]
         found += estimates
     return sorted(found, key=lambda estimate: float("inf") if estimate.seconds is None else estimate.seconds)

@@ -11,7 +11,6 @@ with evidence that says what differs, until that problem is tuned there.
 import contextlib
 import functools
 import stat
-import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from convdispatch import fingerprint, machine, safe_file, safe_yaml, settings
-from convdispatch.errors import ConvDispatchError, ProfileError, ProfileWarning, in_a_line
+from convdispatch.errors import ConvDispatchError, ProfileError, ProfileWarning, in_a_line, warn
 from convdispatch.locks import module_lock
 from convdispatch.machine import Machine
 from convdispatch.profile_text import (
@@ -41,6 +40,7 @@ from convdispatch.profile_text import (
     first_shape,
     parse_entry,
     parse_key,
+    parse_machine,
     signature,
 )
 
@@ -138,7 +138,7 @@ class Profile:
         return found
 
     def broken(self) -> dict[str, str]:
-        """Return the keys of what should be entries and cannot be read, with where and why; nothing is warned of."""
+        """Return the keys of entries and machines that cannot be read, with where and why; nothing is warned of."""
         return {key: said for key in self._places if (said := self._complaint(key))}
 
     def doubled(self) -> dict[str, tuple[int, ...]]:
@@ -160,9 +160,13 @@ class Profile:
         return len(self._places[key]) > 1 and len(set(self._texts(key))) > 1
 
     def _complaint(self, key: str) -> str:
-        if self._chunks[self._places[key][-1]].is_entry and self._parsed.get(key) is None:
+        is_entry = self._chunks[self._places[key][-1]].is_entry
+        if (is_entry and self._parsed.get(key) is None) or key.startswith(MACHINE):
             try:
-                self._parsed[key] = self._read(parse_key(key), key)
+                if is_entry:
+                    self._parsed[key] = self._read(parse_key(key), key)
+                else:
+                    parse_machine(self._texts(key)[-1])
             except Exception as error:  # noqa: BLE001  # as in _parse
                 return f"line {self._lines(key)[-1]}: {in_a_line(error)}"
         return ""
@@ -174,8 +178,7 @@ class Profile:
             for key in self._places:
                 if key.startswith(MACHINE):
                     try:
-                        fields = next(iter(safe_yaml.load(self._texts(key)[-1]).values()))
-                        self._machines[key.removeprefix(MACHINE).strip()] = dict(fields)
+                        self._machines[key.removeprefix(MACHINE).strip()] = parse_machine(self._texts(key)[-1])
                     except Exception as error:  # noqa: BLE001  # as in _parse
                         self._warn(key, error)
         return self._machines
@@ -254,7 +257,7 @@ class Profile:
         if self._is_doubled(text):
             *before, last = self._lines(text)
             said = f"entry {text!r:.120} stands at lines {', '.join(map(str, before))} and {last}: the last counts"
-            warnings.warn(f"{self.name}: {said}", ProfileWarning, stacklevel=2)
+            warn(f"{self.name}: {said}", ProfileWarning)
         try:
             return self._read(key, text)
         except Exception as error:  # noqa: BLE001  # whatever a hand-made or hostile text brings about is a miss
@@ -264,7 +267,7 @@ class Profile:
     def _warn(self, text: str, error: Exception) -> None:
         line = self._lines(text)[-1]
         said = f"entry {text!r:.120} is ignored: {in_a_line(error)}"
-        warnings.warn(f"{self.name}, line {line}: {said}", ProfileWarning, stacklevel=2)
+        warn(f"{self.name}, line {line}: {said}", ProfileWarning)
 
 
 @functools.cache
@@ -429,7 +432,7 @@ class _Store:
         try:
             profile = read(path) if stamp else Profile("", str(path))
         except ProfileError as error:
-            warnings.warn(f"profile ignored: {error}", ProfileWarning, stacklevel=2)
+            warn(f"profile ignored: {error}", ProfileWarning)
             profile = Profile("", str(path))
         self.files[path] = stamp, profile
         return profile

@@ -178,7 +178,7 @@ class _Layer:
         for complaint in _complaints(entry):
             yield self.finding("unusable config", about, complaint, self.tune(entry.key, "--retune"))
         if entry.flags:
-            command = self.tune(entry.key, "--retune")
+            command = self.tune(entry.key, *[] if entry.is_busy else ["--retune"])
             yield self.finding("flagged", about, ", ".join(entry.flags), command)
 
     def _foreign(self, contents: Profile, machine_id: str, keys: Sequence[Key]) -> Finding:
@@ -215,5 +215,5 @@ def _complaints(entry: Entry) -> Iterator[str]:
         try:
             candidate.check_keys(problem)
             candidate.workspace(problem)
-        except Exception as error:  # noqa: BLE001  # whatever a backend raises
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever a backend raises
             yield f"{result.name}: {error}"

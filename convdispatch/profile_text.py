@@ -197,6 +197,18 @@ def dump_machine(machine_id: str, fields: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def parse_machine(text: str) -> dict[str, Any]:
+    """Read a machine's section: its fields as in ``Machine.describe``.
+
+    Raises:
+        ProfileError: if it is something else.
+    """
+    fields = next(iter(safe_yaml.load(text).values()))
+    if not isinstance(fields, dict):
+        raise ProfileError(f"a machine must be described by names and values; got {fields!r:.60}")
+    return fields
+
+
 def rounded(value: float) -> float:
     """Return a number with the digits that a measurement is good for."""
     return float(f"{value:.4g}")
@@ -281,6 +293,18 @@ def _interval(data: Any) -> tuple[float, float] | None:
     return ends[0] / 1e6, ends[1] / 1e6
 
 
+def _when(data: Any) -> str:
+    """Return the date, as ISO 8601; empty where there is none."""
+    tuned = data.get("tuned", "")
+    text = tuned.isoformat() if isinstance(tuned, dt.date) else tuned  # a datetime is a date, too
+    try:
+        if text != "":
+            dt.datetime.fromisoformat(text)
+        return str(text)
+    except (TypeError, ValueError):
+        raise ProfileError(f"tuned must be a date such as 2026-11-22T18:50:00+00:00; got {tuned!r:.60}") from None
+
+
 def _flags(data: Any) -> tuple[str, ...]:
     flags = data.get("flags") or []
     if not isinstance(flags, list) or not all(isinstance(flag, str) and flag.isidentifier() for flag in flags):
@@ -342,10 +366,8 @@ def parse_entry(key: Key, data: Any) -> Entry:
     effort = data.get("effort")
     if effort not in settings.EFFORTS:
         raise ProfileError(f"effort must be one of {', '.join(settings.EFFORTS)}; got {effort!r:.60}")
-    tuned = data.get("tuned", "")
-    when = tuned.isoformat() if isinstance(tuned, dt.datetime | dt.date) else str(tuned)
     others = sorted((result for result in results if result is not chosen), key=lambda result: result.median)
-    return Entry(key, (chosen, *others), tuple(failures), effort, when, _flags(data), _lost_before(data))
+    return Entry(key, (chosen, *others), tuple(failures), effort, _when(data), _flags(data), _lost_before(data))
 
 
 def parse_key(text: str) -> Key:

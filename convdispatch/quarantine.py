@@ -17,14 +17,13 @@ import datetime as dt
 import functools
 import re
 import textwrap
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from convdispatch import fingerprint, machine, profile, registry, safe_yaml
 from convdispatch.backend import Backend, Candidate, Config
-from convdispatch.errors import ConvDispatchError, ProfileError, ProfileWarning, in_a_line
+from convdispatch.errors import ConvDispatchError, ProfileError, ProfileWarning, in_a_line, warn
 from convdispatch.problem import Problem
 from convdispatch.profile import Profile
 
@@ -179,7 +178,7 @@ def _keep(texts: Mapping[str, str | None]) -> None:
     try:
         profile.write(profile.writable_path(), (), machine.current(), texts)
     except ProfileError as error:
-        warnings.warn(f"the quarantine is kept for this process only: {error}", ProfileWarning, stacklevel=3)
+        warn(f"the quarantine is kept for this process only: {error}", ProfileWarning)
 
 
 def _dumped(one: Quarantine) -> str:
@@ -198,7 +197,7 @@ def _parsed(key: str, text: str) -> Quarantine | None:
         return _read(key, text)
     except _UNREADABLE as error:
         said = in_a_line(error)
-        warnings.warn(f"profile: {key!r:.120} is ignored: {said}", ProfileWarning, stacklevel=2)
+        warn(f"profile: {key!r:.120} is ignored: {said}", ProfileWarning)
         return None
 
 

@@ -8,7 +8,6 @@ import importlib
 import inspect
 import pkgutil
 import re
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -24,9 +23,9 @@ from convdispatch.errors import (
     BackendError,
     BackendUnavailableError,
     ConvDispatchError,
-    ConvDispatchWarning,
     RegistrationError,
     UnknownBackendError,
+    warn,
 )
 from convdispatch.locks import module_rlock
 from convdispatch.machine import Machine
@@ -367,9 +366,7 @@ def _doubt(forbidden: tuple[str, ...]) -> None:
         if name in _registry.doubted or name in _registry.registered or name in _registry.found:
             continue
         _registry.doubted.add(name)
-        warnings.warn(
-            f"forbid names {name!r}, which forbids nothing: {_unknown(name)}", ConvDispatchWarning, stacklevel=3
-        )
+        warn(f"forbid names {name!r}, which forbids nothing: {_unknown(name)}")
 
 
 def unavailable() -> dict[str, str]:

@@ -29,6 +29,16 @@ def _ratio(entry: Entry, backend: str | None) -> float | None:
     return max(times.values()) if backend is None else times.get(backend)
 
 
+def said_of(layer: LayerReport) -> str:
+    """Return what became of a layer, in a line."""
+    what = f"{layer.layer.problem} ({layer.deployment})"
+    if layer.entry is None:
+        return f"{what}: {layer.status}{f', {layer.reason}' if layer.reason else ''}"
+    winner = layer.entry.winner
+    busy = f" (busy: {', '.join(layer.busy)})" if layer.busy else ""
+    return f"{what}: {layer.status}, {winner.name} {time_text(winner.median)}{busy}"
+
+
 def tune_cells(layer: LayerReport) -> tuple[str, ...]:
     """Return a layer as texts: layer, count, problem, winner, time, GFLOP/s, vs worst, vs direct."""
     name, problem = layer.layer.name, layer.layer.problem

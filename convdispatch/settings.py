@@ -7,13 +7,12 @@ import functools
 import operator
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
-from convdispatch.errors import ArgumentError, ArgumentTypeError, ConvDispatchWarning
+from convdispatch.errors import ArgumentError, ArgumentTypeError, warn
 
 PREFIX = "CONVDISPATCH_"
 TUNING = ("off", "on-miss", "online", "replay")
@@ -97,6 +96,8 @@ def _path(value: Any) -> Path | None:
         return None
     if not isinstance(value, str | os.PathLike):
         raise ArgumentTypeError(f"profile must be a file's path; got {value!r}")
+    if "\0" in os.fspath(value):
+        raise ArgumentError(f"profile must be a file's path, which no NUL is part of; got {value!r}")
     return Path(value).expanduser()
 
 
@@ -174,11 +175,7 @@ def from_environment() -> Options:
         if variable.startswith(PREFIX) and variable not in known:
             near = difflib.get_close_matches(variable, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(known))}"
-            warnings.warn(
-                f"environment variable {variable} means nothing to convdispatch{hint}",
-                ConvDispatchWarning,
-                stacklevel=2,
-            )
+            warn(f"environment variable {variable} means nothing to convdispatch{hint}")
     values = {}
     for name, row in TABLE.items():
         values[name] = _from_variable(name, row)
@@ -191,7 +188,7 @@ def _from_variable(name: str, row: tuple[Callable[[Any], Any], Any, str]) -> Any
     try:
         return default if given is None else parse(given)
     except (ArgumentError, ArgumentTypeError) as error:
-        warnings.warn(f"environment variable {variable} is ignored: {error}", ConvDispatchWarning, stacklevel=3)
+        warn(f"environment variable {variable} is ignored: {error}")
         return default
 
 

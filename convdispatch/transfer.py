@@ -144,7 +144,7 @@ def _estimates_as_then(backend: Backend, neighbour: Neighbour, row: Row) -> bool
         try:
             problem = Problem.parse(neighbour.text)
             now = Candidate(backend, row.config).estimate(problem, machine.current())
-        except Exception:  # noqa: BLE001  # a backend that cannot estimate what it was measured on has changed
+        except (Exception, SystemExit):  # noqa: BLE001  # a backend that cannot estimate what it was measured on has changed
             now = None
         known[neighbour.here] = now is not None and abs(math.log(max(now, 1e-12) / row.estimate)) < _SAME
     return known[neighbour.here]

@@ -379,6 +379,13 @@ def test_wrong_results_are_named_and_not_timed() -> None:
 
 
 @pytest.mark.usefixtures("importable")
+def test_nothing_is_tuned_or_measured_where_no_other_engine_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("convdispatch.tuning.tuner.tune", None)
+    found = bench(workload.load(SMALL), [HERE + "Missing"], rounds=2, own=HERE + "Right", watch=Scripted)
+    assert (list(found.missing), found.layers, found.peak) == ([HERE + "Missing"], (), None)
+
+
+@pytest.mark.usefixtures("importable")
 def test_engines_that_are_missing_crash_or_raise_leave_the_rest_alone() -> None:
     report = run("Missing", "Crashing", "Raising", "Choosing")
     timings = report.layers[0].timings

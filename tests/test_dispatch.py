@@ -23,6 +23,7 @@ from convdispatch.errors import (
     ArgumentTypeError,
     BackendRejectedError,
     ConvDispatchError,
+    ConvDispatchWarning,
     ProfileWarning,
     UnknownBackendError,
 )
@@ -208,6 +209,14 @@ def test_a_number_for_accuracy_wants_transforms_measured_first(three: dict[str, 
         assert chosen() == ("quick", "estimate")
         know(result("spectral"))
         assert chosen() == ("spectral", "profile")
+
+
+def test_an_accuracy_that_was_measured_of_nobody_says_so(three: dict[str, Scripted]) -> None:
+    with settings.options(accuracy=1e-20), pytest.raises(BackendRejectedError) as raised:
+        chosen()
+    assert str(raised.value).endswith(
+        "under accuracy=1e-20 (quick, steady, spectral: accuracy=1e-20 needs errors measured)"
+    )
 
 
 def test_nothing_unknown_is_chosen_unmeasured(clock: FakeClock) -> None:
@@ -434,6 +443,51 @@ def test_who_misses_another_key_meanwhile_takes_the_estimate(three: dict[str, Sc
             assert set(asked) == {("quick", "estimate")}
             three["steady"].seconds = 1.0
             assert chosen(OTHER)[1] == "tuned"
+
+
+def test_who_was_not_let_measure_asks_again_even_if_the_other_failed(three: dict[str, Scripted]) -> None:
+    def ask() -> tuple[str, str]:
+        with settings.options(tuning="on-miss"):
+            return chosen(OTHER)
+
+    with ThreadPoolExecutor(1) as pool:
+
+        def meanwhile(call: int) -> float:
+            if len(asked) < 1:
+                asked.append(pool.submit(ask).result(timeout=60))
+            raise ValueError("scripted")
+
+        asked: list[tuple[str, str]] = []
+        usual = {name: backend.seconds for name, backend in three.items()}
+        for backend in three.values():
+            backend.seconds = meanwhile
+        with settings.options(tuning="on-miss"), pytest.warns(ProfileWarning, match="tuning .* failed"):
+            assert chosen()[1] == "estimate"
+        assert [source for _, source in asked] == ["estimate"]
+        for name, backend in three.items():
+            backend.seconds = usual[name]
+    assert ask()[1] == "tuned"
+
+
+def test_a_warning_shows_the_line_that_called_convdispatch() -> None:
+    x = np.ones((1, 4, 4, 2), np.float32)
+    with convdispatch.options(forbid="nonesuch"), pytest.warns(ConvDispatchWarning) as told:
+        convdispatch.conv2d(x, np.ones((1, 1, 2, 2), np.float32))
+    assert [one.filename for one in told] == [__file__]
+
+
+@pytest.mark.parametrize("hook", ["rejects", "configs", "estimate", "workspace"])
+def test_a_third_partys_hook_cannot_end_the_program(hook: str, three: dict[str, Scripted]) -> None:
+    def leave(*_: Any) -> Any:
+        raise SystemExit(3)
+
+    rude = Scripted("rude", FakeClock())
+    setattr(rude, hook, leave)
+    registry.register(rude)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvDispatchWarning)
+        assert chosen()[0] in three
+        assert explain_problem(PROBLEM).chosen is not None
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
@@ -848,6 +902,16 @@ def test_what_a_third_party_promises_puts_nobody_out() -> None:
     slow = Estimate(Candidate(registry.get("im2col"), Config()), 1.0)
     assert heuristic.worth_measuring([boast, honest, slow], "measure") == ([boast.candidate, honest.candidate], [slow])
     assert heuristic.worth_measuring([boast], "measure") == ([boast.candidate], [])
+
+
+def test_what_is_explained_is_what_a_call_would_take() -> None:
+    with pytest.raises(ArgumentTypeError, match="one dtype; got float32 and float64"):
+        explain(np.ones((1, 4, 4, 2), np.float32), np.ones((1, 1, 2, 2)))
+
+
+def test_a_profiles_path_without_sense_is_refused_where_it_is_named() -> None:
+    with pytest.raises(ArgumentError, match="no NUL is part of"), settings.options(profile="a\0b"):
+        pass
 
 
 def test_explaining_goes_on_where_a_workspace_raises() -> None:

@@ -315,6 +315,8 @@ def damaged(text: str) -> Iterator[tuple[str, str]]:
         yield f"100000 times {opening}", text.replace("  effort:", f"  deep: {opening * 100_000}\n  effort:", 1)
     yield "a key of a megabyte", text.replace("  effort:", f"  {'k' * 2**20}: 1\n  effort:", 1)
     yield "control characters", text.replace("effort: measure", "effort: \x00\x07measure", 1)
+    for bad in ("yesterday", "2026", "[2026-11-22]", "'2026-13-01'", "null"):
+        yield f"tuned {bad}", re.sub(r"tuned: .*", f"tuned: {bad}", text, count=1)
     yield "a tab", text.replace("  effort:", "\teffort:", 1)
 
 

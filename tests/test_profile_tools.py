@@ -387,7 +387,7 @@ def test_the_doctor_finds_each_thing_and_names_the_command_that_mends_it(path: P
     tune = f"convdispatch tune '2x6x6x2 * 3x3x2x3 SAME' --deployment plan --threads 2 {where}"
     assert found["stale"].command == tune
     assert found["stale"].reason == f"fft was version 0, is {registry.get('fft').version}"
-    assert found["flagged"].command.endswith(f"--retune {where}")
+    assert found["flagged"].command == f"convdispatch tune '{OTHER}' --deployment plan --threads 2 {where}"
     assert "there is no such backend here" in found["unknown backend"].reason
     assert found["other machine"].command == f"convdispatch profile prune --machine far {where}"
     assert found["quarantined"].reason == "it crashed (2026-01-01)"
@@ -405,6 +405,21 @@ def test_a_config_that_its_backend_does_not_know_is_found(path: Path, config: di
     finding = examined(path, text_of(entry(row(), measured)))["unusable config"]
     assert re.fullmatch(re.escape(reason).replace(r"\.\*", ".*"), finding.reason)
     assert finding.command.endswith(f"--retune --profile {path}")
+
+
+@pytest.mark.parametrize("fields", [" [1]", " nonsense", "\n  cores: [", ""])
+def test_a_machine_that_cannot_be_read_is_found_and_pruned_as_broken(path: Path, fields: str) -> None:
+    good = text_of(entry())
+    start = good.index(f"machine {HERE.id}:")
+    end = good.index("\n\n", start)
+    finding = examined(path, f"{good[:start]}machine {HERE.id}:{fields}{good[end:]}")["unreadable"]
+    assert finding.about == f"machine {HERE.id}"
+    assert "line " in finding.reason
+    assert finding.command == f"convdispatch profile prune --broken --profile {path}"
+    done = prune(profile.read(path), Selection(broken=True))
+    path.write_text(profile.read(path).changed(done.changes))
+    profile.write(path, (), HERE)
+    assert examined(path, path.read_text()) == {}
 
 
 def test_a_quarantine_of_the_version_in_use_here_is_wrong(path: Path) -> None:

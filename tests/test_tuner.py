@@ -174,7 +174,7 @@ def test_when_nobody_can_do_it_the_error_names_everybody(clock: FakeClock) -> No
 
 def test_when_nobody_takes_it_the_error_says_so(clock: FakeClock) -> None:
     only(Scripted("picky", clock, reason="not this"))
-    with pytest.raises(BackendError, match="no backend takes it"):
+    with pytest.raises(BackendError, match="picky: not this"):
         tune_problem(key(), clock=clock, rules=RULES)
 
 
@@ -696,6 +696,14 @@ def test_an_entry_whose_winner_is_gone_is_measured_again_whoever_takes_part(
         registry.register(Scripted("winner", clock, 2.0, version=version))
     assert names_of(tuned_entry(backends=["other"])) == ["other"]
     assert statuses(tune(PROBLEM, backends=["other"], deployments=["plan"], threads=1)) == ["known"]
+
+
+def test_only_the_backends_that_were_named_take_part_whoever_won_before(clock: FakeClock) -> None:
+    only(Scripted("winner", clock, 0.5), Scripted("other", clock))
+    assert names_of(tuned_entry()) == ["winner", "other"]
+    (layer,) = tune(PROBLEM, backends=["other"], deployments=["plan"], threads=1, retune=True).layers
+    assert layer.entry is not None
+    assert layer.entry.winner.backend == "other"
 
 
 def test_no_time_leaves_everything_but_what_is_known(clock: FakeClock) -> None:

@@ -209,8 +209,10 @@ def bench(
     watch: Callable[[], Watch] | None = None,
     seed: int = 0,
     on_progress: Callable[[LayerResult], None] | None = None,
+    on_tuned: Callable[[tuner.LayerReport], None] | None = None,
+    on_wait: Callable[[str], None] | None = None,
 ) -> Report:
-    """Compare convdispatch with other engines.
+    """Compare convdispatch with other engines; where none of them is to be had, nothing is measured.
 
     Args:
         load: the layers; equal ones are measured once.
@@ -226,17 +228,22 @@ def bench(
         watch: makes what watches the machine during a layer; tests pass their own.
         seed: decides the order within the rounds.
         on_progress: called with each layer's result.
+        on_tuned, on_wait: told of tuning's progress, as by ``tune``.
     """
     started = time.monotonic()
     load = load.distinct()
     budget = settings.parse_threads(threads) or heuristic.thread_budget(settings.current())
-    if effort is not None:
-        tuner.tune(load, effort=effort, threads=budget, deployments=("plan",), allow_busy=True)
     order = random.Random(seed)  # noqa: S311  # shuffling, not secrets
     watch = watch or functools.partial(Watch, budget)
     with EngineField(dict.fromkeys([own, *against]), budget, timeout) as engines:
         results, peaks = [], []
-        for layer in load.layers:
+        there = [name for name in engines.names if name != own and engines.ready(name) is None]
+        if there and effort is not None:
+            tuner.tune(
+                load, effort=effort, threads=budget, deployments=("plan",), allow_busy=True, on_progress=on_tuned,
+                on_wait=on_wait,
+            )  # fmt: skip
+        for layer in load.layers if there else ():
             peaks.append(peak.flops(budget))
             result = _layer(layer, engines, rounds, sample, watch, order)
             for _ in range(attempts - 1):
@@ -246,7 +253,7 @@ def bench(
             if on_progress is not None:
                 on_progress(result)
     elapsed = time.monotonic() - started
-    limit = statistics.median(peaks)
+    limit = statistics.median(peaks) if peaks else None
     return Report(load, budget, rounds, tuple(results), engines.versions, engines.missing, elapsed, limit)
 
 

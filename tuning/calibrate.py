@@ -122,7 +122,7 @@ def _measured(problem: Problem, threads: int, rules: Rules, clock: Clock, failur
     for name, (candidate, _) in known.items():
         try:
             plan = arrays.plan(candidate)
-        except Exception as error:  # noqa: BLE001  # whatever a backend raises, the others go on
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever a backend raises, the others go on
             failures.append(f"{name}: {type(error).__name__}: {error}")
             continue
         runners[name] = arrays.runner(plan)

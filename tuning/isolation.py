@@ -7,13 +7,12 @@ candidate. Each backend has a child of its own, so that none is blamed for what 
 """
 
 import atexit
-import warnings
 import weakref
 from collections.abc import Sequence
 
 from convdispatch import quarantine, registry, settings
 from convdispatch.backend import Backend, Candidate, Config
-from convdispatch.errors import ConvDispatchWarning, in_a_line
+from convdispatch.errors import in_a_line, warn
 from convdispatch.locks import module_rlock
 from convdispatch.problem import Problem
 from convdispatch.profile import Failure
@@ -70,7 +69,7 @@ def _found(problem: Problem, candidate: Candidate) -> Finding:
     finding = found[key]
     if finding.note and backend not in _noted:
         _noted[backend] = finding.note
-        warnings.warn(finding.note, ConvDispatchWarning, stacklevel=2)
+        warn(finding.note)
     return finding
 
 

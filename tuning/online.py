@@ -9,7 +9,6 @@ import atexit
 import functools
 import os
 import threading
-import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 from convdispatch import observe, registry, settings
 from convdispatch.arguments import Array
 from convdispatch.backend import Candidate
-from convdispatch.errors import ConvDispatchWarning
+from convdispatch.errors import warn
 from convdispatch.plan import Evidence, Plan
 from convdispatch.profile import Key
 from convdispatch.settings import Options
@@ -176,9 +175,7 @@ class Online:
             with observe.unwatched(), settings.options(tuning="off"):
                 job()
         except Exception as error:  # noqa: BLE001  # nobody waits for this thread
-            warnings.warn(
-                f"online tuning goes on without a step that failed: {error!r}", ConvDispatchWarning, stacklevel=2
-            )
+            warn(f"online tuning goes on without a step that failed: {error!r}")
         finally:
             with self.lock:
                 self._busy = False
@@ -203,11 +200,7 @@ class Online:
         entry = standings.entry(contest.typical, contest.recent)
         if entry is None:
             said = "; ".join(f"{failure.name}: {failure.reason}" for failure in standings.failures)
-            warnings.warn(
-                f"online tuning of {contest.key.problem}: nobody was found right: {said}",
-                ConvDispatchWarning,
-                stacklevel=2,
-            )
+            warn(f"online tuning of {contest.key.problem}: nobody was found right: {said}")
         elif not options.forbid and options.memory_limit is None and options.accuracy == "standard":
             # Otherwise it stays with this process: what was not allowed took no part, and may be best elsewhere.
             with settings.options(profile=options.profile):

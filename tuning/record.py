@@ -10,13 +10,12 @@ import contextlib
 import os
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from convdispatch import observe, safe_file, settings
-from convdispatch.errors import ArgumentTypeError, ConvDispatchError, ConvDispatchWarning, WorkloadError
+from convdispatch.errors import ArgumentTypeError, ConvDispatchError, WorkloadError, warn
 from convdispatch.locks import module_lock
 from convdispatch.problem import Problem
 from convdispatch.tuning import workload as workloads
@@ -286,7 +285,7 @@ class ProgramRecording(Recording):
                     raise
                 said = f"kept for another attempt: {error}"
         if said:
-            warnings.warn(f"recorded calls are {said}", ConvDispatchWarning, stacklevel=2)
+            warn(f"recorded calls are {said}")
 
     def _move(self, recorded: Workload) -> str:
         """Write to the file or beside it; return what to say of that, if anything."""

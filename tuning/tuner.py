@@ -2,7 +2,6 @@
 
 import functools
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,15 @@ from typing import Any, Literal, cast
 
 from convdispatch import heuristic, machine, observe, profile, quarantine, registry, settings, transfer
 from convdispatch.backend import Backend, Candidate, Effort
-from convdispatch.errors import ArgumentError, BackendError, BusyMachineError, ProfileError, ProfileWarning, in_a_line
+from convdispatch.errors import (
+    ArgumentError,
+    BackendError,
+    BusyMachineError,
+    ProfileError,
+    ProfileWarning,
+    in_a_line,
+    warn,
+)
 from convdispatch.locks import module_lock
 from convdispatch.problem import Problem
 from convdispatch.profile import BUSY, Entry, Failure, Found, Key, Result
@@ -390,7 +397,7 @@ def predicted(result: Result, key: Key) -> float | None:
     backend = registry.get(result.backend)
     try:
         return Candidate(backend, result.config).estimate(key.problem, machine.current())
-    except Exception:  # noqa: BLE001  # a backend that cannot estimate has still been measured
+    except (Exception, SystemExit):  # noqa: BLE001  # a backend that cannot estimate has still been measured
         return None
 
 
@@ -441,11 +448,13 @@ def tune_problem(
     picks = _picks(key, taking_part)
     entrants += picks
     again = rematch(key, effort, entrants, incumbent, picks) if sparing else None
-    entrants += [old for old in still_there(incumbent) if incumbent and old.name == incumbent.winner.name]
+    old_winner = incumbent.winner.name if incumbent else ""
+    entrants += [old for old in still_there(incumbent) if old.name == old_winner and old.backend.name in taking_part]
     rules = rules or RULES[effort]
     measured, again = _raced(key, entrants, again, rules, clock, seconds)
     if not measured.results:
-        said = "; ".join(f"{failure.name}: {failure.reason}" for failure in measured.failures) or _nobody(backends)
+        said = "; ".join(f"{failure.name}: {failure.reason}" for failure in measured.failures)
+        said = said or _nobody(key.problem, taking_part)
         raise BackendError(f"no candidate could do {key.problem}: {said}")
     ordered = _ordered(measured, picks, incumbent, rules.margin)
     entry = Entry(key, tuple(ordered), tuple(measured.failures), effort, flags=(BUSY,) if measured.busy else ())
@@ -495,9 +504,12 @@ def _on_all_threads(results: list[Result], picks: Sequence[Candidate]) -> list[R
     return [row for row in results if row.config.threads >= least] or results
 
 
-def _nobody(backends: dict[str, Backend] | None) -> str:
-    held = [str(kept) for b in (backends or registry.available()).values() if (kept := quarantine.of(b)) is not None]
-    return "; ".join(held) or "no backend takes it"
+def _nobody(problem: Problem, backends: dict[str, Backend]) -> str:
+    """Return why none of the backends takes part."""
+    held = [str(kept) for backend in backends.values() if (kept := quarantine.of(backend)) is not None]
+    refusals = {name: heuristic.refusal(backend, problem) for name, backend in backends.items()}
+    said = [f"{name}: {reason}" for name, reason in refusals.items() if reason]
+    return "; ".join(held or said) or "no backend takes it"
 
 
 def _measure(
@@ -522,7 +534,7 @@ def _measure(
             out = plan(arrays.input, out=arrays.spoiled_output(), residual=arrays.residual)
             verdict = hard_inputs.worse(arrays.judge(candidate, out), candidate, key.problem)
             workspace = candidate.workspace(key.problem)
-        except Exception as error:  # noqa: BLE001  # whatever a backend raises, the others go on
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever a backend raises, the others go on
             fail(name, f"{type(error).__name__}: {error}")
             continue
         if verdict.reason is not None:
@@ -595,4 +607,4 @@ def keep(entry: Entry) -> None:
     try:
         profile.write(profile.writable_path(), [entry], machine.current())
     except ProfileError as error:
-        warnings.warn(f"what tuning learnt is kept for this process only: {error}", ProfileWarning, stacklevel=2)
+        warn(f"what tuning learnt is kept for this process only: {error}", ProfileWarning)

@@ -1,6 +1,5 @@
 """Compiling ahead: every kernel that a workload may need, so that no call has to wait for a compiler."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from convdispatch import heuristic, settings
 from convdispatch.backend import Candidate
 from convdispatch.backends import _machine_code as machine_code
-from convdispatch.errors import BackendError, ConvDispatchWarning
+from convdispatch.errors import BackendError, warn
 from convdispatch.problem import Problem
 from convdispatch.tuning import compile_ahead, isolation
 from convdispatch.tuning import workload as workloads
@@ -56,7 +55,7 @@ def warm_up(
         if on_progress is not None:
             on_progress(layer, fit)
     if complaint := machine_code.complaint():
-        warnings.warn(f"what was compiled serves this process only: {complaint}", ConvDispatchWarning, stacklevel=3)
+        warn(f"what was compiled serves this process only: {complaint}")
     return sum(len(fit) for _, fit in work)
 
 
@@ -68,5 +67,5 @@ def _candidates(problem: Problem) -> list[Candidate]:
     worth, _ = heuristic.worth_measuring(ranked, "measure")
     fit, refused = isolation.admitted(problem.replace(n=min(1, problem.n)), worth)
     for failure in refused:
-        warnings.warn(f"{failure.name} is left out of {problem}: {failure.reason}", ConvDispatchWarning, stacklevel=5)
+        warn(f"{failure.name} is left out of {problem}: {failure.reason}")
     return fit
