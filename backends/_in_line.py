@@ -1,7 +1,7 @@
 """The kernel of ``implicit_gemm`` for lines of output that are long enough: a tile's pixels are neighbours in one.
 
-So they are equally far apart, in the input as in the output, and need no table of addresses; which takes a third of the
-time where sums are short. Rows of taps above or below the image are left out. A window that reaches beside the image is
+So they are equally far apart, in the input as in the output, and need no table of addresses. (To fill one takes a third
+of the time where sums are short.) Rows of taps above or below the image are left out. A window that reaches beside the image is
 copied, with zeros around it. With 1x1 filters of stride 1, all pixels of all images are one line.
 
 Of a group's channels, only a few bytes of each pixel are read, and pixels may lie apart so that all of these want the

@@ -5,7 +5,6 @@ float32, 8: float64) make the vector's type, and are compile-time constants: lit
 kernel closes over. What kernels do with tuples of vectors is in ``_tile``.
 """
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -126,17 +125,6 @@ def load(typing: Any, address: Any, lanes: Any, itemsize: Any) -> tuple[Any, Cod
 
 
 @intrinsic
-def splat(typing: Any, address: Any, lanes: Any, itemsize: Any) -> tuple[Any, Codegen]:
-    """Return a vector whose lanes all are the one value at an address."""
-    vector = Vector(itemsize.literal_value, lanes.literal_value)
-
-    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        return broadcast(b, load_at(b, vector.ir.element, arguments[0], 0, vector.itemsize), vector.lanes)
-
-    return vector(address, lanes, itemsize), codegen
-
-
-@intrinsic
 def save(typing: Any, address: Any, vector: Any) -> tuple[Any, Codegen]:
     """Store a vector at an address."""
 
@@ -145,16 +133,6 @@ def save(typing: Any, address: Any, vector: Any) -> tuple[Any, Codegen]:
         return context.get_dummy_value()
 
     return types.void(address, vector), codegen
-
-
-@intrinsic
-def fma(typing: Any, x: Any, y: Any, z: Any) -> tuple[Any, Codegen]:
-    """Return ``x * y + z`` lane by lane, rounded once."""
-
-    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        return fused_multiply_add(b, arguments[0], arguments[1], arguments[2], x)
-
-    return x(x, y, z), codegen
 
 
 # Bytes that lie side by side.
@@ -209,33 +187,6 @@ def hold(typing: Any, array: Any) -> tuple[Any, Codegen]:
         return context.get_dummy_value()
 
     return types.void(array), codegen
-
-
-# Arithmetic in plain Python.
-
-
-def _elementwise(operation: Any, instruction: str) -> None:
-    """Make an operator of Python work on vectors."""
-
-    @intrinsic
-    def apply(typing: Any, x: Any, y: Any) -> tuple[Any, Codegen]:
-        def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-            return getattr(b, instruction)(*arguments)
-
-        return x(x, y), codegen
-
-    def call(x: Any, y: Any) -> Any:
-        return apply(x, y)
-
-    def choose(x: Any, y: Any) -> Any:
-        return call if isinstance(x, Vector) and x == y else None
-
-    extending.overload(operation)(choose)
-
-
-_elementwise(operator.add, "fadd")
-_elementwise(operator.sub, "fsub")
-_elementwise(operator.mul, "fmul")
 
 
 @extending.overload_attribute(Vector, "lanes")

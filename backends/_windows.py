@@ -20,7 +20,10 @@ def overlap(first: int, count: int, offset: int, stride: int, length: int) -> tu
 
 @compilable
 def taps_inside(start, step, taps, size):  # type: ignore[no-untyped-def]
-    """Return the range of taps that lie inside an axis, the first tap at ``start`` and the others ``step`` apart."""
+    """Return the range of taps that lie inside an axis, the first at ``start`` and the others ``step`` apart.
+
+    Of taps, or of outputs that one tap meets.
+    """
     low = (-start + step - 1) // step if start < 0 else 0
     high = (size - start + step - 1) // step if start < size else 0
     return low, min(high, taps)

@@ -18,6 +18,7 @@ from convdispatch.backend import Backend, Config, Effort, Kernel, item_bytes
 from convdispatch.backends._epilogue import activate
 from convdispatch.backends._jit import array, compilable, integers, njit
 from convdispatch.backends._threads import run_all, split
+from convdispatch.backends._windows import taps_inside
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem, dtype_of
@@ -28,14 +29,6 @@ _LOOPS = ("filters", "channels", "columns")
 FILTERS, CHANNELS, COLUMNS = range(3)
 
 
-@compilable
-def _columns_inside(first, step, width, outputs):  # type: ignore[no-untyped-def]
-    """Return the range of outputs ``o`` for which ``o * step + first`` is in ``0..width``."""
-    low = 0 if first >= 0 else (-first + step - 1) // step
-    high = 0 if first >= width else (width - 1 - first) // step + 1
-    return low, min(high, outputs)
-
-
 # In the loops below, rows are cut out before the innermost loop: an index that starts at 0 needs no check for being
 # negative, and only then do the compiler's vectors come.
 
@@ -43,7 +36,7 @@ def _columns_inside(first, step, width, outputs):  # type: ignore[no-untyped-def
 @compilable
 def _add_by_filters(sums, row, w, k0, c0, first, step):  # type: ignore[no-untyped-def]
     """Add one tap row: ``sums [OW, kb] += row [W, C] * w [C // groups, K]``, filters innermost."""
-    low, high = _columns_inside(first, step, row.shape[0], sums.shape[0])
+    low, high = taps_inside(first, step, sums.shape[0], row.shape[0])
     channels, count = w.shape[0], sums.shape[1]
     whole = channels - channels % 4
     for c in range(0, whole, 4):  # four channels at a time: a sum is loaded and stored once for four products
@@ -68,7 +61,7 @@ def _add_by_filters(sums, row, w, k0, c0, first, step):  # type: ignore[no-untyp
 @compilable
 def _add_by_channels(sums, row, w, k0, first, step):  # type: ignore[no-untyped-def]
     """Add one tap row of a depthwise filter ``w [1, K]``, channels innermost."""
-    low, high = _columns_inside(first, step, row.shape[0], sums.shape[0])
+    low, high = taps_inside(first, step, sums.shape[0], row.shape[0])
     count = sums.shape[1]
     weights = w[0, k0 : k0 + count]
     for o in range(low, high):
@@ -91,7 +84,7 @@ def _add_scaled(total, x, step, weight):  # type: ignore[no-untyped-def]
 @compilable
 def _add_by_columns(sums, row, w, k0, c0, first, step):  # type: ignore[no-untyped-def]
     """Add one tap row into ``sums [kb, OW]``, columns innermost."""
-    low, high = _columns_inside(first, step, row.shape[0], sums.shape[1])
+    low, high = taps_inside(first, step, sums.shape[1], row.shape[0])
     if low >= high:
         return
     start = low * step + first

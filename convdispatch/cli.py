@@ -75,7 +75,10 @@ main.add_command(validate)
 @click.option(
     "--effort", type=click.Choice(list(RULES)), default="measure", show_default=True, help="How hard to look."
 )
-@click.option("--time-limit", type=click.FloatRange(min=0), metavar="SECONDS", help="Most time for the whole run.")
+@click.option(
+    "--time-limit", type=click.FloatRange(min=0), metavar="SECONDS",
+    help="Nothing new begins after so long; what was begun is still compiled, checked and raced for three rounds.",
+)  # fmt: skip
 @threads_option
 @click.option("--backends", metavar="NAME,...", help="Only these backends take part.")
 @click.option(

@@ -17,7 +17,6 @@ from rich.table import Table
 
 from convdispatch import machine, report
 from convdispatch.errors import ArgumentError
-from convdispatch.explain import time_text
 from convdispatch.terminal import (
     console,
     explained,
@@ -35,6 +34,7 @@ from convdispatch.tuning.bench import bench as run_bench
 from convdispatch.tuning.engines import PEERS
 from convdispatch.tuning.race import RULES
 from convdispatch.tuning.workload import Workload
+from convdispatch.units import time_text
 
 BUSY, FAILED = 3, 4
 

@@ -13,11 +13,11 @@ import click
 
 from convdispatch import machine, profile, profile_tools, quarantine, report
 from convdispatch.errors import ProfileError
-from convdispatch.explain import bytes_text, time_text
 from convdispatch.profile import Entry, Key, Profile
 from convdispatch.profile_doctor import Finding, examine
 from convdispatch.profile_tools import Joined, Selection
 from convdispatch.terminal import console, explained, json_option, print_json, print_table, profile_option, scope, table
+from convdispatch.units import bytes_text, time_text
 
 _FEW = 10
 _file = click.Path(path_type=Path, dir_okay=False)
@@ -129,10 +129,11 @@ def _counts_here(entry: Entry, found: Profile) -> str:
 def _entry_cells(entry: Entry, found: Profile) -> tuple[str, ...]:
     key, winner = entry.key, entry.winner
     other = next((result for result in entry.results if result.backend != winner.backend), None)
-    rival = "-" if other is None or not winner.median else f"{other.backend} {other.median / winner.median:.2f}x"
+    rival = "-" if other is None or not winner.median else f"{other.backend} {other.median / winner.median:.3g}x"
     return (
         str(key.problem), key.deployment, str(key.threads), winner.name, time_text(winner.median),
-        f"{winner.spread:.1%}", report.rate_text(key.problem, winner.median), f"{winner.error:.1e}",
+        "-" if winner.rounds < 2 else f"{winner.spread:.1%}", report.rate_text(key.problem, winner.median),
+        f"{winner.error:.1e}",
         bytes_text(winner.workspace), rival, _counts_here(entry, found), ", ".join(entry.flags) or "-", key.machine,
     )  # fmt: skip
 
@@ -279,6 +280,9 @@ def export(target: Path, portable: bool, force: bool, file: Path | None, as_json
     if target.exists() and not force:
         raise ProfileError(f"{target} is there already; --force replaces it, profile merge --into adds to it")
     done = profile_tools.export(profile.read(_place(file)), portable=portable)
+    if done.left_out and not done.entries:
+        why = "; ".join(sorted(set(done.left_out.values())))
+        raise ProfileError(f"nothing would be in {target}: all {len(done.left_out)} entries are left out: {why}")
     profile.replace_file(target, done.text)
     if as_json:
         print_json({"profile": str(target), "entries": done.entries, "left_out": dict(done.left_out)})

@@ -28,6 +28,7 @@ from convdispatch.plan import Evidence, Plan, check_bias, check_filters
 from convdispatch.problem import Problem
 from convdispatch.profile import Found, Key, Result
 from convdispatch.settings import Options
+from convdispatch.units import time_text
 
 if TYPE_CHECKING:
     from convdispatch.tuning.contest import Contest
@@ -230,7 +231,7 @@ def _from_profile(
             continue
         rank = "winner" if result is entry.winner else "best allowed"
         where = f"{rank} of {len(entry.results)} in the {found.layer} profile"
-        detail = f"{where}, {result.median * 1e6:.4g} us, {entry.tuned}"
+        detail = f"{where}, {time_text(result.median)}, {entry.tuned}"
         if found.differences:
             detail += f", measured with {' and '.join(found.differences)}"
         return Decision(Candidate(registry.get(result.backend), result.config), Evidence("profile", detail), found)
@@ -323,7 +324,7 @@ def _estimated(answers: Sequence[Found], problem: Problem, deployment: str, opti
             continue
         if fits:
             basis = f" ({ranking.basis})" if ranking.basis else ""
-            said = f"{estimate.seconds * 1e6:.4g} us predicted{basis}"
+            said = f"{time_text(estimate.seconds)} predicted{basis}"
             return Decision(candidate, Evidence("estimate", said))
     reasons = "; ".join([*(f"{name}: {reason}" for name, reason in refused.items()), *not_these])
     limits = f", forbid={options.forbid}" if options.forbid else ""

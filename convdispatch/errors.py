@@ -6,7 +6,7 @@
     ├── ArgumentError (ValueError)        a wrong value: the message names the argument, what came, what would do
     ├── ArgumentTypeError (TypeError)     a wrong kind of thing
     ├── BackendError (RuntimeError)       a backend failed at something it said it could do
-    ├── BackendRejectedError (ValueError) a backend that was asked for by name cannot do the problem
+    ├── BackendRejectedError (ValueError) the backend that was asked for cannot do it, or no backend may
     ├── BusyMachineError (RuntimeError)   others use the machine, so that measuring would mislead
     ├── BackendUnavailableError (ImportError)  its module cannot be imported here
     ├── UnknownBackendError (ValueError)  no backend has this name
@@ -42,7 +42,7 @@ class BackendError(ConvDispatchError, RuntimeError):
 
 
 class BackendRejectedError(ConvDispatchError, ValueError):
-    """A backend that was asked for by name cannot do the problem; the message carries its reason."""
+    """A backend that was asked for cannot do the problem, or the options leave none that may; the message says why."""
 
 
 class BackendUnavailableError(ConvDispatchError, ImportError):

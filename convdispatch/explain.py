@@ -13,6 +13,7 @@ from convdispatch.errors import ArgumentError, BackendRejectedError, ProfileMiss
 from convdispatch.plan import Evidence
 from convdispatch.problem import Problem
 from convdispatch.profile import DEPLOYMENTS, Entry, Failure, Key, Result
+from convdispatch.units import bytes_text, time_text
 
 
 @dataclass(frozen=True)
@@ -88,26 +89,6 @@ def cells(row: Row) -> tuple[str, str, str, str, str, str, str, str]:
         "-" if row.workspace is None else bytes_text(row.workspace),
         row.reason,
     )
-
-
-def time_text(seconds: float | None) -> str:
-    """Return a time for people, e.g. ``"612 us"``."""
-    if seconds is None:
-        return "-"
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds / 1e-9:.3g} ns"
-
-
-def bytes_text(count: int) -> str:
-    """Return a size for people, e.g. ``"1.5 MiB"``."""
-    size, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB"):
-        if size < 999.5:  # three digits are shown
-            break
-        size, unit = size / 1024, larger
-    return f"{size:.3g} {unit}"
 
 
 def explain(
@@ -241,7 +222,7 @@ def _rows(key: Key, entry: Entry | None, decision: Decision | None) -> Sequence[
                 "" if chosen else _objection(problem, candidate, measured, failed),
                 estimates[candidate.name] if candidate.name in estimates else _estimate(candidate, problem),
                 measured.median if measured else None,
-                measured.spread if measured else None,
+                measured.spread if measured and measured.rounds > 1 else None,
                 measured.rounds if measured else None,
                 measured.error if measured else None,
                 _workspace(candidate, problem)[0],

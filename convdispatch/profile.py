@@ -573,5 +573,5 @@ def forget() -> None:
 
 
 def generation() -> int:
-    """Return a number that changes whenever ``remember``, ``remember_notes`` or ``forget`` does something."""
+    """Return a number that changes whenever what was decided may have to be decided anew."""
     return _store.generation

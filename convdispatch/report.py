@@ -5,12 +5,13 @@ from dataclasses import asdict
 from typing import Any
 
 from convdispatch.backend import Backend
-from convdispatch.explain import Explanation, time_text
+from convdispatch.explain import Explanation
 from convdispatch.heuristic import YARDSTICK
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry
 from convdispatch.tuning.cluster import ClusterReport
 from convdispatch.tuning.tuner import LayerReport, TuneReport, rivals
+from convdispatch.units import time_text
 
 
 def summary(backend: Backend) -> str:
@@ -56,9 +57,11 @@ def total_line(layers: Sequence[LayerReport]) -> str:
     """Return one pass over the layers that have a winner, each as often as it runs, against ``direct``."""
     done = [(layer.layer, layer.entry) for layer in layers if layer.entry is not None]
     total = sum(layer.count * entry.winner.median for layer, entry in done)
+    if not done:
+        return "no layer has a winner"
     line = f"one pass of these layers: {time_text(total)}"
     direct = [layer.count * entry.winner.median * (_ratio(entry, YARDSTICK) or 0) for layer, entry in done]
-    if done and all(direct):
+    if all(direct):
         line += f", {sum(direct) / total:.3g} times faster than {YARDSTICK}"
     missing = len(layers) - len(done)
     return line + (f" ({missing} without a winner not counted)" if missing else "")

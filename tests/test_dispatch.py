@@ -27,11 +27,12 @@ from convdispatch.errors import (
     ProfileWarning,
     UnknownBackendError,
 )
-from convdispatch.explain import bytes_text, explain, explain_problem, time_text
+from convdispatch.explain import explain, explain_problem
 from convdispatch.heuristic import Estimate
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Failure, Key, Result
 from convdispatch.tuning import tuner
+from convdispatch.units import bytes_text, time_text
 
 PROBLEM = Problem.parse("1x6x6x2 * 3x3x2x3 SAME")
 OTHER = Problem.parse("1x5x5x2 * 1x1x2x3 VALID")
@@ -93,7 +94,7 @@ def test_an_exact_entry_decides(three: dict[str, Scripted]) -> None:
     assert chosen(deployment="call") == ("quick", "estimate")
     assert chosen(OTHER) == ("quick", "estimate")
     evidence = dispatch.decide(PROBLEM, "plan").evidence
-    assert evidence.detail.startswith("winner of 2 in the user profile, 1e+06 us, ")
+    assert evidence.detail.startswith("winner of 2 in the user profile, 1 s, ")
 
 
 def test_a_winner_need_not_be_the_fastest(three: dict[str, Scripted]) -> None:

@@ -95,7 +95,7 @@ def test_a_plan_finds_the_fastest_settles_and_is_plain_from_then_on(clock: FakeC
     calls(plan)
     assert type(plan) is Plan
     assert (plan.candidate.name, plan.evidence.source) == ("best", "online")
-    assert plan.evidence.detail == "best of 3 on live traffic, 8e+05 us"
+    assert plan.evidence.detail == "best of 3 on live traffic, 800 ms"
     spent = here.budget.spent
     for _ in range(5):
         plan(X)

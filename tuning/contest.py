@@ -25,6 +25,7 @@ from convdispatch.tuning.check import Checked, check
 from convdispatch.tuning.pace import Pace
 from convdispatch.tuning.pairs import Pairing, verdict
 from convdispatch.tuning.standings import Standings
+from convdispatch.units import time_text
 
 if TYPE_CHECKING:
     from convdispatch.tuning.online import Online
@@ -72,7 +73,7 @@ class Contest:
         """Why the incumbent is it."""
         known = len(self.standings)
         if self.settled:
-            return Evidence("online", f"best of {known} on live traffic, {self.typical * 1e6:.4g} us")
+            return Evidence("online", f"best of {known} on live traffic, {time_text(self.typical)}")
         more = "" if self.waiting is None else f", {len(self.waiting) + (self.challenger is not None)} to come"
         return Evidence("online", f"ahead so far on live traffic, {known} looked at{more}")
 

@@ -66,7 +66,7 @@ class Pairing:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Return between what the median of what these are drawn from lies; None where they are too few to tell."""
+    """Return a confidence interval of the population's median; None where they are too few to tell."""
     return race.interval(values, _SURE)
 
 

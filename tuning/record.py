@@ -271,8 +271,12 @@ class ProgramRecording(Recording):
             with contextlib.suppress(RuntimeError):
                 threading.Thread(target=self.write, name="convdispatch-record", daemon=True).start()
 
-    def write(self) -> None:
-        """Move what was counted into the file; into one beside it, with a warning, if that one cannot be used."""
+    def write(self, *, last: bool = False) -> None:
+        """Move what was counted into the file; into one beside it, with a warning, if that one cannot be used.
+
+        Args:
+            last: whether the program is about to end.
+        """
         with self._writing:
             calls = self.take()
             if not calls:
@@ -283,7 +287,7 @@ class ProgramRecording(Recording):
                 self.put_back(calls)  # for the next attempt
                 if not isinstance(error, ConvDispatchError):
                     raise
-                said = f"kept for another attempt: {error}"
+                said = f"{'lost' if last else 'kept for another attempt'}: {error}"
         if said:
             warn(f"recorded calls are {said}")
 
@@ -319,7 +323,7 @@ def record_program(path: Path | None = None) -> ProgramRecording | None:
         return None
     recording = ProgramRecording(target)
     _start(recording)
-    atexit.register(recording.write)
+    atexit.register(recording.write, last=True)
     if hasattr(os, "fork"):
         # A child of multiprocessing ends without atexit, and forgets what was to be done at its parent's end.
         from multiprocessing import parent_process, util  # noqa: PLC0415
@@ -333,4 +337,4 @@ def record_program(path: Path | None = None) -> ProgramRecording | None:
 def _write_at_the_end_of_a_child(recording: ProgramRecording) -> None:
     from multiprocessing import util  # noqa: PLC0415
 
-    util.Finalize(None, recording.write, exitpriority=100)
+    util.Finalize(None, recording.write, kwargs={"last": True}, exitpriority=100)

@@ -1,6 +1,6 @@
 """Which worker of a cluster races what, and when: one race at a time on a host, a lost one again elsewhere.
 
-Pure bookkeeping, which knows nothing of Dask: ``cluster`` tells what happened, and asks what may begin.
+Pure bookkeeping, which knows nothing of Dask: ``gathering`` tells what happened, and asks what may begin.
 """
 
 from collections import Counter

@@ -433,7 +433,7 @@ def tune_problem(
         seconds: most time the race may take, after the checks; it has three rounds in any case.
         backends: who takes part; all available ones where None.
         incumbent: the old entry, whose winner takes part too, and is preferred in a tie.
-        sparing: whether those may stay out who lost in the old entry, where that still means something.
+        sparing: whether candidates that lost in an old entry that still holds are not raced again.
         clock: tells the time; tests pass their own.
         rules: how to race; those of the effort where None.
 
