@@ -1,8 +1,8 @@
 """The kernel of ``implicit_gemm`` for lines of output that are long enough: a tile's pixels are neighbours in one.
 
 So they are equally far apart, in the input as in the output, and need no table of addresses. (To fill one takes a third
-of the time where sums are short.) Rows of taps above or below the image are left out. A window that reaches beside the image is
-copied, with zeros around it. With 1x1 filters of stride 1, all pixels of all images are one line.
+of the time where sums are short.) Rows of taps above or below the image are left out. A window that reaches beside the
+image is copied, with zeros around it. With 1x1 filters of stride 1, all pixels of all images are one line.
 
 Of a group's channels, only a few bytes of each pixel are read, and pixels may lie apart so that all of these want the
 same places of L1. So each group's channels are first copied to where they lie side by side, with zeros around the
