@@ -1,4 +1,4 @@
-"""Words of memory that several threads change, and waiting until one does: for compiled code."""
+"""Memory that several threads share, its words that they change, and waiting until one does: for compiled code."""
 
 from typing import Any
 
@@ -116,6 +116,27 @@ def wait_for(address, least):  # type: ignore[no-untyped-def]
         turns += 1
         if turns > _TURNS_BEFORE_YIELDING:
             yield_core()
+
+
+@intrinsic
+def allocate(typing: Any, size: Any) -> tuple[Any, Codegen]:
+    """Return the address of so many bytes of memory, 0 if there are none to be had; ``free`` gives them back."""
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        return b.ptrtoint(context.nrt.allocate_unchecked(b, arguments[0]), I64)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def free(typing: Any, address: Any) -> tuple[Any, Codegen]:
+    """Give memory back."""
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        context.nrt.free(b, b.inttoptr(arguments[0], cgutils.voidptr_t))
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
 
 
 def _futex(context: Any, b: Any, address: Any, operation: int, value: Any) -> Any:

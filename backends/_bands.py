@@ -17,13 +17,13 @@ import numpy as np
 
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Kernel, item_bytes
+from convdispatch.backends import _sequence
 from convdispatch.backends._arguments import INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add, call_kernel, write
 from convdispatch.backends._entry import ArrayKind, Entry
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._layout import SAME, STORAGES, stage, unstage
-from convdispatch.backends._memory import CACHE_LINE, address, aligned
-from convdispatch.backends._sequence import run_in_order
+from convdispatch.backends._memory import CACHE_LINE
 from convdispatch.backends._threads import split
 from convdispatch.backends._vector import hold, vector_bytes
 from convdispatch.problem import Problem
@@ -202,12 +202,33 @@ def scratch_bytes(problem: Problem, rows: int | None) -> int:
     return (_taken(p, rows) * p.w * p.c + rows * made) * size
 
 
-class BandedKernel:
+class _Converting:
+    """A kernel that runs another on converted arrays, inside a kernel that is compiled for that.
+
+    Args of subclasses: the kernel inside, the problem, and how it is cut.
+    """
+
+    def __init__(self, around: PackedKernel, inner: PackedKernel, recipe: tuple[Any, ...]) -> None:
+        self._around, self._recipe, self._reports = around, recipe, inner.spoiled_at is not None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._recipe
+
+    def __call__(self, input: Array, out: Array, residual: Array | None) -> bool | None:
+        """Convolve ``input`` into ``out``; see ``convdispatch.backend.Kernel``."""
+        told = self._around(input, out, residual)
+        return told if self._reports else None
+
+    def entry(self, input_like: ArrayKind, out_like: ArrayKind) -> Entry | None:
+        """Return the short way into this kernel; see ``PackedKernel.entry``."""
+        return self._around.entry(input_like, out_like)
+
+
+class BandedKernel(_Converting):
     """A kernel that runs another on every band."""
 
     def __init__(self, inner: PackedKernel, problem: Problem, rows: int, threads: int) -> None:
         """Tell the kernel of the bands about the one inside, whose problem is ``band(problem, rows)``."""
-        self._recipe = inner, problem, rows, threads
         p, form = problem, _Storage.of(problem)
         values = {
             "template": inner.block, "places": inner.places, "kernel": inner.kernel.address,
@@ -217,69 +238,58 @@ class BandedKernel:
             "planar": form.planar,
         }  # fmt: skip
         compiled = functools.partial(_by_bands, *form.constants)
-        self._bands = PackedKernel(compiled, p, values, p.n * -(-p.oh // rows), threads)
-        self._reports = inner.spoiled_at is not None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return BandedKernel, self._recipe
-
-    def __call__(self, input: Array, out: Array, residual: Array | None) -> bool | None:
-        """Convolve ``input`` into ``out``; see ``convdispatch.backend.Kernel``."""
-        told = self._bands(input, out, residual)
-        return told if self._reports else None
-
-    def entry(self, input_like: ArrayKind, out_like: ArrayKind) -> Entry | None:
-        """Return the short way into this kernel; see ``PackedKernel.entry``."""
-        return self._bands.entry(input_like, out_like)
+        bands = PackedKernel(compiled, p, values, p.n * -(-p.oh // rows), threads)
+        super().__init__(bands, inner, (inner, problem, rows, threads))
 
 
-class ConvertedKernel:
+class ConvertedKernel(_Converting):
     """A kernel whose arrays are converted whole, before and after."""
 
     def __init__(self, inner: PackedKernel, problem: Problem, threads: int) -> None:
         """Wrap the kernel of ``plain(problem)``."""
-        self._recipe = inner, problem, threads
-        self._inner, self._dtype, self._threads = inner, problem.sum_dtype, threads
         p, form = problem, _Storage.of(problem)
-        self._inputs = _Conversion(form, p.n, (p.h, p.w, p.c), threads)
-        self._outputs = _Conversion(form, p.n, (p.oh, p.ow, p.k), threads)
+        size, surplus = form.itemsize, 2 * CACHE_LINE * form.itemsize  # vectors may reach behind the images
+        taken, made = (
+            -(-(p.n * math.prod(shape) * size + surplus) // CACHE_LINE) * CACHE_LINE
+            for shape in ((p.h, p.w, p.c), (p.oh, p.ow, p.k))
+        )
+        converted = {_sequence.INPUT: 0, _sequence.OUT: taken, _sequence.RESIDUAL: taken + made}
+        inside = zip(inner.places, (_sequence.INPUT, _sequence.OUT, _sequence.RESIDUAL), strict=True)
+        addresses = {place: (_sequence.SCRATCH, converted[of]) for place, of in inside}
+        conversion = functools.partial(_conversion, form, p.n, threads=threads)
+        stages = [conversion((p.h, p.w, p.c), (_sequence.INPUT, 0), (_sequence.SCRATCH, 0))]
+        if p.epilogue.residual:
+            added = _sequence.SCRATCH, converted[_sequence.RESIDUAL]
+            stages.append(conversion((p.oh, p.ow, p.k), (_sequence.RESIDUAL, 0), added))
+        else:
+            del addresses[inner.places[2]]
+        told = None if inner.spoiled_at is None else (len(stages), inner.spoiled_at)
+        stages.append(_sequence.Stage(inner.kernel, inner.block, inner.count, addresses))
+        result = _sequence.SCRATCH, converted[_sequence.OUT]
+        stages.append(conversion((p.oh, p.ow, p.k), result, (_sequence.OUT, 0), back=True))
+        scratch = taken + (2 if p.epilogue.residual else 1) * made
+        values, parts = _sequence.values(stages, scratch, threads, told)
+        self._alive = inner, stages
+        around = PackedKernel(_sequence.in_order, p, values, parts, threads)
+        super().__init__(around, inner, (inner, problem, threads))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return ConvertedKernel, self._recipe
 
-    def __call__(self, input: Array, out: Array, residual: Array | None) -> bool | None:
-        """Convolve ``input`` into ``out``; see ``convdispatch.backend.Kernel``."""
-        inner, x, sums, added = self._inner, self._inputs.room(self._dtype), self._outputs.room(self._dtype), None
-        stages = [self._inputs.stage(input, x)]
-        if residual is not None:
-            added = self._outputs.room(self._dtype)
-            stages.append(self._outputs.stage(residual, added))
-        block = inner.filled(x, sums, added)
-        stages += [(inner.kernel, block, inner.count), self._outputs.stage(sums, out, back=True)]
-        run_in_order(stages, self._threads)
-        return inner.told(block)
-
-
-class _Conversion:
-    """How images are converted whole: by which kernel, in which parts."""
-
-    def __init__(self, form: _Storage, images: int, shape: tuple[int, int, int], threads: int) -> None:
-        self._kernel, self._size = _by_rows(*form.constants), images * math.prod(shape)
-        cut = threads * _PARTS
-        parts = [(n, *rows) for n in range(images) for rows in split(shape[0], cut)]
-        self._parts = np.array(parts, np.int64).reshape(-1, 3)
-        self._block = _COPY.pack(shape=shape, planar=form.planar, parts=self._parts)
-
-    def room(self, dtype: str) -> Array:
-        """Return memory for the images as kernels want them, and some vectors behind them."""
-        return aligned((self._size + 2 * CACHE_LINE,), dtype, zero=False)
-
-    def stage(self, source: Array, target: Array, *, back: bool = False) -> tuple[CompiledKernel, Array, int]:
-        """Return what ``run_in_order`` needs to convert one array into another."""
-        block = self._block.copy()
-        block[_COPY.at["source"]], block[_COPY.at["target"]] = address(source), address(target)
-        block[_COPY.at["back"]] = back
-        return self._kernel, block, len(self._parts)
+def _conversion(
+    form: _Storage,
+    images: int,
+    shape: tuple[int, int, int],
+    source: tuple[int, int],
+    target: tuple[int, int],
+    *,
+    threads: int,
+    back: bool = False,
+) -> _sequence.Stage:
+    """Return the stage that converts images whole, of which what lies where; or turns them ``back``."""
+    cut = threads * _PARTS
+    parts = np.array([(n, *rows) for n in range(images) for rows in split(shape[0], cut)], np.int64).reshape(-1, 3)
+    block = _COPY.pack(shape=shape, planar=form.planar, back=back, parts=parts)
+    addresses = {_COPY.at["source"]: source, _COPY.at["target"]: target}
+    return _sequence.Stage(_by_rows(*form.constants), block, len(parts), addresses, parts)
 
 
 def prepare(problem: Problem, step: int, config: Config, inside: Callable[[Problem, Config], PackedKernel]) -> Kernel:

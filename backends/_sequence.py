@@ -3,68 +3,152 @@
 Each thread takes parts of a kernel's work, first of its own share, until there are none left, and then waits for those
 that others are at work on; so nobody waits for ever. Waiting costs a microsecond or two, a launch of its own costs
 Python's way there and back, and helpers that may have fallen asleep.
+
+To the team it is one kernel, whose parts are the threads that take part. The first that comes is the host: it makes
+room for what is needed during the call only (the kernels' blocks with their addresses filled in, the shares, scratch
+memory) and frees it when all have left. Who comes when the work is done leaves at once.
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from convdispatch.arguments import Array
-from convdispatch.backends._arguments import Arguments, CompiledKernel, array_of
-from convdispatch.backends._atomics import add, wait_for
-from convdispatch.backends._kernel import check, run
-from convdispatch.backends._memory import address
-from convdispatch.backends._team import END, NEXT, SHARE_BYTES, take_parts, useful
+from convdispatch.backends._arguments import INTEGER, Arguments, CompiledKernel, array_of, integers_of
+from convdispatch.backends._atomics import add, allocate, exchange_if, free, read, wait_for, write
+from convdispatch.backends._jit import compilable
+from convdispatch.backends._memory import CACHE_LINE
+from convdispatch.backends._team import SHARE_BYTES, cut, take_parts, useful
+from convdispatch.backends._vector import copy
 
-#: A row of ``stages`` is a kernel's address, its block's, and how many parts it has. Of each, ``shares`` has the shares
-#: as a team has them, and behind these the number of parts that have returned, whether they failed or not.
-_ARGUMENTS = Arguments(stages=array_of(2, "int64"), shares=array_of(3, "int64"))
-unpack = _ARGUMENTS.unpack
-_DONE_AT = 8 * _ARGUMENTS.done_at
+#: What an address in a stage's block is of: an array of the call, or the scratch memory.
+INPUT, RESIDUAL, OUT, SCRATCH = range(4)
+
+
+class Stage(NamedTuple):
+    """A kernel of a sequence.
+
+    Attributes:
+        kernel: the compiled kernel.
+        block: its packed arguments, but for the addresses below; the arrays they mean must stay alive.
+        parts: how many parts its work has.
+        addresses: which words of the block are addresses: of what, and how many bytes behind its start.
+        alive: what else must stay alive as long as the stage.
+    """
+
+    kernel: CompiledKernel
+    block: Array
+    parts: int
+    addresses: dict[int, tuple[int, int]]
+    alive: Any = None
+
+
+#: A row of ``stages`` is a kernel's address, the word of ``blocks`` where its block begins, how many parts it has, and
+#: the word where it counts those that came to their end. A row of ``addresses`` is a word of ``blocks``, and of what it
+#: is the address, and how far behind its start. ``room`` is the bytes of all, and where shares and scratch begin. The
+#: last words are those that the threads share.
+ARGUMENTS = Arguments(
+    input=array_of(4), residual=array_of(4), out=array_of(4), stages=array_of(2, "int64"),
+    blocks=array_of(1, "int64"), addresses=array_of(2, "int64"), room=integers_of(3), threads=INTEGER,
+    spoiled_at=INTEGER, spoiled=INTEGER, hosted=INTEGER, place=INTEGER, absent=INTEGER, over=INTEGER,
+)  # fmt: skip
+unpack = ARGUMENTS.unpack
+_SPOILED, _HOSTED, _PLACE, _ABSENT, _OVER = (
+    8 * ARGUMENTS.at[name] for name in ("spoiled", "hosted", "place", "absent", "over")
+)
+_DONE_AT = 8 * ARGUMENTS.done_at
+#: In place of an address: there is no memory.
+_NO_ROOM = 1
+
+
+def values(
+    stages: Sequence[Stage], scratch: int, threads: int, spoiled: tuple[int, int] | None = None
+) -> tuple[dict[str, Any], int]:
+    """Return the arguments of ``in_order`` for a sequence, but for the call's arrays, and how many parts it has.
+
+    Args:
+        stages: what to run; those without parts are left out.
+        scratch: bytes of scratch memory, which begins at a cache line.
+        threads: most threads to use.
+        spoiled: the stage and the word of its block that tell of sums that are not finite, if one does.
+    """
+    threads = useful(threads, max((stage.parts for stage in stages), default=1))
+    starts = [0, *itertools.accumulate(len(stage.block) for stage in stages)]
+    placed = list(zip(starts, stages, strict=False))
+    rows = [
+        (stage.kernel.address, start, stage.parts, start + stage.kernel.arguments.done_at)
+        for start, stage in placed
+        if stage.parts
+    ]
+    addresses = [(start + word, *what) for start, stage in placed for word, what in stage.addresses.items()]
+    shares = -(-8 * starts[-1] // CACHE_LINE) * CACHE_LINE
+    behind = shares + len(rows) * (threads + 1) * SHARE_BYTES
+    return {
+        "stages": np.array(rows, np.int64).reshape(-1, 4),
+        "blocks": np.concatenate([stage.block for stage in stages]),
+        "addresses": np.array(addresses, np.int64).reshape(-1, 3),
+        "room": (behind + scratch + CACHE_LINE, shares, behind),
+        "threads": threads,
+        "spoiled_at": -1 if spoiled is None else starts[spoiled[0]] + spoiled[1],
+    }, threads
+
+
+@compilable
+def _take_part(stages, base, shares, threads, number):  # type: ignore[no-untyped-def]
+    """Take part in all stages as the thread of this number."""
+    for stage in range(stages.shape[0]):
+        function, start, parts, _ = stages[stage]
+        own = shares + stage * (threads + 1) * SHARE_BYTES
+        ended = own + threads * SHARE_BYTES
+        add(ended, take_parts(own, threads, number, function, base + 8 * start))
+        wait_for(ended, parts)
 
 
 @functools.cache
-def _in_order() -> CompiledKernel:
-    def pass_on(arguments, number):  # type: ignore[no-untyped-def]
-        """Take part in all stages as the thread of this number."""
-        stages, shares = unpack(arguments, 4)
-        threads = shares.shape[1] - 1
+def in_order() -> CompiledKernel:
+    """Return the kernel that runs a sequence."""
+
+    def convolve(arguments, number):  # type: ignore[no-untyped-def]
+        x, residual, out, stages, blocks, addresses, room, threads, spoiled_at, _, _, _, _, _ = unpack(arguments, 4)
+        if not exchange_if(arguments + _HOSTED, 0, 1):
+            add(arguments + _ABSENT, -1)
+            if not read(arguments + _OVER):
+                wait_for(arguments + _PLACE, 1)
+                base = read(arguments + _PLACE)
+                if base != _NO_ROOM:
+                    _take_part(stages, base, base + room[1], threads, number)
+            add(arguments + _ABSENT, 1)
+            add(arguments + _DONE_AT, 1)
+            return
+        memory = allocate(room[0])
+        if not memory:
+            write(arguments + _PLACE, _NO_ROOM)
+            return
+        base = -(-memory // CACHE_LINE) * CACHE_LINE
+        copy(base, blocks.ctypes.data, 8 * blocks.size)
+        given = np.int64(x.ctypes.data), np.int64(residual.ctypes.data), np.int64(out.ctypes.data)
+        starts = (*given, base + room[2])
+        for row in range(addresses.shape[0]):
+            word, of, behind = addresses[row]
+            write(base + 8 * word, starts[of] + behind)
         for stage in range(stages.shape[0]):
-            function, block, parts = stages[stage]
-            own = np.int64(shares[stage].ctypes.data)
-            ended = own + threads * SHARE_BYTES
-            add(ended, take_parts(own, threads, number, function, block))
-            wait_for(ended, parts)
-        add(arguments + _DONE_AT, 1)
+            own = base + room[1] + stage * (threads + 1) * SHARE_BYTES
+            cut(own, threads, stages[stage, 2])
+            write(own + threads * SHARE_BYTES, 0)
+        write(arguments + _PLACE, base)
+        _take_part(stages, base, base + room[1], threads, number)
+        write(arguments + _OVER, 1)
+        wait_for(arguments + _ABSENT, 0)
+        whole = True
+        for stage in range(stages.shape[0]):
+            whole = whole and read(base + 8 * stages[stage, 3]) == stages[stage, 2]
+        if spoiled_at >= 0 and read(base + 8 * spoiled_at):
+            write(arguments + _SPOILED, 1)
+        free(memory)
+        if whole:
+            add(arguments + _DONE_AT, 1)
 
-    return CompiledKernel(pass_on, _ARGUMENTS)
-
-
-@functools.lru_cache(maxsize=1024)
-def _cut(counts: tuple[int, ...], threads: int) -> Array:
-    """Return the shares of stages with so many parts, of which none has been taken."""
-    shares = np.zeros((len(counts), threads + 1, SHARE_BYTES // 8), np.int64)
-    ends = np.array(counts, np.int64).reshape(-1, 1) * np.arange(threads + 1) // threads
-    shares[:, :-1, NEXT // 8], shares[:, :-1, END // 8] = ends[:, :-1], ends[:, 1:]
-    return shares
-
-
-def run_in_order(stages: Sequence[tuple[CompiledKernel, Array, int]], threads: int) -> None:
-    """Run kernels one after the other, each on up to this many threads.
-
-    Args:
-        stages: kernels, their packed arguments, and how many parts each has.
-        threads: most threads to use.
-
-    Raises:
-        MemoryError: if a part did not come to its end.
-    """
-    stages = [stage for stage in stages if stage[2]]  # an image without rows has nothing to convert
-    counts = tuple(count for _, _, count in stages)
-    threads = useful(threads, max(counts, default=1))
-    table = np.array([(kernel.address, address(block), count) for kernel, block, count in stages], np.int64)
-    shares = _cut(counts, threads).copy()
-    run(_in_order(), _ARGUMENTS.pack(stages=table.reshape(-1, 3), shares=shares), threads, threads)
-    for kernel, block, count in stages:
-        check(kernel, block, count)
+    return CompiledKernel(convolve, ARGUMENTS)
