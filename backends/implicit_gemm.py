@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from convdispatch.arguments import Array
-from convdispatch.backend import Config, Effort, item_bytes
-from convdispatch.backends import _in_line, _indirect
+from convdispatch.backend import Config, Effort, Kernel, item_bytes
+from convdispatch.backends import _in_line, _indirect, _pixel_panels
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import aligned, by_blocks, streams
 from convdispatch.backends._packed import PackedBackend
@@ -91,7 +91,33 @@ class ImplicitGemm(PackedBackend):
     """Tiles of outputs summed in registers, the input read where it lies; any filter, stride and padding."""
 
     name = "implicit_gemm"
-    version = 7
+    version = 8
+
+    def configs(self, problem: Problem, effort: Effort) -> Sequence[Config]:
+        """Return tiles, the one with the smallest estimate first."""
+        panels = _pixel_panels.suits(problem)
+        return self.configs_plain(_pixel_panels.turned(problem), effort) if panels else super().configs(problem, effort)
+
+    def estimate(self, problem: Problem, config: Config, machine: Machine) -> float:
+        """Return the predicted seconds of a call, copies of pixels or conversions included."""
+        if not _pixel_panels.suits(problem, _tile(config)[0]):
+            return super().estimate(problem, config, machine)
+        copying = _pixel_panels.copied_bytes(problem) / _STAGED_BYTES_PER_SECOND / min(config.threads, machine.cores)
+        return problem.n * self.estimate_plain(_pixel_panels.turned(problem), config, machine) + copying
+
+    def workspace(self, problem: Problem, config: Config) -> int:
+        """Return the bytes of scratch memory of a call."""
+        tile = _tile(config)
+        if _pixel_panels.suits(problem, tile[0]):
+            return _pixel_panels.workspace(problem, tile, config.threads)
+        return super().workspace(problem, config)
+
+    def prepare(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> Kernel:
+        """Pack the filters and return a kernel."""
+        tile = _tile(config)
+        if _pixel_panels.suits(problem, tile[0]):
+            return _pixel_panels.PanelKernel(problem, filters[0, 0], bias, tile, config.threads)
+        return super().prepare(problem, filters, bias, config)
 
     def rejects_plain(self, problem: Problem) -> str | None:
         """Return None, or that integers or filters are missing."""
