@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 import convdispatch
-from convdispatch import dispatch, machine, quarantine, registry, report
+from convdispatch import heuristic, machine, quarantine, registry, report
 from convdispatch.cli_bench import bench
 from convdispatch.cli_profile import profile_group
 from convdispatch.cli_validate import calibrate, validate
@@ -134,7 +134,7 @@ def tune(
     load = load.distinct()
     deployments = DEPLOYMENTS if deployment == "both" else (deployment,)
     names = None if backends is None else [name.strip() for name in backends.split(",") if name.strip()]
-    total = len(stakes.tasks(load, deployments, "", threads or dispatch.thread_budget(), threads=threads))
+    total = len(stakes.tasks(load, deployments, "", heuristic.budget_of(threads), threads=threads))
     how: dict[str, Any] = {
         "effort": effort, "time_limit": time_limit, "deployments": deployments, "retune": retune,
         "retry_quarantined": retry_quarantined,

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from convdispatch import dispatch, machine
+from convdispatch import dispatch, heuristic, machine
 from convdispatch.calibration import TERMS
 from convdispatch.errors import ArgumentError
 from convdispatch.problem import Problem
@@ -68,7 +68,7 @@ def calibrate(allow_busy: bool, threads: int | None, file: Path | None, as_json:
     total, numbers = len(calibrating.PROBLEMS), itertools.count(1)
     with scope(threads, file):
         if not allow_busy:
-            tuner.refuse_if_busy(threads or dispatch.thread_budget(), tuner.PATIENCE, tell_of_waiting)
+            tuner.refuse_if_busy(heuristic.budget_of(threads), tuner.PATIENCE, tell_of_waiting)
         found = calibrating.calibrate(
             threads=threads,
             on_progress=lambda problem: click.echo(f"[{next(numbers)}/{total}] {problem}", err=True),
@@ -158,7 +158,7 @@ def validate(
             deployment=deployment,
             threads=threads,
             seconds=seconds,
-            conditions=busy.since(lambda: tuner.make_watch(threads or dispatch.thread_budget())),
+            conditions=busy.since(lambda: tuner.make_watch(heuristic.budget_of(threads))),
             on_progress=lambda said: click.echo(f"[{next(numbers)}/{total}] {said}", err=True),
         )
     if as_json:

@@ -185,7 +185,7 @@ def _contest(problem: Problem, deployment: str, forced: Forced) -> "Contest | No
 
 def thread_budget() -> int:
     """Return the most threads that a call may use under the options in force."""
-    return heuristic.thread_budget(settings.current())
+    return heuristic.budget_of()
 
 
 def key_for(problem: Problem, deployment: str, options: Options) -> Key:

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from convdispatch import machine, quarantine, registry
+from convdispatch import machine, quarantine, registry, settings
 from convdispatch.backend import Backend, Candidate, Config, Effort, seen_by
 from convdispatch.errors import warn
 from convdispatch.problem import Problem
@@ -32,6 +32,15 @@ class Estimate:
 def thread_budget(options: Options) -> int:
     """Return the most threads that a call may use under these options."""
     return options.threads or machine.usable_cores()
+
+
+def budget_of(threads: int | str | None = None) -> int:
+    """Return the thread budget that somebody asks for, else that of the options in force.
+
+    Raises:
+        ArgumentError: if what is asked for is no number of threads.
+    """
+    return settings.parse_threads(threads) or thread_budget(settings.current())
 
 
 def thread_counts(threads: int) -> tuple[int, ...]:

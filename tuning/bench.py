@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from convdispatch import heuristic, registry, settings
+from convdispatch import heuristic, registry
 from convdispatch.arguments import Array
 from convdispatch.errors import BackendError
 from convdispatch.problem import LOW_PRECISION, Problem
@@ -232,7 +232,7 @@ def bench(
     """
     started = time.monotonic()
     load = load.distinct()
-    budget = settings.parse_threads(threads) or heuristic.thread_budget(settings.current())
+    budget = heuristic.budget_of(threads)
     order = random.Random(seed)  # noqa: S311  # shuffling, not secrets
     watch = watch or functools.partial(Watch, budget)
     with EngineField(dict.fromkeys([own, *against]), budget, timeout) as engines:

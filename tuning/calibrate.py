@@ -87,7 +87,7 @@ def calibrate(
         BackendError: if not one candidate could be measured.
         ProfileError: if the profile cannot be written.
     """
-    budget = settings.parse_threads(threads) or heuristic.thread_budget(settings.current())
+    budget = heuristic.budget_of(threads)
     path = profile.writable_path()
     here = machine.current()
     profile.write(path, (), here)  # better to learn now than afterwards that it cannot be written

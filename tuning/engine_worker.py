@@ -182,9 +182,11 @@ class Worker:
 
     def cpu_seconds(self) -> float:
         """Return the processor time it has used, 0 where the system does not say."""
-        with contextlib.suppress(OSError, ValueError):
-            fields = Path(f"/proc/{self._child.pid}/stat").read_text().rpartition(")")[2].split()
-            self._cpu = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        import psutil  # noqa: PLC0415  # the engine's own process does not need it
+
+        with contextlib.suppress(psutil.Error):
+            times = psutil.Process(self._child.pid).cpu_times()
+            self._cpu = times.user + times.system
         return self._cpu
 
     def close(self) -> None:

@@ -161,7 +161,7 @@ def tune(
     level = checked_effort(effort)
     limit = None if time_limit is None else settings.TABLE["time_limit"][0](time_limit)
     check_deployments(deployments)
-    budget = settings.parse_threads(threads) or heuristic.thread_budget(settings.current())
+    budget = heuristic.budget_of(threads)
     path = profile.writable_path()
     profile.write(path, (), machine.current())  # better to learn now than after a long run that it cannot be written
     chosen = chosen_backends(backends)

@@ -112,7 +112,7 @@ def validate(
         ProfileError: if there is no room for the profiles.
     """
     started = time.monotonic()
-    budget = settings.parse_threads(threads) or heuristic.thread_budget(settings.current())
+    budget = heuristic.budget_of(threads)
     say = on_progress or (lambda said: None)  # noqa: ARG005
     load = Workload(workload or "held-out", tuple(Layer(problem) for problem in problems)).distinct()
     with tempfile.TemporaryDirectory(prefix="convdispatch-validate-") as folder:
