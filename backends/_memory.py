@@ -12,26 +12,6 @@ from convdispatch.machine import current
 CACHE_LINE = 64
 
 
-def aligned(shape: tuple[int, ...], dtype: str | np.dtype[Any], *, zero: bool = True) -> Array:
-    """Return an array that begins at a cache line, so that no vector of it lies across two.
-
-    NumPy's own begin 16 bytes behind one, as a rule: then every load and store of 64 bytes takes two.
-    """
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    raw = (np.zeros if zero else np.empty)(size + CACHE_LINE, np.uint8)
-    start = -raw.ctypes.data % CACHE_LINE
-    return raw[start : start + size].view(dtype).reshape(shape)
-
-
-#: Bytes of an output from which on it pays to begin at a cache line.
-_LARGE = 1 << 15
-
-
-def room_for(shape: tuple[int, ...], dtype: np.dtype[Any], size: int) -> Array:
-    """Return memory for an output of so many bytes: where it is large, from a cache line on."""
-    return aligned(shape, dtype, zero=False) if size >= _LARGE else np.empty(shape, dtype)
-
-
 _HEAD = object.__basicsize__
 _word_at = ctypes.c_size_t.from_address
 
@@ -53,6 +33,26 @@ def _address_behind_head(array: Array) -> int:
 
 #: Return where an array's elements lie; NumPy's own way takes a microsecond, as long as a tiny convolution.
 address = _address_behind_head if _is_first_field() else _address
+
+
+def aligned(shape: tuple[int, ...], dtype: str | np.dtype[Any], *, zero: bool = True) -> Array:
+    """Return an array that begins at a cache line, so that no vector of it lies across two.
+
+    NumPy's own begin 16 bytes behind one, as a rule: then every load and store of 64 bytes takes two.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = (np.zeros if zero else np.empty)(size + CACHE_LINE, np.uint8)
+    start = -address(raw) % CACHE_LINE
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+#: Bytes of an output from which on it pays to begin at a cache line.
+_LARGE = 1 << 15
+
+
+def room_for(shape: tuple[int, ...], dtype: np.dtype[Any], size: int) -> Array:
+    """Return memory for an output of so many bytes: where it is large, from a cache line on."""
+    return aligned(shape, dtype, zero=False) if size >= _LARGE else np.empty(shape, dtype)
 
 
 def by_blocks(values: Array, block: int) -> Array:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import math
 import os
 import queue
 import threading
@@ -196,10 +197,25 @@ def grid(*axes: tuple[int, int]) -> Array:
 
     Args:
         *axes: how long each is, and into how many pieces it is cut; see ``split``.
+
+    Returns:
+        An array that cannot be written, since others may have it, too.
     """
+    few = math.prod(parts for _, parts in axes) <= _FEW
+    return _few(*axes) if few else _grid(*axes)
+
+
+def _grid(*axes: tuple[int, int]) -> Array:
     flat = itertools.chain.from_iterable
     ends = flat(flat(itertools.product(*(split(*axis) for axis in axes))))
-    return np.fromiter(ends, np.int64).reshape(-1, 2 * len(axes))
+    jobs = np.fromiter(ends, np.int64).reshape(-1, 2 * len(axes))
+    jobs.flags.writeable = False
+    return jobs
+
+
+#: Jobs that are remembered for the next call of ``conv2d``: to list them takes as long as some small layers.
+_FEW = 256
+_few = functools.lru_cache(maxsize=256)(_grid)
 
 
 def split(count: int, parts: int) -> list[tuple[int, int]]:

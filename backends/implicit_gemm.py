@@ -40,6 +40,7 @@ _WASTE_BY_GROUPS = 1.15
 _LEAST_SUMS = 8
 
 
+@functools.lru_cache(maxsize=4096)
 def _is_in_line(problem: Problem, rows: int) -> bool:
     """Return whether tiles are cut from lines of output: where that wastes little, and little is copied at borders."""
     p = problem
@@ -65,6 +66,7 @@ def _staged(problem: Problem, tiles: int, rows: int) -> int:
     return high * wide * p.group_c * item_bytes(p.dtype)
 
 
+@functools.lru_cache(maxsize=4096)
 def _cut(problem: Problem, rows: int, blocks: int, threads: int) -> tuple[int, int, int]:
     """Return the tiles, into how many ranges they are cut, and into how many the blocks of filters.
 
@@ -221,6 +223,7 @@ def _tiles(problem: Problem) -> list[tuple[int, int]]:
     return [tile for tile in usual if wide == 1 or math.prod(tile) >= _LEAST_SUMS]
 
 
+@functools.lru_cache(maxsize=1024)
 def _tile(config: Config) -> tuple[int, int]:
     return register_tile(config, "implicit_gemm", register_tiles())
 

@@ -121,6 +121,7 @@ def _tiles(problem: Problem, m: int) -> int:
     return p.n * math.prod(p.dilations) * -(-rows // m) * -(-columns // m)
 
 
+@functools.lru_cache(maxsize=4096)
 def _cut(problem: Problem, form: _Form, tile: tuple[int, int], blocks: int, threads: int) -> tuple[int, int, int]:
     """Return the tiles, into how many ranges they are cut, and into how many the blocks of filters."""
     p, tiles = problem, _tiles(problem, form.m)
@@ -162,6 +163,7 @@ def _growth(problem: Problem, config: Config) -> float:
     return (form.depth + roundings(*kind)) / 2 * amplification(*kind)
 
 
+@functools.lru_cache(maxsize=4096)
 def _tile(problem: Problem) -> tuple[int, int]:
     """Return the register tile, rows x vectors: the widest that is not much wider than a group's filters."""
     lanes = vector_bytes() // item_bytes(problem.dtype)
