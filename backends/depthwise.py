@@ -23,6 +23,7 @@ import numpy as np
 
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, item_bytes
+from convdispatch.backends import _rates
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
 from convdispatch.backends._epilogue import RELU, RELU6, finish
@@ -247,7 +248,7 @@ class Depthwise(PackedBackend):
         used = min(config.threads, machine.cores, p.n * p.oh)
         traffic = (math.prod(p.input_shape) + math.prod(p.output_shape)) * size
         missed = max(0, traffic - machine.caches[2] // 2) / _MEMORY_BYTES_PER_SECOND
-        return (seconds + missed) / (0.97 * used if used > 1 else 1) + 3e-6 + _LAUNCH_SECONDS * (used > 1)
+        return _rates.shared(seconds + missed, used, call=3e-6)
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Pack the filters by vectors of channels; compile for the tile if that has not been done."""
@@ -278,7 +279,6 @@ _SPILLED = 1.3  # the longest tile and the filters of several channels do not al
 _TILE_SECONDS = 15e-9
 _VALUE_SECONDS = 1.5e-9  # of an output that is finished by itself
 _MEMORY_BYTES_PER_SECOND = 8e9
-_LAUNCH_SECONDS = 4e-6
 
 
 def _tile(config: Config) -> int:

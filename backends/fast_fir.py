@@ -18,6 +18,7 @@ import numpy as np
 
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, Numerics, item_bytes
+from convdispatch.backends import _rates
 from convdispatch.backends._fast_fir import compiled
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import aligned, by_phases
@@ -180,12 +181,12 @@ class FastFir(PackedBackend):
         entering = cut.entered * p.c * (m + n) * n * (n - 1) / lanes
         leaving = cut.filtered * p.k * (n + m) * m * n / lanes + cut.filtered * p.k * m * m * 4 / lanes
         operations = (products + 1.4 * (entering + leaving)) * lanes
-        compute = 2 * operations / (_PEAK_PER_BYTE * machine.vector_bytes * 4 / size)
+        compute = 2 * operations / _rates.peak(machine, size)
         moved = p.n * (p.h * p.w * p.c + p.oh * p.ow * p.k * (2 if p.epilogue.residual else 1)) * size
         copies = p.n * (p.h * p.w * p.c + p.oh * p.ow * p.k) * 0.2e-9
         work = compute + copies + moved / _BYTES_PER_SECOND
         used = min(config.threads, machine.cores, cut.panels)
-        return work / (0.97 * used if used > 1 else 1) + 4e-6 + _LAUNCH_SECONDS * (used > 1)
+        return _rates.shared(work, used)
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Transform the short filters in float64 and round them once."""
@@ -210,6 +211,4 @@ class FastFir(PackedBackend):
         return PackedKernel(make, p, values, len(parts), config.threads)
 
 
-_PEAK_PER_BYTE = 1.8e9  # FLOP/s of one core for each byte of vector width
 _BYTES_PER_SECOND = 4e10
-_LAUNCH_SECONDS = 4e-6

@@ -13,6 +13,7 @@ import numpy as np
 
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config, Effort, Kernel, item_bytes
+from convdispatch.backends import _rates
 from convdispatch.backends._threads import run_numpy
 from convdispatch.backends._windows import overlap
 from convdispatch.errors import ArgumentError
@@ -150,7 +151,7 @@ class Im2col(Backend):
             work += p.n * p.oh * p.ow * p.taps * p.groups * element
             calls += blocks * p.kh * p.kw * _COPY_SECONDS
         used = min(threads, blocks)
-        return work / (0.9 * used if used > 1 else 1) + calls + _LAUNCH_SECONDS * (used > 1)
+        return _rates.shared(work, used, efficiency=0.9, call=calls, launch=_LAUNCH_SECONDS)
 
     def prepare(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> Kernel:  # noqa: ARG002
         """Reorder the filters by group."""

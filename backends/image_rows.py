@@ -23,6 +23,7 @@ import numpy as np
 
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, item_bytes
+from convdispatch.backends import _rates
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
 from convdispatch.backends._epilogue import RELU, RELU6, finish
@@ -270,7 +271,7 @@ class ImageRows(PackedBackend):
         steps = tiles * p.k * p.group_c * p.kw
         # A vector of input that lies across two cache lines takes as long as two products.
         products = 0.8 * max(rows * p.kh, 2 * (rows + taps - 1) * -(-p.kh // taps)) * tile[1] + 4
-        compute = steps * products * lanes * 2 / (_PEAK_PER_BYTE * machine.vector_bytes * 4 / size) + tiles * 20e-9
+        compute = steps * products * lanes * 2 / _rates.peak(machine, size) + tiles * 20e-9
         pixels, outputs = p.n * p.h * p.w * p.c, p.n * p.oh * p.ow * p.k
         copies = 0.0
         if not cut.in_place:
@@ -281,8 +282,7 @@ class ImageRows(PackedBackend):
         copies += outputs * 3e-9 * (p.epilogue.code > RELU6)
         moved = (pixels + outputs * (2 if p.epilogue.residual else 1)) * size / _BYTES_PER_SECOND
         used = min(config.threads, machine.cores, cut.panels)
-        launch = _LAUNCH_SECONDS * (used > 1)
-        return (compute + copies + moved) / (0.97 * used if used > 1 else 1) + 4e-6 + launch
+        return _rates.shared(compute + copies + moved, used)
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Reorder the filters; compile for the tile and the filter's height if that has not been done."""
@@ -305,9 +305,7 @@ class ImageRows(PackedBackend):
         return PackedKernel(compiled, p, values, len(parts), config.threads)
 
 
-_PEAK_PER_BYTE = 1.8e9  # FLOP/s of one core for each byte of vector width
 _BYTES_PER_SECOND = 4e10
-_LAUNCH_SECONDS = 4e-6
 
 
 def _tile(config: Config) -> tuple[int, int]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, Kernel, item_bytes
-from convdispatch.backends import _in_line, _indirect, _pixel_panels
+from convdispatch.backends import _in_line, _indirect, _pixel_panels, _rates
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import aligned, by_blocks, streams
 from convdispatch.backends._packed import PackedBackend
@@ -153,7 +153,7 @@ class ImplicitGemm(PackedBackend):
         block = vectors * machine.vector_bytes // item_bytes(p.dtype)
         blocks = p.groups * -(-p.group_k // block)
         tiles, down, across = _cut(p, rows, blocks, config.threads)
-        peak = _PEAK_PER_BYTE * machine.vector_bytes * 4 / item_bytes(p.dtype)
+        peak = _rates.peak(machine, item_bytes(p.dtype))
         loads = 1 + 0.1 * (rows + vectors) / (rows * vectors)
         compute = 2 * tiles * rows * blocks * block * p.taps / peak * loads
         if _is_in_line(p, rows):
@@ -164,7 +164,7 @@ class ImplicitGemm(PackedBackend):
         traffic = blocks * block * p.taps * item_bytes(p.dtype) / _FILTER_BYTES_PER_SECOND
         traffic *= down if blocks * block * p.taps * item_bytes(p.dtype) > 1 << 19 else 1
         used = min(config.threads, machine.cores, down * across)
-        return (compute + each + traffic) / (0.98 * used if used > 1 else 1) + 4e-6 + _LAUNCH_SECONDS * (used > 1)
+        return _rates.shared(compute + each + traffic, used, efficiency=0.98)
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Pack the filters by blocks; compile for the tile if that has not been done."""
@@ -198,10 +198,8 @@ class ImplicitGemm(PackedBackend):
         return PackedKernel(make, p, values, len(parts), config.threads)
 
 
-_PEAK_PER_BYTE = 1.8e9  # FLOP/s of one core for each byte of vector width
 _FILTER_BYTES_PER_SECOND = 3e10
 _STAGED_BYTES_PER_SECOND = 1.2e10
-_LAUNCH_SECONDS = 4e-6
 
 
 @functools.lru_cache(maxsize=1024)

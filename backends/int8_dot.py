@@ -16,7 +16,7 @@ import numpy as np
 
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config, Effort
-from convdispatch.backends import _dot
+from convdispatch.backends import _dot, _rates
 from convdispatch.backends._arguments import Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
 from convdispatch.backends._dot import LANES, dot_add, start
@@ -35,7 +35,6 @@ _TILES = ((6, 4), (14, 2), (28, 1))
 _BAND_BYTES = 256 << 10
 _PRODUCTS_PER_SECOND = 2.7e11  # of one core
 _COPIED_PER_SECOND = 4e9
-_LAUNCH_SECONDS = 10e-6
 
 
 @compilable
@@ -165,9 +164,7 @@ class Int8Dot(Backend):
         loads = 1 + 0.35 * (rows + vectors) / (rows * vectors)
         seconds = products * loads / _PRODUCTS_PER_SECOND + p.n * p.h * width * channels / _COPIED_PER_SECOND
         used = min(config.threads, machine.cores)
-        return (
-            (seconds + tiles * blocks * 2e-8) / (0.95 * used if used > 1 else 1) + 5e-6 + _LAUNCH_SECONDS * (used > 1)
-        )
+        return _rates.shared(seconds + tiles * blocks * 2e-8, used, efficiency=0.95, call=5e-6, launch=10e-6)
 
     def prepare(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:  # noqa: ARG002
         """Pack the filters by fours of channels and blocks, and sum up what shifting the input will add."""

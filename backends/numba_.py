@@ -15,6 +15,7 @@ from numba import types
 
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config, Effort, Kernel, item_bytes
+from convdispatch.backends import _rates
 from convdispatch.backends._epilogue import activate
 from convdispatch.backends._jit import array, compilable, integers, njit
 from convdispatch.backends._threads import run_all, split
@@ -220,7 +221,7 @@ class Numba(Backend):
         products = p.n * p.oh * p.ow * p.k * p.taps / rate
         outputs = p.n * p.oh * p.ow * p.k * (2e-9 if not p.epilogue.code else 6e-9)
         used = min(threads, p.n * p.oh)
-        return (products + outputs) / (0.9 * used if used > 1 else 1) + 10e-6 + _LAUNCH_SECONDS * (used > 1)
+        return _rates.shared(products + outputs, used, efficiency=0.9, call=10e-6, launch=_LAUNCH_SECONDS)
 
     def prepare(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> Kernel:
         """Copy the filters; compile for the dtype if that has not been done."""

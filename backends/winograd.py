@@ -22,6 +22,7 @@ import numpy as np
 
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, Numerics, item_bytes
+from convdispatch.backends import _rates
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import by_blocks, by_phases
 from convdispatch.backends._packed import PackedBackend
@@ -55,7 +56,6 @@ _FLOPS = 1.1e11  # of the products, float32
 _TRANSFORM_VALUES = 1e10  # values of one-dimensional transforms a second
 _PIXEL_SECONDS = 1.5e-9  # finding one pixel of a tile
 _FILTER_BYTES, _FILTER_BYTES_FROM_MEMORY = 6.4e10, 2e10  # transformed filters on their way from far caches
-_LAUNCH_SECONDS = 4e-6
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ class Winograd(PackedBackend):
         fetched = down * filters / (_FILTER_BYTES if filters <= machine.caches[2] else _FILTER_BYTES_FROM_MEMORY)
         work = products + values * (n + 1) / 2 / (_TRANSFORM_VALUES * width * 4) + pixels + fetched
         used = min(config.threads, machine.cores, down * across)
-        return work / (0.97 * used if used > 1 else 1) + 4e-6 + _LAUNCH_SECONDS * (used > 1)
+        return _rates.shared(work, used)
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Transform the filters in float64 and round them once."""

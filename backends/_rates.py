@@ -1,0 +1,24 @@
+"""What the backends' estimates have in common: a core's rate of products, and what it costs to share work out."""
+
+from convdispatch.machine import Machine
+
+#: FLOP/s of one core for each byte of vector width, in float32.
+_PEAK_PER_BYTE = 1.8e9
+
+
+def peak(machine: Machine, itemsize: int) -> float:
+    """Return the FLOP/s of one core in vectors of floats of so many bytes."""
+    return _PEAK_PER_BYTE * machine.vector_bytes * 4 / itemsize
+
+
+def shared(seconds: float, used: int, *, efficiency: float = 0.97, call: float = 4e-6, launch: float = 4e-6) -> float:
+    """Return the seconds of a call.
+
+    Args:
+        seconds: of its work on one thread.
+        used: threads that there is work for.
+        efficiency: part of their speed that several threads reach together.
+        call: seconds that any call takes besides.
+        launch: seconds that it takes to have several threads begin.
+    """
+    return seconds / (efficiency * used) + call + launch if used > 1 else seconds + call
