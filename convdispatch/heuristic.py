@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from convdispatch import machine, quarantine, registry, settings
 from convdispatch.backend import Backend, Candidate, Config, Effort, seen_by
 from convdispatch.errors import warn
-from convdispatch.problem import Problem
+from convdispatch.problem import ROUNDING, Problem
 from convdispatch.settings import Options
 
 #: Largest measured error of an accuracy class, in units of the sum dtype's epsilon; "strict" has a rule of its own.
@@ -151,7 +151,7 @@ def accurate_by_measure(backend: Backend, problem: Problem, error: float, option
     if isinstance(options.accuracy, float):
         return error <= options.accuracy
     # A low-precision result carries its storage's rounding, which no candidate can avoid.
-    rounding = {"float16": 2.0**-11, "bfloat16": 2.0**-8}.get(problem.dtype, 0.0)
+    rounding = ROUNDING.get(problem.dtype, 0.0)
     if options.accuracy == "strict":  # whatever growth a local backend declares: the bound of a plain sum, and of what
         limit = problem.taps / 2 + 4 + (8 if problem.epilogue else 0)  # an epilogue adds
         return backend.numerics.kind == "local" and error <= limit * _EPSILON[problem.sum_dtype] + rounding

@@ -236,7 +236,7 @@ class Plan:
             value = as_array("input", value)
         if value.shape != self.problem.input_shape:
             raise ArgumentError(f"input must have shape {self.problem.input_shape}; got {value.shape}")
-        return self._channels_last(self._native("input", value, self._dtype))
+        return self.problem.channels_last(self._native("input", value, self._dtype))
 
     def _residual(self, value: Any) -> Array | None:
         if not self.problem.epilogue.residual:
@@ -248,7 +248,7 @@ class Plan:
         array = as_array("residual", value)
         if array.shape != self.problem.output_shape:
             raise ArgumentError(f"residual must have shape {self.problem.output_shape}; got {array.shape}")
-        return self._channels_last(self._native("residual", array, self._result))
+        return self.problem.channels_last(self._native("residual", array, self._result))
 
     @staticmethod
     def _native(name: str, array: Array, dtype: np.dtype[Any]) -> Array:
@@ -257,9 +257,6 @@ class Plan:
         if not array.dtype.isnative or not array.flags.aligned:
             return array.astype(dtype)
         return array
-
-    def _channels_last(self, array: Array) -> Array:
-        return array.transpose(0, 2, 3, 1) if self.problem.data_format == "NCHW" else array
 
     def _check_out(self, out: Any) -> None:
         if not isinstance(out, np.ndarray):
@@ -286,7 +283,7 @@ class Plan:
 
     def _run(self, x: Array, residual: Array | None, target: Array) -> None:
         """Compute into ``target``, which is in the data format, native, aligned and not any input."""
-        result = self._channels_last(target)
+        result = self.problem.channels_last(target)
         p = self.problem
         if p.is_empty:
             return

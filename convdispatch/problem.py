@@ -27,8 +27,9 @@ INTEGERS = ("int8", "uint8", "int16", "uint16", "int32", "int64")
 DTYPES = FLOATS + INTEGERS
 DATA_FORMATS = ("NHWC", "NCHW")
 PADDINGS = ("VALID", "SAME", "SAME_LOWER")
-#: float16 and bfloat16 hold values only; sums are made in float32 and rounded once.
-LOW_PRECISION = ("float16", "bfloat16")
+#: float16 and bfloat16 hold values only; sums are made in float32 and rounded once, by at most this part.
+ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
+LOW_PRECISION = tuple(ROUNDING)
 
 Pads = tuple[int, int, int, int]
 #: So many elements have more bytes than int64 counts, in the widest dtype that they or their sums may have.
@@ -179,6 +180,10 @@ class Problem:
     def ow(self) -> int:
         """Output columns."""
         return max(0, output_length(self.w, self.kw, self.strides[1], self.dilations[1], *self.pads[2:]))
+
+    def channels_last(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Return an array of four dimensions that is in the data format as an NHWC view."""
+        return array.transpose(0, 2, 3, 1) if self.data_format == "NCHW" else array
 
     def _ordered(self, rows: int, columns: int, channels: int) -> tuple[int, int, int, int]:
         if self.data_format == "NCHW":

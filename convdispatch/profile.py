@@ -28,6 +28,7 @@ from convdispatch.profile_text import (
     DEPLOYMENTS,
     MACHINE,
     NOTES,
+    QUARANTINE,
     Chunk,
     Entry,
     Failure,
@@ -45,8 +46,8 @@ from convdispatch.profile_text import (
 )
 
 __all__ = [
-    "BUSY", "CALIBRATION", "DEPLOYMENTS", "MACHINE", "NOTES", "Entry", "Failure", "Found", "Key", "Profile",
-    "Result", "dump_entry", "dump_machine", "edit", "files", "find", "find_in", "forget", "forget_decisions",
+    "BUSY", "CALIBRATION", "DEPLOYMENTS", "MACHINE", "NOTES", "QUARANTINE", "Entry", "Failure", "Found", "Key",
+    "Profile", "Result", "dump_entry", "dump_machine", "edit", "files", "find", "find_in", "forget", "forget_decisions",
     "generation", "layers", "looked_at_once", "notes", "only", "parse_key", "read", "remember", "remember_notes",
     "remembered", "replace_file", "system_path", "user_path", "writable_path", "write",
 ]  # fmt: skip

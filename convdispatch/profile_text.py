@@ -37,10 +37,11 @@ from convdispatch.problem import Problem
 DEPLOYMENTS = ("plan", "call")
 MACHINE = "machine "
 CALIBRATION = "calibration "
+QUARANTINE = "quarantine "
 #: Flag of what was measured while others used the machine.
 BUSY = "busy"
 #: First words of top-level keys that are neither machines nor entries; other modules know what they hold.
-NOTES = (CALIBRATION, "quarantine ")
+NOTES = (CALIBRATION, QUARANTINE)
 
 
 @dataclass(frozen=True)

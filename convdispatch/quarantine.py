@@ -27,7 +27,7 @@ from convdispatch.errors import ConvDispatchError, ProfileError, ProfileWarning,
 from convdispatch.problem import Problem
 from convdispatch.profile import Profile
 
-KIND = "quarantine "
+KIND = profile.QUARANTINE
 #: What the reason of a failure begins with that put its backend into quarantine.
 FAILED = "quarantined: "
 _KEY = re.compile(r"quarantine (?P<backend>.+) version (?P<version>-?\d+) \| (?P<machine>\S+)")

@@ -9,7 +9,7 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Numerics
 from convdispatch.epilogue import activate
-from convdispatch.problem import Problem, dtype_of
+from convdispatch.problem import ROUNDING, Problem, dtype_of
 
 
 def convolve(problem: Problem, input: Array, filters: Array) -> Array:
@@ -206,7 +206,7 @@ class Oracle:
             scale = np.abs(self.sums) + np.abs(self.exact) + 1
             allowed = steepest * (allowed + 8 * _eps(problem.sum_dtype) * scale)
         if problem.dtype != problem.sum_dtype:  # storing a low-precision result rounds it once more
-            allowed = allowed + np.abs(self.exact) * _low_eps(problem.dtype) + float(np.finfo(np.float16).tiny)
+            allowed = allowed + np.abs(self.exact) * ROUNDING[problem.dtype] + float(np.finfo(np.float16).tiny)
         return np.maximum(allowed, np.finfo(np.float64).tiny)
 
     def judge(self, numerics: Numerics, config: Config, output: Array) -> Verdict:
@@ -251,7 +251,3 @@ class Oracle:
 
 def _eps(dtype: str) -> float:
     return float(np.finfo(dtype).eps)
-
-
-def _low_eps(dtype: str) -> float:
-    return 2.0**-8 if dtype == "bfloat16" else 2.0**-11

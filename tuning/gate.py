@@ -105,7 +105,7 @@ class Trial:
 
     def _some(self, array: Array, images: Sequence[int] | None = None) -> Array:
         """Return some images as NHWC, those that are compared with the reference where not said otherwise."""
-        view = array.transpose(0, 2, 3, 1) if self.problem.data_format == "NCHW" else array
+        view = self.problem.channels_last(array)
         return view[self._images if images is None else images]
 
     @functools.cached_property

@@ -122,7 +122,7 @@ class _Trial:
 
     def judge(self, candidate: Candidate, outputs: Array) -> Verdict:
         """Compare the outputs of all images, one behind the other, with what is right."""
-        got = _nhwc(self.problem, outputs)
+        got = self.problem.channels_last(outputs)
         numerics = candidate.backend.numerics
         verdict = self.oracle.judge(numerics, candidate.config, got)
         error = self.oracle.error_of_terms(got)
@@ -196,10 +196,6 @@ def _within_range(problem: Problem, images: Array, filters: Array) -> Array:
     largest = np.abs(images).max(axis=(1, 2, 3), keepdims=True) * np.abs(filters.astype(np.float64)).max()
     scaled: Array = images * np.minimum(1.0, 2.0 ** np.floor(np.log2(_LARGEST_FLOAT16 / (problem.taps * largest))))
     return scaled
-
-
-def _nhwc(problem: Problem, array: Array) -> Array:
-    return array.transpose(0, 2, 3, 1) if problem.data_format == "NCHW" else array
 
 
 def _laid_out(problem: Problem, array: Array) -> Array:
