@@ -28,6 +28,8 @@ from convdispatch.backends._compiling import compiling
 from convdispatch.backends._jit import DIGEST_BYTES, OPTIONS, check_wanted, digest, sources
 
 _SUFFIX = ".kernel"
+#: Seconds that another process is waited for which compiles the same.
+_LONGEST_COMPILATION = 30.0
 _HERE = Path(__file__).parent
 
 #: What holds machine code: it would go with these.
@@ -100,6 +102,33 @@ def _write(name: str, symbol: str, code: bytes) -> bool:
     return False
 
 
+@contextlib.contextmanager
+def _one_process_at_a_time(name: str) -> Iterator[None]:
+    """Wait in case another process compiles the same, as where several start at once.
+
+    Nothing depends on the lock but time: where there is none to be had nobody waits, and its file may be removed though
+    others wait for it.
+    """
+    import filelock  # noqa: PLC0415  # needed only where something is compiled
+
+    with contextlib.ExitStack() as held:
+        for folder in _folders():
+            file = folder / f".{name}.lock"
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(filelock.FileLock(file, timeout=_LONGEST_COMPILATION))
+            except (OSError, NotImplementedError):  # it cannot be written, has no locks, or somebody takes very long
+                continue
+            held.callback(_remove, file)
+            break
+        yield
+
+
+def _remove(file: Path) -> None:
+    with contextlib.suppress(OSError):
+        file.unlink()
+
+
 @functools.cache
 def _remove_outdated(folder: Path) -> None:
     """Remove what was compiled of other sources than those that this folder belongs to."""
@@ -148,10 +177,13 @@ def compiled_address(signature: Any, function: Callable[..., Any]) -> int:
         if known := _read(name):
             return _load(*known)
         check_wanted(name)
-        address, symbol, code = _compile(signature, function)
-        if not _write(name, symbol, code):
-            _unkept.add(name)
-        return address
+        with _one_process_at_a_time(name):
+            if known := _read(name):  # another has compiled it meanwhile
+                return _load(*known)
+            address, symbol, code = _compile(signature, function)
+            if not _write(name, symbol, code):
+                _unkept.add(name)
+            return address
 
 
 def complaint() -> str:

@@ -1,6 +1,7 @@
 """Machine code on disk: found again, never believed when it is damaged or of other sources, and no need of Numba's."""
 
 import ctypes
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -153,6 +154,43 @@ def test_what_is_lacking_is_compiled_only_where_it_may_be(folders: list[Path], c
         assert called(times(3)) == 21  # it is on disk
     assert called(times(4)) == 28
     assert len(compilations) == 2
+
+
+_COUNTS = """
+import time
+from convdispatch.backends import _machine_code
+from numba import types
+compiled, compile_one = [], _machine_code._compile
+def counted(signature, function):
+    compiled.append(function)
+    time.sleep(0.5)  # so that the other one comes meanwhile
+    return compile_one(signature, function)
+_machine_code._compile = counted
+import convdispatch.backends._team
+print(len(compiled))
+"""
+
+
+def test_processes_that_start_together_compile_each_kernel_once(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", _COUNTS]
+    started = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    counts = [int(process.communicate(timeout=120)[0]) for process in started]
+    kept = [path.name for path in cache.iterdir()]
+    assert sum(counts) == len(kept) > 0
+    assert all(name.endswith(".kernel") for name in kept)  # no lock is left
+
+
+def test_where_no_lock_is_to_be_had_it_is_compiled_all_the_same(
+    folders: list[Path], compilations: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object, **__: object) -> object:
+        raise NotImplementedError("no locks here")
+
+    monkeypatch.setattr("filelock.FileLock", none)
+    assert [called(times(3)), called(times(3))] == [21, 21]
+    assert compilations == ["multiply"]
 
 
 def test_numbas_own_compiling_is_held_back_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
