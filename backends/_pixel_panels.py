@@ -26,6 +26,7 @@ from convdispatch.problem import Problem
 
 #: Bytes of a panel, and of the filters that are read again for each of its blocks: both stay in L2.
 _PANEL, _FILTERS = 192 << 10, 256 << 10
+_MOST_IMAGES = 1 << 12
 #: Parts for each thread, so that one that comes late leaves some to the others.
 _PARTS = 4
 
@@ -79,11 +80,14 @@ def _by_panels(vectors: int, lanes: int, itemsize: int) -> CompiledKernel:
 
 
 def suits(problem: Problem, rows: int = 1) -> bool:
-    """Return whether a problem is done in this way, by tiles of so many rows: filters must be few beside pixels."""
+    """Return whether a problem is done in this way, by tiles of so many rows.
+
+    Filters must be few beside pixels; and panels be few enough to be listed.
+    """
     p = problem
     return (
         p.data_format == "NCHW" and p.groups == 1 and p.is_pointwise and p.strides == (1, 1) and not any(p.pads)
-        and p.dtype == p.sum_dtype and rows <= p.k <= p.h * p.w
+        and p.dtype == p.sum_dtype and rows <= p.k <= p.h * p.w and p.n <= _MOST_IMAGES
     )  # fmt: skip
 
 
