@@ -61,7 +61,7 @@ def check(text: str, config: Config) -> None:
     dtype=st.sampled_from(["", " float64"]),
     then=st.sampled_from(["", " +bias", " +residual", " +bias +residual +relu", " +relu6", " +bias +gelu"]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_any_sizes_are_right(
     n: int, shape: tuple[int, int], channels: int, filters: int, tile: tuple[int, int], dtype: str, then: str
 ) -> None:
