@@ -15,13 +15,11 @@ from typing import Any
 import numba
 import numpy as np
 
-from convdispatch.arguments import Array
 from convdispatch.backend import Config, Kernel, item_bytes
 from convdispatch.backends import _sequence
 from convdispatch.backends._arguments import INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add, call_kernel, write
-from convdispatch.backends._entry import ArrayKind, Entry
-from convdispatch.backends._kernel import PackedKernel
+from convdispatch.backends._kernel import PackedKernel, WrappedKernel
 from convdispatch.backends._layout import SAME, STORAGES, stage, unstage
 from convdispatch.backends._memory import CACHE_LINE
 from convdispatch.backends._threads import split
@@ -202,29 +200,7 @@ def scratch_bytes(problem: Problem, rows: int | None) -> int:
     return (_taken(p, rows) * p.w * p.c + rows * made) * size
 
 
-class _Converting:
-    """A kernel that runs another on converted arrays, inside a kernel that is compiled for that.
-
-    Args of subclasses: the kernel inside, the problem, and how it is cut.
-    """
-
-    def __init__(self, around: PackedKernel, inner: PackedKernel, recipe: tuple[Any, ...]) -> None:
-        self._around, self._recipe, self._reports = around, recipe, inner.spoiled_at is not None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), self._recipe
-
-    def __call__(self, input: Array, out: Array, residual: Array | None) -> bool | None:
-        """Convolve ``input`` into ``out``; see ``convdispatch.backend.Kernel``."""
-        told = self._around(input, out, residual)
-        return told if self._reports else None
-
-    def entry(self, input_like: ArrayKind, out_like: ArrayKind) -> Entry | None:
-        """Return the short way into this kernel; see ``PackedKernel.entry``."""
-        return self._around.entry(input_like, out_like)
-
-
-class BandedKernel(_Converting):
+class BandedKernel(WrappedKernel):
     """A kernel that runs another on every band."""
 
     def __init__(self, inner: PackedKernel, problem: Problem, rows: int, threads: int) -> None:
@@ -239,10 +215,10 @@ class BandedKernel(_Converting):
         }  # fmt: skip
         compiled = functools.partial(_by_bands, *form.constants)
         bands = PackedKernel(compiled, p, values, p.n * -(-p.oh // rows), threads)
-        super().__init__(bands, inner, (inner, problem, rows, threads))
+        super().__init__(bands, (inner, problem, rows, threads), reports=inner.spoiled_at is not None)
 
 
-class ConvertedKernel(_Converting):
+class ConvertedKernel(WrappedKernel):
     """A kernel whose arrays are converted whole, before and after."""
 
     def __init__(self, inner: PackedKernel, problem: Problem, threads: int) -> None:
@@ -271,7 +247,7 @@ class ConvertedKernel(_Converting):
         values, parts = _sequence.values(stages, scratch, threads, told)
         self._alive = inner, stages
         around = PackedKernel(_sequence.in_order, p, values, parts, threads)
-        super().__init__(around, inner, (inner, problem, threads))
+        super().__init__(around, (inner, problem, threads), reports=inner.spoiled_at is not None)
 
 
 def _conversion(

@@ -102,3 +102,29 @@ class PackedKernel:
         """Return the short way into this kernel for arrays of such shapes and dtypes, or None where there is none."""
         places = self.places[0], self.places[1]
         return entry(self.kernel, self.block, places, self.spoiled_at, self.count, self._threads, input_like, out_like)
+
+
+class WrappedKernel:
+    """A kernel that is run, part by part, from within another that is compiled for that."""
+
+    def __init__(self, around: PackedKernel, recipe: tuple[Any, ...], *, reports: bool) -> None:
+        """Take the kernel around.
+
+        Args:
+            around: what is called.
+            recipe: what a pickle makes it of again: the arguments of the subclass.
+            reports: whether the kernel inside tells of sums that are not finite; the one around then does, too.
+        """
+        self._around, self._recipe, self._reports = around, recipe, reports
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._recipe
+
+    def __call__(self, input: Array, out: Array, residual: Array | None) -> bool | None:
+        """Convolve ``input`` into ``out``; see ``convdispatch.backend.Kernel``."""
+        told = self._around(input, out, residual)
+        return told if self._reports else None
+
+    def entry(self, input_like: ArrayKind, out_like: ArrayKind) -> Entry | None:
+        """Return the short way into this kernel; see ``PackedKernel.entry``."""
+        return self._around.entry(input_like, out_like)

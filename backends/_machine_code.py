@@ -93,8 +93,7 @@ def _write(name: str, symbol: str, code: bytes) -> bool:
             beside.write_bytes(digest(content) + content)
             beside.replace(folder / name)
         except OSError:
-            with contextlib.suppress(OSError):
-                beside.unlink()
+            _remove(beside)
             continue
         if folder.parent == _HERE:
             _remove_outdated(folder)

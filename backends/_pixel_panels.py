@@ -8,7 +8,6 @@ that stays in L2, and multiplies it with all filters. A bias is one more channel
 
 import functools
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -17,8 +16,7 @@ from convdispatch.backend import item_bytes
 from convdispatch.backends import _in_line
 from convdispatch.backends._arguments import INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add, call_kernel
-from convdispatch.backends._entry import ArrayKind, Entry
-from convdispatch.backends._kernel import PackedKernel
+from convdispatch.backends._kernel import PackedKernel, WrappedKernel
 from convdispatch.backends._memory import CACHE_LINE, aligned, streams
 from convdispatch.backends._threads import grid, split
 from convdispatch.backends._vector import clear, copy, hold, load, save, vector_bytes
@@ -127,7 +125,7 @@ def workspace(problem: Problem, tile: tuple[int, int], threads: int) -> int:
     return min(threads, problem.n * panels) * (scratch + tile[0] * tile[1] * vector_bytes())
 
 
-class PanelKernel:
+class PanelKernel(WrappedKernel):
     """A kernel for 1x1 filters on an NCHW image."""
 
     def __init__(
@@ -161,7 +159,7 @@ class PanelKernel:
             shapes["residual"] = shapes["out"]
         for name, shape in shapes.items():
             template[arguments.at[name] + 1 : arguments.at[name] + 1 + len(shape)] = shape
-        self._made_of = problem, tile, threads, weights, parts  # the last two must stay alive
+        self._alive = weights, parts
         values = {
             "ones": np.ones(block, p.dtype), "template": template,
             "places": [arguments.at[name] for name in ("filters", "out", "residual")], "kernel": inner.address,
@@ -170,17 +168,6 @@ class PanelKernel:
             "per_image": panels,
         }  # fmt: skip
         compiled = functools.partial(_by_panels, tile[1], lanes, size)
-        self._around = PackedKernel(compiled, p, values, p.n * panels, threads)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        problem, tile, threads, weights, _ = self._made_of
-        bias = weights[:, problem.c].copy() if problem.epilogue.bias else None
-        return PanelKernel, (problem, weights[:, : problem.c].T, bias, tile, threads)
-
-    def __call__(self, input: Array, out: Array, residual: Array | None) -> None:
-        """Convolve ``input`` into ``out``; see ``convdispatch.backend.Kernel``."""
-        self._around(input, out, residual)
-
-    def entry(self, input_like: ArrayKind, out_like: ArrayKind) -> Entry | None:
-        """Return the short way into this kernel; see ``PackedKernel.entry``."""
-        return self._around.entry(input_like, out_like)
+        around = PackedKernel(compiled, p, values, p.n * panels, threads)
+        again = weights[:, : p.c].T, weights[:, p.c] if p.epilogue.bias else None  # views: they keep nothing twice
+        super().__init__(around, (problem, *again, tile, threads), reports=False)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from convdispatch import dispatch, observe
+from convdispatch import dispatch, heuristic, observe
 from convdispatch.arguments import Array, as_array, dtype_name, name_of
 from convdispatch.errors import ArgumentTypeError
 from convdispatch.plan import Plan
@@ -73,7 +73,7 @@ def conv2d(
     run = functools.partial(dispatch.call, problem, weights, values, forced, x, out=out, residual=residual)
     if not observe.is_watched():
         return run()
-    return observe.timed(problem, "call", dispatch.thread_budget(), run)
+    return observe.timed(problem, "call", heuristic.budget_of(), run)
 
 
 def plan(

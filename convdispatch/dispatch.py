@@ -183,11 +183,6 @@ def _contest(problem: Problem, deployment: str, forced: Forced) -> "Contest | No
     return online.contest(key_for(problem, deployment, options), decision.candidate)
 
 
-def thread_budget() -> int:
-    """Return the most threads that a call may use under the options in force."""
-    return heuristic.budget_of()
-
-
 def key_for(problem: Problem, deployment: str, options: Options) -> Key:
     """Return the profile's key for a problem on this machine under these options."""
     return Key(problem, deployment, heuristic.thread_budget(options), machine.current().id)
@@ -304,9 +299,7 @@ def _estimated(answers: Sequence[Found], problem: Problem, deployment: str, opti
     usable, refused = heuristic.usable(problem, options)
     allowed = [backend for backend in usable.values() if heuristic.accurate_by_kind(backend, problem, options)]
     ranking = transfer.rank(problem, allowed, heuristic.thread_budget(options), deployment)
-    measured = _errors(answers)
-    unmeasured = [name for name, backend in usable.items() if backend not in allowed]
-    not_these = [f"{', '.join(unmeasured)}: accuracy={options.accuracy!r} needs errors measured"] if unmeasured else []
+    measured, not_these = _errors(answers), []
     # What third parties promise of themselves is unchecked: they are for those whom nothing else is left to.
     trusted = sorted(ranking.estimates, key=lambda each: not registry.is_built_in(each.candidate.backend))
     for estimate in trusted:
@@ -326,6 +319,8 @@ def _estimated(answers: Sequence[Found], problem: Problem, deployment: str, opti
             basis = f" ({ranking.basis})" if ranking.basis else ""
             said = f"{time_text(estimate.seconds)} predicted{basis}"
             return Decision(candidate, Evidence("estimate", said))
+    if unmeasured := [name for name, backend in usable.items() if backend not in allowed]:
+        not_these.insert(0, f"{', '.join(unmeasured)}: accuracy={options.accuracy!r} needs errors measured")
     reasons = "; ".join([*(f"{name}: {reason}" for name, reason in refused.items()), *not_these])
     limits = f", forbid={options.forbid}" if options.forbid else ""
     limits += f", memory_limit={options.memory_limit}" if options.memory_limit is not None else ""
@@ -377,7 +372,7 @@ def make_plan(
     else:
         made = _plain_plan(problem, filters, bias, deployment, forced)
     if forced is None:
-        made.budget = thread_budget()
+        made.budget = heuristic.budget_of()
     return made
 
 

@@ -19,6 +19,7 @@ from convdispatch.backend import Config, item_bytes
 from convdispatch.calibration import Sizes
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Profile
+from convdispatch.profile_text import parse_config
 
 #: How many neighbours are asked, and how near (in the distance of ``Place``) they must be.
 _MOST_NEIGHBOURS, _FARTHEST = 3, 1.7
@@ -249,10 +250,7 @@ def _config(text: str) -> Config:
     Raises:
         ValueError: for what somebody broke by hand.
     """
-    values = safe_yaml.load(f"{{{text}}}")
-    if not all(isinstance(name, str) and isinstance(value, int | float | str) for name, value in values.items()):
-        raise ValueError(f"no config: {text}")
-    config = Config(values)
+    config = parse_config(safe_yaml.load(f"{{{text}}}"))
     if config.threads < 1:
         raise ValueError(f"no number of threads: {config.threads}")
     return config

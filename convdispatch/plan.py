@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from convdispatch import epilogue, observe, registry, settings
+from convdispatch import epilogue, heuristic, observe, registry, settings
 from convdispatch.arguments import Array, as_array
 from convdispatch.backend import Candidate, Config, Kernel, seen_by
 from convdispatch.backends._memory import room_for
@@ -348,12 +348,10 @@ def _allowed(problem: Problem) -> Iterator[Candidate]:
     for name in _LOCAL:
         with contextlib.suppress(BackendUnavailableError):
             backend = registry.built_in(name)
-            seen = seen_by(backend, problem)
-            if name in options.forbid or backend.rejects(seen):
+            if name in options.forbid or backend.rejects(seen_by(backend, problem)):
                 continue
-            for config in backend.configs(seen, "exhaustive"):
-                candidate = Candidate(backend, Config(config, threads=1) if backend.parallel else config)
-                if options.memory_limit is None or candidate.workspace(problem) <= options.memory_limit:
+            for candidate in heuristic.candidates_of(backend, problem, 1, "exhaustive"):
+                if heuristic.fits_memory(candidate.workspace(problem), options):
                     yield candidate
 
 

@@ -320,14 +320,22 @@ def _lost_before(data: Any) -> tuple[tuple[str, int], ...]:
     return tuple(lost.items())
 
 
-def _candidate_fields(data: Any, key: Key) -> tuple[str, int, Config]:
-    values = _take(data, "config", dict)
+def parse_config(values: Mapping[Any, Any]) -> Config:
+    """Read a config.
+
+    Raises:
+        ProfileError: if it is none that any backend could have.
+    """
     for name, value in values.items():
         if not isinstance(name, str) or not isinstance(value, int | float | str | bool):
             raise ProfileError(f"config must map names to plain values; got {values!r:.60}")
         if isinstance(value, int) and value.bit_length() > 63:
             raise ProfileError(f"config {name:.60} is a larger number than any kernel takes")
-    config = Config(values)
+    return Config(values)
+
+
+def _candidate_fields(data: Any, key: Key) -> tuple[str, int, Config]:
+    config = parse_config(_take(data, "config", dict))
     if not 1 <= config.threads <= key.threads:
         raise ProfileError(f"config threads must be between 1 and {key.threads}; got {config.threads}")
     return _take(data, "backend", str), _take(data, "version", int), config

@@ -304,13 +304,20 @@ def get(name: str) -> Backend:
     with _registry.lock:
         if name in _registry.hidden or name not in _registry.found:
             raise _unknown(name)
-        if name not in _registry.failed:
-            try:
-                return _registry.loaded.setdefault(name, _instance(name, _registry.found[name]()))
-            except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever an import may do
-                reason = str(error) if isinstance(error, ConvDispatchError) else f"{type(error).__name__}: {error}"
-                _registry.failed[name] = reason
-        raise BackendUnavailableError(f"backend {name!r} is unavailable: {_registry.failed[name]}")
+        return _loaded(name)
+
+
+def _loaded(name: str) -> Backend:
+    """Return a built-in or installed backend; to be called by who holds the lock."""
+    if (backend := _registry.loaded.get(name)) is not None:
+        return backend
+    if name not in _registry.failed:
+        try:
+            return _registry.loaded.setdefault(name, _instance(name, _registry.found[name]()))
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever an import may do
+            reason = str(error) if isinstance(error, ConvDispatchError) else f"{type(error).__name__}: {error}"
+            _registry.failed[name] = reason
+    raise BackendUnavailableError(f"backend {name!r} is unavailable: {_registry.failed[name]}")
 
 
 def built_in(name: str) -> Backend:
@@ -320,12 +327,7 @@ def built_in(name: str) -> Backend:
         BackendUnavailableError: if it cannot be imported here; the message says why.
     """
     with _registry.lock:
-        if (backend := _registry.loaded.get(name)) is None:
-            try:
-                backend = _registry.loaded[name] = _instance(name, _registry.found[name]())
-            except ImportError as error:
-                raise BackendUnavailableError(f"backend {name!r} is unavailable: {error}") from error
-        return backend
+        return _loaded(name)
 
 
 def origin(backend: Backend) -> str:

@@ -3,7 +3,7 @@
 import pickle
 
 import numpy as np
-from strategies import Case, judge, numbers
+from strategies import Case, from_format, judge, numbers, to_format
 
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config
@@ -11,15 +11,16 @@ from convdispatch.problem import Problem
 
 
 def run(backend: Backend, case: Case, config: Config, *, pickled: bool = False) -> Array:
-    """Convolve a case, by a kernel that was pickled if so asked for, and look at the walls."""
+    """Convolve a case, by a kernel that was pickled if so asked for, and look at the walls; return it as laid out."""
     p = case.problem
     walled = np.full(case.x.size + 256, np.nan, case.x.dtype)
-    x = walled[128:-128].reshape(case.x.shape)
-    x[...] = case.x
+    x = walled[128:-128].reshape(p.input_shape)
+    x[...] = to_format(p, case.x)
     around = np.full(int(np.prod(p.output_shape)) + 256, 77, case.x.dtype)
     out = around[128:-128].reshape(p.output_shape)
     kernel = backend.prepare(p, case.w, case.bias, config)
-    spoiled = (pickle.loads(pickle.dumps(kernel)) if pickled else kernel)(x, out, case.residual)
+    residual = None if case.residual is None else to_format(p, case.residual)
+    spoiled = (pickle.loads(pickle.dumps(kernel)) if pickled else kernel)(x, out, residual)
     assert not spoiled  # who mixes windows says so where sums are not finite
     assert (around[:128] == 77).all()
     assert (around[-128:] == 77).all()
@@ -30,7 +31,8 @@ def check(backend: Backend, problem: Problem, config: Config, seed: int = 0) -> 
     """Run a problem with random numbers, and hold the result against the reference."""
     case = numbers(problem, seed)
     out = run(backend, case, config)
-    verdict = judge(problem, backend.numerics, config, case.x, case.w, out, case.bias, case.residual)
+    y = from_format(problem, out)
+    verdict = judge(problem, backend.numerics, config, case.x, case.w, y, case.bias, case.residual)
     assert verdict.reason is None, f"{problem} {config}: {verdict.reason}"
     return out
 
