@@ -32,8 +32,8 @@ from convdispatch.backends._vector import hold, prefetch
 
 #: Filters with more bytes than this are taken by parts, but not for fewer tiles than these.
 FAR, _LEAST_TILES = 4 << 20, 4
-#: Bytes of a part, and so many steps of a tile's sums between one look ahead at the next part and another.
-_PART, _STRETCH = 64 << 10, 64
+#: Steps of a tile's sums with a part, and bytes of filters between one look ahead at the next part and another.
+_PART, _STRETCH = 1024, 4 << 10
 
 
 @compilable
@@ -192,8 +192,8 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
         table_at, table_step = table.ctypes.data, (2 + kh * kw) * rows * 8
         streams = streamed and out.ctypes.data % CACHE_LINE == 0
         depth, far = kh * kw * group_c, is_far(w.size * itemsize, tiles)
-        turns, stretch = (-(-depth * step // _PART), _STRETCH) if far else (1, depth)
-        lines = _STRETCH * step // (tiles * CACHE_LINE) + 1 if far else 0
+        turns, stretch = (-(-depth // _PART), max(1, _STRETCH // step)) if far else (1, depth)
+        lines = stretch * step // (tiles * CACHE_LINE) + 1 if far else 0
         partial = np.empty((tiles if turns > 1 else 0, rows, block), x.dtype)
         for number in range(first_block, last_block):
             group, member = divmod(number, per_group)
