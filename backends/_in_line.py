@@ -86,7 +86,7 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
                         kept, begun = (group, image), oh
                         until = min(lines - oh, (last_tile - 1) // across - line + 1)
                         taken = (until - 1) * strides[0] + (kh - 1) * dilations[0] + 1
-                        copy_group(stage, x, (image, top, -pads[1]), group * group_c, taken, lanes, itemsize)
+                        copy_group(stage, x, (image, top, -pads[1]), group * group_c, taken, 1, lanes, itemsize)
                     low, high = 0, kh
                     from_line = np.int64(stage.ctypes.data) + (oh - begun) * strides[0] * line_bytes
                 else:
@@ -111,7 +111,7 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
                         for j in range(segments):
                             tap = at + i * down + j * dilations[1] * pixel
                             for _ in range(run):
-                                sums = multiply_add(sums, rows, (tap, apart), 0, packed)
+                                sums = multiply_add(sums, rows, (tap, apart), 0, packed, 1)
                                 tap += itemsize
                                 packed += step
                     if residual.size:

@@ -141,7 +141,7 @@ def _add_products(  # type: ignore[no-untyped-def]
             places, offset = inputs + (1 + i * kw + j) * rows * 8, behind + c * itemsize
         now = min(run - c, left, stretch)
         for _ in range(now):
-            sums = multiply_add(sums, rows, places, offset, packed)
+            sums = multiply_add(sums, rows, places, offset, packed, 1)
             offset += itemsize
             packed += step
         left -= now

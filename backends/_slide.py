@@ -6,13 +6,13 @@ from typing import Any
 from llvmlite import ir
 
 from convdispatch.backends._vector import (
-    I32,
     I64,
     Codegen,
     fused_multiply_add,
     intrinsic,
     load_at,
     parts_of,
+    shuffled,
 )
 
 
@@ -57,8 +57,7 @@ def _spread(b: Any, pixel: Any, groups: int, channels: int, filters: int, c: int
     if channels == filters == 1:
         return pixel
     lanes = [group * channels + c for group in range(groups) for _ in range(filters)]
-    undefined = ir.Constant(pixel.type, ir.Undefined)
-    return b.shuffle_vector(pixel, undefined, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+    return shuffled(b, pixel, lanes)
 
 
 def _few_steps(b: Any, first: Any, step: Any, count: int) -> list[Any]:

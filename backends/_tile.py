@@ -15,6 +15,8 @@ from numba import types
 from numba.core import cgutils
 
 from convdispatch.backend import Config
+from convdispatch.backends._linear import Arithmetic, product
+from convdispatch.backends._memory import CACHE_LINE
 from convdispatch.backends._vector import (
     I32,
     I64,
@@ -28,6 +30,8 @@ from convdispatch.backends._vector import (
     load_at,
     parts_of,
     registers,
+    send_for,
+    shuffled,
     spaced,
 )
 from convdispatch.errors import ArgumentError
@@ -71,26 +75,50 @@ def zeros(typing: Any, rows: Any, vectors: Any, lanes: Any, itemsize: Any) -> tu
 
 
 @intrinsic
-def multiply_add(typing: Any, tile: Any, rows: Any, inputs: Any, offset: Any, filters: Any) -> tuple[Any, Codegen]:
+def multiply_add(
+    typing: Any, tile: Any, rows: Any, inputs: Any, offset: Any, filters: Any, share: Any
+) -> tuple[Any, Codegen]:
     """Return the tile plus an outer product: one input value of each row times the vectors at ``filters``.
 
-    The values are ``offset`` bytes behind where ``inputs`` tells that the rows lie.
+    The values are ``offset`` bytes behind where ``inputs`` tells that the rows lie. If ``share`` groups share a vector,
+    lane by lane in turn, there are as many neighbouring values, one for each group.
     """
     count, vector = rows.literal_value, tile.dtype
     vectors, size = len(tile) // count, vector.itemsize
-    scalar = SCALARS[size][1]
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        values, _, where, behind, packed = arguments
+        values, _, where, behind, packed, _ = arguments
         sums = parts_of(b, values, len(tile))
         weights = [load_at(b, vector.ir, packed, v * vector.lanes * size, size) for v in range(vectors)]
         for row, start in enumerate(_starts(b, count, inputs, where)):
-            x = broadcast(b, load_at(b, scalar, b.add(start, behind), 0, size), vector.lanes)
+            x = _for_all_lanes(b, b.add(start, behind), share.literal_value, vector)
             for v in range(vectors):
                 sums[row * vectors + v] = fused_multiply_add(b, x, weights[v], sums[row * vectors + v], vector)
         return context.make_tuple(b, signature.return_type, sums)
 
-    return tile(tile, rows, inputs, offset, filters), codegen
+    return tile(tile, rows, inputs, offset, filters, share), codegen
+
+
+def _for_all_lanes(b: Any, address: Any, share: int, vector: Vector) -> Any:
+    """Return a vector that repeats so many values from memory."""
+    scalar = SCALARS[vector.itemsize][1]
+    if share == 1:
+        return broadcast(b, load_at(b, scalar, address, 0, vector.itemsize), vector.lanes)
+    values = load_at(b, ir.VectorType(scalar, share), address, 0, vector.itemsize)
+    return shuffled(b, values, [lane % share for lane in range(vector.lanes)])
+
+
+@intrinsic
+def prefetch_filters(typing: Any, tile: Any, rows: Any, address: Any) -> tuple[Any, Codegen]:
+    """Send for all cache lines of a step's vectors of filters, which begin at ``address``."""
+    vector, vectors = tile.dtype, len(tile) // rows.literal_value
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        for offset in range(0, vectors * vector.lanes * vector.itemsize, CACHE_LINE):
+            send_for(b, arguments[2], offset)
+        return context.get_dummy_value()
+
+    return types.void(tile, rows, address), codegen
 
 
 @intrinsic
@@ -310,11 +338,27 @@ def add_doubts(typing: Any, doubts: Any, tile: Any) -> tuple[Any, Codegen]:
     return doubts(doubts, tile), codegen
 
 
+@intrinsic
+def separate(typing: Any, tile: Any, groups: Any) -> tuple[Any, Codegen]:
+    """Return the tile with the lanes of so many groups, which lie in turn, one group after another."""
+    lanes = [
+        lane for first in range(groups.literal_value) for lane in range(tile.dtype.lanes)[first :: groups.literal_value]
+    ]
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        values = parts_of(b, arguments[0], len(tile))
+        if groups.literal_value > 1:
+            values = [shuffled(b, value, lanes) for value in values]
+        return context.make_tuple(b, signature.return_type, values)
+
+    return tile(tile, groups), codegen
+
+
 def linear(matrices: Callable[..., Any]) -> Any:
-    """Return an intrinsic that multiplies a tuple of vectors with a constant matrix, written out term by term.
+    """Return an intrinsic that multiplies a tuple of vectors with a constant matrix, written out.
 
     Args:
-        matrices: from literal integers to the matrix, rows of numbers.
+        matrices: from literal integers to the matrix, rows of fractions.
     """
 
     @intrinsic
@@ -325,27 +369,23 @@ def linear(matrices: Callable[..., Any]) -> Any:
 
         def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
             values = parts_of(b, arguments[0], len(tile))
-            return context.make_tuple(b, kind, [_weighted_sum(b, row, values, tile.dtype) for row in matrix])
+            return context.make_tuple(b, kind, product(matrix, values, _arithmetic(b, tile.dtype)))
 
         return kind(tile, m, r, stride), codegen
 
     return combine
 
 
-def _weighted_sum(b: Any, weights: Any, values: list[Any], vector: Vector) -> Any:
-    total = None
-    terms = [(float(w), v) for w, v in zip(weights, values, strict=True) if w]
-    for weight, value in sorted(terms, key=lambda term: term[0] != 1):
-        if total is None:
-            total = value if weight == 1 else b.fmul(value, _constant(vector, weight))
-        elif weight == 1:
-            total = b.fadd(total, value)
-        elif weight == -1:
-            total = b.fsub(total, value)
-        else:
-            total = fused_multiply_add(b, value, _constant(vector, weight), total, vector)
-    return ir.Constant(vector.ir, None) if total is None else total
+def _arithmetic(b: Any, vector: Vector) -> Arithmetic:
+    """Return what writes instructions on vectors."""
 
+    def constant(value: float) -> Any:
+        return ir.Constant(vector.ir, [value] * vector.lanes)
 
-def _constant(vector: Vector, value: float) -> Any:
-    return ir.Constant(vector.ir, [value] * vector.lanes)
+    return Arithmetic(
+        add=b.fadd,
+        subtract=b.fsub,
+        scale=lambda value, weight: b.fmul(value, constant(weight)),
+        multiply_add=lambda value, weight, total: fused_multiply_add(b, value, constant(weight), total, vector),
+        zero=ir.Constant(vector.ir, None),
+    )

@@ -11,7 +11,9 @@ transpose correlates, which is what Winograd's minimal filtering is. With n = m 
 Sources: A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural Networks", 2015 (arXiv:1509.09308);
 K. Vincent, K. Stephano, M. Frumkin, B. Ginsburg and J. Demouth, "On Improving the Numerical Stability of Winograd
 Convolutions", ICLR 2017 workshop; B. Barabasz, A. Anderson, K. M. Soodhalter and D. Gregg, "Error Analysis and
-Improving the Accuracy of Winograd Convolution for Deep Neural Networks", ACM TOMS 46(4), 2020 (arXiv:1803.10986).
+Improving the Accuracy of Winograd Convolution for Deep Neural Networks", ACM TOMS 46(4), 2020 (arXiv:1803.10986);
+S. A. Alam, A. Anderson, B. Barabasz and D. Gregg, "Winograd Convolution for Deep Neural Networks: Efficient Point
+Selection", ACM TECS 21(6), 2022 (arXiv:2201.10369).
 """
 
 import functools
@@ -24,10 +26,26 @@ from numpy.typing import NDArray
 
 Matrix = tuple[tuple[Fraction, ...], ...]
 
-#: Finite points in the order in which they are taken: small ones next to negative reciprocals, since they keep the
-#: matrices small (Barabasz et al.): F(4, 3) with 1/2 and -2 has an ``amplification`` of 87, with 2 and -2 one of 299.
-#: All are powers of two, so that A and B hold short binary numbers and are exact in every dtype.
-POINTS = tuple(Fraction(p) for p in ("0", "1", "-1", "1/2", "-2", "-1/2", "2", "1/4", "-4", "-1/4", "4"))
+#: Finite points by how many are needed: of those that are short binary numbers, so that A and B are exact in every
+#: dtype, the ones with the least ``amplification`` (F(4, 3) has 66, and has 299 with 1 and 2), in pairs of opposite
+#: signs, which save operations (``_linear``; Alam et al.).
+_POINTS = {
+    0: "",
+    1: "0",
+    2: "0 1",
+    3: "0 1 -1",
+    4: "1/2 -1/2 5/4 -5/4",
+    5: "0 5/8 -5/8 3/2 -3/2",
+    6: "1/4 -1/4 7/8 -7/8 7/4 -7/4",
+    7: "0 1 -1 1/2 -1/2 2 -2",
+}
+#: Of more, so many: powers of two next to their negative reciprocals.
+_MORE_POINTS = "0 1 -1 1/2 -2 -1/2 2 1/4 -4 -1/4 4"
+
+
+def points(count: int) -> tuple[Fraction, ...]:
+    """Return so many good finite points, or as many as are known."""
+    return tuple(map(Fraction, _POINTS.get(count, _MORE_POINTS).split()[:count]))
 
 
 @dataclass(frozen=True)
@@ -68,18 +86,18 @@ def _powers(point: Fraction | None, count: int) -> tuple[Fraction, ...]:
 
 
 @functools.cache
-def transforms(m: int, r: int, points: tuple[Fraction, ...] | None = None) -> Transforms:
+def transforms(m: int, r: int, at: tuple[Fraction, ...] | None = None) -> Transforms:
     """Return the matrices of F(m, r).
 
     Args:
         m: outputs, at least 1.
         r: taps, at least 1.
-        points: ``m + r - 2`` different finite points; the first of ``POINTS`` if not given.
+        at: ``m + r - 2`` different finite points; good ones if not given.
 
     Raises:
         ValueError: if there are not that many different points.
     """
-    finite = POINTS[: m + r - 2] if points is None else points
+    finite = points(m + r - 2) if at is None else at
     if min(m, r) < 1 or not len(set(finite)) == len(finite) == m + r - 2:
         raise ValueError(f"F({m}, {r}) needs {m + r - 2} different finite points; got {len(set(finite))}")
     bt, g = [], []

@@ -78,8 +78,13 @@ def load_at(b: Any, kind: Any, address: Any, offset: int = 0, align: int = 4) ->
 
 def broadcast(b: Any, value: Any, lanes: int) -> Any:
     undefined = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
-    first = b.insert_element(undefined, value, ir.Constant(I32, 0))
-    return b.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
+    return shuffled(b, b.insert_element(undefined, value, ir.Constant(I32, 0)), [0] * lanes)
+
+
+def shuffled(b: Any, value: Any, lanes: list[int]) -> Any:
+    """Return a vector of these lanes of a vector."""
+    undefined = ir.Constant(value.type, ir.Undefined)
+    return b.shuffle_vector(value, undefined, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
 
 
 def fused_multiply_add(b: Any, x: Any, y: Any, z: Any, vector: Vector) -> Any:
@@ -135,6 +140,19 @@ def save(typing: Any, address: Any, vector: Any) -> tuple[Any, Codegen]:
     return types.void(address, vector), codegen
 
 
+@intrinsic
+def interleave(typing: Any, vector: Any, groups: Any) -> tuple[Any, Codegen]:
+    """Return a vector whose lanes are those of so many groups, taken in turn."""
+    numbers = range(vector.lanes)
+    each = vector.lanes // groups.literal_value
+    lanes = [first + member for member in range(each) for first in numbers[::each]]
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        return shuffled(b, arguments[0], lanes) if groups.literal_value > 1 else arguments[0]
+
+    return vector(vector, groups), codegen
+
+
 # Bytes that lie side by side.
 
 
@@ -164,16 +182,21 @@ def copy(typing: Any, target: Any, source: Any, count: Any) -> tuple[Any, Codege
     return types.void(types.int64, types.int64, types.int64), codegen
 
 
+def send_for(b: Any, address: Any, offset: int) -> None:
+    """Have a cache line on its way to L2, before it is needed; any address will do."""
+    pointer = address_of(b, address, offset, I8)
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
+    call = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")  # type: ignore[no-untyped-call]
+    to_read, to_l2, data = (ir.Constant(I32, value) for value in (0, 2, 1))
+    b.call(call, [pointer, to_read, to_l2, data])
+
+
 @intrinsic
 def prefetch(typing: Any, address: Any) -> tuple[Any, Codegen]:
-    """Have the cache line at an address on its way to L2, before it is needed; any address will do."""
+    """Send for the cache line at an address."""
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        pointer = address_of(b, arguments[0], 0, I8)
-        kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
-        call = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")  # type: ignore[no-untyped-call]
-        to_read, to_l2, data = (ir.Constant(I32, value) for value in (0, 2, 1))
-        b.call(call, [pointer, to_read, to_l2, data])
+        send_for(b, arguments[0], 0)
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen

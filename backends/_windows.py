@@ -3,7 +3,7 @@
 import numpy as np
 
 from convdispatch.backends._jit import compilable
-from convdispatch.backends._vector import clear, copy, load, save
+from convdispatch.backends._vector import clear, copy, interleave, load, save
 
 
 def overlap(first: int, count: int, offset: int, stride: int, length: int) -> tuple[slice, slice]:
@@ -42,10 +42,11 @@ def copy_columns(target, source, first, count, width, pixel):  # type: ignore[no
 
 
 @compilable
-def copy_group(stage, x, where, first_channel, rows, lanes, itemsize):  # type: ignore[no-untyped-def]
+def copy_group(stage, x, where, first_channel, rows, share, lanes, itemsize):  # type: ignore[no-untyped-def]
     """Copy a group's channels of ``rows`` rows of an image to ``stage [rows, columns, C // groups]``.
 
-    ``where`` is the image, the first row and the first column; outside the image there are zeros.
+    ``where`` is the image, the first row and the first column; outside the image there are zeros. Or copy the channels
+    of ``share`` groups that fill a vector, interleaved.
     """
     image, top, left = where
     _, height, width, channels = x.shape
@@ -69,5 +70,5 @@ def copy_group(stage, x, where, first_channel, rows, lanes, itemsize):  # type: 
         for column in range(low, high):
             for c in range(0, group_c, lanes):
                 offset = min(c, group_c - lanes) * itemsize
-                save(target + column * pixel + offset, load(source + offset, lanes, itemsize))
+                save(target + column * pixel + offset, interleave(load(source + offset, lanes, itemsize), share))
             source += channels * itemsize

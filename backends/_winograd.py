@@ -22,27 +22,16 @@ from convdispatch.backends._tile import (
     clamp,
     load_apart,
     multiply_add,
+    prefetch_filters,
     save_apart,
+    separate,
     store,
     zeros,
 )
+from convdispatch.backends._tiling import corner, following, outputs_inside, place_of, tiles_of_picture
 from convdispatch.backends._transforms import leave_columns, odd_lines, report, transform_input, transform_output
-from convdispatch.backends._vector import clear, copy, hold, prefetch
+from convdispatch.backends._vector import clear, copy, hold
 from convdispatch.backends._windows import copy_columns, copy_group
-
-
-@compilable
-def _place(tile, shape, m, dilations):  # type: ignore[no-untyped-def]
-    """Return a tile's image, first output row and first output column; ``shape`` is the output's.
-
-    With dilation d, every d-th row and column is a picture of its own: tiles are of one of the d * d pictures.
-    """
-    rows, columns = -(-shape[1] // dilations[0]), -(-shape[2] // dilations[1])
-    down, across = -(-rows // m), -(-columns // m)
-    image, rest = divmod(tile, dilations[0] * dilations[1] * down * across)
-    phase, rest = divmod(rest, down * across)
-    i, j = divmod(rest, across)
-    return image, phase // dilations[1] + i * m * dilations[0], phase % dilations[1] + j * m * dilations[1]
 
 
 @compilable
@@ -83,7 +72,7 @@ def _transform(tile, down, across, half, to, between, m, r, stride, n, lanes, it
 
 @compilable
 def _enter(  # type: ignore[no-untyped-def]
-    x, shape, pads, dilations, channel, runs, first, span, values, patch, half, m, r, stride, n, lanes, itemsize
+    x, tiles, pads, dilations, channel, runs, first, span, values, patch, half, m, r, stride, n, lanes, itemsize
 ):
     """Transform tiles of channels ``channel`` on into ``values [points, tiles * padded]``.
 
@@ -96,8 +85,10 @@ def _enter(  # type: ignore[no-untyped-def]
     room, pixel = patch[1], x[4] * itemsize
     steps, between = (fold * dilations[0], fold * dilations[1]), values[1] * itemsize
     beyond = x[0] + x[1] * x[2] * x[3] * pixel
+    place = place_of(first + span[0], tiles, dilations)
     for t in range(span[0], span[1]):
-        image, oh, ow = _place(first + t, shape, m, dilations)
+        image, (oh, ow) = place[0], corner(place, m, dilations)
+        place = following(place, tiles, dilations)
         for row in range(fold):
             top, left = oh * stride * fold - pads[0] + row, ow * stride * fold - pads[1]
             start = x[0] + ((image * x[2] + top) * x[3] + left) * pixel + channel * itemsize
@@ -132,68 +123,64 @@ def stage_shape(tiles: int, shape: tuple[int, int], staged: bool, m: int, stride
 
 @compilable
 def _enter_group(  # type: ignore[no-untyped-def]
-    x, stage, shape, pads, runs, channel, first, count, values, patch, half, m, r, stride, n, lanes, itemsize
+    x, stage, tiles, pads, runs, channel, first, count, values, patch, half, m, r, stride, n, share, lanes, itemsize
 ):
     """Do as ``_enter`` does for the channels of a group, image by image from a copy with zeros around it.
 
     Of a group's channels, only a few bytes of each pixel are read, more than twice, and pixels may lie apart so that
-    all of these want the same places of L1. In ``stage [rows, columns, C // groups]`` they lie side by side.
+    all of these want the same places of L1. In ``stage [rows, columns, C // groups]`` they lie side by side, those of
+    ``share`` groups that fill a vector in turn.
     """
-    tiles = -(-shape[1] // m) * -(-shape[2] // m)
     rows, columns, group_c = stage.shape
     begin = np.int64(0)  # a literal would make for another `_enter`; those below make for one that is a tenth faster
     while begin < count:
-        image, oh, _ = _place(first + begin, shape, m, (1, 1))
-        end = min(count, (image + 1) * tiles - first)
-        _, last, _ = _place(first + end - 1, shape, m, (1, 1))
+        image, _, _, i, _ = place_of(first + begin, tiles, (1, 1))
+        end = min(count, (image + 1) * tiles[0] * tiles[1] - first)
+        oh, last = i * m, place_of(first + end - 1, tiles, (1, 1))[3] * m
         where = image, oh * stride - pads[0], -pads[1]
-        copy_group(stage, x, where, channel, (last - oh) * stride + n, lanes, itemsize)
+        copy_group(stage, x, where, channel, (last - oh) * stride + n, share, lanes, itemsize)
         size = rows * columns * group_c * itemsize
         here = (np.int64(stage.ctypes.data) - image * size, image + 1, rows, columns, group_c)
         _enter(
-            here, shape, (oh * stride, 0), (1, 1), 0, runs, first, (begin, end), values, patch, half,
+            here, tiles, (oh * stride, 0), (1, 1), 0, runs, first, (begin, end), values, patch, half,
             m, r, stride, n, lanes, itemsize,
         )  # fmt: skip
         begin = end
 
 
 @compilable
-def _pass(inputs, weights, runs, start, outputs, rows, vectors, lanes, itemsize):  # type: ignore[no-untyped-def]
+def _pass(inputs, weights, ahead, runs, outputs, rows, vectors, share, lanes, itemsize):  # type: ignore[no-untyped-def]
     """Store the products of ``rows`` tiles at one point, whose values and products lie as ``_tile`` tells.
 
-    Of each tile, ``runs[0]`` times ``runs[1]`` values count; each run fills up vectors. ``start`` is the address of
-    what the sums begin with, or 0. The next point's filters, which follow, are on their way meanwhile: where filters
-    come from far caches, that makes up to a third of the time.
+    Of each tile, ``runs[0]`` times ``runs[1]`` values count, ``share`` at a time; each run fills up vectors. The next
+    point's filters, ``ahead`` bytes further, are sent for meanwhile: where filters come from far caches, that saves up
+    to a third of the time.
     """
     sums, room = zeros(rows, vectors, lanes, itemsize), -(-runs[1] // lanes) * lanes
     step = vectors * lanes * itemsize
-    point_bytes = runs[0] * runs[1] * step
-    if start:
-        sums = add_to_all(sums, rows, start)
     for run in range(runs[0]):
-        for c in range(runs[1]):
-            sums = multiply_add(sums, rows, inputs, (run * room + c) * itemsize, weights)
-            prefetch(weights + point_bytes)
+        for c in range(0, runs[1], share):
+            sums = multiply_add(sums, rows, inputs, (run * room + c) * itemsize, weights, share)
+            prefetch_filters(sums, rows, weights + ahead)
             weights += step
     store(sums, rows, outputs, 0)
 
 
 @compilable
 def _multiply(  # type: ignore[no-untyped-def]
-    values, count, packed, runs, bias, one, products, points, rows, less, least, vectors, lanes, itemsize
+    values, count, packed, point_bytes, runs, products, points, rows, less, least, vectors, share, lanes, itemsize
 ):
-    """Store ``values [points, count * padded] @ packed [points, values of a pixel, block]``.
+    """Store ``values [points, count * padded] @ packed [points, values that are summed, block]``.
 
     A pixel is ``runs[0]`` times ``runs[1]`` values. The tiles are shared out evenly among passes of at most ``rows``,
     each by the register tile that wastes least: what that is too long is products of the next tiles, or of what lies
-    behind the last. What is added at the point ``one`` is added to every output of a tile
-    when it is transformed back, since powers of 1 are 1: the bias, of which this is the address, or 0.
+    behind the last.
     """
     step = vectors * lanes * itemsize
     padded = runs[0] * -(-runs[1] // lanes) * lanes
     passes = -(-count // rows)
     for point in range(points):  # the filters of a point come from a far cache once, and stay for the other passes
-        weights, start = packed + point * runs[0] * runs[1] * step, bias if point == one else 0
+        weights = packed + point * point_bytes
         entered = values[0] + point * values[1] * itemsize
         left = products[0] + point * products[1] * itemsize
         for number in range(passes):
@@ -201,11 +188,11 @@ def _multiply(  # type: ignore[no-untyped-def]
             now = (number + 1) * count // passes - first
             x, y = (entered + first * padded * itemsize, padded * itemsize), (left + first * step, step)
             if now > less:
-                _pass(x, weights, runs, start, y, rows, vectors, lanes, itemsize)
+                _pass(x, weights, point_bytes, runs, y, rows, vectors, share, lanes, itemsize)
             elif now > least:
-                _pass(x, weights, runs, start, y, less, vectors, lanes, itemsize)
+                _pass(x, weights, point_bytes, runs, y, less, vectors, share, lanes, itemsize)
             else:
-                _pass(x, weights, runs, start, y, least, vectors, lanes, itemsize)
+                _pass(x, weights, point_bytes, runs, y, least, vectors, share, lanes, itemsize)
 
 
 @compilable
@@ -220,12 +207,13 @@ def _finish(sums, out, residual, image, a, b, k0, count, code, slope):  # type: 
 
 @compilable
 def _leave(  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912
-    products, first, count, step, out, residual, k0, valid, dilations, code, slope, doubts, half, rows,
-    m, r, stride, n, lanes, itemsize,
+    products, bias, tiles, first, count, step, out, residual, k0, valid, dilations, code, slope, doubts, half, rows,
+    m, r, stride, n, share, lanes, itemsize,
 ):  # fmt: skip
     """Transform products back, finish them and store ``valid`` filters from ``k0`` on; return the doubts.
 
-    ``half``, the address of n * m vectors, and ``rows [2 * m * lanes]`` are for what is under way.
+    ``bias`` is the address of these filters' bias, or 0. ``half``, the address of n * m vectors, and
+    ``rows [2 * m * lanes]`` are for what is under way.
     """
     lane_bytes, between, room = lanes * itemsize, products[1] * itemsize, -(-valid // lanes) * lanes
     done = np.int64(rows.ctypes.data)
@@ -233,11 +221,13 @@ def _leave(  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912
     more = np.int64(residual.ctypes.data) - np.int64(out.ctypes.data)
     pixel = out.shape[3] * itemsize
     apart = dilations[1] * pixel
+    place = place_of(first, tiles, dilations)
     for t in range(count):
-        image, oh, ow = _place(first + t, out.shape, m, dilations)
-        down = min(m, -(-(out.shape[1] - oh) // dilations[0]))
-        across = min(m, -(-(out.shape[2] - ow) // dilations[1]))
-        corner = np.int64(out.ctypes.data) + ((image * out.shape[1] + oh) * out.shape[2] + ow) * pixel + k0 * itemsize
+        image, (oh, ow) = place[0], corner(place, m, dilations)
+        place = following(place, tiles, dilations)
+        down = outputs_inside(out.shape[1], oh, m, dilations[0])
+        across = outputs_inside(out.shape[2], ow, m, dilations[1])
+        origin = np.int64(out.ctypes.data) + ((image * out.shape[1] + oh) * out.shape[2] + ow) * pixel + k0 * itemsize
         for k in range(0, room, lanes):
             start, usual = products[0] + t * step + k * itemsize, k + lanes <= valid and code <= RELU6
             leave_columns(start, between, half, m, r, stride, n, lanes, itemsize)
@@ -245,6 +235,9 @@ def _leave(  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912
                 line = load_apart(half + i * n * lane_bytes, lane_bytes, n, lanes, itemsize)
                 sums = transform_output(line, m, r, stride)
                 doubts = add_doubts(doubts, sums)
+                if bias:
+                    sums = add_to_all(sums, m, bias + k * itemsize)
+                sums = separate(sums, share)
                 if not usual:
                     save_apart(done, lane_bytes, sums)
                     few, a = min(lanes, valid - k), oh + i * dilations[0]
@@ -252,7 +245,7 @@ def _leave(  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912
                         b = ow + j * dilations[1]
                         _finish(rows[j * lanes :], out, residual, image, a, b, k0 + k, few, code, slope)
                     continue
-                to = corner + i * dilations[0] * out.shape[2] * pixel + k * itemsize
+                to = origin + i * dilations[0] * out.shape[2] * pixel + k * itemsize
                 if residual.size and across == m:
                     sums = add_to_each(sums, m, (to, apart), more)
                 elif residual.size:
@@ -272,7 +265,7 @@ def _leave(  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912
     return doubts
 
 
-#: ``filters`` is ``[groups, blocks of a group, points, values of a pixel, block]``, its ends zeros; so is ``bias``.
+#: ``filters`` is ``[groups, blocks of a group, points, values summed, block]``, its ends zeros; so is ``bias``.
 ARGUMENTS = Arguments(
     input=array_of(4), filters=array_of(5), bias=array_of(1), residual=array_of(4), out=array_of(4),
     pads=integers_of(2), dilations=integers_of(2), groups=INTEGER, code=INTEGER, slope=FLOAT,
@@ -284,9 +277,12 @@ _SPOILED_AT, _DONE_AT = 8 * ARGUMENTS.at["spoiled"], 8 * ARGUMENTS.done_at
 
 @functools.cache
 def compiled(
-    m: int, r: int, stride: int, fold: int, staged: int, rows: int, vectors: int, lanes: int, itemsize: int
+    m: int, r: int, stride: int, fold: int, staged: int, share: int, rows: int, vectors: int, lanes: int, itemsize: int
 ) -> CompiledKernel:
-    """Return the kernel for F(m x m, r x r) with register tiles of up to rows x vectors; ``staged`` copies groups."""
+    """Return the kernel for F(m x m, r x r) with register tiles of up to rows x vectors.
+
+    If ``staged``, groups are copied; so many groups ``share`` a vector, and are one to this kernel.
+    """
     n, block = stride * (m - 1) + r, vectors * lanes
     points, step = n * n, block * itemsize
     less, least = rows - 1, max(1, rows - 2)
@@ -297,10 +293,10 @@ def compiled(
         first, last, first_block, last_block = parts[number]
         group_k, per_group = out.shape[3] // groups, u.shape[1]
         group_c = x.shape[3] // groups
-        runs = (fold, fold * group_c)
+        runs, point_bytes = (fold, fold * group_c), u.shape[3] * step
         here = (np.int64(x.ctypes.data), x.shape[0], x.shape[1], x.shape[2], x.shape[3])
         padded = fold * -(-runs[1] // lanes) * lanes
-        count = last - first
+        count, tiles = last - first, tiles_of_picture(out.shape, m, dilations)
         entering, leaving = odd_lines(count * padded, itemsize), odd_lines(count * block, itemsize)
         beyond = -(-least * max(padded, block) // lanes) * lanes  # a register tile may be longer than what is left
         high, wide = stage_shape(count, out.shape[1:3], staged, m, stride, n)
@@ -325,23 +321,24 @@ def compiled(
                 entered = group
                 if staged:
                     _enter_group(
-                        x, stage, out.shape, pads, runs, group * group_c, first, count, values, patch, half,
-                        m, r, stride, n, lanes, itemsize,
+                        x, stage, tiles, pads, runs, group * group_c, first, count, values, patch, half,
+                        m, r, stride, n, share, lanes, itemsize,
                     )  # fmt: skip
                 else:
                     _enter(
-                        here, out.shape, pads, dilations, group * group_c, runs, first, (np.int64(0), count), values,
+                        here, tiles, pads, dilations, group * group_c, runs, first, (np.int64(0), count), values,
                         patch, half, m, r, stride, n, lanes, itemsize,
                     )  # fmt: skip
-            packed = u.ctypes.data + task * points * runs[0] * runs[1] * step
+            packed = u.ctypes.data + task * points * point_bytes
             added = bias.ctypes.data + task * step if bias.size else 0
             _multiply(
-                values, count, packed, runs, added, n + 1, products, points, rows, less, least, vectors, lanes, itemsize
+                values, count, packed, point_bytes, runs, products, points, rows, less, least, vectors, share, lanes,
+                itemsize,
             )  # fmt: skip
             valid = min(block, group_k - member * block)
             doubts = _leave(
-                products, first, count, step, out, residual, group * group_k + member * block, valid, dilations,
-                code, slope, doubts, half, done, m, r, stride, n, lanes, itemsize,
+                products, added, tiles, first, count, step, out, residual, group * group_k + member * block, valid,
+                dilations, code, slope, doubts, half, done, m, r, stride, n, share, lanes, itemsize,
             )  # fmt: skip
         report(doubts, lanes, done, arguments + _SPOILED_AT)
         hold(scratch)

@@ -3,11 +3,11 @@
 The output is cut into tiles of m x m pixels. A tile needs n x n input pixels, n = m + r - 1; these and the filters are
 transformed so that convolving becomes n * n independent products of matrices ``[tiles, C] @ [C, K]``, whose results are
 transformed back: n * n multiplications for m * m outputs where the definition takes r * r * m * m. For 3x3 filters
-that is 2.25 times fewer with m = 2, 4 times with m = 4, 5.06 times with m = 6. A dilated problem is d * d interleaved
-problems that are not. With stride 2 the even and the odd rows and columns of the input are filtered by the even and
-the odd taps, each without a stride: with 3x3 filters and m = 4, 1.8 times fewer multiplications. Tiles are worked on
-by the block, so that scratch memory does not grow with the image, and bias, residual and activation are applied before
-a result is stored.
+that is 2.25 times fewer with m = 2, 4 times with m = 4, 5.06 times with m = 6, and 4.59 times with m = 5, whose tiles
+fit some images. A dilated problem is d * d interleaved problems that are not. With stride 2 the even and the odd rows
+and columns of the input are filtered by the even and the odd taps, each without a stride: with 3x3 filters and m = 4,
+1.8 times fewer multiplications. Tiles are worked on by the block, so that scratch memory does not grow with the image,
+and bias, residual and activation are applied before a result is stored.
 
 Source: A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural Networks", 2015 (arXiv:1509.09308); the
 matrices and their errors are in ``_toomcook``, the kernel is in ``_winograd``.
@@ -27,18 +27,17 @@ from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import by_blocks, by_phases
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._threads import grid, too_many
-from convdispatch.backends._tile import register_tiles
 from convdispatch.backends._toomcook import amplification, roundings, strided
 from convdispatch.backends._transforms import odd_lines
-from convdispatch.backends._vector import vector_bytes
+from convdispatch.backends._vector import registers, vector_bytes
 from convdispatch.backends._winograd import compiled, is_staged, stage_shape
 from convdispatch.backends._winograd_filters import transformed
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine, current
 from convdispatch.problem import Problem
 
-#: Sides of output tiles by the filters' side and the stride.
-SIZES = {(3, 1): (2, 4, 6), (5, 1): (2, 4), (3, 2): (2, 4), (5, 2): (2,)}
+#: Sides of output tiles by the filters' side and the stride. F(5) suits images of 10, 14, 15 or 20 pixels a side.
+SIZES = {(3, 1): (2, 4, 5, 6), (5, 1): (2, 4), (3, 2): (2, 4), (5, 2): (2,)}
 #: Folded: the side of tiles, the sides of filters that are left, and most channels of what is then a pixel.
 _FOLDED_SIZE, _FOLDED_FILTERS, _FOLDED_CHANNELS = 4, (3, 4), 64
 #: Scratch for the tiles of one job: about what a second-level cache holds. But never fewer than LEAST_TILES, or the
@@ -47,6 +46,11 @@ BLOCK_BYTES = 768 << 10
 LEAST_TILES = 24
 #: Of a folded image, with few products a point, transforms are most of the work, and go faster nearer to L1.
 _FOLDED_BYTES, _FOLDED_TILES = 192 << 10, 12
+
+#: Register tiles, rows x vectors, by the number of vector registers. Rows are shared out evenly among passes, which may
+#: have one or two rows fewer. Of tiles that waste no more products than so many times the least, the first is used.
+_TILES = {32: ((6, 4), (4, 4), (8, 3), (14, 2), (6, 2), (10, 1), (6, 1)), 16: ((6, 2), (4, 3), (12, 1), (6, 1))}
+_WASTE = 1.05
 
 #: A dilation may make so many pictures, be there pixels for all of them or not.
 _PICTURES = 1 << 10
@@ -67,7 +71,10 @@ class _Form:
         r: side of a filter.
         stride: of a tile's outputs among its inputs.
         fold: so many rows and columns of the image are one pixel of the algorithm; 1 where pixels are pixels.
-        run: values of such a pixel that are neighbours in memory: the channels of ``fold`` columns.
+        run: values of such a pixel that are neighbours in memory: the channels of ``fold`` columns, or of a group.
+        groups: the problem's, or as many as there are when ``share`` of them are taken for one.
+        filters: of a group.
+        share: so many of the problem's groups are one, and fill a vector with channels and one with filters.
     """
 
     m: int
@@ -75,6 +82,9 @@ class _Form:
     stride: int
     fold: int
     run: int
+    groups: int
+    filters: int
+    share: int = 1
 
     @property
     def n(self) -> int:
@@ -83,8 +93,8 @@ class _Form:
 
     @property
     def depth(self) -> int:
-        """Values of a pixel, over which products are summed."""
-        return self.fold * self.run
+        """Values over which products are summed."""
+        return self.fold * self.run // self.share
 
     def padded(self, lanes: int) -> int:
         """Return the values of a pixel in scratch memory: each run fills up vectors."""
@@ -110,8 +120,17 @@ def _form(problem: Problem, config: Config) -> _Form:
         given = f"m={m!r}, folded={folded!r}" if "folded" in config else f"m={m!r}"
         raise ArgumentError(f"winograd's config needs {wanted}, the side of an output tile; got {given}")
     if folded:
-        return _Form(m, -(-p.kh // stride), 1, stride, stride * p.c)
-    return _Form(m, p.kh, stride, 1, p.group_c)
+        return _Form(m, -(-p.kh // stride), 1, stride, stride * p.c, 1, p.k)
+    share = _sharing(p)
+    return _Form(m, p.kh, stride, 1, share * p.group_c, p.groups // share, share * p.group_k, share)
+
+
+def _sharing(problem: Problem) -> int:
+    """Return how many groups fill a vector, with channels and with filters, if they may share it."""
+    p, lanes = problem, vector_bytes() // item_bytes(problem.dtype)
+    fills = is_staged(p.groups, p.dilations) and p.group_c == p.group_k and lanes % p.group_c == 0
+    share = lanes // p.group_c if fills else 1
+    return share if p.groups % share == 0 else 1
 
 
 def _tiles(problem: Problem, m: int) -> int:
@@ -121,33 +140,82 @@ def _tiles(problem: Problem, m: int) -> int:
     return p.n * math.prod(p.dilations) * -(-rows // m) * -(-columns // m)
 
 
+@dataclass(frozen=True)
+class _Jobs:
+    """How the work is cut.
+
+    Attributes:
+        tile: the register tile, rows x vectors.
+        block: filters that are multiplied with together.
+        blocks: of all groups.
+        tiles: of outputs, of all images.
+        down: ranges of tiles.
+        across: ranges of blocks.
+    """
+
+    tile: tuple[int, int]
+    block: int
+    blocks: int
+    tiles: int
+    down: int
+    across: int
+
+    @property
+    def count(self) -> int:
+        """Tiles of outputs of the largest job."""
+        return -(-self.tiles // self.down)
+
+    def products(self) -> int:
+        """Return products at a point and of a channel, those that count for nothing included."""
+        least, passes = max(1, self.tile[0] - 2), -(-self.count // self.tile[0])
+        rows, longer = divmod(self.count, passes)
+        return (passes * max(rows, least) + longer * (rows >= least)) * self.blocks * self.block
+
+
+def _sizes(problem: Problem) -> tuple[int, ...]:
+    """Return the sides of output tiles to be tried: the odd one where it takes the fewest products."""
+    r, stride = problem.kh, problem.strides[0]
+    sizes = SIZES.get((r, stride), ())
+    products = {m: _tiles(problem, m) * (stride * (m - 1) + r) ** 2 for m in sizes}
+    return tuple(m for m in sizes if m % 2 == 0 or products[m] < min(products[other] for other in sizes if other != m))
+
+
 @functools.lru_cache(maxsize=4096)
-def _cut(problem: Problem, form: _Form, tile: tuple[int, int], blocks: int, threads: int) -> tuple[int, int, int]:
-    """Return the tiles, into how many ranges they are cut, and into how many the blocks of filters."""
-    p, tiles = problem, _tiles(problem, form.m)
-    lanes = vector_bytes() // item_bytes(p.dtype)
-    each = form.n**2 * (form.depth + tile[1] * lanes) * item_bytes(p.dtype)
+def _jobs(problem: Problem, form: _Form, threads: int) -> _Jobs:
+    """Return how the work is cut, by the first register tile of those that waste little."""
+    lanes = vector_bytes() // item_bytes(problem.dtype)
+    wide = -(-form.filters // lanes)
+    ways = [_cut(problem, form, tile, threads) for tile in _TILES[registers()] if tile[1] <= wide]
+    least = min(jobs.products() / jobs.count for jobs in ways)
+    return next(jobs for jobs in ways if jobs.products() / jobs.count <= _WASTE * least)
+
+
+def _cut(problem: Problem, form: _Form, tile: tuple[int, int], threads: int) -> _Jobs:
+    size = item_bytes(problem.dtype)
+    block, tiles = tile[1] * vector_bytes() // size, _tiles(problem, form.m)
+    blocks = form.groups * -(-form.filters // block)
+    each = form.n**2 * (form.fold * form.run + block) * size
     room, least = (_FOLDED_BYTES, _FOLDED_TILES) if form.fold > 1 else (BLOCK_BYTES, LEAST_TILES)
     most = max(least, room // each)
     most = max(tile[0], most - most % tile[0])
     down = -(-tiles // most)
     if tiles >= threads * least // 2:
         down = min(tiles, -(-down // threads) * threads)
-    return tiles, down, min(blocks, -(-threads // down))
+    return _Jobs(tile, block, blocks, tiles, down, min(blocks, -(-threads // down)))
 
 
-def _scratch(problem: Problem, form: _Form, tile: tuple[int, int], count: int) -> int:
-    """Return how many values a job of so many tiles keeps: the transformed tiles, the products and what is copied."""
+def _scratch(problem: Problem, form: _Form, jobs: _Jobs) -> int:
+    """Return how many values a job keeps: the transformed tiles, the products and what is copied."""
     p, size = problem, item_bytes(problem.dtype)
     lanes = vector_bytes() // size
-    entered, left = count * form.padded(lanes), count * tile[1] * lanes
-    copied = form.n**2 * form.padded(lanes) // form.fold + tile[0] * max(form.padded(lanes), tile[1] * lanes)
+    entered, left = jobs.count * form.padded(lanes), jobs.count * jobs.block
+    copied = form.n**2 * form.padded(lanes) // form.fold + jobs.tile[0] * max(form.padded(lanes), jobs.block)
     copied += (form.n**2 + 2 * form.m) * lanes
     stage: tuple[int, int] = stage_shape(
-        count, (p.oh, p.ow), is_staged(p.groups, p.dilations), form.m, form.stride, form.n
+        jobs.count, (p.oh, p.ow), is_staged(p.groups, p.dilations), form.m, form.stride, form.n
     )
     a_point: int = odd_lines(entered, size) + odd_lines(left, size)
-    return form.n**2 * a_point + copied + math.prod(stage) * p.group_c
+    return form.n**2 * a_point + copied + math.prod(stage) * form.run
 
 
 @functools.cache
@@ -163,19 +231,11 @@ def _growth(problem: Problem, config: Config) -> float:
     return (form.depth + roundings(*kind)) / 2 * amplification(*kind)
 
 
-@functools.lru_cache(maxsize=4096)
-def _tile(problem: Problem) -> tuple[int, int]:
-    """Return the register tile, rows x vectors: the widest that is not much wider than a group's filters."""
-    lanes = vector_bytes() // item_bytes(problem.dtype)
-    tiles = register_tiles()
-    return next((t for t in tiles if t[1] * lanes <= max(lanes, problem.group_k)), min(tiles, key=lambda t: t[1]))
-
-
 class Winograd(PackedBackend):
     """Minimal filtering, F(2x2) to F(6x6), for 3x3 and 5x5 filters of stride 1, any dilation, and of stride 2."""
 
     name = "winograd"
-    version = 9
+    version = 10
     packing_cost = (5e-5, 3e-9)
     numerics = Numerics("transform", growth=_growth)
 
@@ -203,7 +263,7 @@ class Winograd(PackedBackend):
     def configs_plain(self, problem: Problem, effort: Effort) -> Sequence[Config]:  # noqa: ARG002
         """Return the tile sizes, first the one with the smallest estimate here."""
         here = current()
-        choices = [Config(m=m) for m in SIZES.get((problem.kh, problem.strides[0]), ())]
+        choices = [Config(m=m) for m in _sizes(problem)]
         choices += [Config(m=_FOLDED_SIZE, folded=True)] * _folds(problem)
         return sorted(choices, key=lambda config: self.estimate_plain(problem, config, here))
 
@@ -213,49 +273,52 @@ class Winograd(PackedBackend):
 
     def workspace_plain(self, problem: Problem, config: Config) -> int:
         """Return the bytes of the transformed tiles and products of the jobs under way."""
-        form, tile = _form(problem, config), _tile(problem)
-        block = tile[1] * vector_bytes() // item_bytes(problem.dtype)
-        blocks = problem.groups * -(-problem.group_k // block)
-        tiles, down, across = _cut(problem, form, tile, blocks, config.threads)
-        largest = _scratch(problem, form, tile, -(-tiles // down))
-        return min(config.threads, down * across) * largest * item_bytes(problem.dtype)
+        form = _form(problem, config)
+        jobs = _jobs(problem, form, config.threads)
+        under_way = min(config.threads, jobs.down * jobs.across)
+        return under_way * _scratch(problem, form, jobs) * item_bytes(problem.dtype)
 
     def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return the seconds of the products, the transforms, and the filters' traffic."""
-        p, form, tile, size = problem, _form(problem, config), _tile(problem), item_bytes(problem.dtype)
-        n, m, width = form.n, form.m, machine.vector_bytes / 64 * 4 / size
-        block = tile[1] * machine.vector_bytes // size
-        blocks = -(-p.group_k // block)
-        tiles, down, across = _cut(p, form, tile, p.groups * blocks, config.threads)
-        rows = 1.05 * tiles  # the passes share them out evenly
-        products = 2 * rows * n * n * p.groups * form.depth * blocks * block / (_FLOPS * width)
-        entered = form.padded(machine.vector_bytes // size)
-        values = tiles * p.groups * n * (2 * n * entered * across + (m + n) * blocks * block)
-        pixels = tiles * p.groups * (n * n * form.fold + m * m * blocks) * _PIXEL_SECONDS
-        filters = n * n * form.depth * p.groups * blocks * block * size
-        fetched = down * filters / (_FILTER_BYTES if filters <= machine.caches[2] else _FILTER_BYTES_FROM_MEMORY)
-        work = products + values * (n + 1) / 2 / (_TRANSFORM_VALUES * width * 4) + pixels + fetched
-        used = min(config.threads, machine.cores, down * across)
-        return _rates.shared(work, used)
+        p, form, size = problem, _form(problem, config), item_bytes(problem.dtype)
+        jobs = _jobs(p, form, config.threads)
+        n, m, width, filters = form.n, form.m, machine.vector_bytes / 64 * 4 / size, jobs.blocks * jobs.block
+        products = 2 * n * n * form.depth * jobs.products() * jobs.tiles / jobs.count / (_FLOPS * width)
+        entered = form.groups * form.padded(machine.vector_bytes // size)
+        values = jobs.tiles * n * (2 * n * entered * jobs.across + (m + n) * filters)
+        pixels = jobs.tiles * (form.groups * n * n * form.fold + m * m * jobs.blocks) * _PIXEL_SECONDS
+        filter_bytes = n * n * form.depth * filters * size
+        rate = _FILTER_BYTES if filter_bytes <= machine.caches[2] else _FILTER_BYTES_FROM_MEMORY
+        transforms = values * (n + 1) / 2 / (_TRANSFORM_VALUES * width * 4)
+        used = min(config.threads, machine.cores, jobs.down * jobs.across)
+        return _rates.shared(products + transforms + pixels + jobs.down * filter_bytes / rate, used)
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Transform the filters in float64 and round them once."""
-        p, form, tile = problem, _form(problem, config), _tile(problem)
-        lanes = vector_bytes() // item_bytes(p.dtype)
-        block = tile[1] * lanes
+        p, form = problem, _form(problem, config)
+        jobs, added = _jobs(p, form, config.threads), np.empty(0, p.dtype)
         if form.fold > 1:
             by_pixels = by_phases(filters, form.fold).transpose(0, 2, 1, 3, 4, 5)
             filters = by_pixels.reshape(form.r, form.r, form.depth, p.k).astype(p.dtype)
-        packed = transformed(filters, _matrix(form.m, form.r, form.stride), p.groups, block, config.threads)
-        added = np.empty(0, p.dtype) if bias is None else by_blocks(bias.reshape(p.groups, p.group_k), block)
-        blocks = packed.shape[0] * packed.shape[1]
-        tiles, down, across = _cut(p, form, tile, blocks, config.threads)
-        parts = grid((tiles, down), (blocks, across))
+        filters = _in_turn(filters, form)
+        packed = transformed(filters, _matrix(form.m, form.r, form.stride), form.groups, jobs.block, config.threads)
+        if bias is not None:
+            added = by_blocks(_in_turn(bias, form).reshape(form.groups, form.filters), jobs.block)
+        parts = grid((jobs.tiles, jobs.down), (jobs.blocks, jobs.across))
         values = {
             "filters": packed, "bias": added.reshape(-1), "pads": p.pads[::2],
-            "dilations": p.dilations, "groups": p.groups, "code": p.epilogue.code, "slope": p.epilogue.slope,
+            "dilations": p.dilations, "groups": form.groups, "code": p.epilogue.code, "slope": p.epilogue.slope,
             "parts": parts,
         }  # fmt: skip
-        algorithm = form.m, form.r, form.stride, form.fold, int(is_staged(p.groups, p.dilations))
-        make = functools.partial(compiled, *algorithm, *tile, lanes, item_bytes(p.dtype))
+        size, staged = item_bytes(p.dtype), int(is_staged(p.groups, p.dilations))
+        algorithm = form.m, form.r, form.stride, form.fold, staged, form.share
+        make = functools.partial(compiled, *algorithm, *jobs.tile, vector_bytes() // size, size)
         return PackedKernel(make, p, values, len(parts), config.threads)
+
+
+def _in_turn(values: Array, form: _Form) -> Array:
+    """Return values of K filters, those of groups that share a vector in turn."""
+    if form.share == 1:
+        return values
+    shape = (*values.shape[:-1], form.groups, form.share, form.filters // form.share)
+    return values.reshape(shape).swapaxes(-1, -2).reshape(values.shape)

@@ -15,9 +15,10 @@ from convdispatch import machine
 from convdispatch.arguments import Array
 from convdispatch.backend import Config
 from convdispatch.backends._memory import CACHE_LINE
-from convdispatch.backends._toomcook import POINTS, Matrix, amplification, strided, transforms
+from convdispatch.backends._toomcook import Matrix, amplification, points, strided, transforms
 from convdispatch.backends._transforms import odd_lines
-from convdispatch.backends.winograd import BLOCK_BYTES, Winograd
+from convdispatch.backends._vector import vector_bytes
+from convdispatch.backends.winograd import BLOCK_BYTES, Winograd, _form, _jobs
 from convdispatch.backends.winograd import SIZES as ALL_SIZES
 from convdispatch.errors import ArgumentError
 from convdispatch.problem import Problem
@@ -87,10 +88,10 @@ def test_chosen_points_amplify_less_than_the_usual_ones() -> None:
     assert 3 * amplification(4, 3) < np.linalg.norm(forms, 2, axis=(1, 2)).max() ** 2
 
 
-@pytest.mark.parametrize("points", [POINTS[:4], POINTS[:6], (*POINTS[:4], POINTS[0])])
-def test_wrong_points_are_refused(points: Row) -> None:
+@pytest.mark.parametrize("wrong", [points(4), points(6), (*points(5)[:4], points(5)[0])])
+def test_wrong_points_are_refused(wrong: Row) -> None:
     with pytest.raises(ValueError, match="needs 5 different finite points"):
-        transforms(4, 3, points)
+        transforms(4, 3, wrong)
 
 
 # Results --------------------------------------------------------------------------------------------------
@@ -161,6 +162,29 @@ def test_special_cases(text: str, m: int) -> None:
 ])  # fmt: skip
 def test_groups_are_copied_image_by_image(text: str, m: int, threads: int) -> None:
     walls.check(WINOGRAD, Problem.parse(text), Config(m=m, threads=threads))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("share", "groups", "rest", "m"), [
+    (2, 6, "SAME_LOWER +bias +residual +relu", 4),
+    (2, 2, "pad=1,3,0,2 stride=2 +bias +gelu", 2),
+    (4, 8, "SAME +bias +residual", 6),
+    (2, 3, "SAME +bias", 4),  # one too many: none share
+])  # fmt: skip
+def test_groups_that_fill_a_vector_share_it(share: int, groups: int, rest: str, m: int, threads: int) -> None:
+    each = vector_bytes() // 4 // share
+    problem = Problem.parse(f"3x11x14x{groups * each} * 3x3x{each}x{groups * each} {rest}")
+    walls.check(WINOGRAD, problem, Config(m=m, threads=threads))
+
+
+@pytest.mark.parametrize(("count", "k"), [(1, 64), (4, 16), (4, 32), (7, 48), (16, 64), (9, 200)])
+def test_small_problems_waste_few_products(count: int, k: int) -> None:
+    """So many tiles of 4x4 outputs, and filters."""
+    if vector_bytes() < 64:
+        pytest.skip("widths that are whole vectors of AVX-512")
+    problem = Problem.parse(f"{count}x4x4x32 * 3x3x32x{k} SAME")
+    jobs = _jobs(problem, _form(problem, Config(m=4)), 1)
+    assert jobs.products() <= {1: 2, 4: 1, 7: 1, 16: 1, 9: 1.3}[count] * count * k
 
 
 FOLDED = Config(m=4, folded=True)
@@ -322,11 +346,11 @@ def test_a_folding_that_is_none_says_what_would_do(text: str, config: Config, wo
 
 def test_configs_begin_with_the_smaller_estimate() -> None:
     here = machine.current()
-    for text in ("1x56x56x64 * 3x3x64x64 SAME", "1x7x7x512 * 3x3x512x512 SAME"):
+    for text, sizes in (("1x56x56x64 * 3x3x64x64 SAME", {2, 4, 6}), ("1x14x14x512 * 3x3x512x512 SAME", {2, 4, 5, 6})):
         problem = Problem.parse(text)
         configs = WINOGRAD.configs(problem, "estimate")
         seconds = [WINOGRAD.estimate(problem, config, here) for config in configs]
-        assert {config["m"] for config in configs} == set(SIZES)
+        assert {config["m"] for config in configs} == sizes
         assert seconds == sorted(seconds)
         assert 0 < seconds[0] < 1
 
