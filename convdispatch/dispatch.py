@@ -85,11 +85,19 @@ _turns = _Turns()
 
 @dataclass(frozen=True)
 class Decision:
-    """What was chosen for a problem, why, and which of the profiles' answers says so, if one does."""
+    """What was chosen for a problem, and why.
+
+    Attributes:
+        candidate: what was chosen.
+        evidence: why.
+        found: which of the profiles' answers says so, if one does.
+        seconds: how long a call took there, or takes by the estimate; NaN where neither says.
+    """
 
     candidate: Candidate
     evidence: Evidence
     found: Found | None = None
+    seconds: float = math.nan
 
 
 def decide(problem: Problem, deployment: str, forced: Forced = None) -> Decision:
@@ -128,7 +136,10 @@ def _decide(
         return found
     with profile.looked_at_once():
         answers = profile.find(key_for(problem, deployment, options))
-        return _from_profile(answers, problem, options) or _estimated(answers, problem, deployment, options)
+        stored = _from_profile(answers, problem, options)
+        if stored is None:
+            return _estimated(answers, problem, deployment, options)
+        return _renewed(stored, answers, problem, deployment, options) or stored
 
 
 def _miss(problem: Problem, deployment: str, options: Options, why: str = "") -> None:
@@ -229,8 +240,44 @@ def _from_profile(
         detail = f"{where}, {time_text(result.median)}, {entry.tuned}"
         if found.differences:
             detail += f", measured with {' and '.join(found.differences)}"
-        return Decision(Candidate(registry.get(result.backend), result.config), Evidence("profile", detail), found)
+        candidate = Candidate(registry.get(result.backend), result.config)
+        return Decision(candidate, Evidence("profile", detail), found, result.median)
     return None
+
+
+def _outdated(stored: Decision, options: Options) -> list[str]:
+    """Return the backends that beat a stored choice in a version that is no longer there."""
+    if stored.found is None:
+        return []
+    now = registry.available()
+    return [
+        result.backend
+        for result in stored.found.entry.results
+        if result.median < stored.seconds
+        and result.backend in now.keys() - set(options.forbid)
+        and now[result.backend].version != result.version
+    ]
+
+
+def _renewed(
+    stored: Decision, answers: Sequence[Found], problem: Problem, deployment: str, options: Options
+) -> Decision | None:
+    """Return the estimates' choice among the backends that were faster in another version, if it is fast by them too.
+
+    Who was slower than an old version is no good choice only for being measured.
+    """
+    if not (names := _outdated(stored, options)):
+        return None
+    others = tuple(name for name in registry.names() if name not in names)
+    try:
+        new = _estimated(answers, problem, deployment, replace(options, forbid=others))
+    except BackendRejectedError:
+        return None
+    if not new.seconds < stored.seconds:
+        return None
+    faster = f"{new.candidate.backend.name}, faster in the {stored.found.layer if stored.found else ''} profile"
+    why = f"{new.evidence.detail}; of {faster}, another version was measured"
+    return replace(new, evidence=Evidence("estimate", why))
 
 
 def _allows(result: Result, problem: Problem, options: Options, held: quarantine.Held) -> bool:
@@ -256,7 +303,8 @@ def _on_miss(problem: Problem, deployment: str, options: Options) -> Decision | 
     answers = profile.find(key)
     stored = _from_profile(answers, problem, options, exact=True)
     known = next((found.entry for found in answers if found.exact), None)
-    if known is not None and known.is_busy and key not in _measured:
+    doubtful = known is not None and (known.is_busy or (stored is not None and bool(_outdated(stored, options))))
+    if doubtful and key not in _measured:
         return _tuned(problem, deployment, options) or stored
     return stored or _tuned(problem, deployment, options)
 
@@ -318,7 +366,7 @@ def _estimated(answers: Sequence[Found], problem: Problem, deployment: str, opti
         if fits:
             basis = f" ({ranking.basis})" if ranking.basis else ""
             said = f"{time_text(estimate.seconds)} predicted{basis}"
-            return Decision(candidate, Evidence("estimate", said))
+            return Decision(candidate, Evidence("estimate", said), seconds=estimate.seconds)
     if unmeasured := [name for name, backend in usable.items() if backend not in allowed]:
         not_these.insert(0, f"{', '.join(unmeasured)}: accuracy={options.accuracy!r} needs errors measured")
     reasons = "; ".join([*(f"{name}: {reason}" for name, reason in refused.items()), *not_these])

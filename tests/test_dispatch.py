@@ -107,6 +107,23 @@ def test_the_config_comes_from_the_profile(three: dict[str, Scripted]) -> None:
     assert dispatch.decide(PROBLEM, "plan").candidate.config == Config(factor=0.5)
 
 
+def test_a_winner_in_another_version_is_estimated_against_who_was_slower(three: dict[str, Scripted]) -> None:
+    know(result("quick", 0.9, version=7), result("spectral", 5.0))
+    assert chosen() == ("quick", "estimate")
+    evidence = dispatch.decide(PROBLEM, "plan").evidence
+    assert evidence.detail.startswith(
+        "1 s predicted; of quick, faster in the user profile, another version was measured"
+    )
+    with settings.options(tuning="replay"):
+        assert chosen() == ("spectral", "replay")
+    with settings.options(forbid="quick"):
+        assert chosen() == ("spectral", "profile")
+    know(result("quick", 0.7, version=7), result("spectral", 0.8))
+    assert chosen() == ("spectral", "profile")  # 1 s are predicted
+    know(result("spectral", 0.8), result("quick", 5.0, version=7))
+    assert chosen() == ("spectral", "profile")
+
+
 def test_a_backend_that_cannot_estimate_is_not_chosen_but_can_be_forced(three: dict[str, Scripted]) -> None:
     def estimate(*_: Any) -> float:
         raise ZeroDivisionError
@@ -364,8 +381,9 @@ def test_an_accuracy_that_no_rounded_result_has_is_refused_unmeasured(three: dic
     assert sum(backend.calls for backend in three.values()) == 0
 
 
-def test_on_miss_measures_again_when_a_winner_is_stale(three: dict[str, Scripted]) -> None:
-    know(result("steady", version=7))
+@pytest.mark.parametrize("others", [(), ("spectral",)])
+def test_on_miss_measures_again_when_a_winner_is_stale(three: dict[str, Scripted], others: tuple[str, ...]) -> None:
+    know(result("steady", version=7), *(result(name, 5.0) for name in others))
     with settings.options(tuning="on-miss"):
         assert chosen() == ("steady", "tuned")
 
