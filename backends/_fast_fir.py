@@ -125,7 +125,7 @@ def _leave(  # type: ignore[no-untyped-def]
                     sums = add_to_all(sums, m, bias)
                 save_apart(done, lane_bytes, sums)
                 to = stage.ctypes.data + ((r * m + i) * stage.shape[1] + (first + v * lanes) * m) * itemsize
-                weave(to, done, lane_bytes, m, like)
+                weave(to, done, lane_bytes, m, 0, like)
     return doubts
 
 
@@ -196,7 +196,20 @@ def compiled(m: int, rows: int, vectors: int, taps: int, lanes: int, itemsize: i
                 first, right = (top + group * rows) * m, min(width, (left + strip) * m)
                 for r in range(min(rows * m, height - first)):
                     put_line(
-                        out, residual, image, first + r, left * m, right, stage, r, code, slope, like, lanes, itemsize
+                        out,
+                        residual,
+                        image,
+                        first + r,
+                        left * m,
+                        right,
+                        stage,
+                        r,
+                        0,
+                        code,
+                        slope,
+                        like,
+                        lanes,
+                        itemsize,
                     )
         report(doubts, lanes, half[0], arguments + _SPOILED_AT)
         hold(scratch), hold(half)

@@ -11,6 +11,8 @@ from convdispatch.machine import current
 
 CACHE_LINE = 64
 
+#: Of the last cache, this part is left to an output: others use it, too.
+_CACHED_OUTPUT = 0.4
 
 _HEAD = object.__basicsize__
 _word_at = ctypes.c_size_t.from_address
@@ -84,4 +86,4 @@ def streams(shape: tuple[int, ...], itemsize: int, run: int, row: int) -> bool:
         row: values from one run's beginning to the next's; they must be so too, or lines would begin elsewhere.
     """
     whole = run * itemsize % CACHE_LINE == row * itemsize % CACHE_LINE == 0
-    return whole and 2 * math.prod(shape) * itemsize > current().caches[2]
+    return whole and math.prod(shape) * itemsize > _CACHED_OUTPUT * current().caches[2]

@@ -5,6 +5,7 @@ import numpy as np
 from convdispatch.backends._epilogue import finish
 from convdispatch.backends._jit import compilable
 from convdispatch.backends._layout import SAME, gather_planes
+from convdispatch.backends._memory import CACHE_LINE
 from convdispatch.backends._vector import copy
 from convdispatch.backends._weave import unweave, weave
 
@@ -58,24 +59,37 @@ def fill(panel, image, first_row, step, first_column, rows, columns, like):  # t
 
 
 @compilable
-def weave_line(line, stage, r, like, lanes, itemsize):  # type: ignore[no-untyped-def]
-    """Interleave the staged results of row ``r``: ``line [columns, K]`` of ``stage [K, rows, columns]``."""
+def _weave_pixels(target, source, apart, first, last, filters, past, like, itemsize):  # type: ignore[no-untyped-def]
+    """Interleave two to four planes, from one pixel to another; the last vector moves back until it fits."""
+    lanes, pixel = like[0].lanes, filters * itemsize
+    for i in range(first, last, lanes):
+        o = min(i, last - lanes)
+        if filters == 2:
+            weave(target + o * pixel, source + o * itemsize, apart, 2, past, like)
+        elif filters == 3:
+            weave(target + o * pixel, source + o * itemsize, apart, 3, past, like)
+        else:
+            weave(target + o * pixel, source + o * itemsize, apart, 4, past, like)
+
+
+@compilable
+def weave_line(line, stage, r, streamed, like, lanes, itemsize):  # type: ignore[no-untyped-def]
+    """Interleave the staged results of row ``r``: ``line [columns, K]`` of ``stage [K, rows, columns]``.
+
+    If ``streamed``, past the caches where vectors fill cache lines.
+    """
     columns, filters = line.shape
     target, source = np.int64(line.ctypes.data), np.int64(stage[0, r].ctypes.data)
-    apart, moved = stage.shape[1] * stage.shape[2] * itemsize, filters * itemsize
+    apart = stage.shape[1] * stage.shape[2] * itemsize
     done = 0
     if filters == 1:
         copy(target, source, columns * itemsize)
         done = columns
     elif filters <= WOVEN and columns >= lanes:
-        for i in range(0, columns, lanes):
-            o = min(i, columns - lanes)
-            if filters == 2:
-                weave(target + o * moved, source + o * itemsize, apart, 2, like)
-            elif filters == 3:
-                weave(target + o * moved, source + o * itemsize, apart, 3, like)
-            else:
-                weave(target + o * moved, source + o * itemsize, apart, 4, like)
+        if streamed and target % CACHE_LINE == 0:
+            done = columns // lanes * lanes
+            _weave_pixels(target, source, apart, 0, done, filters, 1, like, itemsize)
+        _weave_pixels(target, source, apart, done, columns, filters, 0, like, itemsize)
         done = columns
     elif filters > WOVEN:
         surplus = max(0, lanes - filters)  # values behind the last pixel's, which are the next line's
@@ -90,10 +104,10 @@ def weave_line(line, stage, r, like, lanes, itemsize):  # type: ignore[no-untype
 
 
 @compilable
-def put_line(out, residual, image, row, left, right, stage, r, code, slope, like, lanes, itemsize):  # type: ignore[no-untyped-def]
+def put_line(out, residual, image, row, left, right, stage, r, streamed, code, slope, like, lanes, itemsize):  # type: ignore[no-untyped-def]
     """Store a line of output, from column ``left`` to ``right``: the staged results of row ``r``, finished."""
     line = out[image, row, left:right]
-    weave_line(line, stage, r, like, lanes, itemsize)
+    weave_line(line, stage, r, streamed, like, lanes, itemsize)
     flat = line.reshape(line.size)
     if residual.size:
         added = residual[image, row, left:right].reshape(line.size)

@@ -33,6 +33,7 @@ from convdispatch.backends._vector import (
     send_for,
     shuffled,
     spaced,
+    store_past,
 )
 from convdispatch.errors import ArgumentError
 
@@ -214,9 +215,8 @@ def stream(typing: Any, tile: Any, rows: Any, outputs: Any, offset: Any) -> tupl
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         sums = parts_of(b, arguments[0], len(tile))
-        past = b.module.add_metadata([ir.Constant(I32, 1)])
         for i, _, place in _places(b, tile, rows, outputs, *arguments[2:]):
-            b.store(sums[i], place, align=vector.lanes * vector.itemsize).set_metadata("nontemporal", past)
+            store_past(b, sums[i], place, vector)
         return context.get_dummy_value()
 
     return types.void(tile, rows, outputs, offset), codegen

@@ -182,6 +182,12 @@ def copy(typing: Any, target: Any, source: Any, count: Any) -> tuple[Any, Codege
     return types.void(types.int64, types.int64, types.int64), codegen
 
 
+def store_past(b: Any, value: Any, pointer: Any, vector: Vector) -> None:
+    """Store a vector past the caches, at a multiple of its bytes."""
+    past = b.module.add_metadata([ir.Constant(I32, 1)])
+    b.store(value, pointer, align=vector.lanes * vector.itemsize).set_metadata("nontemporal", past)
+
+
 def send_for(b: Any, address: Any, offset: int) -> None:
     """Have a cache line on its way to L2, before it is needed; any address will do."""
     pointer = address_of(b, address, offset, I8)

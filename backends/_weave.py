@@ -16,6 +16,7 @@ from convdispatch.backends._vector import (
     load_at,
     opaque,
     parts_of,
+    store_past,
 )
 
 
@@ -61,12 +62,13 @@ def _pick(b: Any, vectors: list[Any], places: list[tuple[int, int]]) -> Any:
 
 
 @intrinsic
-def weave(typing: Any, target: Any, source: Any, apart: Any, count: Any, like: Any) -> tuple[Any, Codegen]:
+def weave(typing: Any, target: Any, source: Any, apart: Any, count: Any, past: Any, like: Any) -> tuple[Any, Codegen]:
     """Interleave ``count`` vectors, ``apart`` bytes apart at ``source``, into as many in a row at ``target``.
 
-    ``like`` is a tuple of vectors of the kind that is meant.
+    If ``past`` is 1, they are stored past the caches, and must begin at a multiple of a vector's bytes. ``like`` is a
+    tuple of vectors of the kind that is meant.
     """
-    vector, number = like.dtype, count.literal_value
+    vector, number, streamed = like.dtype, count.literal_value, past.literal_value
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         place, values = arguments[1], []
@@ -77,10 +79,13 @@ def weave(typing: Any, target: Any, source: Any, apart: Any, count: Any, like: A
             items = range(v * vector.lanes, (v + 1) * vector.lanes)
             woven = _pick(b, values, [(item % number, item // number) for item in items])
             to = address_of(b, arguments[0], v * vector.lanes * vector.itemsize, vector.ir)
-            b.store(woven, to, align=vector.itemsize)
+            if streamed:
+                store_past(b, woven, to, vector)
+            else:
+                b.store(woven, to, align=vector.itemsize)
         return context.get_dummy_value()
 
-    return types.void(target, source, apart, count, like), codegen
+    return types.void(target, source, apart, count, past, like), codegen
 
 
 @intrinsic

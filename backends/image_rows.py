@@ -183,7 +183,9 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
                 if staged:
                     for r in range(count):
                         row = phase + (oh + r) * dh
-                        put_line(out, residual, n, row, left, right, stage, r, code, slope, like, lanes, itemsize)
+                        put_line(
+                            out, residual, n, row, left, right, stage, r, streamed, code, slope, like, lanes, itemsize
+                        )
         add(arguments + _DONE_AT, 1)
 
     return CompiledKernel(convolve, _ARGUMENTS)
@@ -234,7 +236,7 @@ class ImageRows(PackedBackend):
     """Vectors of neighbouring columns, for images of few channels and filters of any size."""
 
     name = "image_rows"
-    version = 4
+    version = 5
     packing_cost = (5e-5, 1e-8)
 
     def rejects_plain(self, problem: Problem) -> str | None:
@@ -298,7 +300,7 @@ class ImageRows(PackedBackend):
         values = {
             "filters": packed, "bias": added, "pads": p.pads, "dilations": p.dilations, "shape": cut.shape,
             "in_place": cut.in_place, "code": p.epilogue.code,
-            "streamed": streams(p.output_shape, item_bytes(p.dtype), tile[1] * lanes, p.ow),
+            "streamed": streams(p.output_shape, item_bytes(p.dtype), tile[1] * lanes, p.ow * p.k),
             "slope": p.epilogue.slope, "parts": np.array(parts, np.int64),
         }  # fmt: skip
         compiled = functools.partial(_compiled, *tile, taps_together(p.kh), lanes, item_bytes(p.dtype))

@@ -10,6 +10,7 @@ from strategies import numbers
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort
 from convdispatch.backends import image_rows
+from convdispatch.backends._memory import streams
 from convdispatch.backends._vector import vector_bytes
 from convdispatch.backends.image_rows import ImageRows
 from convdispatch.errors import ArgumentError
@@ -154,3 +155,18 @@ def test_a_tile_that_fits_no_registers_is_refused_by_name() -> None:
 def test_more_work_is_estimated_to_take_longer() -> None:
     small, large = Problem.parse("1x99x99x1 * 3x3x1x1 SAME"), Problem.parse("1x99x99x1 * 9x9x1x1 SAME")
     assert BACKEND.estimate(small, Config(), current()) < BACKEND.estimate(large, Config(), current())
+
+
+@pytest.mark.parametrize("filters", [1, 2, 3, 4])
+@pytest.mark.parametrize("columns", [3 * LANES, 100 * LANES])
+def test_results_written_past_the_caches(filters: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_rows, "streams", lambda *_: True)
+    check(Problem.parse(f"1x21x{columns}x1 * 3x3x1x{filters} SAME +bias"))
+    check(Problem.parse(f"1x21x{columns + 16 // filters}x2 * 3x3x2x{filters} SAME +residual +gelu"))
+
+
+def test_outputs_larger_than_their_part_of_the_cache_are_written_past_it() -> None:
+    rows = current().caches[2] // (4 * 64)
+    assert streams((1, rows, 8, 8), 4, 16, 64)
+    assert not streams((1, rows // 4, 8, 8), 4, 16, 64)
+    assert not streams((1, rows, 8, 8), 4, 8, 64)
