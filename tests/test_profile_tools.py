@@ -396,7 +396,10 @@ def test_the_doctor_finds_each_thing_and_names_the_command_that_mends_it(path: P
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"m": 40, "threads": 1}, "winograd(m=40, threads=1): winograd's config needs m=2 or m=4 or m=6, .*; got m=40"),
+        (
+            {"m": 40, "threads": 1},
+            "winograd(m=40, threads=1): winograd's config needs m=2 or m=4 or m=5 or m=6, .*; got m=40",
+        ),
         ({"m": 2, "tile": 3}, "winograd(m=2, tile=3): backend 'winograd' has no config 'tile'; known are m, threads"),
     ],
 )
