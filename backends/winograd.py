@@ -146,6 +146,7 @@ class _Jobs:
 
     Attributes:
         tile: the register tile, rows x vectors.
+        filters: of all groups.
         block: filters that are multiplied with together.
         blocks: of all groups.
         tiles: of outputs, of all images.
@@ -154,6 +155,7 @@ class _Jobs:
     """
 
     tile: tuple[int, int]
+    filters: int
     block: int
     blocks: int
     tiles: int
@@ -165,11 +167,13 @@ class _Jobs:
         """Tiles of outputs of the largest job."""
         return -(-self.tiles // self.down)
 
-    def products(self) -> int:
-        """Return products at a point and of a channel, those that count for nothing included."""
+    @property
+    def waste(self) -> float:
+        """How many times the products that are needed are made."""
         least, passes = max(1, self.tile[0] - 2), -(-self.count // self.tile[0])
         rows, longer = divmod(self.count, passes)
-        return (passes * max(rows, least) + longer * (rows >= least)) * self.blocks * self.block
+        made = passes * max(rows, least) + longer * (rows >= least)
+        return made * self.blocks * self.block / (self.count * self.filters)
 
 
 def _sizes(problem: Problem) -> tuple[int, ...]:
@@ -182,12 +186,17 @@ def _sizes(problem: Problem) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=4096)
 def _jobs(problem: Problem, form: _Form, threads: int) -> _Jobs:
-    """Return how the work is cut, by the first register tile of those that waste little."""
+    """Return how the work is cut, by the first register tile that wastes little, or little more than others."""
     lanes = vector_bytes() // item_bytes(problem.dtype)
     wide = -(-form.filters // lanes)
-    ways = [_cut(problem, form, tile, threads) for tile in _TILES[registers()] if tile[1] <= wide]
-    least = min(jobs.products() / jobs.count for jobs in ways)
-    return next(jobs for jobs in ways if jobs.products() / jobs.count <= _WASTE * least)
+    ways: list[_Jobs] = []
+    for tile in _TILES[registers()]:
+        if tile[1] <= wide:
+            ways.append(_cut(problem, form, tile, threads))
+            if ways[-1].waste <= _WASTE:
+                return ways[-1]
+    least = min(jobs.waste for jobs in ways)
+    return next(jobs for jobs in ways if jobs.waste <= _WASTE * least)
 
 
 def _cut(problem: Problem, form: _Form, tile: tuple[int, int], threads: int) -> _Jobs:
@@ -201,7 +210,7 @@ def _cut(problem: Problem, form: _Form, tile: tuple[int, int], threads: int) -> 
     down = -(-tiles // most)
     if tiles >= threads * least // 2:
         down = min(tiles, -(-down // threads) * threads)
-    return _Jobs(tile, block, blocks, tiles, down, min(blocks, -(-threads // down)))
+    return _Jobs(tile, problem.k, block, blocks, tiles, down, min(blocks, -(-threads // down)))
 
 
 def _scratch(problem: Problem, form: _Form, jobs: _Jobs) -> int:
@@ -283,7 +292,7 @@ class Winograd(PackedBackend):
         p, form, size = problem, _form(problem, config), item_bytes(problem.dtype)
         jobs = _jobs(p, form, config.threads)
         n, m, width, filters = form.n, form.m, machine.vector_bytes / 64 * 4 / size, jobs.blocks * jobs.block
-        products = 2 * n * n * form.depth * jobs.products() * jobs.tiles / jobs.count / (_FLOPS * width)
+        products = 2 * n * n * form.depth * jobs.tiles * jobs.filters * jobs.waste / (_FLOPS * width)
         entered = form.groups * form.padded(machine.vector_bytes // size)
         values = jobs.tiles * n * (2 * n * entered * jobs.across + (m + n) * filters)
         pixels = jobs.tiles * (form.groups * n * n * form.fold + m * m * jobs.blocks) * _PIXEL_SECONDS
