@@ -240,8 +240,11 @@ class Depthwise(PackedBackend):
         loads = p.kw // taps * ((tile - 1) * stride + 2 * taps)
         row = _FMA_SECONDS_PER_BYTE * lanes * size * tile * p.kw + _LOAD_SECONDS * loads
         row *= 1 if p.group_c == 1 else 0.75 * p.group_c
-        if p.group_c > 3 and tile > _TILES[registers()][1]:
+        beside = taps * p.group_c + 2  # a row of taps, a pixel, and what that is spread to
+        if p.group_c > 1 and tile + beside > registers() >= _TILES[registers()][-1] + beside:
             row *= _SPILLED
+        elif p.group_c > 3 and tile > _TILES[registers()][1]:
+            row *= _CROWDED
         seconds = tiles * (row * _rows_inside(p) + _TILE_SECONDS)
         if not _shares_vectors(p) or p.epilogue.code > RELU6:
             seconds += tiles * tile * lanes * (_VALUE_SECONDS if p.epilogue.code <= RELU6 else 3 * _VALUE_SECONDS)
@@ -275,7 +278,8 @@ class Depthwise(PackedBackend):
 _PARTS = 2  # jobs a thread, so that one that comes late finds work left
 _FMA_SECONDS_PER_BYTE = 4.3e-12  # of a vector
 _LOAD_SECONDS = 2e-10
-_SPILLED = 1.3  # the longest tile and the filters of several channels do not all stay in registers
+_SPILLED = 1.6  # a tile and the filters of several channels do not all stay in registers, as a shorter tile's do
+_CROWDED = 1.3  # they do, but nothing else does
 _TILE_SECONDS = 15e-9
 _VALUE_SECONDS = 1.5e-9  # of an output that is finished by itself
 _MEMORY_BYTES_PER_SECOND = 8e9
