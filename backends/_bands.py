@@ -20,7 +20,7 @@ from convdispatch.backends import _sequence
 from convdispatch.backends._arguments import INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add, call_kernel, write
 from convdispatch.backends._kernel import PackedKernel, WrappedKernel
-from convdispatch.backends._layout import SAME, STORAGES, stage, unstage
+from convdispatch.backends._layout import SAME, STORAGES, stage, unstage, whole_lines
 from convdispatch.backends._memory import CACHE_LINE
 from convdispatch.backends._threads import split
 from convdispatch.backends._vector import hold, vector_bytes
@@ -62,9 +62,9 @@ def _by_bands(lanes: int, itemsize: int, storage: int) -> CompiledKernel:
         wide, deep = inner[1] * inner[2], outer[1] * outer[2]
         taken_bytes, made_bytes = (taken * wide + lanes) * itemsize, (made * deep + lanes) * itemsize
         scratch = np.empty(taken_bytes + (2 if residual.size else 1) * made_bytes + 3 * CACHE_LINE, np.uint8)
-        source = -(-scratch.ctypes.data // CACHE_LINE) * CACHE_LINE
-        result = -(-(source + taken_bytes) // CACHE_LINE) * CACHE_LINE
-        added = -(-(result + made_bytes) // CACHE_LINE) * CACHE_LINE
+        source = whole_lines(np.int64(scratch.ctypes.data))
+        result = whole_lines(source + taken_bytes)
+        added = whole_lines(result + made_bytes)
         at_input = x.ctypes.data + image * inner[0] * wide * stored
         at_out = out.ctypes.data + image * outer[0] * deep * stored
         stage(at_input, source, first * step - top, taken, inner, planar, lanes, itemsize, storage)
@@ -226,8 +226,7 @@ class ConvertedKernel(WrappedKernel):
         p, form = problem, _Storage.of(problem)
         size, surplus = form.itemsize, 2 * CACHE_LINE * form.itemsize  # vectors may reach behind the images
         taken, made = (
-            -(-(p.n * math.prod(shape) * size + surplus) // CACHE_LINE) * CACHE_LINE
-            for shape in ((p.h, p.w, p.c), (p.oh, p.ow, p.k))
+            whole_lines(p.n * math.prod(shape) * size + surplus) for shape in ((p.h, p.w, p.c), (p.oh, p.ow, p.k))
         )
         converted = {_sequence.INPUT: 0, _sequence.OUT: taken, _sequence.RESIDUAL: taken + made}
         inside = zip(inner.places, (_sequence.INPUT, _sequence.OUT, _sequence.RESIDUAL), strict=True)

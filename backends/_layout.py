@@ -31,6 +31,12 @@ SAME, FLOAT16, BFLOAT16 = 0, 1, 2
 STORAGES = {"float16": FLOAT16, "bfloat16": BFLOAT16}
 
 
+@compilable
+def whole_lines(count: int) -> int:
+    """Return a number of bytes, or an address, rounded up to whole cache lines."""
+    return -(-count // CACHE_LINE) * CACHE_LINE
+
+
 def _decoded(b: Any, vector: Vector, storage: int, address: Any) -> Any:
     if storage == SAME:
         return load_at(b, vector.ir, address, 0, vector.itemsize)

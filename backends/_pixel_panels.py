@@ -17,6 +17,7 @@ from convdispatch.backends import _in_line
 from convdispatch.backends._arguments import INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add, call_kernel
 from convdispatch.backends._kernel import PackedKernel, WrappedKernel
+from convdispatch.backends._layout import whole_lines
 from convdispatch.backends._memory import CACHE_LINE, aligned, streams
 from convdispatch.backends._threads import grid, split
 from convdispatch.backends._vector import clear, copy, hold, load, save, vector_bytes
@@ -50,7 +51,7 @@ def _by_panels(vectors: int, lanes: int, itemsize: int) -> CompiledKernel:
         ) = unpack(arguments, itemsize)  # fmt: skip
         image, first, last = panels[number]
         scratch = np.empty((last - first) * depth * step + CACHE_LINE, np.uint8)
-        panel = -(-np.int64(scratch.ctypes.data) // CACHE_LINE) * CACHE_LINE
+        panel = whole_lines(np.int64(scratch.ctypes.data))
         for c in range(depth):
             line = np.int64(x.ctypes.data) + (image * channels + c) * pixels * itemsize
             for b in range(first, last):

@@ -20,6 +20,7 @@ from convdispatch.arguments import Array
 from convdispatch.backends._arguments import INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add, allocate, exchange_if, free, read, wait_for, write
 from convdispatch.backends._jit import compilable
+from convdispatch.backends._layout import whole_lines
 from convdispatch.backends._memory import CACHE_LINE
 from convdispatch.backends._team import SHARE_BYTES, cut, take_parts, useful
 from convdispatch.backends._vector import copy
@@ -84,7 +85,7 @@ def values(
         if stage.parts
     ]
     addresses = [(start + word, *what) for start, stage in placed for word, what in stage.addresses.items()]
-    shares = -(-8 * starts[-1] // CACHE_LINE) * CACHE_LINE
+    shares = whole_lines(8 * starts[-1])
     behind = shares + len(rows) * (threads + 1) * SHARE_BYTES
     return {
         "stages": np.array(rows, np.int64).reshape(-1, 4),
@@ -127,7 +128,7 @@ def in_order() -> CompiledKernel:
         if not memory:
             write(arguments + _PLACE, _NO_ROOM)
             return
-        base = -(-memory // CACHE_LINE) * CACHE_LINE
+        base = whole_lines(memory)
         copy(base, blocks.ctypes.data, 8 * blocks.size)
         given = np.int64(x.ctypes.data), np.int64(residual.ctypes.data), np.int64(out.ctypes.data)
         starts = (*given, base + room[2])

@@ -1,8 +1,6 @@
 """The command line: ``convdispatch tune | calibrate | validate | warmup | explain | backends | bench | profile``.
 
-Exit codes: 0 done, 1 an error that is explained, 2 wrong usage, 3 the time limit left problems untuned, 4 no backend
-could do some problem (or, on a cluster, the workers were lost), 5 the machine is busy and nothing was measured, 130
-interrupted.
+What they end with is in ``exit_codes``.
 """
 
 import contextlib
@@ -17,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 import convdispatch
-from convdispatch import heuristic, machine, quarantine, registry, report
+from convdispatch import exit_codes, heuristic, machine, quarantine, registry, report
 from convdispatch.cli_bench import bench
 from convdispatch.cli_profile import profile_group
 from convdispatch.cli_validate import calibrate, validate
@@ -44,8 +42,6 @@ from convdispatch.tuning.race import RULES
 from convdispatch.tuning.tuner import LayerReport, TuneReport
 from convdispatch.tuning.warmup import warm_up
 from convdispatch.tuning.workload import Workload
-
-LEFT, FAILED = 3, 4
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -163,9 +159,9 @@ def tune(
 def _exit_of(results: Sequence[TuneReport]) -> None:
     """End with the code that says what is missing, if anything is."""
     if any(layer.status == "failed" for result in results for layer in result.layers):
-        sys.exit(FAILED)
+        sys.exit(exit_codes.FAILED)
     if not all(result.complete for result in results):
-        sys.exit(LEFT)
+        sys.exit(exit_codes.LEFT)
 
 
 def _tune_across(found: Cluster, load: Workload, how: dict[str, Any], *, as_json: bool) -> None:

@@ -1,8 +1,4 @@
-"""``convdispatch bench``: convdispatch against the engines that people use, on their own machine.
-
-Exit codes: 0 a verdict (whatever it says), 1 an error that is explained, 2 wrong usage, 3 the machine was busy and
-there is no verdict, 4 convdispatch failed on some layer, or there was nothing to compare it with, 130 interrupted.
-"""
+"""``convdispatch bench``: convdispatch against the engines that people use, on their own machine."""
 
 import fnmatch
 import math
@@ -15,7 +11,7 @@ from typing import Any
 import click
 from rich.table import Table
 
-from convdispatch import machine, report
+from convdispatch import exit_codes, machine, report
 from convdispatch.errors import ArgumentError
 from convdispatch.terminal import (
     console,
@@ -35,8 +31,6 @@ from convdispatch.tuning.engines import PEERS
 from convdispatch.tuning.race import RULES
 from convdispatch.tuning.workload import Workload
 from convdispatch.units import time_text
-
-BUSY, FAILED = 3, 4
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -160,8 +154,8 @@ def _failed(found: Report) -> list[str]:
 
 def _exit_code(found: Report, *, allow_busy: bool) -> int:
     if _failed(found) or not found.compared:
-        return FAILED
-    return BUSY if found.busy and not allow_busy else 0
+        return exit_codes.FAILED
+    return exit_codes.BUSY if found.busy and not allow_busy else exit_codes.DONE
 
 
 def _label(engine: str) -> str:

@@ -1,7 +1,4 @@
-"""``convdispatch profile``: look at what tuning learnt, compare it, give it away, take it in, tidy it.
-
-Exit codes beyond the usual: ``doctor`` ends with 1 where something needs mending.
-"""
+"""``convdispatch profile``: look at what tuning learnt, compare it, give it away, take it in, tidy it."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +8,7 @@ from typing import Any
 
 import click
 
-from convdispatch import machine, profile, profile_tools, quarantine, report
+from convdispatch import exit_codes, machine, profile, profile_tools, quarantine, report
 from convdispatch.errors import ProfileError
 from convdispatch.profile import Entry, Key, Profile
 from convdispatch.profile_doctor import Finding, examine
@@ -109,7 +106,7 @@ def show(
     if not entries:
         matching = f" whose key contains {containing!r}" if containing else ""
         matching += " that are asked for" if where or backend or flagged else ""
-        click.echo(f"{place} has no entries{matching}; convdispatch tune WORKLOAD makes some")
+        click.echo(f"{place} has no entries{matching}; {_what_there_is(found)}")
     else:
         right = ("threads", "time", "spread", "GFLOP/s", "error", "workspace", "next best")
         columns = ("problem", "for", "threads", "winner", "time", "spread", "GFLOP/s", "error", "workspace")
@@ -119,6 +116,16 @@ def show(
         print_table(console(), rows)
     for one in quarantine.written(found)[0]:
         click.echo(f"quarantined: {one.backend} version {one.version} on {one.machine}: {one.reason} ({one.when})")
+
+
+def _what_there_is(found: Profile) -> str:
+    """Return what might have been asked for."""
+    entries = list(found.entries())
+    if not entries:
+        return "convdispatch tune WORKLOAD makes some"
+    winners, machines = {entry.winner.backend for entry in entries}, {entry.key.machine for entry in entries}
+    count = f"there are {len(entries)}" if len(entries) > 1 else "there is one"
+    return f"{count}, won by {', '.join(sorted(winners))}, on {', '.join(sorted(machines))}"
 
 
 def _counts_here(entry: Entry, found: Profile) -> str:
@@ -366,7 +373,7 @@ def doctor(every: bool, file: Path | None, as_json: bool) -> None:
         wrong = sum(finding.wrong for finding in found)
         click.echo(f"{wrong or 'nothing'} to mend in {', '.join(places) or 'no profile at all'}")
     if any(finding.wrong for finding in found):
-        sys.exit(1)
+        sys.exit(exit_codes.ERROR)
 
 
 def _print_findings(found: Sequence[Finding], *, every: bool) -> None:

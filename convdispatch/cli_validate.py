@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from convdispatch import dispatch, heuristic, machine
+from convdispatch import dispatch, exit_codes, heuristic, machine
 from convdispatch.calibration import TERMS
 from convdispatch.errors import ArgumentError
 from convdispatch.problem import Problem
@@ -36,9 +36,6 @@ from convdispatch.tuning.held_out import draw_problems
 from convdispatch.tuning.race import RULES
 from convdispatch.tuning.regret import Summary
 from convdispatch.tuning.validation import APART, FLIPS, NOISY, TARGETS, WAYS, Cost, Validation, Way
-
-#: Exit code of ``validate --check`` where a target was missed.
-MISSED = 4
 
 _WORDS: Mapping[Way, str] = {
     "bare": "estimate, as the backends make it",
@@ -166,7 +163,7 @@ def validate(
     else:
         print_validation(found)
     if check and not found.reached:
-        sys.exit(MISSED)
+        sys.exit(exit_codes.FAILED)
 
 
 def print_validation(found: Validation) -> None:

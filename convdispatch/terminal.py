@@ -16,10 +16,9 @@ from rich.measure import Measurement
 from rich.padding import Padding
 from rich.table import Table
 
-from convdispatch import settings
+from convdispatch import exit_codes, settings
 from convdispatch.errors import BusyMachineError, ConvDispatchError, ConvDispatchWarning
 
-BUSY, INTERRUPTED = 5, 130
 _WIDE = 10_000
 _GAP = 2
 
@@ -118,10 +117,10 @@ def explained(command: Command) -> Command:
                 command(*args, **kwargs)
         except ConvDispatchError as error:
             click.echo(f"convdispatch: {error}", err=True)
-            sys.exit(BUSY if isinstance(error, BusyMachineError) else 1)
+            sys.exit(exit_codes.BUSY if isinstance(error, BusyMachineError) else exit_codes.ERROR)
         except KeyboardInterrupt:
             click.echo("convdispatch: interrupted; what is done is kept, and the same command goes on", err=True)
-            sys.exit(INTERRUPTED)
+            sys.exit(exit_codes.INTERRUPTED)
 
     return run
 

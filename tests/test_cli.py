@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-from convdispatch import cli, profile, quarantine, registry, settings, terminal
+from convdispatch import cli, machine, profile, quarantine, registry, settings, terminal
 from convdispatch.backend import Candidate, Config
 from convdispatch.backends import _machine_code as machine_code
 from convdispatch.cli import main
@@ -198,7 +198,9 @@ def test_profile_path_and_show(file: Path) -> None:
     run("tune", SMALL, *FEW, "--profile", file)
     shown = run("profile", "show", "--profile", file)
     assert SMALL in shown.stdout
-    assert "has no entries" in run("profile", "show", "7x7", "--profile", file).stdout
+    none = run("profile", "show", "7x7", "--profile", file).stdout
+    assert "has no entries whose key contains '7x7'; there are 2, won by " in none
+    assert machine.current().id in none
     rows = json.loads(run("profile", "show", "--profile", file, "--json").stdout)
     assert {row["deployment"] for row in rows} == {"plan", "call"}
     layers = run("profile", "path", "--all", "--profile", file).stdout
