@@ -19,7 +19,7 @@ class PackedBackend(Backend):
 
     parallel = True
     fuses_epilogue = True
-    packing_cost = (4e-5, 1e-9)
+    packing_cost = (4e-5, 4e-10)
     formats = frozenset(("NHWC", "NCHW"))
     native_dtypes: ClassVar[frozenset[str]] = Backend.native_dtypes | _bands.convertible()
 

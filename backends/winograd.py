@@ -245,7 +245,7 @@ class Winograd(PackedBackend):
 
     name = "winograd"
     version = 10
-    packing_cost = (5e-5, 3e-9)
+    packing_cost = (5e-5, 1.6e-9)
     numerics = Numerics("transform", growth=_growth)
 
     def rejects_plain(self, problem: Problem) -> str | None:
