@@ -182,6 +182,7 @@ def test_code_for_other_machines_is_right_too(cpu: str, features: str, width: in
     problems = [
         ("implicit_gemm", "1x9x9x20 * 3x3x20x24 SAME +bias +relu"),
         ("winograd", "1x9x9x20 * 3x3x20x24 SAME"),
+        ("winograd", "1x9x9x16 * 3x3x2x16 SAME +bias"),  # groups that share a vector
         ("depthwise", "1x12x12x8 * 3x3x1x8 SAME"),
         ("image_rows", "1x20x40x1 * 5x5x1x1 SAME"),
         ("fast_fir", "1x40x90x2 * 9x9x2x3 SAME"),
