@@ -247,16 +247,10 @@ def _from_profile(
 
 def _outdated(stored: Decision, options: Options) -> list[str]:
     """Return the backends that beat a stored choice in a version that is no longer there."""
-    if stored.found is None:
-        return []
-    now = registry.available()
-    return [
-        result.backend
-        for result in stored.found.entry.results
-        if result.median < stored.seconds
-        and result.backend in now.keys() - set(options.forbid)
-        and now[result.backend].version != result.version
-    ]
+    rows = stored.found.entry.results if stored.found else ()
+    faster = [row for row in rows if row.median < stored.seconds and row.backend not in options.forbid]
+    now = registry.available() if faster else {}  # which loads them all: seldom, or first calls would wait for it
+    return [row.backend for row in faster if row.backend in now and now[row.backend].version != row.version]
 
 
 def _renewed(

@@ -97,6 +97,13 @@ def test_an_exact_entry_decides(three: dict[str, Scripted]) -> None:
     assert evidence.detail.startswith("winner of 2 in the user profile, 1 s, ")
 
 
+def test_what_is_known_needs_no_other_backend(three: dict[str, Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading them all is what takes long in the first call of a process."""
+    know(result("steady"), result("quick", 2.0))
+    monkeypatch.setattr(registry, "available", lambda: pytest.fail("all backends were asked for"))
+    assert chosen() == ("steady", "profile")
+
+
 def test_a_winner_need_not_be_the_fastest(three: dict[str, Scripted]) -> None:
     know(result("spectral", 9.0), result("quick", 2.0))
     assert chosen() == ("spectral", "profile")
