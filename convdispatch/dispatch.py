@@ -269,8 +269,9 @@ def _renewed(
         return None
     if not new.seconds < stored.seconds:
         return None
-    faster = f"{new.candidate.backend.name}, faster in the {stored.found.layer if stored.found else ''} profile"
-    why = f"{new.evidence.detail}; of {faster}, another version was measured"
+    layer = stored.found.layer if stored.found else ""
+    faster = f"what was faster in the {layer} profile was another version of {new.candidate.backend.name}"
+    why = f"{new.evidence.detail}; {faster}"
     return replace(new, evidence=Evidence("estimate", why))
 
 
