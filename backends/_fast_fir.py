@@ -196,21 +196,9 @@ def compiled(m: int, rows: int, vectors: int, taps: int, lanes: int, itemsize: i
                 first, right = (top + group * rows) * m, min(width, (left + strip) * m)
                 for r in range(min(rows * m, height - first)):
                     put_line(
-                        out,
-                        residual,
-                        image,
-                        first + r,
-                        left * m,
-                        right,
-                        stage,
-                        r,
-                        0,
-                        code,
-                        slope,
-                        like,
-                        lanes,
-                        itemsize,
-                    )
+                        out, residual, image, first + r, left * m, right, stage, r, 0, code, slope, like,
+                        lanes, itemsize,
+                    )  # fmt: skip
         report(doubts, lanes, half[0], arguments + _SPOILED_AT)
         hold(scratch), hold(half)
         add(arguments + _DONE_AT, 1)

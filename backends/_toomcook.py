@@ -86,18 +86,18 @@ def _powers(point: Fraction | None, count: int) -> tuple[Fraction, ...]:
 
 
 @functools.cache
-def transforms(m: int, r: int, at: tuple[Fraction, ...] | None = None) -> Transforms:
+def transforms(m: int, r: int, finite: tuple[Fraction, ...] | None = None) -> Transforms:
     """Return the matrices of F(m, r).
 
     Args:
         m: outputs, at least 1.
         r: taps, at least 1.
-        at: ``m + r - 2`` different finite points; good ones if not given.
+        finite: ``m + r - 2`` different finite points; good ones if not given.
 
     Raises:
         ValueError: if there are not that many different points.
     """
-    finite = points(m + r - 2) if at is None else at
+    finite = points(m + r - 2) if finite is None else finite
     if min(m, r) < 1 or not len(set(finite)) == len(finite) == m + r - 2:
         raise ValueError(f"F({m}, {r}) needs {m + r - 2} different finite points; got {len(set(finite))}")
     bt, g = [], []

@@ -297,9 +297,10 @@ def _on_miss(problem: Problem, deployment: str, options: Options) -> Decision | 
     key = key_for(problem, deployment, options)
     answers = profile.find(key)
     stored = _from_profile(answers, problem, options, exact=True)
+    if stored is not None and _outdated(stored, options):
+        stored = None  # to be measured anew; or estimated, where nothing may be
     known = next((found.entry for found in answers if found.exact), None)
-    doubtful = known is not None and (known.is_busy or (stored is not None and bool(_outdated(stored, options))))
-    if doubtful and key not in _measured:
+    if known is not None and known.is_busy and key not in _measured:
         return _tuned(problem, deployment, options) or stored
     return stored or _tuned(problem, deployment, options)
 

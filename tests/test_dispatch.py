@@ -121,6 +121,8 @@ def test_a_winner_in_another_version_is_estimated_against_who_was_slower(three: 
     assert evidence.detail.startswith("1 s predicted; what was faster in the user profile was another version of quick")
     with settings.options(tuning="replay"):
         assert chosen() == ("spectral", "replay")
+    with settings.options(tuning="on-miss", effort="estimate"):  # where nothing may be measured
+        assert chosen() == ("quick", "estimate")
     with settings.options(forbid="quick"):
         assert chosen() == ("spectral", "profile")
     know(result("quick", 0.7, version=7), result("spectral", 0.8))
