@@ -21,6 +21,20 @@ def taps_together(rows: int) -> int:
 
 
 @compilable
+def fill_line(line, image, row, first_column, columns):  # type: ignore[no-untyped-def]
+    """Copy a window of one row of an image ``[H, W]``, zeros where it reaches outside."""
+    height, width = image.shape
+    low = min(max(0, -first_column), columns)
+    high = max(low, min(columns, width - first_column))
+    if not 0 <= row < height:
+        low = high = columns
+    line[:low] = 0
+    line[high:columns] = 0
+    source = np.int64(image.ctypes.data) + (row * width + first_column + low) * line.itemsize
+    copy(np.int64(line.ctypes.data) + low * line.itemsize, source, (high - low) * line.itemsize)
+
+
+@compilable
 def fill(panel, image, first_row, step, first_column, rows, columns, like):  # type: ignore[no-untyped-def]
     """Copy a window of an image into planes, zeros where it reaches outside; every ``step``-th row of the image."""
     height, width, channels = image.shape
@@ -31,13 +45,16 @@ def fill(panel, image, first_row, step, first_column, rows, columns, like):  # t
     apart = panel.shape[1] * panel.shape[2] * panel.itemsize
     for q in range(rows):
         row = first_row + q * step
+        if channels == 1:
+            fill_line(panel[0, q], image[:, :, 0], row, first_column, columns)
+            continue
         inside = 0 <= row < height
         for c in range(channels):
             panel[c, q, : low if inside else columns] = 0
             panel[c, q, high:columns] = 0
         if not inside:
             continue
-        if 1 < channels <= WOVEN and high - low >= lanes:
+        if channels <= WOVEN and high - low >= lanes:
             target = np.int64(panel.ctypes.data) + q * panel.shape[2] * panel.itemsize
             source = np.int64(image.ctypes.data) + (row * width + first_column) * moved
             for i in range(low, high, lanes):
@@ -48,9 +65,6 @@ def fill(panel, image, first_row, step, first_column, rows, columns, like):  # t
                     unweave(target + o * panel.itemsize, source + o * moved, apart, 3, like)
                 else:
                     unweave(target + o * panel.itemsize, source + o * moved, apart, 4, like)
-        elif channels == 1:
-            source = np.int64(image.ctypes.data) + (row * width + first_column + low) * panel.itemsize
-            copy(np.int64(panel[0, q].ctypes.data) + low * panel.itemsize, source, (high - low) * panel.itemsize)
         else:
             for c in range(channels):
                 part, taken = panel[c, q, low:high], image[row, first_column + low :, c]

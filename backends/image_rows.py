@@ -17,7 +17,6 @@ to be interleaved with other filters' results, is staged in scratch memory.
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -27,10 +26,10 @@ from convdispatch.backends import _rates
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
 from convdispatch.backends._epilogue import RELU, RELU6, finish
-from convdispatch.backends._jit import compilable
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import CACHE_LINE, aligned, streams
 from convdispatch.backends._packed import PackedBackend
+from convdispatch.backends._panels import Panels, panels_of, place
 from convdispatch.backends._planes import WOVEN, fill, put_line, taps_together
 from convdispatch.backends._threads import split
 from convdispatch.backends._tile import add_to_all, add_to_each, clamp, register_tile, store, stream, zeros
@@ -43,23 +42,15 @@ from convdispatch.problem import Problem
 _CHANNELS, _FILTERS = 16, 16
 #: Tiles, rows x vectors, by the number of vector registers: sums, one row of input and some taps fit in them.
 _TILES = {32: ((8, 2), (12, 1), (4, 4), (4, 2)), 16: ((4, 2), (8, 1), (4, 1))}
-#: Bytes of a panel, and of a stage.
-_PANEL, _STAGE = 192 << 10, 48 << 10
 #: A filter of up to this many values is not worth a copy of what it reads.
 _IN_PLACE = 100
-
-
-@compilable
-def _pieces(length: int, unit: int, least: int) -> int:
-    """Return into how many pieces of ``unit`` a length is cut; the last takes over a rest less than ``least``."""
-    return max(1, length // unit + (length % unit >= least))
 
 
 #: ``filters`` is ``[K, C // groups, KW, KH]``, the taps of one column side by side; ``bias`` ``[K, across]`` or empty.
 _ARGUMENTS = Arguments(
     input=array_of(4), filters=array_of(4), bias=array_of(2), residual=array_of(4), out=array_of(4),
-    pads=integers_of(4), dilations=integers_of(2), shape=integers_of(2), in_place=INTEGER, streamed=INTEGER,
-    code=INTEGER, slope=FLOAT, parts=array_of(2, "int64"),
+    pads=integers_of(4), dilations=integers_of(2), shape=integers_of(2), counts=integers_of(3), in_place=INTEGER,
+    streamed=INTEGER, code=INTEGER, slope=FLOAT, parts=array_of(2, "int64"),
 )  # fmt: skip
 unpack = _ARGUMENTS.unpack
 _DONE_AT = 8 * _ARGUMENTS.done_at
@@ -74,7 +65,7 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
     def convolve(arguments, number):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
         """Compute the panels from ``part[0]`` to ``part[1]``: ``rows * shape[0]`` by ``across * shape[1]`` outputs."""
         (
-            x, w, bias, residual, out, pads, dilations, shape, in_place, streamed, code, slope, parts,
+            x, w, bias, residual, out, pads, dilations, shape, counts, in_place, streamed, code, slope, parts,
         ) = unpack(arguments, itemsize)  # fmt: skip
         part = parts[number]
         filters, group_c, kw, kh = w.shape
@@ -85,9 +76,6 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
         down, along = rows * shape[0], across * shape[1]
         chunks = (kh + taps - 1) // taps
         whole = chunks - (chunks * taps - kh)  # so many chunks of all the taps, the others of one fewer
-        strips = _pieces(columns, along, across)
-        phases = min(dh, all_rows)
-        blocks = _pieces(max(1, all_rows // dh), down, rows)  # of the phases with the fewest rows
         wide, high = (1, 1) if in_place else shape[::-1]
         planes = np.empty(
             (channels, min((high + 1) * rows, (all_rows + dh - 1) // dh + rows) + kh - 1,
@@ -108,12 +96,7 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
         )
         stage_at, table = np.int64(stage.ctypes.data), places.ctypes.data
         for task in range(part[0], part[1]):
-            rest, strip = divmod(task, strips)
-            rest, block = divmod(rest, blocks)
-            n, phase = divmod(rest, phases)
-            own = (all_rows - phase + dh - 1) // dh  # rows of this phase
-            top, bottom = block * down, own if block == blocks - 1 else (block + 1) * down
-            left, right = strip * along, columns if strip == strips - 1 else (strip + 1) * along
+            n, phase, top, bottom, left, right = place(task, counts, all_rows, columns, dh, down, along)
             staged = filters > 1 or right - left < across or bottom - top < rows
             if not in_place:
                 fill(
@@ -146,21 +129,21 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
                         first_channel = k // group_k * group_c
                         for c in range(group_c):
                             packed = filters_at + (k * group_c + c) * kw * kh * itemsize
-                            place = source + (first_channel + c) * apart
+                            taken = source + (first_channel + c) * apart
                             for _ in range(whole):
                                 for j in range(kw):
                                     sums = add_rows(
-                                        sums, rows, place + j * dw * itemsize, step, packed + j * kh * itemsize, taps
+                                        sums, rows, taken + j * dw * itemsize, step, packed + j * kh * itemsize, taps
                                     )
                                 packed += taps * itemsize
-                                place += taps * step
+                                taken += taps * step
                             for _ in range(chunks - whole):
                                 for j in range(kw):
                                     sums = add_rows(
-                                        sums, rows, place + j * dw * itemsize, step, packed + j * kh * itemsize, fewer
+                                        sums, rows, taken + j * dw * itemsize, step, packed + j * kh * itemsize, fewer
                                     )
                                 packed += fewer * itemsize
-                                place += fewer * step
+                                taken += fewer * step
                         if bias.size:
                             sums = add_to_all(sums, rows, bias_at + k * across * itemsize)
                         offset = ow * itemsize
@@ -191,45 +174,10 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
     return CompiledKernel(convolve, _ARGUMENTS)
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """How a problem is cut into panels.
-
-    Attributes:
-        in_place: whether the input is read where it lies.
-        shape: tiles of a panel, down and across.
-        panels: how many there are.
-        scratch: bytes of a thread's planes and stage.
-    """
-
-    in_place: bool
-    shape: tuple[int, int]
-    panels: int
-    scratch: int
-
-
-@functools.lru_cache(maxsize=1024)
-def _cut(problem: Problem, tile: tuple[int, int], lanes: int) -> _Cut:
-    p, size = problem, item_bytes(problem.dtype)
-    rows, across = tile[0], tile[1] * lanes
-    own_rows, around = -(-p.oh // p.dilations[0]), (p.kw - 1) * p.dilations[1]
-    in_place = p.c == 1 and p.kh * p.kw <= _IN_PLACE
-    most = -(-p.ow // across)
-    staged = p.k > 1 or p.ow < across or p.oh // p.dilations[0] < rows
-    wide = min(most, max(1, _STAGE // (p.k * rows * across * size))) if staged else most
-    high = 1
-    if not in_place:
-        line = p.c * size
-        wide = max(1, min(wide, (_PANEL // (line * (2 * rows + p.kh - 1)) - around) // across - 1))
-        fitting = _PANEL // (line * ((wide + 1) * across + around)) - p.kh + 1
-        high = max(1, min(-(-own_rows // rows), fitting // rows - 1))
-    panels = p.n * min(p.dilations[0], p.oh)
-    panels *= _pieces(max(1, p.oh // p.dilations[0]), high * rows, rows) * _pieces(p.ow, wide * across, across)
-    copied_rows, copied_columns = (1, 1) if in_place else (high, wide)
-    planes = p.c * (min((copied_rows + 1) * rows, own_rows + rows) + p.kh - 1)
-    planes *= min((copied_columns + 1) * across, p.ow + across) + around
-    stage = p.k * rows * min((wide + 1) * across, p.ow + across) if staged else 0
-    return _Cut(in_place, (high, wide), panels, (planes + stage) * size)
+def _panels(problem: Problem, tile: tuple[int, int], lanes: int) -> Panels:
+    """Return how a problem is cut: one channel under a small filter is read where it lies."""
+    in_place = problem.c == 1 and problem.kh * problem.kw <= _IN_PLACE
+    return panels_of(problem, tile, lanes, in_place)
 
 
 class ImageRows(PackedBackend):
@@ -260,13 +208,13 @@ class ImageRows(PackedBackend):
     def workspace_plain(self, problem: Problem, config: Config) -> int:
         """Return the bytes of each thread's copy of the input and staged results."""
         lanes = vector_bytes() // item_bytes(problem.dtype)
-        return config.threads * (_cut(problem, _tile(config), lanes).scratch + 8 * _tile(config)[0])
+        return config.threads * (_panels(problem, _tile(config), lanes).scratch + 8 * _tile(config)[0])
 
     def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return products of whole tiles by what is loaded for them; copies in and out of scratch; memory."""
         p, tile, size = problem, _tile(config), item_bytes(problem.dtype)
         lanes = machine.vector_bytes // size
-        cut = _cut(p, tile, lanes)
+        panels = _panels(p, tile, lanes)
         rows, across = tile[0], tile[1] * lanes
         taps, phases = taps_together(p.kh), min(p.dilations[0], p.oh)
         tiles = p.n * phases * -(-p.oh // (phases * rows)) * -(-p.ow // across)
@@ -276,14 +224,14 @@ class ImageRows(PackedBackend):
         compute = steps * products * lanes * 2 / _rates.peak(machine, size) + tiles * 20e-9
         pixels, outputs = p.n * p.h * p.w * p.c, p.n * p.oh * p.ow * p.k
         copies = 0.0
-        if not cut.in_place:
-            high = cut.shape[0] * rows
+        if not panels.in_place:
+            high = panels.shape[0] * rows
             copies += pixels * (1 + (p.kh - 1) / high) * (0.1e-9 if p.c <= WOVEN else 0.4e-9)
         if p.k > 1 or p.ow < across or p.oh // phases < rows:
             copies += outputs * (0.25e-9 if p.k <= WOVEN else 1e-9)
         copies += outputs * 3e-9 * (p.epilogue.code > RELU6)
         moved = (pixels + outputs * (2 if p.epilogue.residual else 1)) * size / _BYTES_PER_SECOND
-        used = min(config.threads, machine.cores, cut.panels)
+        used = min(config.threads, machine.cores, panels.total)
         return _rates.shared(compute + copies + moved, used)
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
@@ -295,11 +243,11 @@ class ImageRows(PackedBackend):
         added = aligned((p.k if bias is not None else 0, tile[1] * lanes), p.dtype)
         if bias is not None:
             added[...] = bias[:, np.newaxis]
-        cut = _cut(p, tile, lanes)
-        parts = split(cut.panels, 4 * config.threads if config.threads > 1 else 1)
+        panels = _panels(p, tile, lanes)
+        parts = split(panels.total, 4 * config.threads if config.threads > 1 else 1)
         values = {
-            "filters": packed, "bias": added, "pads": p.pads, "dilations": p.dilations, "shape": cut.shape,
-            "in_place": cut.in_place, "code": p.epilogue.code,
+            "filters": packed, "bias": added, "pads": p.pads, "dilations": p.dilations, "shape": panels.shape,
+            "counts": panels.counts, "in_place": panels.in_place, "code": p.epilogue.code,
             "streamed": streams(p.output_shape, item_bytes(p.dtype), tile[1] * lanes, p.ow * p.k),
             "slope": p.epilogue.slope, "parts": np.array(parts, np.int64),
         }  # fmt: skip

@@ -9,8 +9,9 @@ from strategies import numbers
 
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort
-from convdispatch.backends import image_rows
+from convdispatch.backends import _panels, image_rows
 from convdispatch.backends._memory import streams
+from convdispatch.backends._panels import panels_of
 from convdispatch.backends._vector import vector_bytes
 from convdispatch.backends.image_rows import ImageRows
 from convdispatch.errors import ArgumentError
@@ -103,11 +104,11 @@ def test_threads_tiles_and_pickling_do_not_change_a_bit(text: str) -> None:
 def test_panels_of_any_size_give_the_same_bits(panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem.parse("1x61x300x2 * 5x5x2x2 SAME")
     expected = check(problem).tobytes()
-    image_rows._cut.cache_clear()
-    monkeypatch.setattr(image_rows, "_PANEL", panel)
-    monkeypatch.setattr(image_rows, "_STAGE", panel // 4)
+    panels_of.cache_clear()
+    monkeypatch.setattr(_panels, "_PANEL", panel)
+    monkeypatch.setattr(_panels, "_STAGE", panel // 4)
     assert check(problem).tobytes() == expected
-    image_rows._cut.cache_clear()
+    panels_of.cache_clear()
 
 
 @pytest.mark.parametrize(
