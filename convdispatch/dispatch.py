@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from convdispatch import arguments, heuristic, machine, profile, quarantine, registry, settings, transfer
+from convdispatch import arguments, heuristic, machine, profile, quarantine, registry, separation, settings, transfer
 from convdispatch.arguments import Array, as_array
 from convdispatch.backend import Candidate, Config, Effort, item_bytes, seen_by
 from convdispatch.errors import (
@@ -127,9 +127,9 @@ def _decide(
     if forced is not None:
         return _forced(problem, deployment, forced, options)
     if options.tuning == "replay" and not problem.is_trivial:
+        if (stored := _replayed(problem, deployment, options)) is not None:
+            return stored
         answers = profile.find(key_for(problem, deployment, options))
-        if (stored := _from_profile(answers, problem, options)) is not None:
-            return replace(stored, evidence=Evidence("replay", stored.evidence.detail))
         _miss(problem, deployment, options)
         return _estimated(answers, problem, deployment, options)
     if options.tuning == "on-miss" and (found := _on_miss(problem, deployment, options)):
@@ -140,6 +140,20 @@ def _decide(
         if stored is None:
             return _estimated(answers, problem, deployment, options)
         return _renewed(stored, answers, problem, deployment, options) or stored
+
+
+def _replayed(problem: Problem, deployment: str, options: Options) -> Decision | None:
+    """Return what profiles say of a problem, whatever else might be faster."""
+    stored = _from_profile(_answers(problem, deployment, options), problem, options)
+    return stored and replace(stored, evidence=Evidence("replay", stored.evidence.detail))
+
+
+def _answers(problem: Problem, deployment: str, options: Options) -> list[Found]:
+    """Return what profiles know of a problem; then what they know of it where filters may be of any kind."""
+    answers = list(profile.find(key_for(problem, deployment, options)))
+    if problem.separable:
+        answers += profile.find(key_for(problem.replace(separable=False), deployment, options))
+    return answers
 
 
 def _miss(problem: Problem, deployment: str, options: Options, why: str = "") -> None:
@@ -172,8 +186,8 @@ def look(problem: Problem, deployment: str, forced: Forced = None) -> Decision:
     if forced is not None or problem.is_trivial:
         return found
     if options.tuning == "replay":
-        if found.evidence.source == "profile":
-            return replace(found, evidence=Evidence("replay", found.evidence.detail))
+        if stored := _replayed(problem, deployment, options):
+            return stored
         if options.on_miss == "raise":
             raise ProfileMissError(miss_text(problem, deployment, options))
     if options.tuning == "online" and (contest := _contest(problem, deployment, forced)) and contest.seconds:
@@ -214,7 +228,7 @@ def _forced(problem: Problem, deployment: str, forced: tuple[str, Config | None]
             Evidence("forced", f"backend={name!r} with its config"),
         )
     only = replace(options, forbid=tuple(n for n in registry.names() if n != name))
-    found = _from_profile(profile.find(key_for(problem, deployment, only)), problem, only)
+    found = _from_profile(_answers(problem, deployment, only), problem, only)
     if found:
         candidate = found.candidate
     else:
@@ -462,6 +476,7 @@ def checked(
     bias: Any,
     *,
     residual: bool,
+    deployment: str,
     filter_format: str,
     **how: Any,
 ) -> tuple[Problem, Array, Array | None]:
@@ -472,6 +487,7 @@ def checked(
         dtype: name of the input's dtype.
         filters, bias: as the caller gave them.
         residual: whether there is one.
+        deployment: ``"plan"`` or ``"call"``.
         filter_format: ``"HWIO"`` or ``"OIHW"``.
         **how: strides, padding, data_format, dilations, groups, activation.
     """
@@ -481,4 +497,5 @@ def checked(
         input_shape, weights.shape, dtype, filter_format=filter_format, bias=bias is not None, residual=residual, **how
     )
     values = None if bias is None else check_bias(problem, bias)
-    return problem, check_filters(problem, weights, filter_format), values
+    packed = check_filters(problem, weights, filter_format)
+    return separation.told(problem, packed, deployment), packed, values

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from convdispatch import arguments, dispatch, heuristic, machine, profile, settings, transfer
+from convdispatch import arguments, dispatch, heuristic, machine, profile, separation, settings, transfer
 from convdispatch.backend import Backend, Candidate
 from convdispatch.dispatch import Decision
 from convdispatch.errors import ArgumentError, BackendRejectedError, ProfileMissError
-from convdispatch.plan import Evidence
+from convdispatch.plan import Evidence, check_filters
 from convdispatch.problem import Problem
 from convdispatch.profile import DEPLOYMENTS, Entry, Failure, Key, Result
 from convdispatch.units import bytes_text, time_text
@@ -111,7 +111,7 @@ def explain(
     """Tell which backend would do a convolution and why, and why the others would not.
 
     Args:
-        input, filters: shapes, or arrays, of which only shape and dtype matter.
+        input, filters: shapes, or arrays, of which only shape and dtype matter; and whether the filters are separable.
         strides, padding, data_format, dilations, groups, filter_format, activation: as in ``conv2d``.
         bias, residual: whether there is one.
         dtype: name of the dtype, where shapes are given.
@@ -131,6 +131,8 @@ def explain(
         getattr(input, "shape", input), getattr(filters, "shape", filters), name, strides, padding, data_format,
         dilations, groups, filter_format, activation, bias=bias, residual=residual,
     )  # fmt: skip
+    if isinstance(filters, np.ndarray) and deployment in DEPLOYMENTS:
+        problem = separation.told(problem, check_filters(problem, filters, filter_format), deployment)
     return explain_problem(problem, deployment, backend)
 
 

@@ -93,6 +93,8 @@ def _rest(words: str) -> _Rest:
             pairs[name] = int(first), int(second or first)
         elif word in {"SAME", "SAME_LOWER"}:
             pads = None
+        elif word == "separable":
+            continue  # whoever takes the filters whole is as fast without
         elif match := _PADS.fullmatch(word):
             one, two, three, four = match.groups()
             pads = (int(one) + int(two), int(three) + int(four)) if three else (2 * int(one), 2 * int(two or one))

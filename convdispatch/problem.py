@@ -7,7 +7,7 @@ The text is one line that people type, profiles are keyed by, and logs print::
     8x32x14x14 NCHW * 3x3x1x32 SAME dilation=2x1 float64
 
 that is, input shape in data-format order, filter shape ``KHxKWxC/groupsxK``, padding, and what is not the
-default: ``stride``, ``dilation``, ``groups`` (where the shapes do not tell), dtype, epilogue.
+default: ``stride``, ``dilation``, ``groups`` (where the shapes do not tell), ``separable``, dtype, epilogue.
 """
 
 import functools
@@ -30,6 +30,8 @@ PADDINGS = ("VALID", "SAME", "SAME_LOWER")
 #: float16 and bfloat16 hold values only; sums are made in float32 and rounded once, by at most this part.
 ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 LOW_PRECISION = tuple(ROUNDING)
+#: Others are rounded too coarsely for a product of two to be one of them.
+SEPARABLE_DTYPES = ("float32", "float64")
 
 Pads = tuple[int, int, int, int]
 #: So many elements have more bytes than int64 counts, in the widest dtype that they or their sums may have.
@@ -79,6 +81,8 @@ class Problem:
         dtype: name of the input's and the filters' dtype.
         data_format: order of the input's and the output's axes, ``"NHWC"`` or ``"NCHW"``.
         epilogue: what is done to the sums before they are stored.
+        separable: whether every filter is known to be a column times a row, and the same for all channels if there
+            are several, as ``separation`` finds out.
     """
 
     n: int
@@ -95,6 +99,7 @@ class Problem:
     dtype: str = "float32"
     data_format: str = "NHWC"
     epilogue: Epilogue = field(default=Epilogue())
+    separable: bool = False
 
     def __post_init__(self) -> None:
         self._check_sizes()
@@ -151,6 +156,15 @@ class Problem:
             raise ArgumentError(
                 f"activation {activation!r} has no exact integer result for {self.dtype} input; "
                 f"use one of {', '.join(INTEGER_ACTIVATIONS)}, or convert the input to float32"
+            )
+        if type(self.separable) is not bool:
+            raise ArgumentTypeError(f"separable must be True or False; got {self.separable!r}")
+        if self.separable and self.dtype not in SEPARABLE_DTYPES:
+            raise ArgumentError(f"separable filters must be of {' or '.join(SEPARABLE_DTYPES)}; got {self.dtype}")
+        if self.separable and not (self.c == 1 or self.c == self.groups == self.k):
+            raise ArgumentError(
+                "separable filters must be those of one channel, or one filter for each channel; "
+                f"got {self.k} filters for {self.c} channels, groups={self.groups}"
             )
 
     @functools.cached_property
@@ -283,6 +297,8 @@ class Problem:
                 words.append(f"{word}={pair[0]}" if pair[0] == pair[1] else f"{word}={pair[0]}x{pair[1]}")
         if not self.group_c and self.groups != 1:
             words.append(f"groups={self.groups}")
+        if self.separable:
+            words.append("separable")
         if self.dtype != "float32":
             words.append(self.dtype)
         if self.epilogue:
@@ -366,7 +382,7 @@ def _parse(text: str) -> dict[str, Any]:
     return {
         "n": n, "h": h, "w": w, "c": c, "k": k, "kh": kh, "kw": kw, "pads": pads, "strides": strides,
         "dilations": dilations, "groups": groups, "dtype": values.get("dtype", "float32"),
-        "data_format": data_format, "epilogue": finish,
+        "data_format": data_format, "epilogue": finish, "separable": "separable" in values,
     }  # fmt: skip
 
 
@@ -377,8 +393,8 @@ def _parse_word(word: str, fail: Any) -> tuple[str, Any]:  # noqa: PLR0911  # a 
         return "padding", word
     if word in DTYPES:
         return "dtype", word
-    if word in {"+bias", "+residual"}:
-        return word[1:], True
+    if word in {"+bias", "+residual", "separable"}:
+        return word.removeprefix("+"), True
     if word.startswith("+"):
         return "activation", parse_activation(word[1:])
     name, _, value = word.partition("=")

@@ -9,10 +9,20 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from convdispatch import separation
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Candidate, Config, Numerics
 from convdispatch.epilogue import ACTIVATIONS, INTEGER_ACTIVATIONS, Epilogue
-from convdispatch.problem import DATA_FORMATS, DTYPES, INTEGERS, PADDINGS, Problem, dtype_of, padding_of
+from convdispatch.problem import (
+    DATA_FORMATS,
+    DTYPES,
+    INTEGERS,
+    PADDINGS,
+    SEPARABLE_DTYPES,
+    Problem,
+    dtype_of,
+    padding_of,
+)
 from convdispatch.reference import Oracle, Verdict
 
 HAVE_BFLOAT16 = importlib.util.find_spec("ml_dtypes") is not None
@@ -145,6 +155,8 @@ def problems(
     # Every third problem has the filters that Winograd is about, some have those of a fast FIR.
     if which := draw(st.sampled_from((3, 0, 0, 3, 0, 9))):
         kernel, strides, dilations = (which, which), (1, 1), (1, 1)
+        if which == 9 and draw(st.booleans()):  # an image filter, which may be separable
+            groups, group_c, group_k = draw(st.sampled_from(((1, 1, 1), (1, 1, 3), (4, 1, 1))))
     else:
         (kw, stride), kh = draw(st.sampled_from(along)), draw(st.sampled_from(_kinds().heights))
         kernel, strides = (kh, kw), (draw(st.integers(1, 3)), stride)
@@ -162,12 +174,14 @@ def problems(
     if padding != "explicit":
         pads = padding_of(padding, (h, w), kernel, strides, dilations)
     dtype = draw(st.sampled_from([name for name in dtypes if _kinds().draws(name)]))
+    c, k = groups * group_c, groups * group_k
+    may_be = which == 9 and dtype in SEPARABLE_DTYPES and (c == 1 or c == k == groups)
     return Problem(
         n=draw(st.integers(least, 3)),
         h=h,
         w=w,
-        c=groups * group_c,
-        k=groups * group_k,
+        c=c,
+        k=k,
         kh=kernel[0],
         kw=kernel[1],
         pads=pads,
@@ -177,12 +191,14 @@ def problems(
         dtype=dtype,
         data_format=draw(st.sampled_from(DATA_FORMATS)),
         epilogue=Epilogue() if plain else draw(epilogues(dtype)),
+        separable=may_be and draw(st.booleans()),
     )
 
 
 #: Between them, every backend does one: whole or depthwise, floats or integers, small filters or large.
 _USUAL = (
     "1x9x9x32 * 3x3x32x8 SAME", "1x9x9x32 * 3x3x1x32 SAME", "1x9x9x32 * 3x3x32x8 SAME int8", "1x9x9x2 * 9x9x2x1 SAME",
+    "1x9x9x1 * 9x9x1x1 SAME separable",
 )  # fmt: skip
 
 
@@ -227,7 +243,7 @@ def numbers(problem: Problem, seed: int = 0) -> Case:
     return Case(
         p,
         make((p.n, p.h, p.w, p.c), p.dtype),
-        make(p.filter_shape, p.dtype),
+        separation.drawn(p, lambda shape: make(shape, p.dtype)),
         make((p.k,), p.result_dtype) if p.epilogue.bias else None,
         make((p.n, p.oh, p.ow, p.k), p.result_dtype) if p.epilogue.residual else None,
     )

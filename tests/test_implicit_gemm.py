@@ -100,6 +100,7 @@ def test_lines_of_any_window_are_right(
         ("implicit_gemm", "1x9x24x5 * 3x3x5x72 SAME"),  # whose last block is not whole
         ("image_rows", "1x20x192x1 * 3x3x1x1 SAME +bias"),
         ("image_rows", "1x20x200x1 * 3x3x1x1 SAME +residual"),
+        ("separable", "1x20x200x1 * 9x9x1x1 SAME separable +residual"),
     ],
 )
 def test_what_goes_past_the_caches_arrives(
@@ -185,6 +186,7 @@ def test_code_for_other_machines_is_right_too(cpu: str, features: str, width: in
         ("winograd", "1x9x9x16 * 3x3x2x16 SAME +bias"),  # groups that share a vector
         ("depthwise", "1x12x12x8 * 3x3x1x8 SAME"),
         ("image_rows", "1x20x40x1 * 5x5x1x1 SAME"),
+        ("separable", "1x20x40x1 * 9x9x1x1 SAME separable"),
         ("fast_fir", "1x40x90x2 * 9x9x2x3 SAME"),
     ]
     environment = {

@@ -70,6 +70,13 @@ def test_words_after_the_shapes_may_stand_in_any_order(problem: Problem, random:
                 epilogue=Epilogue(bias=True, residual=True, activation="leaky_relu", slope=0.01),
             ),
         ),
+        (
+            "1x9x9x2 * 5x5x1x2 VALID separable float64 +residual",
+            Problem(
+                n=1, h=9, w=9, c=2, k=2, kh=5, kw=5, groups=2, dtype="float64", epilogue=Epilogue(residual=True),
+                separable=True,
+            ),
+        ),
         ("1x4x4x0 * 3x3x0x4 VALID groups=2", Problem(n=1, h=4, w=4, c=0, k=4, kh=3, kw=3, groups=2)),
         ("1x9x9x2 * 3x3x2x2 pad=0,1,2,3", Problem(n=1, h=9, w=9, c=2, k=2, kh=3, kw=3, pads=(0, 1, 2, 3))),
     ],
@@ -125,6 +132,10 @@ def test_other_ways_to_write_a_problem_have_one_canonical_text(loose: str, canon
         ("1x8x8x2 * 0x3x2x4", "at least 1"),
         ("1x8x8x2 * 9x3x2x4 VALID", "9 rows"),
         ("1x8x8x2 * 3x3x2x4 int8 +gelu", "gelu"),
+        ("1x8x8x2 * 3x3x2x4 separable", "4 filters for 2 channels, groups=1"),
+        ("1x8x8x2 * 3x3x1x4 separable", "4 filters for 2 channels, groups=2"),
+        ("1x8x8x1 * 3x3x1x4 separable float16", "got float16"),
+        ("1x8x8x1 * 3x3x1x4 separable separable", "second time"),
     ],
 )
 def test_text_that_is_no_problem_is_refused_by_what_is_wrong(text: str, named: str) -> None:
@@ -150,6 +161,7 @@ def test_what_is_not_text_is_a_type_error(thing: object) -> None:
         ({"dilations": (1, True)}, ("dilations", "ints", "(1, True)")),
         ({"dilations": None}, ("dilations", "None")),
         ({"epilogue": "+relu"}, ("epilogue", "Epilogue", "'+relu'")),
+        ({"separable": 1}, ("separable", "True", "got 1")),
     ],
 )
 def test_a_field_of_the_wrong_kind_is_refused_by_name(changes: dict[str, Any], words: tuple[str, ...]) -> None:

@@ -23,6 +23,8 @@ from convdispatch.profile import Entry, Key, Result
 from convdispatch.tuning import tuner
 
 X, W = np.ones(PROBLEM.input_shape, "f4"), np.ones(PROBLEM.filter_shape, "f4")
+SMOOTHING = Problem.parse("1x9x9x1 * 5x5x1x1 SAME")
+SEPARABLE = SMOOTHING.replace(separable=True)
 REPLAY = {"tuning": "replay", "threads": 2}
 
 
@@ -50,9 +52,9 @@ def two(clock: FakeClock) -> dict[str, Scripted]:
     return found
 
 
-def know(*rows: tuple[str, float, Config], deployment: str = "plan") -> None:
+def know(*rows: tuple[str, float, Config], deployment: str = "plan", problem: Problem = PROBLEM) -> None:
     results = tuple(Result(name, 1, config, seconds, 0.0, 7, 1e-7, 0) for name, seconds, config in rows)
-    entry = Entry(Key(PROBLEM, deployment, 2, machine.current().id), results)
+    entry = Entry(Key(problem, deployment, 2, machine.current().id), results)
     profile.write(profile.user_path(), [entry], machine.current())
     profile.forget()
 
@@ -233,3 +235,36 @@ def test_explain_says_what_else_kept_the_winner_from_being_chosen(two: dict[str,
     with settings.options(threads=2, forbid="large"):
         told = explain_problem(PROBLEM)
     assert {row.backend: row.reason for row in told.rows}["large"] == "forbidden by options"
+
+
+# Filters that are known to be a column times a row -------------------------------------------------------------
+
+
+def test_what_was_tuned_for_any_filters_is_replayed_for_separable_ones(two: dict[str, Scripted]) -> None:
+    know(("small", 1.0, Config()), problem=SMOOTHING)
+    with settings.options(**REPLAY):
+        assert dispatch.decide(SEPARABLE, "plan").evidence.source == "replay"
+        assert explain_problem(SEPARABLE).chosen == "small"
+        assert convdispatch.plan(SMOOTHING.input_shape, np.ones(SMOOTHING.filter_shape, "f4")).problem == SEPARABLE
+    assert measured(two) == 1  # the plan
+
+
+def test_what_was_tuned_for_separable_filters_comes_first(two: dict[str, Scripted]) -> None:
+    know(("small", 1.0, Config()), problem=SMOOTHING)
+    know(("large", 1.0, Config(bytes=1000)), problem=SEPARABLE)
+    with settings.options(**REPLAY):
+        assert dispatch.decide(SEPARABLE, "plan").candidate.name == "large(bytes=1000)"
+        assert dispatch.decide(SMOOTHING, "plan").candidate.name == "small"
+
+
+def test_what_was_tuned_for_separable_filters_is_not_replayed_for_others(two: dict[str, Scripted]) -> None:
+    know(("large", 1.0, Config(bytes=1000)), problem=SEPARABLE)
+    with settings.options(**REPLAY), pytest.raises(ProfileMissError):
+        dispatch.decide(SMOOTHING, "plan")
+
+
+def test_a_backend_that_is_asked_for_by_name_takes_its_config_from_either(two: dict[str, Scripted]) -> None:
+    know(("large", 1.0, Config(bytes=500, factor=1.2)), problem=SMOOTHING)
+    forced = dispatch.decide(SEPARABLE, "plan", ("large", None))
+    assert forced.candidate.config == Config(bytes=500, factor=1.2)
+    assert "user profile" in forced.evidence.detail

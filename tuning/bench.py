@@ -189,7 +189,7 @@ class Report:
 def _is_direct(result: LayerResult) -> bool:
     problem, backend = result.layer.problem, result.own.deployment.partition("(")[0].strip()
     local = backend in registry.names() and registry.get(backend).numerics.kind == "local"
-    return local and problem.dtype == "float32" and problem.flops >= _LARGE
+    return local and problem.dtype == "float32" and problem.flops >= _LARGE and not problem.separable
 
 
 # The run ------------------------------------------------------------------------------------------------------------

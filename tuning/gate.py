@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from convdispatch import separation
 from convdispatch.arguments import Array
 from convdispatch.backend import Candidate
 from convdispatch.backends._memory import room_for
@@ -68,7 +69,7 @@ class Trial:
             return cls(
                 problem,
                 batch(problem.input_shape, problem.dtype),
-                draw(problem.filter_shape, problem.dtype),
+                separation.drawn(problem, lambda shape: draw(shape, problem.dtype)),
                 draw((problem.k,), result) if problem.epilogue.bias else None,
                 batch(problem.output_shape, result) if problem.epilogue.residual else None,
             )

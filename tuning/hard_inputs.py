@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from convdispatch import separation
 from convdispatch.arguments import Array
 from convdispatch.backend import Candidate, Config
 from convdispatch.errors import ArgumentError, BackendRejectedError
@@ -93,7 +94,8 @@ def forget() -> None:
 
 def _turns(problem: Problem) -> range:
     """Return which kind of filters comes first in each trial: it takes several where there are few filters."""
-    return range(0, _KINDS, min(problem.k, _KINDS))
+    different = 1 if problem.separable and problem.c > 1 else problem.k
+    return range(0, _KINDS, min(different, _KINDS))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -177,7 +179,12 @@ def _image(problem: Problem, name: str, rng: np.random.Generator) -> Array:
 
 def _filters(problem: Problem, first: int, rng: np.random.Generator) -> Array:
     """Draw filters of every kind in turn, beginning with a certain one."""
-    shape = problem.filter_shape
+    values = separation.drawn(problem, lambda shape: _values(shape, first, rng))
+    return values.astype(dtype_of(problem.dtype))
+
+
+def _values(shape: tuple[int, ...], first: int, rng: np.random.Generator) -> Array:
+    """Draw values of every kind in turn along the last axis, of which there may be any number."""
     normal, uneven = rng.standard_normal(shape), rng.integers(-10, 11, shape)
     kinds = (
         normal,
@@ -185,8 +192,9 @@ def _filters(problem: Problem, first: int, rng: np.random.Generator) -> Array:
         rng.uniform(0.5, 1.0, shape),
         normal * 2.0**uneven,
     )
-    turn = (np.arange(problem.k) + first) % _KINDS
-    return np.choose(turn, kinds).astype(dtype_of(problem.dtype))
+    turn = (np.arange(shape[-1]) + first) % _KINDS
+    chosen: Array = np.choose(turn, kinds)
+    return chosen
 
 
 def _within_range(problem: Problem, images: Array, filters: Array) -> Array:

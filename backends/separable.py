@@ -1,0 +1,383 @@
+"""``separable``: filters that are a column times a row, in two passes.
+
+A filter of KH x KW values takes KH + KW products a pixel for KH * KW. A thread takes some rows of output at a time:
+first sums down the filter's column, of all columns of the image that these rows need, into scratch memory that stays
+in its caches; then sums along the filter's row of those. Both passes are ``image_rows``' walk through tiles of
+neighbouring columns: vectors of input shifted by their unaligned addresses, sums in registers.
+
+The image has one channel, and is read where it lies. Several channels under the same filter are one: in NCHW they are
+as many images; in NHWC they are one image with as many times the columns, whose filter is dilated by their number.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from convdispatch.arguments import Array
+from convdispatch.backend import Backend, Config, Effort, item_bytes
+from convdispatch.backends import _rates
+from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
+from convdispatch.backends._atomics import add
+from convdispatch.backends._epilogue import RELU, RELU6, finish
+from convdispatch.backends._jit import compilable
+from convdispatch.backends._kernel import PackedKernel
+from convdispatch.backends._memory import CACHE_LINE, aligned, streams
+from convdispatch.backends._panels import Panels, panels_of, place
+from convdispatch.backends._planes import WOVEN, fill_line, put_line, taps_together
+from convdispatch.backends._threads import split
+from convdispatch.backends._tile import add_to_all, add_to_each, clamp, register_tile, store, stream, zeros
+from convdispatch.backends._vector import registers, vector_bytes
+from convdispatch.backends._weave import add_rows
+from convdispatch.errors import ArgumentError
+from convdispatch.machine import Machine, current
+from convdispatch.problem import Problem
+from convdispatch.separation import FILTERS, factors, halves_the_work
+
+#: Tiles of the first pass, rows x vectors, by the number of vector registers: sums, a row of input and some taps fit.
+_TILES = {32: ((8, 2), (12, 1), (4, 4)), 16: ((4, 2), (8, 1), (4, 1))}
+#: Vectors of a tile of the second pass, likewise; the most that suit the width are taken.
+_RUNS = {32: (16, 8), 16: (8,)}
+#: Bytes of vectors that a filter's values share: wider ones would all lie across two cache lines, which takes as long
+#: as two. But where each is for one value, fewer are better.
+_SHARED_BYTES = 32
+#: Most values of a filter's row whose vectors are shared, so that they stay in registers.
+_MOST_TAPS = 9
+#: Bytes of the first pass's results, unless a filter sees so much of a row that they must be more; values of those.
+_MIDDLE, _WIDEST = 256 << 10, 4096
+
+#: ``down`` is ``[K, KH]``; ``along`` ``[K, KW]``, ordered as ``_Along`` has it; ``bias`` ``[K, lanes]`` or empty.
+_ARGUMENTS = Arguments(
+    input=array_of(4), down=array_of(2), along=array_of(2), bias=array_of(2), residual=array_of(4), out=array_of(4),
+    pads=integers_of(4), dilations=integers_of(2), shape=integers_of(2), counts=integers_of(3), spacing=INTEGER,
+    turns=INTEGER, planar=INTEGER, streamed=INTEGER, code=INTEGER, slope=FLOAT, parts=array_of(2, "int64"),
+)  # fmt: skip
+unpack = _ARGUMENTS.unpack
+_DONE_AT = 8 * _ARGUMENTS.done_at
+
+
+@compilable
+def _sum_down(source, step, columns, filters, count, target, apart, rows, vectors, taps, fewer, lanes, itemsize):  # type: ignore[no-untyped-def]
+    """Store ``rows`` lines, ``apart`` bytes apart: of so many columns the sums with a filter's ``count`` values."""
+    across, chunks = vectors * lanes, (count + taps - 1) // taps
+    whole = chunks - (chunks * taps - count)  # so many chunks of all the taps, the others of one fewer
+    for tile in range((columns + across - 1) // across):
+        at = min(tile * across, columns - across) * itemsize
+        sums = zeros(rows, vectors, lanes, itemsize)
+        packed, taken = filters, source + at
+        for _ in range(whole):
+            sums = add_rows(sums, rows, taken, step, packed, taps)
+            packed += taps * itemsize
+            taken += taps * step
+        for _ in range(chunks - whole):
+            sums = add_rows(sums, rows, taken, step, packed, fewer)
+            packed += fewer * itemsize
+            taken += fewer * step
+        store(sums, rows, (target, apart), at)
+
+
+@functools.cache
+def _compiled(  # noqa: C901, PLR0915
+    rows: int, vectors: int, taps: int, lanes: int, along: "_Along", itemsize: int
+) -> CompiledKernel:
+    """Return the kernel of a tile that takes a column's values ``taps`` at a time, or one fewer, and rows' as told."""
+    across, fewer = vectors * lanes, max(1, taps - 1)
+    lines, count, beside, narrow, more = along.lines, along.count, along.vectors, along.lanes, along.taps
+    less = max(1, more - 1)
+
+    def convolve(arguments, number):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
+        """Compute the panels from ``part[0]`` to ``part[1]``: ``rows * shape[0]`` by ``block * shape[1]`` outputs."""
+        (
+            x, w_down, w_along, bias, residual, out, pads, dilations, shape, counts, spacing, turns, planar, streamed,
+            code, slope, parts,
+        ) = unpack(arguments, itemsize)  # fmt: skip
+        part = parts[number]
+        (images, height, width, _), (_, all_rows, columns, _) = x.shape, out.shape
+        (filters, kh), kw, (dh, dw) = w_down.shape, w_along.shape[1], dilations
+        # Results of several filters are planes, or woven into pixels.
+        copies, woven = (filters, 1) if planar else (1, filters)
+        results = out.reshape((images * copies, all_rows, columns, woven))
+        added = residual.reshape((images * copies if residual.size else 0, all_rows, columns, woven))
+        block, spaced = (count if more > 1 else beside) * narrow * spacing, narrow * spacing * itemsize
+        longer = kw - turns * (more - 1)  # so many turns take more values of a filter's row, the others less
+        widest = min((shape[1] + 1) * block, columns + block) + (kw - 1) * dw
+        plane, middle = np.empty((rows + kh - 1, widest), x.dtype), np.empty((rows, widest), x.dtype)
+        line_bytes = widest * itemsize
+        staged_at_all = woven > 1 or columns < block or all_rows // dh < rows
+        stage = np.empty((woven, rows, widest if staged_at_all else 0), x.dtype)
+        like = zeros(1, 1, lanes, itemsize)
+        # As whole numbers of one kind: an unsigned one and a signed one would make a float.
+        here, there = np.int64(x.ctypes.data), np.int64(out.ctypes.data)
+        more_at = np.int64(residual.ctypes.data) - there
+        down_at, along_at, bias_at = (
+            np.int64(w_down.ctypes.data),
+            np.int64(w_along.ctypes.data),
+            np.int64(bias.ctypes.data),
+        )
+        plane_at, middle_at, stage_at = (
+            np.int64(plane.ctypes.data),
+            np.int64(middle.ctypes.data),
+            np.int64(stage.ctypes.data),
+        )
+        for task in range(part[0], part[1]):
+            made, phase, top, bottom, left, right = place(
+                task, counts, all_rows, columns, dh, rows * shape[0], block * shape[1]
+            )
+            n, k0 = made // copies, made % copies * woven
+            staged = woven > 1 or right - left < block or bottom - top < rows
+            first, reach = left - pads[2], max(right - left, block) + (kw - 1) * dw
+            for tile_row in range((bottom - top + rows - 1) // rows):
+                oh = top if staged and bottom - top < rows else min(top + tile_row * rows, bottom - rows)
+                ih = phase - pads[0] + oh * dh
+                # Of the columns from ``first`` on, those from ``low`` to ``high`` may be more than zeros.
+                low, high = max(0, -first), min(reach, width - first)
+                if ih >= 0 and ih + (rows + kh - 2) * dh < height and high - low >= across:
+                    source, step = here + ((n * height + ih) * width + first) * itemsize, dh * width * itemsize
+                else:
+                    low, high, source, step = 0, reach, plane_at, line_bytes
+                    for q in range(rows + kh - 1):
+                        fill_line(plane[q], x[n, :, :, 0], ih + q * dh, first, reach)
+                for r in range(rows):
+                    middle[r, :low] = 0
+                    middle[r, high:reach] = 0
+                for k in range(woven):
+                    _sum_down(
+                        source + low * itemsize, step, high - low, down_at + (k0 + k) * kh * itemsize, kh,
+                        middle_at + low * itemsize, line_bytes, rows, vectors, taps, fewer, lanes, itemsize,
+                    )  # fmt: skip
+                    for r in range(0, rows, lines):
+                        row = phase + (oh + r) * dh
+                        line, apart = (
+                            there + ((made * all_rows + row) * columns + left) * itemsize,
+                            dh * columns * itemsize,
+                        )
+                        if staged:
+                            line, apart = stage_at + (k * rows + r) * line_bytes, line_bytes
+                        down = line_bytes
+                        if more > 1:
+                            down = apart = spaced
+                        for tile in range((right - left + block - 1) // block):
+                            ow = max(0, min(tile * block, right - left - block))
+                            for turn in range(spacing):
+                                offset = (ow + turn * narrow) * itemsize
+                                sums = zeros(count, beside, narrow, itemsize)
+                                packed = along_at + (k0 + k) * kw * itemsize
+                                taken = middle_at + r * line_bytes + offset
+                                for _ in range(longer):
+                                    sums = add_rows(sums, count, taken, down, packed, more)
+                                    packed += more * itemsize
+                                    taken += dw * itemsize
+                                for _ in range(turns - longer):
+                                    sums = add_rows(sums, count, taken, down, packed, less)
+                                    packed += less * itemsize
+                                    taken += dw * itemsize
+                                if bias.size:
+                                    sums = add_to_all(sums, count, bias_at + (k0 + k) * bias.shape[1] * itemsize)
+                                if not staged:
+                                    if residual.size:
+                                        sums = add_to_each(sums, count, (line, apart), more_at + offset)
+                                    if code == RELU:
+                                        sums = clamp(sums, 0.0, math.inf)
+                                    elif code == RELU6:
+                                        sums = clamp(sums, 0.0, 6.0)
+                                if streamed and not staged and (line + offset) % CACHE_LINE == 0:
+                                    stream(sums, count, (line, apart), offset)
+                                else:
+                                    store(sums, count, (line, apart), offset)
+                            if code > RELU6 and not staged:
+                                for each in range(lines):
+                                    finish(
+                                        results[made, row + each * dh, left + ow : left + ow + block, 0], code, slope
+                                    )
+                if staged:
+                    for r in range(min(rows, bottom - oh)):
+                        row = phase + (oh + r) * dh
+                        put_line(
+                            results, added, made, row, left, right, stage, r, streamed, code, slope, like, lanes,
+                            itemsize,
+                        )  # fmt: skip
+        add(arguments + _DONE_AT, 1)
+
+    return CompiledKernel(convolve, _ARGUMENTS)
+
+
+def _one_channel(problem: Problem) -> Problem:
+    """Return the problem with several channels taken for images, or for columns; as NHWC."""
+    p, c = problem.replace(data_format="NHWC"), problem.c
+    if c == 1:
+        return p
+    if problem.data_format == "NCHW":
+        return p.replace(n=p.n * c, c=1, k=1, groups=1)
+    top, bottom, left, right = p.pads
+    pads, dilations = (top, bottom, left * c, right * c), (p.dilations[0], p.dilations[1] * c)
+    return p.replace(w=p.w * c, c=1, k=1, groups=1, pads=pads, dilations=dilations)
+
+
+def _by_results(problem: Problem) -> Problem:
+    """Return the problem of one channel whose images are the results that lie apart in memory."""
+    p = _one_channel(problem)
+    return p.replace(n=p.n * p.k, k=1) if problem.data_format == "NCHW" else p
+
+
+def _around(problem: Problem) -> int:
+    """Return how many columns a row's results see besides their own."""
+    return (problem.kw - 1) * problem.dilations[1]
+
+
+@dataclass(frozen=True)
+class _Along:
+    """How the second pass goes along the rows, in tiles as high as the first's; or in tiles of one row.
+
+    The vectors of one row's tile are ``spacing`` vectors apart, as the filter is dilated. So those of its values that
+    are as many apart as a vector has lanes meet the same vectors, which are loaded once for several of them.
+
+    Attributes:
+        lines: rows of a tile.
+        count: rows of a tile; or vectors, if it is of one row and shares them.
+        vectors: side by side in each row; or 1.
+        lanes: of a vector.
+        spacing: tiles that lie between each other, vector by vector.
+        turns: how often a filter takes some of its values.
+        taps: how many values at most.
+    """
+
+    lines: int
+    count: int
+    vectors: int
+    lanes: int
+    spacing: int
+    turns: int
+    taps: int
+
+    @property
+    def block(self) -> int:
+        """Columns that the tiles which lie between each other cover."""
+        return (self.count if self.taps > 1 else self.vectors) * self.lanes * self.spacing
+
+    def ordered(self, rows: Array) -> Array:
+        """Return filters' rows ``[K, KW]`` in the order in which they are taken."""
+        return np.concatenate([rows[:, turn :: self.turns] for turn in range(self.turns)], axis=1)
+
+
+def _along(problem: Problem, tile: tuple[int, int], vector_bytes: int, registers: int) -> _Along:
+    """Return how the second pass of a problem ``_by_results`` goes, whose first has this tile."""
+    p, size = problem, item_bytes(problem.dtype)
+    lanes, dilation, across = min(vector_bytes, _SHARED_BYTES) // size, p.dilations[1], tile[1] * vector_bytes // size
+    taps = -(-p.kw // lanes)
+    # Vectors that lie apart do not fill lines of memory one after another, as those do that go past the caches.
+    near = dilation == 1 or not _streams(p, CACHE_LINE // size)
+    if near and p.kw >= 1.5 * lanes and taps <= _MOST_TAPS:
+        for count in _RUNS[registers]:
+            if across <= count * lanes * dilation <= p.ow:  # both passes' tiles are to fit
+                return _Along(1, count, 1, lanes, dilation, lanes, taps)
+    return _Along(*tile[:1], *tile, vector_bytes // size, 1, p.kw, 1)
+
+
+def _streams(problem: Problem, values: int) -> bool:
+    """Return whether results go past the caches, so many at a time."""
+    return streams(problem.output_shape, item_bytes(problem.dtype), values, problem.ow * problem.k)
+
+
+def _panels(problem: Problem, rows: int, along: _Along) -> Panels:
+    """Return how a problem ``_by_results`` is cut."""
+    around, block = _around(problem), along.block
+    widest = max(around, _MIDDLE // (rows * item_bytes(problem.dtype)) - around) // block + 1
+    return panels_of(problem, (rows, block // along.lanes), along.lanes, in_place=True, widest=widest)
+
+
+class Separable(Backend):
+    """Two passes, for filters that are a column times a row."""
+
+    name = "separable"
+    parallel = True
+    fuses_epilogue = True
+    packing_cost = (6e-5, 1e-8)
+    formats = frozenset(("NHWC", "NCHW"))
+
+    def rejects(self, problem: Problem) -> str | None:
+        """Return None, or what about the filters, the strides, or the bias stands against it."""
+        p = problem
+        if not p.separable or not halves_the_work(p.kh, p.kw):
+            return "filters must be known to be a column times a row, and so large that this saves half of the products"
+        if p.strides != (1, 1):
+            return "its vectors take neighbouring columns and its tiles neighbouring rows, without strides"
+        if p.c > 1 and p.epilogue.bias:
+            return "it takes several channels for one, and a bias has a value for each"
+        if p.k > FILTERS and p.c == 1:
+            return f"it is for up to {FILTERS} filters; here are {p.k}"
+        if (around := _around(_one_channel(p))) > _WIDEST:
+            return f"results must see at most {_WIDEST} values of a row besides their own; here {around}"
+        return None
+
+    def configs(self, problem: Problem, effort: Effort) -> Sequence[Config]:
+        """Return tiles, the one with the smallest estimate first."""
+        here = current()
+        choices = [Config(rows=rows, vectors=vectors) for rows, vectors in _TILES[registers()]]
+        choices.sort(key=lambda config: self.estimate(problem, config, here))
+        return choices[: 2 if effort in {"estimate", "measure"} else None]
+
+    def workspace(self, problem: Problem, config: Config) -> int:
+        """Return the bytes of each thread's first pass's results, staged ones, and copy of the border's rows."""
+        p, rows, size = _by_results(problem), _tile(config)[0], item_bytes(problem.dtype)
+        along = _along(p, _tile(config), vector_bytes(), registers())
+        panels = _panels(p, rows, along)
+        widest = min((panels.shape[1] + 1) * along.block, p.ow + along.block) + _around(p)
+        staged = p.k if p.k > 1 or p.ow < along.block or p.oh // p.dilations[0] < rows else 0
+        return config.threads * ((staged + 2) * rows + p.kh - 1) * widest * size
+
+    def estimate(self, problem: Problem, config: Config, machine: Machine) -> float:
+        """Return products of whole tiles, vectors loaded across cache lines, weaving; memory."""
+        p, (rows, vectors), size = _by_results(problem), _tile(config), item_bytes(problem.dtype)
+        lanes = machine.vector_bytes // size
+        along = _along(p, (rows, vectors), machine.vector_bytes, registers())
+        panels, across = _panels(p, rows, along), vectors * lanes
+        phases = min(p.dilations[0], p.oh)
+        lines = p.n * p.k * phases * -(-p.oh // (phases * rows)) * rows
+        # The first pass is one of more columns. In the second, every other vector lies across two cache lines.
+        wide = -(-p.ow // along.block) * along.block
+        first = wide + _around(p) * -(-wide // (panels.shape[1] * along.block)) + across
+        loads = 1.5 * (p.kw if along.taps == 1 else along.turns * (1 + along.taps / along.count))
+        products = lines * (first * (p.kh + 2) + wide * (max(p.kw, loads) + 2))
+        compute = products * 2 / _rates.peak(machine, size)
+        pixels, outputs = p.n * p.h * p.w, p.n * p.oh * p.ow * p.k
+        if p.k > 1 or p.ow < along.block or p.oh // phases < rows:
+            compute += outputs * (0.25e-9 if p.k <= WOVEN else 1e-9)
+        compute += outputs * 3e-9 * (p.epilogue.code > RELU6)
+        moved = (pixels + outputs * (2 if p.epilogue.residual else 1)) * size / _BYTES_PER_SECOND
+        return _rates.shared(compute + moved, min(config.threads, machine.cores, panels.total))
+
+    def prepare(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
+        """Take the filters apart; compile for the tile and the filters' height if that has not been done.
+
+        Raises:
+            ArgumentError: if filters are not separable.
+        """
+        if (apart := factors(problem, filters)) is None:
+            raise ArgumentError(f"filters of {problem} must be a column times a row, as it says; these are not")
+        p, tile, size = _one_channel(problem), _tile(config), item_bytes(problem.dtype)
+        by_results = _by_results(problem)
+        how = _along(by_results, tile, vector_bytes(), registers())
+        panels, lanes = _panels(by_results, tile[0], how), vector_bytes() // size
+        down, along = (aligned(values.shape, p.dtype) for values in apart)
+        down[...], along[...] = apart[0], how.ordered(apart[1])
+        added = aligned((p.k if bias is not None else 0, how.vectors * how.lanes), p.dtype)
+        if bias is not None:
+            added[...] = bias[:, np.newaxis]
+        parts = split(panels.total, 4 * config.threads if config.threads > 1 else 1)
+        values = {
+            "down": down, "along": along, "bias": added, "pads": p.pads, "dilations": p.dilations,
+            "shape": panels.shape, "counts": panels.counts, "spacing": how.spacing, "turns": how.turns,
+            "planar": by_results.n != p.n, "streamed": how.spacing == 1 and _streams(by_results, how.block),
+            "code": p.epilogue.code, "slope": p.epilogue.slope, "parts": np.array(parts, np.int64),
+        }  # fmt: skip
+        constants = *tile, taps_together(p.kh), lanes, how, size
+        return PackedKernel(functools.partial(_compiled, *constants), p, values, len(parts), config.threads)
+
+
+_BYTES_PER_SECOND = 4e10
+
+
+def _tile(config: Config) -> tuple[int, int]:
+    return register_tile(config, "separable", _TILES[registers()])

@@ -1,0 +1,192 @@
+"""Which filters are taken for a column times a row: those that are, and no others."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import convdispatch
+from convdispatch.arguments import Array
+from convdispatch.problem import Problem
+from convdispatch.separation import departure, drawn, factors, halves_the_work, told
+
+FLOATS = st.floats(-100, 100, width=32).filter(lambda value: value == 0 or abs(value) > 1e-3)
+
+
+def image(filters: Array) -> Problem:
+    """Return the problem of some filters on an image of one channel."""
+    kh, kw, _, k = filters.shape
+    return Problem(1, 500, 500, 1, k, kh, kw, (kh, kh, kw, kw), dtype=filters.dtype.name)
+
+
+def outer(column: Array, row: Array, dtype: str = "float32") -> Array:
+    return np.outer(column, row).astype(dtype)[:, :, np.newaxis, np.newaxis]
+
+
+def gaussian(side: int, sigma: float) -> Array:
+    values = np.exp(-((np.arange(side) - side // 2) ** 2) / (2 * sigma**2))
+    return np.asarray(values / values.sum())
+
+
+@given(
+    column=st.lists(FLOATS, min_size=4, max_size=15), row=st.lists(FLOATS, min_size=4, max_size=15),
+    dtype=st.sampled_from(("float32", "float64")),
+)  # fmt: skip
+def test_products_of_a_column_and_a_row_are_found_and_are_near(
+    column: list[float], row: list[float], dtype: str
+) -> None:
+    filters = outer(np.array(column), np.array(row), dtype)
+    found = factors(image(filters), filters)
+    assert found is not None
+    down, along = (values.astype(np.float64) for values in found)
+    assert found[0].dtype == found[1].dtype == dtype
+    near = departure(len(column), len(row)) * np.finfo(dtype).eps * np.abs(filters[:, :, 0, 0])
+    assert (np.abs(np.outer(down[0], along[0]) - filters[:, :, 0, 0]) <= near).all()
+
+
+@given(
+    column=st.lists(FLOATS, min_size=4, max_size=9), row=st.lists(FLOATS, min_size=4, max_size=9),
+    place=st.tuples(st.integers(0, 99), st.integers(0, 99)), change=st.sampled_from((1e-4, -1e-5, 0.5, np.nan, np.inf)),
+)  # fmt: skip
+def test_one_value_that_differs_is_enough(
+    column: list[float], row: list[float], place: tuple[int, int], change: float
+) -> None:
+    filters = outer(np.array(column), np.array(row))
+    i, j = place[0] % len(column), place[1] % len(row)
+    filters[i, j] += np.float32(change) * (abs(filters[i, j]) + 1)
+    # With one column or row of values beside it, anything is a product.
+    others = np.delete(np.delete(filters[:, :, 0, 0], i, 0), j, 1)
+    if others.any() and filters[i].any() and filters[:, j].any():
+        same_row, same_column = np.delete(filters[i, :, 0, 0], j), np.delete(filters[:, j, 0, 0], i)
+        if same_row.any() and same_column.any():
+            assert factors(image(filters), filters) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "filters"),
+    [
+        ("gaussian", np.outer(gaussian(31, 5), gaussian(31, 5))),
+        ("gaussian of exp(-(x^2 + y^2))", np.exp(-np.add.outer(*2 * ((np.arange(15.0) - 7) ** 2 / 18,)))),
+        ("box", np.full((7, 7), 1 / 49)),
+        ("binomial", np.outer(np.array([1, 4, 6, 4, 1]), np.array([1, 4, 6, 4, 1]) / 256)),
+        ("sobel, large", np.outer(np.array([1, 4, 6, 4, 1]), np.array([-1, -2, 0, 2, 1]))),
+        ("zeros", np.zeros((5, 5))),
+        ("one value", np.eye(5)[:, 2:3] * np.eye(5)[1]),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_filters_of_text_books_are_found(name: str, filters: Array, dtype: str) -> None:
+    given = filters.reshape(*filters.shape[:2], 1, 1).astype(dtype)
+    assert factors(image(given), given) is not None, name
+
+
+@pytest.mark.parametrize(
+    ("name", "filters"),
+    [
+        ("disk", (np.add.outer(*2 * ((np.arange(9.0) - 4) ** 2,)) <= 16) * 1.0),
+        ("difference of Gaussians", np.outer(*2 * (gaussian(9, 1),)) - np.outer(*2 * (gaussian(9, 2),))),
+        ("diagonal", np.eye(9)),
+        ("rounded before it was widened", np.float32(np.outer(*2 * (gaussian(9, 2),)))),
+        ("random", np.random.default_rng(0).standard_normal((9, 9))),
+    ],
+)
+def test_others_are_not(name: str, filters: Array) -> None:
+    given = filters[:, :, np.newaxis, np.newaxis].astype("f8")
+    assert factors(image(given), given) is None, name
+
+
+@pytest.mark.parametrize("scale", [1.0, 1 / 256, 1024.0])
+def test_whole_numbers_stay_whole_numbers_of_a_power_of_two(scale: float) -> None:
+    filters = outer(np.array([1, 6, 15, 20, 15, 6, 1]), np.array([2, 12, 30, 40, 30, 12, 2])) * np.float32(scale)
+    found = factors(image(filters), filters)
+    assert found is not None
+    np.testing.assert_array_equal(np.outer(found[0], found[1]), filters[:, :, 0, 0])
+    for values in found:
+        assert (np.abs(values / np.abs(values).min()) % 1 == 0).all()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-6, 1.0, 1e6, 1e30])
+def test_what_lies_between_the_passes_is_at_most_as_large_as_the_image(size: float) -> None:
+    filters = outer(gaussian(9, 2), gaussian(9, 2) * size)
+    found = factors(image(filters), filters)
+    assert found is not None
+    down, along = (float(np.abs(values).sum()) for values in found)
+    assert 0.5 <= down <= 1 + 1e-6
+    assert down * along == pytest.approx(size, rel=1e-5)
+
+
+def test_several_channels_must_have_the_same_filter() -> None:
+    one = outer(gaussian(9, 2), gaussian(9, 2))
+    problem = Problem(1, 99, 99, 3, 3, 9, 9, groups=3)
+    assert told(problem, np.repeat(one, 3, axis=3), "plan").separable
+    assert not told(problem, np.concatenate([one, one, 2 * one], axis=3), "plan").separable
+    assert told(Problem(1, 99, 99, 1, 3, 9, 9), np.concatenate([one, -one, 2 * one], axis=3), "plan").separable
+
+
+@pytest.mark.parametrize(
+    ("text", "change"),
+    [
+        ("1x500x500x1 * 9x9x1x1 SAME", lambda one: one),
+        ("1x500x500x1 * 9x9x1x16 SAME", lambda one: np.repeat(one, 16, axis=3)),
+    ],
+)
+def test_both_deployments_look_at_what_is_worth_it(text: str, change: Callable[[Array], Array]) -> None:
+    filters = change(outer(gaussian(9, 2), gaussian(9, 2)))
+    for deployment in ("plan", "call"):
+        assert told(Problem.parse(text), filters, deployment).separable
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1x500x500x1 * 3x3x1x1 SAME",
+        "1x500x500x1 * 1x9x1x1 SAME",
+        "1x500x500x1 * 9x9x1x1 SAME stride=2",
+        "1x500x500x1 * 9x9x1x17 SAME",
+        "1x500x500x2 * 9x9x1x4 SAME",
+        "1x500x500x2 * 9x9x2x2 SAME",
+        "1x500x500x1 * 9x9x1x1 SAME int32",
+        "1x500x500x1 * 9x9x1x1 SAME float16",
+        "0x500x500x1 * 9x9x1x1 SAME",
+        "1x500x500x1 * 9x9x1x0 SAME",
+    ],
+)
+def test_nobody_looks_where_nothing_would_be_gained(text: str) -> None:
+    problem = Problem.parse(text)
+    filters = np.ones(problem.filter_shape, problem.dtype)
+    assert told(problem, filters, "plan") is problem
+
+
+def test_a_call_looks_at_filters_only_where_there_is_much_to_compute() -> None:
+    small, ones = Problem.parse("1x99x99x1 * 9x9x1x1 SAME"), np.ones((9, 9, 1, 1), "f4")
+    assert told(small, ones, "plan").separable
+    assert told(small, ones, "call") is small
+
+
+@pytest.mark.parametrize("text", ["1x50x50x1 * 9x7x1x3 SAME", "2x50x50x4 * 4x6x1x4 SAME", "1x9x9x1 * 5x5x1x0 SAME"])
+def test_drawn_filters_are_what_a_problem_says(text: str) -> None:
+    whole, rng = Problem.parse(text), np.random.default_rng(0)
+    separable = whole.replace(separable=True)
+    for problem in (whole, separable):
+        filters = drawn(problem, lambda shape: rng.standard_normal(shape).astype("f4"))
+        assert filters.shape == problem.filter_shape
+        if filters.size:
+            assert (factors(problem, filters) is not None) == problem.separable
+
+
+@pytest.mark.parametrize(("kh", "kw"), [(4, 4), (3, 6), (6, 3), (5, 5), (31, 31)])
+def test_two_passes_that_take_half_of_the_products_leave_room_for_what_rounding_does(kh: int, kw: int) -> None:
+    assert halves_the_work(kh, kw)
+    assert departure(kh, kw) >= 2.5  # of a product of two roundings, divided by one of them, times another
+
+
+def test_explain_shows_what_it_found_of_arrays_and_takes_shapes_as_they_are() -> None:
+    ones = np.ones((9, 9, 1, 1), "f4")
+    found = convdispatch.explain((1, 200, 200, 1), ones)
+    assert found.problem.separable
+    assert next(row for row in found.rows if row.backend == "separable").reason == ""
+    whole = convdispatch.explain((1, 200, 200, 1), ones.shape)
+    assert not whole.problem.separable
+    assert "column times a row" in next(row for row in whole.rows if row.backend == "separable").reason
