@@ -12,7 +12,7 @@ from convdispatch.tuning.workload import Layer, Workload, load, packaged
 
 SMALL = Problem.parse("1x8x8x4 * 3x3x4x8 SAME")
 OTHER = Problem.parse("2x9x9x4 * 1x1x4x8 VALID stride=2")
-PACKAGED = ("filters1080p", "mixed", "mobilenetv2", "resnet50", "unet", "vgg16")
+PACKAGED = ("filters1080p", "mixed", "mobilenetv2", "resnet50", "smoothing1080p", "unet", "vgg16")
 
 
 def convolutions(workload: Workload) -> int:
@@ -108,6 +108,12 @@ def test_filters_keep_the_frame() -> None:
     assert sorted((problem.kh, problem.k) for problem in problems) == [
         (3, 1), (3, 2), (5, 1), (7, 1), (9, 1), (15, 8), (31, 1),
     ]  # fmt: skip
+
+
+def test_smoothing_filters_are_separable_and_keep_the_frame() -> None:
+    for layer in load("smoothing1080p").layers:
+        assert layer.problem.separable
+        assert layer.problem.output_shape[1:3] in {(1080, 1920), (540, 960)}
 
 
 def test_with_batch_replaces_every_n() -> None:

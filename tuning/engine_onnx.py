@@ -1,13 +1,14 @@
 """A convolution as an ONNX model, which three engines read, and how ONNX Runtime runs it."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from convdispatch.arguments import Array
 from convdispatch.problem import Problem
-from convdispatch.tuning.engines import Build, Case, Deployment, load, nchw, nhwc, only
+from convdispatch.tuning.engines import Build, Case, Deployment, Pass, load, nchw, nhwc, only
 
 _OPSET, _IR = 20, 9  # the oldest that has Gelu
 _NAMES = {
@@ -16,17 +17,22 @@ _NAMES = {
 }  # fmt: skip
 
 
-def onnx_model(case: Case) -> bytes:
-    """Return a model of one Conv with constant weights, and what its epilogue adds."""
+def onnx_model(case: Case, passes: Sequence[Pass]) -> bytes:
+    """Return a model of a Conv with constant weights for each pass, and what the epilogue adds."""
     helper, numpy_helper, p = load("onnx.helper"), load("onnx.numpy_helper"), case.problem
-    top, bottom, left, right = p.pads
-    constants = {"w": case.oihw} | ({"b": case.bias} if case.bias is not None else {})
-    nodes = [
-        helper.make_node(
-            "Conv", ["x", *constants], ["conv"], kernel_shape=(p.kh, p.kw), pads=(top, left, bottom, right),
-            strides=p.strides, dilations=p.dilations, group=p.groups,
-        )
-    ]  # fmt: skip
+    constants: dict[str, Array] = {} if case.bias is None else {"b": case.bias}
+    nodes, last = [], "x"
+    for number, each in enumerate(passes):
+        q, weights, result = each.problem, f"w{number}", "conv" if each is passes[-1] else f"pass{number}"
+        constants[weights] = each.oihw
+        given = [last, weights, *(["b"] if q.epilogue.bias else [])]
+        nodes.append(
+            helper.make_node(
+                "Conv", given, [result], kernel_shape=(q.kh, q.kw), pads=(*q.pads[::2], *q.pads[1::2]),
+                strides=q.strides, dilations=q.dilations, group=q.groups,
+            )
+        )  # fmt: skip
+        last = result
     shapes = {"x": (p.n, p.c, p.h, p.w)}
     last, out = "conv", (p.n, p.k, p.oh, p.ow)
     if case.residual is not None:
@@ -74,12 +80,18 @@ class OnnxRuntime:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = self._threads, 1
         options.log_severity_level = 3
-        session = self._ort.InferenceSession(onnx_model(case), options, providers=["CPUExecutionProvider"])
-        given = onnx_inputs(case)
-        plain = Deployment(lambda: session.run(None, given), lambda y: nhwc(y[0]))
-        return {"run": lambda: plain, "bound memory": lambda: self._bound(session, case, given)}
+        given, ways = onnx_inputs(case), {}
+        for how, passes in case.ways().items():
+            model = onnx_model(case, passes)
+            session = self._ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            ways[f"run{how}"] = functools.partial(self._plain, session, given)
+            ways[f"bound memory{how}"] = functools.partial(self._bound, session, given, case)
+        return ways
 
-    def _bound(self, session: Any, case: Case, given: Mapping[str, Array]) -> Deployment:
+    def _plain(self, session: Any, given: Mapping[str, Array]) -> Deployment:
+        return Deployment(lambda: session.run(None, given), lambda y: nhwc(y[0]))
+
+    def _bound(self, session: Any, given: Mapping[str, Array], case: Case) -> Deployment:
         p, value = case.problem, self._ort.OrtValue.ortvalue_from_numpy
         binding = session.io_binding()
         held = {name: value(array) for name, array in given.items()}

@@ -1,18 +1,20 @@
 """How OpenCV runs a convolution."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from convdispatch.arguments import Array
 from convdispatch.backends._memory import aligned
 from convdispatch.problem import Problem
 from convdispatch.tuning.engine_onnx import onnx_model
-from convdispatch.tuning.engines import Build, Case, Deployment, load, nchw, nhwc, only
+from convdispatch.tuning.engines import Build, Case, Deployment, Pass, load, nchw, nhwc, only
 
 
 class OpenCV:
-    """OpenCV: ``filter2D`` where each output comes from one channel, and its network module."""
+    """OpenCV: ``filter2D`` (or ``sepFilter2D``) where each output comes from one channel, and its network module."""
 
     def __init__(self, threads: int) -> None:
         self._cv2 = load("cv2")
@@ -27,15 +29,20 @@ class OpenCV:
 
     def deployments(self, case: Case) -> Mapping[str, Build]:
         """Return the filter, where it applies, and the network."""
-        p, ways = case.problem, {"dnn": lambda: self._net(case)}
+        p = case.problem
+        ways: dict[str, Build] = {
+            f"dnn{how}": functools.partial(self._net, case, passes) for how, passes in case.ways().items()
+        }
         plain = p.strides == (1, 1) and p.dilations == (1, 1) and not p.epilogue
         within = p.pads[0] < p.kh and p.pads[2] < p.kw and p.oh <= p.h and p.ow <= p.w
         if plain and within and p.group_c == 1 and p.k <= 16:
             ways["filter2D"] = lambda: self._filters(case)
+            if p.separable:
+                ways["sepFilter2D"] = lambda: self._separable(case)
         return ways
 
-    def _net(self, case: Case) -> Deployment:
-        net = self._cv2.dnn.readNetFromONNX(np.frombuffer(onnx_model(case), np.uint8))
+    def _net(self, case: Case, passes: Sequence[Pass]) -> Deployment:
+        net = self._cv2.dnn.readNetFromONNX(np.frombuffer(onnx_model(case, passes), np.uint8))
         x = nchw(case.x)
 
         def run() -> Any:
@@ -45,17 +52,23 @@ class OpenCV:
         return Deployment(run, nhwc)
 
     def _filters(self, case: Case) -> Deployment:
-        cv2, p = self._cv2, case.problem
+        kernels = [(np.ascontiguousarray(case.w[:, :, 0, k]),) for k in range(case.problem.k)]
+        return self._planes(case, self._cv2.filter2D, kernels)
+
+    def _separable(self, case: Case) -> Deployment:
+        down, along = case.ways()[", two passes"]
+        kernels = [(along.w[0, :, 0, k].copy(), down.w[:, 0, 0, k].copy()) for k in range(case.problem.k)]
+        return self._planes(case, self._cv2.sepFilter2D, kernels)
+
+    def _planes(self, case: Case, function: Any, kernels: Sequence[tuple[Array, ...]]) -> Deployment:
+        """Return a filter's run over every plane; filters have one array, or two for rows and columns."""
+        p, border = case.problem, self._cv2.BORDER_CONSTANT
         planes, out = nchw(case.x), aligned((p.n, p.k, p.h, p.w), np.dtype(np.float32))
         anchor = p.pads[2], p.pads[0]
-        jobs = [
-            (planes[n, k // p.group_k], out[n, k], np.ascontiguousarray(case.w[:, :, 0, k]))
-            for n in range(p.n)
-            for k in range(p.k)
-        ]
+        jobs = [(planes[n, k // p.group_k], out[n, k], kernels[k]) for n in range(p.n) for k in range(p.k)]
 
         def run() -> None:
             for plane, target, kernel in jobs:
-                cv2.filter2D(plane, -1, kernel, target, anchor, 0, cv2.BORDER_CONSTANT)
+                function(plane, -1, *kernel, target, anchor, 0, border)
 
         return Deployment(run, lambda _: nhwc(out[:, :, : p.oh, : p.ow]))

@@ -1,13 +1,13 @@
 """How OpenVINO runs a convolution."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from convdispatch.problem import Problem
 from convdispatch.tuning.engine_onnx import onnx_inputs, onnx_model
-from convdispatch.tuning.engines import Build, Case, Deployment, load, nhwc, only
+from convdispatch.tuning.engines import Build, Case, Deployment, Pass, load, nhwc, only
 
 
 class OpenVino:
@@ -23,11 +23,15 @@ class OpenVino:
 
     def deployments(self, case: Case) -> Mapping[str, Build]:
         """Return both layouts."""
-        return {layout: functools.partial(self._compiled, case, layout) for layout in ("NCHW", "NHWC")}
+        return {
+            f"{layout}{how}": functools.partial(self._compiled, case, passes, layout)
+            for how, passes in case.ways().items()
+            for layout in ("NCHW", "NHWC")
+        }
 
-    def _compiled(self, case: Case, layout: str) -> Deployment:
+    def _compiled(self, case: Case, passes: Sequence[Pass], layout: str) -> Deployment:
         ov, io = self._ov, load("io")
-        model = ov.Core().read_model(io.BytesIO(onnx_model(case)))
+        model = ov.Core().read_model(io.BytesIO(onnx_model(case, passes)))
         if layout == "NHWC":
             steps = load("openvino.preprocess").PrePostProcessor(model)
             for port in [steps.input(i) for i in range(len(model.inputs))] + [steps.output()]:

@@ -2,13 +2,14 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from convdispatch.arguments import Array
 from convdispatch.problem import Problem
-from convdispatch.tuning.engines import Build, Case, Deployment, load, nchw, nhwc, only
+from convdispatch.tuning.engines import Build, Case, Deployment, Pass, load, nchw, nhwc, only
 
 
 class Torch:
@@ -26,33 +27,43 @@ class Torch:
 
     def deployments(self, case: Case) -> Mapping[str, Build]:
         """Return eager calls, the frozen graph, and packed weights with oneDNN's own tensors."""
-        last = self._torch.channels_last
-        ways: dict[str, Build] = {
-            "channels_last": lambda: self._eager(case, last),
-            "channels_last, frozen graph": lambda: self._frozen(case),
-        }
+        ways: dict[str, Build] = {}
+        for how, passes in case.ways().items():
+            ways[f"channels_last{how}"] = functools.partial(self._eager, case, passes)
+            ways[f"channels_last, frozen graph{how}"] = functools.partial(self._frozen, case, passes)
         if case.problem.dtype == "float32" and not case.problem.epilogue and _even(case.problem):
             ways["oneDNN tensors, packed weights"] = lambda: self._packed(case)
         return ways
 
-    def _tensors(self, case: Case, layout: Any) -> tuple[Any, Any, Any, Any]:
-        x, w, residual = (
-            None if a is None else self._torch.from_numpy(np.ascontiguousarray(a)).contiguous(memory_format=layout)
-            for a in (nchw(case.x), case.oihw, None if case.residual is None else nchw(case.residual))
-        )
-        return x, w, None if case.bias is None else self._torch.from_numpy(case.bias), residual
+    def _tensor(self, array: Array, layout: Any) -> Any:
+        return self._torch.from_numpy(np.ascontiguousarray(array)).contiguous(memory_format=layout)
 
-    def _function(self, case: Case, w: Any, bias: Any) -> Callable[..., Any]:
+    def _given(self, case: Case) -> tuple[Any, ...]:
+        """Return the input, and the residual if there is one."""
+        arrays = (case.x,) if case.residual is None else (case.x, case.residual)
+        return tuple(self._tensor(nchw(array), self._torch.channels_last) for array in arrays)
+
+    def _bias(self, case: Case) -> Any:
+        return None if case.bias is None else self._torch.from_numpy(case.bias)
+
+    def _function(self, case: Case, passes: Sequence[Pass]) -> Callable[..., Any]:
         """Return the convolution with what follows it, as a function of input and residual."""
-        p, functional = case.problem, self._torch.nn.functional
-        top, bottom, left, right = p.pads
-        finish = self._activation(p)
+        functional = self._torch.nn.functional
+        finish, bias = self._activation(case.problem), self._bias(case)
+        steps = [(each.problem, self._tensor(each.oihw, self._torch.channels_last)) for each in passes]
 
-        def call(x: Any, residual: Any = None) -> Any:
+        def convolve(x: Any, p: Problem, w: Any) -> Any:
+            top, bottom, left, right = p.pads
             pads = top, left
             if not _even(p):  # torch pads both ends alike; what else there is costs a copy
                 x, pads = functional.pad(x, (left, right, top, bottom)), (0, 0)
-            y = functional.conv2d(x, w, bias, p.strides, pads, p.dilations, p.groups)
+            added = bias if p.epilogue.bias else None
+            return functional.conv2d(x, w, added, p.strides, pads, p.dilations, p.groups)
+
+        def call(x: Any, residual: Any = None) -> Any:
+            y = x
+            for p, w in steps:
+                y = convolve(y, p, w)
             if residual is not None:
                 y = y.add_(residual)
             return finish(y) if finish else y
@@ -67,16 +78,12 @@ class Torch:
             return functools.partial(f.leaky_relu, negative_slope=problem.epilogue.slope, inplace=True)
         return {"gelu": f.gelu, "sigmoid": self._torch.sigmoid_, "tanh": self._torch.tanh_}.get(name or "")
 
-    def _eager(self, case: Case, layout: Any) -> Deployment:
-        x, w, bias, residual = self._tensors(case, layout)
-        call = self._function(case, w, bias)
-        return Deployment(functools.partial(call, *((x,) if residual is None else (x, residual))), nhwc)
+    def _eager(self, case: Case, passes: Sequence[Pass]) -> Deployment:
+        return Deployment(functools.partial(self._function(case, passes), *self._given(case)), nhwc)
 
-    def _frozen(self, case: Case) -> Deployment:
-        torch = self._torch
-        x, w, bias, residual = self._tensors(case, torch.channels_last)
-        given = (x,) if residual is None else (x, residual)
-        function = self._function(case, w, bias)  # tensors that it holds become the graph's constants
+    def _frozen(self, case: Case, passes: Sequence[Pass]) -> Deployment:
+        torch, given = self._torch, self._given(case)
+        function = self._function(case, passes)  # tensors that it holds become the graph's constants
         holder = type("Layer", (torch.nn.Module,), {"forward": lambda _, *args: function(*args)})().eval()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecated, and still what is fastest for some layers
@@ -85,12 +92,13 @@ class Torch:
 
     def _packed(self, case: Case) -> Deployment:
         torch, p = self._torch, case.problem
-        x, w, bias, _ = self._tensors(case, torch.contiguous_format)
+        (whole,) = case.ways()[""]
+        x, w = (self._tensor(array, torch.contiguous_format) for array in (nchw(case.x), whole.oihw))
         pads = p.pads[0], p.pads[2]
         packed = torch._C._nn.mkldnn_reorder_conv2d_weight(  # noqa: SLF001  # torch.utils.mkldnn packs by this
             w.to_mkldnn(), pads, p.strides, p.dilations, p.groups, tuple(x.shape)
         )
-        given = (x.to_mkldnn(), packed, bias, p.strides, pads, p.dilations, p.groups)
+        given = (x.to_mkldnn(), packed, self._bias(case), p.strides, pads, p.dilations, p.groups)
         return Deployment(functools.partial(torch.nn.functional.conv2d, *given), lambda y: nhwc(y.to_dense()))
 
 

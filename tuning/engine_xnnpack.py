@@ -23,6 +23,8 @@ class XnnPack:
         """Take float32 with the fused activations of the format."""
         if problem.epilogue.residual or problem.epilogue.activation not in (None, "relu", "relu6"):
             return "not compared with residuals, nor activations other than relu and relu6"
+        if problem.separable:
+            return "not compared with separable filters, which are two convolutions for it"
         return only(problem, "float32")
 
     def deployments(self, case: Case) -> Mapping[str, Build]:

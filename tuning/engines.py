@@ -18,10 +18,30 @@ import numpy as np
 
 from convdispatch.arguments import Array
 from convdispatch.backends._memory import aligned
+from convdispatch.epilogue import Epilogue
 from convdispatch.problem import Problem
+from convdispatch.separation import factors
 from convdispatch.tuning.gate import Trial
 
 OWN = "convdispatch"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One of the convolutions that make up a case.
+
+    Attributes:
+        problem: what to compute; only the last pass has an epilogue.
+        w: ``[KH, KW, C // groups, K]``.
+    """
+
+    problem: Problem
+    w: Array
+
+    @property
+    def oihw(self) -> Array:
+        """The filters as ``[K, C // groups, KH, KW]``."""
+        return np.ascontiguousarray(self.w.transpose(3, 2, 0, 1))
 
 
 @dataclass(frozen=True)
@@ -49,10 +69,20 @@ class Case:
         residual = None if trial.residual is None else _at_a_line(trial.residual)
         return cls(problem, _at_a_line(trial.input), trial.filters, trial.bias, residual)
 
-    @property
-    def oihw(self) -> Array:
-        """The filters as ``[K, C // groups, KH, KW]``."""
-        return np.ascontiguousarray(self.w.transpose(3, 2, 0, 1))
+    def ways(self) -> Mapping[str, tuple[Pass, ...]]:
+        """Return how the convolution can be done: whole, and if filters are separable, down and along one by one."""
+        p = self.problem
+        ways: dict[str, tuple[Pass, ...]] = {"": (Pass(p, self.w),)}
+        if p.separable and (apart := factors(p, self.w)):
+            (top, bottom, left, right), (dh, dw) = p.pads, p.dilations
+            down, along = (np.repeat(values.T, p.k // len(values), axis=1) for values in apart)
+            first = p.replace(kw=1, pads=(top, bottom, 0, 0), dilations=(dh, 1), epilogue=Epilogue(), separable=False)
+            second = first.replace(
+                h=first.oh, c=p.k, groups=p.k, kh=1, kw=p.kw, pads=(0, 0, left, right), dilations=(1, dw),
+                epilogue=p.epilogue,
+            )  # fmt: skip
+            ways[", two passes"] = Pass(first, down[:, None, None]), Pass(second, along[None, :, None])
+        return ways
 
 
 @dataclass(frozen=True)
