@@ -78,6 +78,24 @@ def _sum_down(source, step, columns, filters, count, target, apart, rows, vector
         store(sums, rows, (target, apart), at)
 
 
+@compilable
+def _sum_along(source, step, between, filters, turns, longer, rows, vectors, taps, fewer, lanes, itemsize):  # type: ignore[no-untyped-def]
+    """Return a tile's sums with a filter's values, of which ``longer`` turns take ``taps``, the others one fewer.
+
+    The tile's rows are ``step`` bytes apart, what one turn and the next meet ``between`` bytes.
+    """
+    sums = zeros(rows, vectors, lanes, itemsize)
+    for _ in range(longer):
+        sums = add_rows(sums, rows, source, step, filters, taps)
+        filters += taps * itemsize
+        source += between
+    for _ in range(turns - longer):
+        sums = add_rows(sums, rows, source, step, filters, fewer)
+        filters += fewer * itemsize
+        source += between
+    return sums
+
+
 @functools.cache
 def _compiled(  # noqa: C901, PLR0915
     rows: int, vectors: int, taps: int, lanes: int, along: "_Along", itemsize: int
@@ -149,30 +167,21 @@ def _compiled(  # noqa: C901, PLR0915
                     )  # fmt: skip
                     for r in range(0, rows, lines):
                         row = phase + (oh + r) * dh
-                        line, apart = (
-                            there + ((made * all_rows + row) * columns + left) * itemsize,
-                            dh * columns * itemsize,
-                        )
+                        line = there + ((made * all_rows + row) * columns + left) * itemsize
                         if staged:
-                            line, apart = stage_at + (k * rows + r) * line_bytes, line_bytes
-                        down = line_bytes
-                        if more > 1:
+                            line = stage_at + (k * rows + r) * line_bytes
+                        down, apart = line_bytes, line_bytes if staged else dh * columns * itemsize
+                        if more > 1:  # a tile is of one row, whose vectors share values
                             down = apart = spaced
                         for tile in range((right - left + block - 1) // block):
                             ow = max(0, min(tile * block, right - left - block))
                             for turn in range(spacing):
                                 offset = (ow + turn * narrow) * itemsize
-                                sums = zeros(count, beside, narrow, itemsize)
-                                packed = along_at + (k0 + k) * kw * itemsize
-                                taken = middle_at + r * line_bytes + offset
-                                for _ in range(longer):
-                                    sums = add_rows(sums, count, taken, down, packed, more)
-                                    packed += more * itemsize
-                                    taken += dw * itemsize
-                                for _ in range(turns - longer):
-                                    sums = add_rows(sums, count, taken, down, packed, less)
-                                    packed += less * itemsize
-                                    taken += dw * itemsize
+                                sums = _sum_along(
+                                    middle_at + r * line_bytes + offset, down, dw * itemsize,
+                                    along_at + (k0 + k) * kw * itemsize, turns, longer,
+                                    count, beside, more, less, narrow, itemsize,
+                                )  # fmt: skip
                                 if bias.size:
                                     sums = add_to_all(sums, count, bias_at + (k0 + k) * bias.shape[1] * itemsize)
                                 if not staged:

@@ -153,6 +153,9 @@ def tune(
         print_json(report.tune_data(result))
     else:
         _print_tune(result)
+        with scope(threads, file):
+            for line in report.not_taken(result.layers):
+                click.echo(line)
     _exit_of([result])
 
 

@@ -1,11 +1,11 @@
 """What the command line prints of a tuning run or an explanation, as texts and as data for JSON."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from convdispatch.backend import Backend
-from convdispatch.explain import Explanation
+from convdispatch.explain import Explanation, explain_problem
 from convdispatch.heuristic import YARDSTICK
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry
@@ -78,6 +78,17 @@ def recorded_line(layers: Sequence[LayerReport]) -> str | None:
     return f"recorded: {time_text(total)} of calls; those with a winner took {time_text(before)}" + (
         f", and would take {time_text(now)} by their winners" if done else ""
     )
+
+
+def not_taken(layers: Sequence[LayerReport]) -> Iterator[str]:
+    """Yield what calls here use instead of winners that the options in force do not allow, and why."""
+    for layer in layers:
+        if layer.entry is None:
+            continue
+        told = explain_problem(layer.layer.problem, layer.deployment)
+        if told.chosen != layer.entry.winner.name:
+            instead = told.chosen or "nothing"
+            yield f"{layer.layer.problem} ({layer.deployment}): the options allow {instead}: {told.evidence}"
 
 
 def tune_data(result: TuneReport) -> dict[str, Any]:
