@@ -29,6 +29,8 @@ VARIED = [
     "1x9x9x32 * 1x1x32x40 VALID",
     "1x9x9x6 * 3x3x6x5 SAME dilation=2 float64",
     "1x9x9x6 * 3x3x6x5 SAME float16 +bias",
+    "1x40x40x1 * 9x9x1x5 SAME separable +bias +relu",
+    "1x40x40x3 * 5x5x1x3 SAME separable",
 ]
 
 
