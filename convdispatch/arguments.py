@@ -2,6 +2,7 @@
 
 import functools
 import operator
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from convdispatch.problem import DATA_FORMATS, DTYPES, LARGEST, PADDINGS, Pads, 
 
 Array = NDArray[Any]
 FILTER_FORMATS = ("HWIO", "OIHW")
+#: What people do with a problem: filters are packed once, or in every call.
+DEPLOYMENTS = ("plan", "call")
 
 
 @functools.cache
@@ -55,6 +58,12 @@ def dtype_name(value: Any) -> str:
     if name not in DTYPES:
         raise ArgumentTypeError(f"dtype must be one of {', '.join(DTYPES)}; got {value!r}")
     return str(name)
+
+
+def check_deployment(value: Any) -> None:
+    """Raise an ``ArgumentError`` unless this is a deployment."""
+    if value not in DEPLOYMENTS:
+        raise ArgumentError(f"deployment must be {' or '.join(DEPLOYMENTS)}; got {reprlib.repr(value)}")
 
 
 def check_same_dtype(input: str, filters: np.dtype[Any]) -> None:

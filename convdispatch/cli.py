@@ -16,13 +16,13 @@ from rich.text import Text
 
 import convdispatch
 from convdispatch import exit_codes, heuristic, machine, quarantine, registry, report
+from convdispatch.arguments import DEPLOYMENTS
 from convdispatch.cli_bench import bench
 from convdispatch.cli_profile import profile_group
 from convdispatch.cli_validate import calibrate, validate
 from convdispatch.explain import cells, explain_problem
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem
-from convdispatch.profile import DEPLOYMENTS
 from convdispatch.terminal import (
     console,
     explained,

@@ -11,10 +11,10 @@ from typing import Any
 import click
 
 from convdispatch import dispatch, exit_codes, heuristic, machine
+from convdispatch.arguments import DEPLOYMENTS
 from convdispatch.calibration import TERMS
 from convdispatch.errors import ArgumentError
 from convdispatch.problem import Problem
-from convdispatch.profile import DEPLOYMENTS
 from convdispatch.terminal import (
     console,
     explained,

@@ -9,10 +9,10 @@ import numpy as np
 from convdispatch import arguments, dispatch, heuristic, machine, profile, separation, settings, transfer
 from convdispatch.backend import Backend, Candidate
 from convdispatch.dispatch import Decision
-from convdispatch.errors import ArgumentError, BackendRejectedError, ProfileMissError
+from convdispatch.errors import BackendRejectedError, ProfileMissError
 from convdispatch.plan import Evidence, check_filters
 from convdispatch.problem import Problem
-from convdispatch.profile import DEPLOYMENTS, Entry, Failure, Key, Result
+from convdispatch.profile import Entry, Failure, Key, Result
 from convdispatch.units import bytes_text, time_text
 
 
@@ -131,15 +131,15 @@ def explain(
         getattr(input, "shape", input), getattr(filters, "shape", filters), name, strides, padding, data_format,
         dilations, groups, filter_format, activation, bias=bias, residual=residual,
     )  # fmt: skip
-    if isinstance(filters, np.ndarray) and deployment in DEPLOYMENTS:
+    arguments.check_deployment(deployment)
+    if isinstance(filters, np.ndarray):
         problem = separation.told(problem, check_filters(problem, filters, filter_format), deployment)
     return explain_problem(problem, deployment, backend)
 
 
 def explain_problem(problem: Problem, deployment: str = "plan", backend: Any = None) -> Explanation:
     """Tell the same of a ``Problem``; see ``explain``."""
-    if deployment not in DEPLOYMENTS:
-        raise ArgumentError(f"deployment must be {' or '.join(DEPLOYMENTS)}; got {deployment!r}")
+    arguments.check_deployment(deployment)
     options = settings.current()
     refusal = ""
     decision: Decision | None = None

@@ -25,7 +25,6 @@ from convdispatch.machine import Machine
 from convdispatch.profile_text import (
     BUSY,
     CALIBRATION,
-    DEPLOYMENTS,
     MACHINE,
     NOTES,
     QUARANTINE,
@@ -46,7 +45,7 @@ from convdispatch.profile_text import (
 )
 
 __all__ = [
-    "BUSY", "CALIBRATION", "DEPLOYMENTS", "MACHINE", "NOTES", "QUARANTINE", "Entry", "Failure", "Found", "Key",
+    "BUSY", "CALIBRATION", "MACHINE", "NOTES", "QUARANTINE", "Entry", "Failure", "Found", "Key",
     "Profile", "Result", "dump_entry", "dump_machine", "edit", "files", "find", "find_in", "forget", "forget_decisions",
     "generation", "layers", "looked_at_once", "notes", "only", "parse_key", "read", "remember", "remember_notes",
     "remembered", "replace_file", "system_path", "user_path", "writable_path", "write",

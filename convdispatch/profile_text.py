@@ -30,11 +30,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from convdispatch import safe_yaml, settings
+from convdispatch.arguments import check_deployment
 from convdispatch.backend import Config, candidate_name
 from convdispatch.errors import ProfileError
 from convdispatch.problem import Problem
 
-DEPLOYMENTS = ("plan", "call")
 MACHINE = "machine "
 CALIBRATION = "calibration "
 QUARANTINE = "quarantine "
@@ -389,8 +389,7 @@ def parse_key(text: str) -> Key:
     if len(parts) != 4:
         raise ProfileError("a key reads PROBLEM | plan or call | N threads | MACHINE")
     problem, deployment, threads, machine = parts
-    if deployment not in DEPLOYMENTS:
-        raise ProfileError(f"deployment must be plan or call; got {deployment!r}")
+    check_deployment(deployment)
     match = re.fullmatch(r"([1-9]\d{0,3}) threads?", threads)
     if not match:
         raise ProfileError(f"threads must read like '2 threads'; got {threads!r}")

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convdispatch import machine, profile, safe_yaml, settings
+from convdispatch.arguments import DEPLOYMENTS
 from convdispatch.backend import Config
 from convdispatch.errors import ProfileError, ProfileWarning
 from convdispatch.problem import Problem
@@ -73,7 +74,7 @@ configs = st.builds(
 )
 positive = st.floats(0, 1e6)
 problems = st.sampled_from([PROBLEM, OTHER, PROBLEM.replace(data_format="NCHW", dtype="bfloat16")])
-keys = st.builds(Key, problems, st.sampled_from(profile.DEPLOYMENTS), st.integers(2, 9999), st.just("zen4-2c-1f3a99c0"))
+keys = st.builds(Key, problems, st.sampled_from(DEPLOYMENTS), st.integers(2, 9999), st.just("zen4-2c-1f3a99c0"))
 intervals = st.none() | st.tuples(positive, positive).map(lambda ends: (min(ends), max(ends)))
 counts = st.integers(0, 99)
 results = st.builds(

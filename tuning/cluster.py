@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from convdispatch import profile, quarantine, settings
+from convdispatch.arguments import DEPLOYMENTS
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem
 from convdispatch.tuning import stakes, tuner
@@ -70,7 +71,7 @@ def tune(
     time_limit: float | None = None,
     threads: int | None = None,
     backends: Sequence[str] | None = None,
-    deployments: Sequence[str] = profile.DEPLOYMENTS,
+    deployments: Sequence[str] = DEPLOYMENTS,
     retune: bool = False,
     retry_quarantined: bool = False,
     on_progress: Progress | None = None,
@@ -167,7 +168,7 @@ class Cluster:
         *,
         effort: str = "measure",
         time_limit: float | None = None,
-        deployments: Sequence[str] = profile.DEPLOYMENTS,
+        deployments: Sequence[str] = DEPLOYMENTS,
         retune: bool = False,
         retry_quarantined: bool = False,
         on_progress: Progress | None = None,

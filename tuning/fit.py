@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convdispatch import profile
+from convdispatch.arguments import DEPLOYMENTS
 from convdispatch.calibration import TERMS, Calibration, Correction, Sizes, config_text, corrector, features, sizes_of
 from convdispatch.machine import Machine
 from convdispatch.profile import Entry, Result
@@ -186,7 +186,7 @@ def timings_of(entries: Iterable[Entry], versions: Mapping[str, int]) -> list[Ti
             by_problem.setdefault((entry.key.problem, entry.key.threads), {})[entry.key.deployment] = entry
     found = []
     for pair in by_problem.values():
-        plan, call = (_rows(pair.get(deployment), versions) for deployment in profile.DEPLOYMENTS)
+        plan, call = (_rows(pair.get(deployment), versions) for deployment in DEPLOYMENTS)
         for name, row in plan.items():
             packing = max(0.0, call[name].median - row.median) if name in call else None
             found.append(

@@ -8,8 +8,9 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from convdispatch.arguments import DEPLOYMENTS
 from convdispatch.errors import ArgumentError, WorkloadError
-from convdispatch.profile import DEPLOYMENTS, Key
+from convdispatch.profile import Key
 from convdispatch.tuning.workload import Layer, Workload
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from convdispatch import heuristic, machine, observe, profile, quarantine, registry, settings, transfer
+from convdispatch.arguments import DEPLOYMENTS
 from convdispatch.backend import Backend, Candidate, Effort
 from convdispatch.errors import (
     ArgumentError,
@@ -114,7 +115,7 @@ def tune(
     time_limit: float | None = None,
     threads: int | None = None,
     backends: Sequence[str] | None = None,
-    deployments: Sequence[str] = profile.DEPLOYMENTS,
+    deployments: Sequence[str] = DEPLOYMENTS,
     retune: bool = False,
     retry_quarantined: bool = False,
     allow_busy: bool = False,
@@ -247,8 +248,8 @@ def _is_quiet(threads: int, patience: float, left: float | None) -> bool:
 def check_deployments(deployments: Sequence[str]) -> None:
     """Raise an ``ArgumentError`` unless all of these are deployments."""
     for deployment in [deployments] if isinstance(deployments, str) else deployments:
-        if deployment not in profile.DEPLOYMENTS or isinstance(deployments, str):
-            raise ArgumentError(f"deployments must be a list of {' or '.join(profile.DEPLOYMENTS)}; got {deployment!r}")
+        if deployment not in DEPLOYMENTS or isinstance(deployments, str):
+            raise ArgumentError(f"deployments must be a list of {' or '.join(DEPLOYMENTS)}; got {deployment!r}")
 
 
 def chosen_backends(names: Sequence[str] | None) -> dict[str, Backend]:

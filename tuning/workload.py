@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from convdispatch import safe_file, safe_yaml
+from convdispatch.arguments import check_deployment
 from convdispatch.errors import ArgumentError, ArgumentTypeError, WorkloadError
 from convdispatch.problem import Problem
-from convdispatch.profile import DEPLOYMENTS
 
 _EXAMPLE = "1x56x56x64 * 3x3x64x64 SAME"
 #: A larger file is some other file; a recording of a hundred thousand problems fits.
@@ -70,10 +70,8 @@ class Layer:
             raise ArgumentTypeError(f"name must be text; got {reprlib.repr(self.name)}")
         if self.seconds is not None:
             _check_seconds(self.seconds)
-        if self.deployment is not None and self.deployment not in DEPLOYMENTS:
-            raise ArgumentError(
-                f"deployment must be one of {', '.join(DEPLOYMENTS)}; got {reprlib.repr(self.deployment)}"
-            )
+        if self.deployment is not None:
+            check_deployment(self.deployment)
         if self.threads is not None:
             _check_count("threads", self.threads)
 
