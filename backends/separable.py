@@ -34,7 +34,7 @@ from convdispatch.backends._weave import add_rows
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine, current
 from convdispatch.problem import Problem
-from convdispatch.separation import FILTERS, factors, halves_the_work
+from convdispatch.separation import factors, unsuited
 
 #: Tiles of the first pass, rows x vectors, by the number of vector registers: sums, a row of input and some taps fit.
 _TILES = {32: ((8, 2), (12, 1), (4, 4)), 16: ((4, 2), (8, 1), (4, 1))}
@@ -45,8 +45,8 @@ _RUNS = {32: (16, 8), 16: (8,)}
 _SHARED_BYTES = 32
 #: Most values of a filter's row whose vectors are shared, so that they stay in registers.
 _MOST_TAPS = 9
-#: Bytes of the first pass's results, unless a filter sees so much of a row that they must be more; values of those.
-_MIDDLE, _WIDEST = 256 << 10, 4096
+#: Bytes of the first pass's results, unless a filter reaches over so much of a row that they must be more.
+_MIDDLE = 256 << 10
 
 #: ``down`` is ``[K, KH]``; ``along`` ``[K, KW]``, ordered as ``_Along`` has it; ``bias`` ``[K, lanes]`` or empty.
 _ARGUMENTS = Arguments(
@@ -306,18 +306,11 @@ class Separable(Backend):
     formats = frozenset(("NHWC", "NCHW"))
 
     def rejects(self, problem: Problem) -> str | None:
-        """Return None, or what about the filters, the strides, or the bias stands against it."""
-        p = problem
-        if not p.separable or not halves_the_work(p.kh, p.kw):
-            return "filters must be known to be a column times a row, and so large that this saves half of the products"
-        if p.strides != (1, 1):
-            return "its vectors take neighbouring columns and its tiles neighbouring rows, without strides"
-        if p.c > 1 and p.epilogue.bias:
-            return "it takes several channels for one, and a bias has a value for each"
-        if p.k > FILTERS and p.c == 1:
-            return f"it is for up to {FILTERS} filters; here are {p.k}"
-        if (around := _around(_one_channel(p))) > _WIDEST:
-            return f"results must see at most {_WIDEST} values of a row besides their own; here {around}"
+        """Return None, or what stands against two passes."""
+        if reason := unsuited(problem):
+            return reason
+        if not problem.separable:
+            return "filters must be a column times a row each, as they show, or as 'separable' in a problem's text says"
         return None
 
     def configs(self, problem: Problem, effort: Effort) -> Sequence[Config]:

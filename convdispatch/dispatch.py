@@ -136,10 +136,10 @@ def _decide(
         return found
     with profile.looked_at_once():
         answers = profile.find(key_for(problem, deployment, options))
-        stored = _from_profile(answers, problem, options)
-        if stored is None:
-            return _estimated(answers, problem, deployment, options)
-        return _renewed(stored, answers, problem, deployment, options) or stored
+        if stored := _from_profile(answers, problem, options):
+            return _renewed(stored, answers, problem, deployment, options) or stored
+        known = _for_any_filters(answers, problem, deployment, options)
+        return known or _estimated(answers, problem, deployment, options)
 
 
 def _replayed(problem: Problem, deployment: str, options: Options) -> Decision | None:
@@ -277,16 +277,38 @@ def _renewed(
     if not (names := _outdated(stored, options)):
         return None
     others = tuple(name for name in registry.names() if name not in names)
-    try:
-        new = _estimated(answers, problem, deployment, replace(options, forbid=others))
-    except BackendRejectedError:
-        return None
-    if not new.seconds < stored.seconds:
+    if (new := _faster(stored, answers, problem, deployment, replace(options, forbid=others))) is None:
         return None
     layer = stored.found.layer if stored.found else ""
     faster = f"what was faster in the {layer} profile was another version of {new.candidate.backend.name}"
     why = f"{new.evidence.detail}; {faster}"
     return replace(new, evidence=Evidence("estimate", why))
+
+
+def _for_any_filters(answers: Sequence[Found], problem: Problem, deployment: str, options: Options) -> Decision | None:
+    """Return what was measured of a separable problem with filters of any kind, or who is estimated to be faster.
+
+    Whoever was not measured then is for separable filters only, or was hopeless.
+    """
+    if not problem.separable:
+        return None
+    stored = _from_profile(_answers(problem, deployment, options), problem, options)
+    if stored is None or stored.found is None:
+        return None
+    measured = (row.backend for row in stored.found.entry.results)
+    others = replace(options, forbid=(*options.forbid, *measured))
+    return _faster(stored, answers, problem, deployment, others) or stored
+
+
+def _faster(
+    stored: Decision, answers: Sequence[Found], problem: Problem, deployment: str, options: Options
+) -> Decision | None:
+    """Return the estimates' choice under some options, if it is faster than what is stored."""
+    try:
+        new = _estimated(answers, problem, deployment, options)
+    except BackendRejectedError:
+        return None
+    return new if new.seconds < stored.seconds else None
 
 
 def _allows(result: Result, problem: Problem, options: Options, held: quarantine.Held) -> bool:
@@ -476,7 +498,7 @@ def checked(
     bias: Any,
     *,
     residual: bool,
-    deployment: str,
+    looks: bool,
     filter_format: str,
     **how: Any,
 ) -> tuple[Problem, Array, Array | None]:
@@ -487,7 +509,7 @@ def checked(
         dtype: name of the input's dtype.
         filters, bias: as the caller gave them.
         residual: whether there is one.
-        deployment: ``"plan"`` or ``"call"``.
+        looks: whether to see if filters are separable though there is little to compute.
         filter_format: ``"HWIO"`` or ``"OIHW"``.
         **how: strides, padding, data_format, dilations, groups, activation.
     """
@@ -498,4 +520,4 @@ def checked(
     )
     values = None if bias is None else check_bias(problem, bias)
     packed = check_filters(problem, weights, filter_format)
-    return separation.told(problem, packed, deployment), packed, values
+    return separation.noticed(problem, packed, always=looks), packed, values

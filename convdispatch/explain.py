@@ -111,7 +111,7 @@ def explain(
     """Tell which backend would do a convolution and why, and why the others would not.
 
     Args:
-        input, filters: shapes, or arrays, of which only shape and dtype matter; and whether the filters are separable.
+        input, filters: shapes, or arrays; of these, shape and dtype matter, and whether filters are separable.
         strides, padding, data_format, dilations, groups, filter_format, activation: as in ``conv2d``.
         bias, residual: whether there is one.
         dtype: name of the dtype, where shapes are given.
@@ -124,17 +124,23 @@ def explain(
     Raises:
         ArgumentError, ArgumentTypeError: as ``conv2d``.
     """
-    name = arguments.dtype_name(getattr(input, "dtype", getattr(filters, "dtype", dtype)))
-    if hasattr(filters, "dtype"):
-        arguments.check_same_dtype(name, np.dtype(filters.dtype))
+    x, w = _as_array_or_shape("input", input), _as_array_or_shape("filters", filters)
+    name = arguments.dtype_name(getattr(x, "dtype", getattr(w, "dtype", dtype)))
+    if isinstance(w, np.ndarray):
+        arguments.check_same_dtype(name, w.dtype)
     problem = arguments.make_problem(
-        getattr(input, "shape", input), getattr(filters, "shape", filters), name, strides, padding, data_format,
+        getattr(x, "shape", x), getattr(w, "shape", w), name, strides, padding, data_format,
         dilations, groups, filter_format, activation, bias=bias, residual=residual,
     )  # fmt: skip
     arguments.check_deployment(deployment)
-    if isinstance(filters, np.ndarray):
-        problem = separation.told(problem, check_filters(problem, filters, filter_format), deployment)
+    if isinstance(w, np.ndarray):
+        looks = deployment == "plan" or backend is not None
+        problem = separation.noticed(problem, check_filters(problem, w, filter_format), always=looks)
     return explain_problem(problem, deployment, backend)
+
+
+def _as_array_or_shape(name: str, given: Any) -> Any:
+    return arguments.as_array(name, given) if hasattr(given, "__array__") else given
 
 
 def explain_problem(problem: Problem, deployment: str = "plan", backend: Any = None) -> Explanation:

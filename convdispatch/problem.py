@@ -30,7 +30,7 @@ PADDINGS = ("VALID", "SAME", "SAME_LOWER")
 #: float16 and bfloat16 hold values only; sums are made in float32 and rounded once, by at most this part.
 ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 LOW_PRECISION = tuple(ROUNDING)
-#: Others are rounded too coarsely for a product of two to be one of them.
+#: Products of two floats of fewer bits are no such floats any more, and integers are exact.
 SEPARABLE_DTYPES = ("float32", "float64")
 
 Pads = tuple[int, int, int, int]
@@ -163,8 +163,8 @@ class Problem:
             raise ArgumentError(f"separable filters must be of {' or '.join(SEPARABLE_DTYPES)}; got {self.dtype}")
         if self.separable and not (self.c == 1 or self.c == self.groups == self.k):
             raise ArgumentError(
-                "separable filters must be those of one channel, or one filter for each channel; "
-                f"got {self.k} filters for {self.c} channels, groups={self.groups}"
+                "separable filters must be those of one channel, or one and the same for each channel, such as "
+                f"9x9x1x3 for three; got {self.k} filters for {self.c} channels, groups={self.groups}"
             )
 
     @functools.cached_property

@@ -87,8 +87,9 @@ def not_taken(layers: Sequence[LayerReport]) -> Iterator[str]:
             continue
         told = explain_problem(layer.layer.problem, layer.deployment)
         if told.chosen != layer.entry.winner.name:
-            instead = told.chosen or "nothing"
-            yield f"{layer.layer.problem} ({layer.deployment}): the options allow {instead}: {told.evidence}"
+            what = f"{layer.layer.problem} ({layer.deployment})"
+            used = f"calls use {told.chosen}" if told.chosen else "nothing may be used"
+            yield f"{what}: {used} under the options in force: {told.evidence.detail}"
 
 
 def tune_data(result: TuneReport) -> dict[str, Any]:

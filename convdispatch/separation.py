@@ -14,40 +14,48 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.problem import SEPARABLE_DTYPES, Problem
 
-#: A call with less to compute takes as long as looking at its filters. A plan looks once.
-_LEAST_FLOPS = {"plan": 0.0, "call": 4e6}
-#: More filters of one image are for vectors of filters.
-FILTERS = 16
+#: A call that computes less than this takes hardly longer than looking at its filters.
+_LARGE = 4e6
+#: Most filters of an image of one channel, and most values of a row that a result may see besides its own.
+_MOST_FILTERS, _WIDEST = 16, 4096
+#: Whole numbers up to this are small: sums of their products with pixels of a few bits are exact.
+_SMALL = 2**24
 
 
-def departure(kh: int, kw: int) -> float:
-    """Return by how many epsilons, relative to itself, a filter's value may differ from a product of two."""
-    return (kh * kw - kh - kw) / 2
-
-
-def halves_the_work(kh: int, kw: int) -> bool:
-    """Return whether two passes take at most half of the products."""
-    return kh * kw >= 2 * (kh + kw)
-
-
-@functools.lru_cache(maxsize=4096)
-def worth_a_look(problem: Problem, deployment: str) -> bool:
-    """Return whether a problem's filters would make for much less work if they were separable."""
+def unsuited(problem: Problem) -> str | None:
+    """Return why two passes would not do for a problem, whatever its filters are, or None."""
     p = problem
-    alike = p.c == p.k == p.groups or (p.c == 1 and p.k <= FILTERS)
-    suited = alike and p.dtype in SEPARABLE_DTYPES and p.strides == (1, 1)
-    return suited and halves_the_work(p.kh, p.kw) and p.flops >= max(1.0, _LEAST_FLOPS[deployment])
+    several, reach = p.c > 1, (p.kw - 1) * p.dilations[1] * p.c
+    usual = f"up to {_MOST_FILTERS} filters of one channel, or one for each of several"
+    reasons = (
+        (p.dtype not in SEPARABLE_DTYPES, f"two passes are made in {' or '.join(SEPARABLE_DTYPES)}, not {p.dtype}"),
+        (p.strides != (1, 1), "two passes are made without strides"),
+        (
+            p.kh * p.kw < 2 * (p.kh + p.kw),
+            f"two passes must save half of the products: they take {p.kh + p.kw} of {p.kh}x{p.kw} here",
+        ),
+        (
+            not p.c == p.k == p.groups if several else p.k > _MOST_FILTERS,
+            f"two passes are for {usual}; here are {p.k} of {p.c} channels in {p.groups} groups",
+        ),
+        (several and p.epilogue.bias, "two passes take several channels for one, and a bias has a value for each"),
+        (reach > _WIDEST, f"in two passes a filter may reach over {_WIDEST} values of a row, not {reach}"),
+    )
+    return next((reason for against, reason in reasons if against), None)
 
 
-def told(problem: Problem, filters: Array, deployment: str) -> Problem:
+_suited = functools.lru_cache(maxsize=4096)(lambda problem: unsuited(problem) is None and not problem.is_trivial)
+
+
+def noticed(problem: Problem, filters: Array, *, always: bool = True) -> Problem:
     """Return a problem that says of its filters ``[KH, KW, C // groups, K]`` that they are separable, if they are.
 
     Args:
         problem: which does not say so yet.
         filters: of the problem's dtype.
-        deployment: ``"plan"`` or ``"call"``, where small problems are not worth looking at their filters.
+        always: whether to look at them though there is little to compute.
     """
-    if not worth_a_look(problem, deployment) or factors(problem, filters) is None:
+    if not _suited(problem) or not (always or problem.flops >= _LARGE) or factors(problem, filters) is None:
         return problem
     return _separable(problem)
 
@@ -70,31 +78,17 @@ def factors(problem: Problem, filters: Array) -> tuple[Array, Array] | None:
     """Return columns ``[K, KH]`` and rows ``[K, KW]`` whose products are filters ``[KH, KW, 1, K]``; None if none are.
 
     Several channels must have the same filter, whose one column and row are returned. Columns and rows are of the
-    filters' dtype. A column's sizes have a sum of at most 1, so that nothing overflows on the way to a finite result.
-    Small whole numbers remain whole numbers of some power of two: sums of them stay exact.
+    filters' dtype, and not to be written to. A column's sizes have a sum of about 1 at most, so that nothing overflows
+    on the way to a finite result. Small whole numbers remain whole numbers of some power of two: their sums are exact.
     """
     if problem.c > 1:
         if not (filters == filters[..., :1]).all():
             return None
         filters = filters[..., :1]
     kh, kw, _, k = filters.shape
-    if _differ_at_once(filters[:, :, 0, 0]):
+    if min(kh, kw) < 2 or not k or _differ_at_once(filters[:, :, 0, 0]):
         return None
-    wide = filters[:, :, 0, :].transpose(2, 0, 1).astype(np.float64)
-    sizes = np.abs(wide)
-    # Dividing by the smallest value: by a larger one, thirds would come of whole numbers.
-    where = np.where(sizes > 0, sizes, np.inf).reshape(k, -1).argmin(axis=1)
-    every = np.arange(k)
-    with np.errstate(all="ignore"):
-        columns, rows = wide[every, :, where % kw], wide[every, where // kw, :]
-        pivots = columns[every, where // kw, np.newaxis]
-        rows = np.where(pivots == 0, 0, rows / pivots)
-        scale = np.exp2(-np.ceil(np.log2(np.abs(columns).sum(axis=1, keepdims=True))))
-        scale = np.where(np.isfinite(scale), scale, 1)
-        columns, rows = (values.astype(filters.dtype) for values in (columns * scale, rows / scale))
-        product = columns[:, :, np.newaxis].astype(np.float64) * rows[:, np.newaxis, :]
-        near = np.abs(product - wide) <= departure(kh, kw) * float(np.finfo(filters.dtype).eps) * sizes
-    return (columns, rows) if near.all() else None
+    return _factors(filters[:, :, 0, :].transpose(2, 0, 1).tobytes(), (k, kh, kw), filters.dtype.name)
 
 
 def _differ_at_once(values: Array) -> bool:
@@ -102,5 +96,51 @@ def _differ_at_once(values: Array) -> bool:
     i, j = values.shape[0] // 2, values.shape[1] // 2
     (a, b), (c, d) = values[i - 1 : i + 1, j - 1 : j + 1].tolist()
     one, other = a * d, b * c
-    few = 4 * departure(*values.shape) * float(np.finfo(values.dtype).eps)
-    return bool(abs(one - other) > few * max(abs(one), abs(other)))
+    few = 4 * tolerance(*values.shape) * float(np.finfo(values.dtype).eps)
+    return bool(abs(one - other) > few * max(abs(one), abs(other)) + float(np.finfo(values.dtype).tiny))
+
+
+def tolerance(kh: int, kw: int) -> float:
+    """Return by how many epsilons, relative to itself, a filter's value may differ from a product of two."""
+    return (kh * kw - kh - kw) / 2
+
+
+@functools.lru_cache(maxsize=64)  # who packs looks again, and a program's next call has the same filters
+def _factors(values: bytes, shape: tuple[int, int, int], dtype: str) -> tuple[Array, Array] | None:
+    filters, about = np.frombuffer(values, dtype).reshape(shape), np.finfo(dtype)
+    wide, every, (k, kh, kw) = filters.astype(np.float64), np.arange(shape[0]), shape
+    sizes = np.abs(wide)
+    # The column and the row through the largest value are as precise as any.
+    where = sizes.reshape(k, -1).argmax(axis=1)
+    with np.errstate(all="ignore"):
+        columns, rows = wide[every, :, where % kw], wide[every, where // kw, :]
+        columns = columns / _common(columns)
+        through = columns[every, where // kw, np.newaxis]
+        rows = np.where(through == 0, 0, rows / through)
+        scale = np.exp2(-np.ceil(np.log2(np.abs(columns).sum(axis=1, keepdims=True))))
+        scale = np.where(np.isfinite(scale), scale, 1)
+        columns, rows = (found.astype(dtype) for found in (columns * scale, rows / scale))
+        product = columns[:, :, np.newaxis].astype(np.float64) * rows[:, np.newaxis, :]
+        # What is below the smallest normal number was rounded to multiples of the smallest of all.
+        allowed = tolerance(kh, kw) * float(about.eps) * sizes + (wide != 0) * float(about.smallest_subnormal)
+        near = np.abs(product - wide) <= allowed
+    if not near.all():
+        return None
+    for found in (columns, rows):
+        found.flags.writeable = False
+    return columns, rows
+
+
+def _common(columns: Array) -> Array:
+    """Return ``[K, 1]``: the largest common divisor of a column's values if they are small multiples of a power of two.
+
+    Divided by it, columns of whole numbers make rows of whole numbers. It is 1 for other columns.
+    """
+    parts, powers = np.frexp(columns)
+    bits = np.ldexp(parts, 53).astype(np.int64)
+    last = powers - 53 + np.frexp((bits & -bits).astype(np.float64))[1] - 1  # of each value, its last bit's power
+    unit = np.where(bits == 0, np.iinfo(np.int32).max, last).min(axis=1, keepdims=True)
+    whole = np.ldexp(columns, -unit)
+    small = np.abs(whole).max(axis=1, keepdims=True) <= _SMALL
+    common = np.gcd.reduce(np.where(small, whole, 0).astype(np.int64), axis=1, keepdims=True)
+    return np.where(small & (common > 0), np.ldexp(common.astype(np.float64), unit), 1.0)

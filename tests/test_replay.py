@@ -268,3 +268,24 @@ def test_a_backend_that_is_asked_for_by_name_takes_its_config_from_either(two: d
     forced = dispatch.decide(SEPARABLE, "plan", ("large", None))
     assert forced.candidate.config == Config(bytes=500, factor=1.2)
     assert "user profile" in forced.evidence.detail
+
+
+class Special(Scripted):
+    """For separable filters only."""
+
+    def rejects(self, problem: Problem) -> str | None:
+        return None if problem.separable else "filters are not separable"
+
+
+@pytest.mark.parametrize(("expected", "chosen"), [(0.5, "special"), (1.2, "measured")])
+def test_the_winner_for_any_filters_is_taken_unless_one_for_separable_ones_is_faster(
+    clock: FakeClock, expected: float, chosen: str
+) -> None:
+    measured = Scripted("measured", clock, 1.0, expected=0.1), Scripted("second", clock, 1.5, expected=0.1)
+    only(*measured, Special("special", clock, 0.4, expected=expected))
+    know(("measured", 1.0, Config()), ("second", 1.5, Config()), problem=SMOOTHING)
+    assert dispatch.decide(SMOOTHING, "plan").candidate.name == "measured"
+    assert dispatch.decide(SEPARABLE, "plan").candidate.name == chosen
+    with settings.options(forbid=("special",)):
+        decision = dispatch.decide(SEPARABLE, "plan")
+        assert (decision.candidate.name, decision.evidence.source) == ("measured", "profile")
