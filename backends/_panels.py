@@ -23,9 +23,10 @@ def _pieces(length: int, unit: int, least: int) -> int:
 
 @compilable
 def place(panel, counts, all_rows, columns, dilation, down, along):  # type: ignore[no-untyped-def]
-    """Return where a panel lies: image, phase, and in the phase its first row and column, and those behind its last.
+    """Return where the panel of this number lies: image, phase, first row and the one behind its last, and columns.
 
-    ``counts`` are phases, and panels down and across; ``down`` and ``along`` a panel's rows and columns.
+    Rows are counted in the phase. ``counts`` are phases, and panels down and across; ``down`` and ``along`` a panel's
+    rows and columns.
     """
     rest, strip = divmod(panel, counts[2])
     rest, block = divmod(rest, counts[1])
@@ -45,21 +46,24 @@ class Panels:
         shape: tiles of a panel, down and across.
         counts: phases, and panels down and across.
         total: how many panels there are in all.
-        scratch: bytes of a thread's planes and stage.
+        window: most rows and columns of input that are copied at a time.
+        width: most columns of a panel.
+        staged: whether results are staged in some of them, before they are stored.
     """
 
     in_place: bool
     shape: tuple[int, int]
     counts: tuple[int, int, int]
     total: int
-    scratch: int
+    window: tuple[int, int]
+    width: int
+    staged: bool
 
 
 @functools.lru_cache(maxsize=1024)
-def panels_of(problem: Problem, tile: tuple[int, int], lanes: int, in_place: bool, widest: int = sys.maxsize) -> Panels:
-    """Return how a problem is cut for tiles of rows times vectors of so many lanes, at most ``widest`` across."""
+def panels_of(problem: Problem, rows: int, across: int, in_place: bool, widest: int = sys.maxsize) -> Panels:
+    """Return how a problem is cut for tiles of ``rows`` by ``across`` pixels, at most ``widest`` tiles across."""
     p, size = problem, item_bytes(problem.dtype)
-    rows, across = tile[0], tile[1] * lanes
     own_rows, around = -(-p.oh // p.dilations[0]), (p.kw - 1) * p.dilations[1]
     most = min(widest, -(-p.ow // across))
     staged = p.k > 1 or p.ow < across or p.oh // p.dilations[0] < rows
@@ -74,7 +78,9 @@ def panels_of(problem: Problem, tile: tuple[int, int], lanes: int, in_place: boo
     down = _pieces(max(1, p.oh // p.dilations[0]), high * rows, rows)  # of the phases with the fewest rows
     counts = phases, down, _pieces(p.ow, wide * across, across)
     copied_rows, copied_columns = (1, 1) if in_place else (high, wide)
-    planes = p.c * (min((copied_rows + 1) * rows, own_rows + rows) + p.kh - 1)
-    planes *= min((copied_columns + 1) * across, p.ow + across) + around
-    stage = p.k * rows * min((wide + 1) * across, p.ow + across) if staged else 0
-    return Panels(in_place, (high, wide), counts, p.n * phases * down * counts[2], (planes + stage) * size)
+    window = (
+        min((copied_rows + 1) * rows, own_rows + rows) + p.kh - 1,
+        min((copied_columns + 1) * across, p.ow + across) + around,
+    )
+    width = min((wide + 1) * across, p.ow + across)
+    return Panels(in_place, (high, wide), counts, p.n * phases * down * counts[2], window, width, staged)

@@ -25,14 +25,14 @@ from convdispatch.backend import Config, Effort, item_bytes
 from convdispatch.backends import _rates
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
-from convdispatch.backends._epilogue import RELU, RELU6, finish
+from convdispatch.backends._epilogue import RELU6, finish
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import CACHE_LINE, aligned, streams
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._panels import Panels, panels_of, place
-from convdispatch.backends._planes import WOVEN, fill, put_line, taps_together
+from convdispatch.backends._planes import WOVEN, fill, put_line, put_tile, taps_together
 from convdispatch.backends._threads import split
-from convdispatch.backends._tile import add_to_all, add_to_each, clamp, register_tile, store, stream, zeros
+from convdispatch.backends._tile import add_to_all, register_tile, store, zeros
 from convdispatch.backends._vector import registers, vector_bytes
 from convdispatch.backends._weave import add_rows
 from convdispatch.machine import Machine, current
@@ -49,8 +49,8 @@ _IN_PLACE = 100
 #: ``filters`` is ``[K, C // groups, KW, KH]``, the taps of one column side by side; ``bias`` ``[K, across]`` or empty.
 _ARGUMENTS = Arguments(
     input=array_of(4), filters=array_of(4), bias=array_of(2), residual=array_of(4), out=array_of(4),
-    pads=integers_of(4), dilations=integers_of(2), shape=integers_of(2), counts=integers_of(3), in_place=INTEGER,
-    streamed=INTEGER, code=INTEGER, slope=FLOAT, parts=array_of(2, "int64"),
+    pads=integers_of(4), dilations=integers_of(2), shape=integers_of(2), counts=integers_of(3), window=integers_of(2),
+    stage_width=INTEGER, in_place=INTEGER, streamed=INTEGER, code=INTEGER, slope=FLOAT, parts=array_of(2, "int64"),
 )  # fmt: skip
 unpack = _ARGUMENTS.unpack
 _DONE_AT = 8 * _ARGUMENTS.done_at
@@ -65,7 +65,8 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
     def convolve(arguments, number):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
         """Compute the panels from ``part[0]`` to ``part[1]``: ``rows * shape[0]`` by ``across * shape[1]`` outputs."""
         (
-            x, w, bias, residual, out, pads, dilations, shape, counts, in_place, streamed, code, slope, parts,
+            x, w, bias, residual, out, pads, dilations, shape, counts, window, stage_width, in_place, streamed, code,
+            slope, parts,
         ) = unpack(arguments, itemsize)  # fmt: skip
         part = parts[number]
         filters, group_c, kw, kh = w.shape
@@ -76,14 +77,9 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
         down, along = rows * shape[0], across * shape[1]
         chunks = (kh + taps - 1) // taps
         whole = chunks - (chunks * taps - kh)  # so many chunks of all the taps, the others of one fewer
-        wide, high = (1, 1) if in_place else shape[::-1]
-        planes = np.empty(
-            (channels, min((high + 1) * rows, (all_rows + dh - 1) // dh + rows) + kh - 1,
-             min((wide + 1) * across, columns + across) + (kw - 1) * dw), x.dtype,
-        )  # fmt: skip
+        planes = np.empty((channels, window[0], window[1]), x.dtype)
         plane_step, line_step = planes.shape[1] * planes.shape[2] * itemsize, planes.shape[2] * itemsize
-        staged_at_all = filters > 1 or columns < across or all_rows // dh < rows
-        stage = np.empty((filters, rows, min(along + across, columns + across) if staged_at_all else 0), x.dtype)
+        stage = np.empty((filters, rows, stage_width), x.dtype)
         places = np.empty(rows, np.int64)
         like = zeros(1, 1, lanes, itemsize)
         # As whole numbers of one kind: an unsigned one and a signed one would make a float.
@@ -150,16 +146,8 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
                         if staged:
                             store(sums, rows, table, offset + k * rows * stage.shape[2] * itemsize)
                             continue
-                        if residual.size:
-                            sums = add_to_each(sums, rows, table, more + offset)
-                        if code == RELU:
-                            sums = clamp(sums, 0.0, math.inf)
-                        elif code == RELU6:
-                            sums = clamp(sums, 0.0, 6.0)
-                        if streamed and (there + left * itemsize + offset) % CACHE_LINE == 0:
-                            stream(sums, rows, table, offset)
-                        else:
-                            store(sums, rows, table, offset)
+                        past = streamed and (there + left * itemsize + offset) % CACHE_LINE == 0
+                        put_tile(sums, rows, table, offset, residual.size, more, code, past)
                         if code > RELU6:
                             for r in range(rows):
                                 finish(out[n, phase + (oh + r) * dh, left + ow : left + ow + across, 0], code, slope)
@@ -177,7 +165,7 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
 def _panels(problem: Problem, tile: tuple[int, int], lanes: int) -> Panels:
     """Return how a problem is cut: one channel under a small filter is read where it lies."""
     in_place = problem.c == 1 and problem.kh * problem.kw <= _IN_PLACE
-    return panels_of(problem, tile, lanes, in_place)
+    return panels_of(problem, tile[0], tile[1] * lanes, in_place)
 
 
 class ImageRows(PackedBackend):
@@ -207,8 +195,10 @@ class ImageRows(PackedBackend):
 
     def workspace_plain(self, problem: Problem, config: Config) -> int:
         """Return the bytes of each thread's copy of the input and staged results."""
-        lanes = vector_bytes() // item_bytes(problem.dtype)
-        return config.threads * (_panels(problem, _tile(config), lanes).scratch + 8 * _tile(config)[0])
+        size, (rows, vectors) = item_bytes(problem.dtype), _tile(config)
+        panels = _panels(problem, (rows, vectors), vector_bytes() // size)
+        values = problem.c * math.prod(panels.window) + problem.k * rows * panels.width * panels.staged
+        return config.threads * (values * size + 8 * rows)
 
     def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return products of whole tiles by what is loaded for them; copies in and out of scratch; memory."""
@@ -227,7 +217,7 @@ class ImageRows(PackedBackend):
         if not panels.in_place:
             high = panels.shape[0] * rows
             copies += pixels * (1 + (p.kh - 1) / high) * (0.1e-9 if p.c <= WOVEN else 0.4e-9)
-        if p.k > 1 or p.ow < across or p.oh // phases < rows:
+        if panels.staged:
             copies += outputs * (0.25e-9 if p.k <= WOVEN else 1e-9)
         copies += outputs * 3e-9 * (p.epilogue.code > RELU6)
         moved = (pixels + outputs * (2 if p.epilogue.residual else 1)) * size / _BYTES_PER_SECOND
@@ -247,7 +237,8 @@ class ImageRows(PackedBackend):
         parts = split(panels.total, 4 * config.threads if config.threads > 1 else 1)
         values = {
             "filters": packed, "bias": added, "pads": p.pads, "dilations": p.dilations, "shape": panels.shape,
-            "counts": panels.counts, "in_place": panels.in_place, "code": p.epilogue.code,
+            "counts": panels.counts, "window": panels.window, "stage_width": panels.width * panels.staged,
+            "in_place": panels.in_place, "code": p.epilogue.code,
             "streamed": streams(p.output_shape, item_bytes(p.dtype), tile[1] * lanes, p.ow * p.k),
             "slope": p.epilogue.slope, "parts": np.array(parts, np.int64),
         }  # fmt: skip

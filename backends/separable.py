@@ -10,7 +10,6 @@ as many images; in NHWC they are one image with as many times the columns, whose
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,14 +20,14 @@ from convdispatch.backend import Backend, Config, Effort, item_bytes
 from convdispatch.backends import _rates
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
-from convdispatch.backends._epilogue import RELU, RELU6, finish
+from convdispatch.backends._epilogue import RELU6, finish
 from convdispatch.backends._jit import compilable
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import CACHE_LINE, aligned, streams
 from convdispatch.backends._panels import Panels, panels_of, place
-from convdispatch.backends._planes import WOVEN, fill_line, put_line, taps_together
+from convdispatch.backends._planes import WOVEN, fill_line, put_line, put_tile, taps_together
 from convdispatch.backends._threads import split
-from convdispatch.backends._tile import add_to_all, add_to_each, clamp, register_tile, store, stream, zeros
+from convdispatch.backends._tile import add_to_all, register_tile, store, zeros
 from convdispatch.backends._vector import registers, vector_bytes
 from convdispatch.backends._weave import add_rows
 from convdispatch.errors import ArgumentError
@@ -36,23 +35,25 @@ from convdispatch.machine import Machine, current
 from convdispatch.problem import Problem
 from convdispatch.separation import factors, unsuited
 
-#: Tiles of the first pass, rows x vectors, by the number of vector registers: sums, a row of input and some taps fit.
+#: Tiles of the pass down, rows x vectors, by the number of vector registers: sums, a row of input and some taps fit.
 _TILES = {32: ((8, 2), (12, 1), (4, 4)), 16: ((4, 2), (8, 1), (4, 1))}
-#: Vectors of a tile of the second pass, likewise; the most that suit the width are taken.
+#: Vectors of a tile of the pass along whose vectors are shared, likewise; the most that suit the width are taken.
 _RUNS = {32: (16, 8), 16: (8,)}
-#: Bytes of vectors that a filter's values share: wider ones would all lie across two cache lines, which takes as long
-#: as two. But where each is for one value, fewer are better.
+#: Bytes of a vector that taps share. Of unaligned vectors of 64 bytes nearly all lie across two cache lines, which
+#: takes as long as two; of those of 32 bytes half do.
 _SHARED_BYTES = 32
-#: Most values of a filter's row whose vectors are shared, so that they stay in registers.
+#: Most taps that share vectors, so that they stay in registers.
 _MOST_TAPS = 9
-#: Bytes of the first pass's results, unless a filter reaches over so much of a row that they must be more.
+#: Bytes of the results of the pass down, unless a filter reaches over so much of a row that they must be more.
 _MIDDLE = 256 << 10
 
-#: ``down`` is ``[K, KH]``; ``along`` ``[K, KW]``, ordered as ``_Along`` has it; ``bias`` ``[K, lanes]`` or empty.
+#: ``down`` is ``[K, KH]``; ``along`` ``[K, KW]``, ordered as ``_Along`` has it; ``bias`` ``[K, a tile's columns]`` or
+#: empty; ``width`` the most columns of results, and ``stage_width`` of those that are staged.
 _ARGUMENTS = Arguments(
     input=array_of(4), down=array_of(2), along=array_of(2), bias=array_of(2), residual=array_of(4), out=array_of(4),
-    pads=integers_of(4), dilations=integers_of(2), shape=integers_of(2), counts=integers_of(3), spacing=INTEGER,
-    turns=INTEGER, planar=INTEGER, streamed=INTEGER, code=INTEGER, slope=FLOAT, parts=array_of(2, "int64"),
+    pads=integers_of(4), dilations=integers_of(2), shape=integers_of(2), counts=integers_of(3), width=INTEGER,
+    stage_width=INTEGER, spacing=INTEGER, turns=INTEGER, planar=INTEGER, streamed=INTEGER, code=INTEGER, slope=FLOAT,
+    parts=array_of(2, "int64"),
 )  # fmt: skip
 unpack = _ARGUMENTS.unpack
 _DONE_AT = 8 * _ARGUMENTS.done_at
@@ -60,7 +61,11 @@ _DONE_AT = 8 * _ARGUMENTS.done_at
 
 @compilable
 def _sum_down(source, step, columns, filters, count, target, apart, rows, vectors, taps, fewer, lanes, itemsize):  # type: ignore[no-untyped-def]
-    """Store ``rows`` lines, ``apart`` bytes apart: of so many columns the sums with a filter's ``count`` values."""
+    """Do the pass down for so many columns: store ``rows`` lines of sums at ``target``, ``apart`` bytes apart.
+
+    The input's lines are ``step`` bytes apart from ``source`` on. A column of ``count`` values at ``filters`` is taken
+    ``taps`` at a time, or ``fewer``.
+    """
     across, chunks = vectors * lanes, (count + taps - 1) // taps
     whole = chunks - (chunks * taps - count)  # so many chunks of all the taps, the others of one fewer
     for tile in range((columns + across - 1) // across):
@@ -80,9 +85,10 @@ def _sum_down(source, step, columns, filters, count, target, apart, rows, vector
 
 @compilable
 def _sum_along(source, step, between, filters, turns, longer, rows, vectors, taps, fewer, lanes, itemsize):  # type: ignore[no-untyped-def]
-    """Return a tile's sums with a filter's values, of which ``longer`` turns take ``taps``, the others one fewer.
+    """Return a tile's sums of the pass along, whose rows are ``step`` bytes apart.
 
-    The tile's rows are ``step`` bytes apart, what one turn and the next meet ``between`` bytes.
+    A filter's row is taken in turns, ``longer`` of which take ``taps`` of its values and the others ``fewer``; what one
+    turn and the next meet is ``between`` bytes apart.
     """
     sums = zeros(rows, vectors, lanes, itemsize)
     for _ in range(longer):
@@ -98,21 +104,20 @@ def _sum_along(source, step, between, filters, turns, longer, rows, vectors, tap
 
 @functools.cache
 def _compiled(  # noqa: C901, PLR0915
-    rows: int, vectors: int, taps: int, lanes: int, along: "_Along", itemsize: int
+    rows: int, vectors: int, taps: int, lanes: int, along: "_AlongTile", itemsize: int
 ) -> CompiledKernel:
-    """Return the kernel of a tile that takes a column's values ``taps`` at a time, or one fewer, and rows' as told."""
-    across, fewer = vectors * lanes, max(1, taps - 1)
+    """Return the kernel for a tile of the pass down that takes ``taps`` at a time, or one fewer, and one along."""
+    across, fewer, less = vectors * lanes, max(1, taps - 1), max(1, along.taps - 1)
     lines, count, beside, narrow, more = along.lines, along.count, along.vectors, along.lanes, along.taps
-    less = max(1, more - 1)
 
     def convolve(arguments, number):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
         """Compute the panels from ``part[0]`` to ``part[1]``: ``rows * shape[0]`` by ``block * shape[1]`` outputs."""
         (
-            x, w_down, w_along, bias, residual, out, pads, dilations, shape, counts, spacing, turns, planar, streamed,
-            code, slope, parts,
+            x, w_down, w_along, bias, residual, out, pads, dilations, shape, counts, width, stage_width, spacing,
+            turns, planar, streamed, code, slope, parts,
         ) = unpack(arguments, itemsize)  # fmt: skip
         part = parts[number]
-        (images, height, width, _), (_, all_rows, columns, _) = x.shape, out.shape
+        (images, height, row_length, _), (_, all_rows, columns, _) = x.shape, out.shape
         (filters, kh), kw, (dh, dw) = w_down.shape, w_along.shape[1], dilations
         # Results of several filters are planes, or woven into pixels.
         copies, woven = (filters, 1) if planar else (1, filters)
@@ -120,11 +125,10 @@ def _compiled(  # noqa: C901, PLR0915
         added = residual.reshape((images * copies if residual.size else 0, all_rows, columns, woven))
         block, spaced = (count if more > 1 else beside) * narrow * spacing, narrow * spacing * itemsize
         longer = kw - turns * (more - 1)  # so many turns take more values of a filter's row, the others less
-        widest = min((shape[1] + 1) * block, columns + block) + (kw - 1) * dw
-        plane, middle = np.empty((rows + kh - 1, widest), x.dtype), np.empty((rows, widest), x.dtype)
-        line_bytes = widest * itemsize
-        staged_at_all = woven > 1 or columns < block or all_rows // dh < rows
-        stage = np.empty((woven, rows, widest if staged_at_all else 0), x.dtype)
+        reach = width + (kw - 1) * dw
+        plane, middle = np.empty((rows + kh - 1, reach), x.dtype), np.empty((rows, reach), x.dtype)
+        stage = np.empty((woven, rows, stage_width), x.dtype)
+        line_bytes, staged_bytes = reach * itemsize, stage_width * itemsize
         like = zeros(1, 1, lanes, itemsize)
         # As whole numbers of one kind: an unsigned one and a signed one would make a float.
         here, there = np.int64(x.ctypes.data), np.int64(out.ctypes.data)
@@ -145,21 +149,24 @@ def _compiled(  # noqa: C901, PLR0915
             )
             n, k0 = made // copies, made % copies * woven
             staged = woven > 1 or right - left < block or bottom - top < rows
-            first, reach = left - pads[2], max(right - left, block) + (kw - 1) * dw
+            first, wide = left - pads[2], max(right - left, block) + (kw - 1) * dw
             for tile_row in range((bottom - top + rows - 1) // rows):
                 oh = top if staged and bottom - top < rows else min(top + tile_row * rows, bottom - rows)
                 ih = phase - pads[0] + oh * dh
                 # Of the columns from ``first`` on, those from ``low`` to ``high`` may be more than zeros.
-                low, high = max(0, -first), min(reach, width - first)
+                low, high = max(0, -first), min(wide, row_length - first)
                 if ih >= 0 and ih + (rows + kh - 2) * dh < height and high - low >= across:
-                    source, step = here + ((n * height + ih) * width + first) * itemsize, dh * width * itemsize
+                    source, step = (
+                        here + ((n * height + ih) * row_length + first) * itemsize,
+                        dh * row_length * itemsize,
+                    )
                 else:
-                    low, high, source, step = 0, reach, plane_at, line_bytes
+                    low, high, source, step = 0, wide, plane_at, line_bytes
                     for q in range(rows + kh - 1):
-                        fill_line(plane[q], x[n, :, :, 0], ih + q * dh, first, reach)
+                        fill_line(plane[q], x[n, :, :, 0], ih + q * dh, first, wide)
                 for r in range(rows):
                     middle[r, :low] = 0
-                    middle[r, high:reach] = 0
+                    middle[r, high:wide] = 0
                 for k in range(woven):
                     _sum_down(
                         source + low * itemsize, step, high - low, down_at + (k0 + k) * kh * itemsize, kh,
@@ -169,8 +176,8 @@ def _compiled(  # noqa: C901, PLR0915
                         row = phase + (oh + r) * dh
                         line = there + ((made * all_rows + row) * columns + left) * itemsize
                         if staged:
-                            line = stage_at + (k * rows + r) * line_bytes
-                        down, apart = line_bytes, line_bytes if staged else dh * columns * itemsize
+                            line = stage_at + (k * rows + r) * staged_bytes
+                        down, apart = line_bytes, staged_bytes if staged else dh * columns * itemsize
                         if more > 1:  # a tile is of one row, whose vectors share values
                             down = apart = spaced
                         for tile in range((right - left + block - 1) // block):
@@ -184,17 +191,11 @@ def _compiled(  # noqa: C901, PLR0915
                                 )  # fmt: skip
                                 if bias.size:
                                     sums = add_to_all(sums, count, bias_at + (k0 + k) * bias.shape[1] * itemsize)
-                                if not staged:
-                                    if residual.size:
-                                        sums = add_to_each(sums, count, (line, apart), more_at + offset)
-                                    if code == RELU:
-                                        sums = clamp(sums, 0.0, math.inf)
-                                    elif code == RELU6:
-                                        sums = clamp(sums, 0.0, 6.0)
-                                if streamed and not staged and (line + offset) % CACHE_LINE == 0:
-                                    stream(sums, count, (line, apart), offset)
-                                else:
+                                if staged:
                                     store(sums, count, (line, apart), offset)
+                                else:
+                                    past = streamed and (line + offset) % CACHE_LINE == 0
+                                    put_tile(sums, count, (line, apart), offset, residual.size, more_at, code, past)
                             if code > RELU6 and not staged:
                                 for each in range(lines):
                                     finish(
@@ -218,16 +219,16 @@ def _one_channel(problem: Problem) -> Problem:
     if c == 1:
         return p
     if problem.data_format == "NCHW":
-        return p.replace(n=p.n * c, c=1, k=1, groups=1)
+        return p.replace(n=p.n * c, c=1, k=1, groups=1, separable=True)
     top, bottom, left, right = p.pads
     pads, dilations = (top, bottom, left * c, right * c), (p.dilations[0], p.dilations[1] * c)
-    return p.replace(w=p.w * c, c=1, k=1, groups=1, pads=pads, dilations=dilations)
+    return p.replace(w=p.w * c, c=1, k=1, groups=1, pads=pads, dilations=dilations, separable=True)
 
 
 def _by_results(problem: Problem) -> Problem:
     """Return the problem of one channel whose images are the results that lie apart in memory."""
     p = _one_channel(problem)
-    return p.replace(n=p.n * p.k, k=1) if problem.data_format == "NCHW" else p
+    return p.replace(n=p.n * p.k, k=1, separable=True) if problem.data_format == "NCHW" else p
 
 
 def _around(problem: Problem) -> int:
@@ -236,34 +237,46 @@ def _around(problem: Problem) -> int:
 
 
 @dataclass(frozen=True)
-class _Along:
-    """How the second pass goes along the rows, in tiles as high as the first's; or in tiles of one row.
-
-    The vectors of one row's tile are ``spacing`` vectors apart, as the filter is dilated. So those of its values that
-    are as many apart as a vector has lanes meet the same vectors, which are loaded once for several of them.
+class _AlongTile:
+    """A tile of the pass along: one like those of the pass down; or, where taps share vectors, some of one row.
 
     Attributes:
-        lines: rows of a tile.
-        count: rows of a tile; or vectors, if it is of one row and shares them.
+        lines: rows of output.
+        count: as many; or the vectors of the one row.
         vectors: side by side in each row; or 1.
         lanes: of a vector.
-        spacing: tiles that lie between each other, vector by vector.
-        turns: how often a filter takes some of its values.
-        taps: how many values at most.
+        taps: how many values of a filter share a vector; 1 where none do.
     """
 
     lines: int
     count: int
     vectors: int
     lanes: int
+    taps: int
+
+
+@dataclass(frozen=True)
+class _Along:
+    """How the pass along goes.
+
+    Where taps share vectors, those of a tile are as far apart as the filter is dilated. Then taps that are as many
+    apart as a vector has lanes meet the same vectors, and are taken together. Other tiles fill the gaps between.
+
+    Attributes:
+        tile: what is summed in registers.
+        spacing: how many tiles lie between each other, vector by vector.
+        turns: in how many a filter's values are taken.
+    """
+
+    tile: _AlongTile
     spacing: int
     turns: int
-    taps: int
 
     @property
     def block(self) -> int:
-        """Columns that the tiles which lie between each other cover."""
-        return (self.count if self.taps > 1 else self.vectors) * self.lanes * self.spacing
+        """Columns of such tiles together."""
+        tile = self.tile
+        return (tile.count if tile.taps > 1 else tile.vectors) * tile.lanes * self.spacing
 
     def ordered(self, rows: Array) -> Array:
         """Return filters' rows ``[K, KW]`` in the order in which they are taken."""
@@ -271,17 +284,20 @@ class _Along:
 
 
 def _along(problem: Problem, tile: tuple[int, int], vector_bytes: int, registers: int) -> _Along:
-    """Return how the second pass of a problem ``_by_results`` goes, whose first has this tile."""
-    p, size = problem, item_bytes(problem.dtype)
-    lanes, dilation, across = min(vector_bytes, _SHARED_BYTES) // size, p.dilations[1], tile[1] * vector_bytes // size
+    """Return how the pass along of a problem ``_by_results`` goes, after one down by this tile."""
+    p, size, dilation = problem, item_bytes(problem.dtype), problem.dilations[1]
+    rows, vectors = tile
+    lanes, across = min(vector_bytes, _SHARED_BYTES) // size, vectors * vector_bytes // size
     taps = -(-p.kw // lanes)
     # Vectors that lie apart do not fill lines of memory one after another, as those do that go past the caches.
     near = dilation == 1 or not _streams(p, CACHE_LINE // size)
     if near and p.kw >= 1.5 * lanes and taps <= _MOST_TAPS:
         for count in _RUNS[registers]:
             if across <= count * lanes * dilation <= p.ow:  # both passes' tiles are to fit
-                return _Along(1, count, 1, lanes, dilation, lanes, taps)
-    return _Along(*tile[:1], *tile, vector_bytes // size, 1, p.kw, 1)
+                shared = _AlongTile(lines=1, count=count, vectors=1, lanes=lanes, taps=taps)
+                return _Along(shared, spacing=dilation, turns=lanes)
+    alone = _AlongTile(lines=rows, count=rows, vectors=vectors, lanes=vector_bytes // size, taps=1)
+    return _Along(alone, spacing=1, turns=p.kw)
 
 
 def _streams(problem: Problem, values: int) -> bool:
@@ -291,9 +307,9 @@ def _streams(problem: Problem, values: int) -> bool:
 
 def _panels(problem: Problem, rows: int, along: _Along) -> Panels:
     """Return how a problem ``_by_results`` is cut."""
-    around, block = _around(problem), along.block
-    widest = max(around, _MIDDLE // (rows * item_bytes(problem.dtype)) - around) // block + 1
-    return panels_of(problem, (rows, block // along.lanes), along.lanes, in_place=True, widest=widest)
+    around = _around(problem)
+    widest = max(around, _MIDDLE // (rows * item_bytes(problem.dtype)) - around) // along.block + 1
+    return panels_of(problem, rows, along.block, in_place=True, widest=widest)
 
 
 class Separable(Backend):
@@ -321,30 +337,28 @@ class Separable(Backend):
         return choices[: 2 if effort in {"estimate", "measure"} else None]
 
     def workspace(self, problem: Problem, config: Config) -> int:
-        """Return the bytes of each thread's first pass's results, staged ones, and copy of the border's rows."""
-        p, rows, size = _by_results(problem), _tile(config)[0], item_bytes(problem.dtype)
-        along = _along(p, _tile(config), vector_bytes(), registers())
-        panels = _panels(p, rows, along)
-        widest = min((panels.shape[1] + 1) * along.block, p.ow + along.block) + _around(p)
-        staged = p.k if p.k > 1 or p.ow < along.block or p.oh // p.dilations[0] < rows else 0
-        return config.threads * ((staged + 2) * rows + p.kh - 1) * widest * size
+        """Return the bytes of each thread's results of the pass down, staged ones, and copy of the border's rows."""
+        p, tile, size = _by_results(problem), _tile(config), item_bytes(problem.dtype)
+        panels = _panels(p, tile[0], _along(p, tile, vector_bytes(), registers()))
+        values = (2 * tile[0] + p.kh - 1) * (panels.width + _around(p)) + p.k * tile[0] * panels.width * panels.staged
+        return config.threads * values * size
 
     def estimate(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return products of whole tiles, vectors loaded across cache lines, weaving; memory."""
         p, (rows, vectors), size = _by_results(problem), _tile(config), item_bytes(problem.dtype)
-        lanes = machine.vector_bytes // size
         along = _along(p, (rows, vectors), machine.vector_bytes, registers())
-        panels, across = _panels(p, rows, along), vectors * lanes
+        panels, across = _panels(p, rows, along), vectors * machine.vector_bytes // size
         phases = min(p.dilations[0], p.oh)
         lines = p.n * p.k * phases * -(-p.oh // (phases * rows)) * rows
-        # The first pass is one of more columns. In the second, every other vector lies across two cache lines.
+        # The pass down is one of more columns. In that along, many vectors lie across two cache lines.
         wide = -(-p.ow // along.block) * along.block
         first = wide + _around(p) * -(-wide // (panels.shape[1] * along.block)) + across
-        loads = 1.5 * (p.kw if along.taps == 1 else along.turns * (1 + along.taps / along.count))
+        shared = along.tile.taps > 1
+        loads = 1.5 * (along.turns * (1 + along.tile.taps / along.tile.count) if shared else p.kw)
         products = lines * (first * (p.kh + 2) + wide * (max(p.kw, loads) + 2))
         compute = products * 2 / _rates.peak(machine, size)
         pixels, outputs = p.n * p.h * p.w, p.n * p.oh * p.ow * p.k
-        if p.k > 1 or p.ow < along.block or p.oh // phases < rows:
+        if panels.staged:
             compute += outputs * (0.25e-9 if p.k <= WOVEN else 1e-9)
         compute += outputs * 3e-9 * (p.epilogue.code > RELU6)
         moved = (pixels + outputs * (2 if p.epilogue.residual else 1)) * size / _BYTES_PER_SECOND
@@ -356,25 +370,26 @@ class Separable(Backend):
         Raises:
             ArgumentError: if filters are not separable.
         """
-        if (apart := factors(problem, filters)) is None:
+        if (pair := factors(problem, filters)) is None:
             raise ArgumentError(f"filters of {problem} must be a column times a row, as it says; these are not")
-        p, tile, size = _one_channel(problem), _tile(config), item_bytes(problem.dtype)
-        by_results = _by_results(problem)
+        p, by_results, tile = _one_channel(problem), _by_results(problem), _tile(config)
+        size = item_bytes(p.dtype)
         how = _along(by_results, tile, vector_bytes(), registers())
-        panels, lanes = _panels(by_results, tile[0], how), vector_bytes() // size
-        down, along = (aligned(values.shape, p.dtype) for values in apart)
-        down[...], along[...] = apart[0], how.ordered(apart[1])
-        added = aligned((p.k if bias is not None else 0, how.vectors * how.lanes), p.dtype)
+        panels = _panels(by_results, tile[0], how)
+        down, along = (aligned(values.shape, p.dtype) for values in pair)
+        down[...], along[...] = pair[0], how.ordered(pair[1])
+        added = aligned((p.k if bias is not None else 0, how.tile.vectors * how.tile.lanes), p.dtype)
         if bias is not None:
             added[...] = bias[:, np.newaxis]
         parts = split(panels.total, 4 * config.threads if config.threads > 1 else 1)
         values = {
             "down": down, "along": along, "bias": added, "pads": p.pads, "dilations": p.dilations,
-            "shape": panels.shape, "counts": panels.counts, "spacing": how.spacing, "turns": how.turns,
+            "shape": panels.shape, "counts": panels.counts, "width": panels.width,
+            "stage_width": panels.width * panels.staged, "spacing": how.spacing, "turns": how.turns,
             "planar": by_results.n != p.n, "streamed": how.spacing == 1 and _streams(by_results, how.block),
             "code": p.epilogue.code, "slope": p.epilogue.slope, "parts": np.array(parts, np.int64),
         }  # fmt: skip
-        constants = *tile, taps_together(p.kh), lanes, how, size
+        constants = *tile, taps_together(p.kh), vector_bytes() // size, how.tile, size
         return PackedKernel(functools.partial(_compiled, *constants), p, values, len(parts), config.threads)
 
 

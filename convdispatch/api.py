@@ -34,7 +34,7 @@ def conv2d(
             modified. float16, bfloat16, float32, float64, or integers of 8 to 64 bits.
         filters: ``[KH, KW, C // groups, K]`` (``filter_format="HWIO"``) or ``[K, C // groups, KH, KW]``
             (``"OIHW"``), of the input's dtype. They are not flipped. If all are a column times a row each, on one
-            channel, or one and the same for each of several, that is noticed where it makes a call much faster.
+            channel, or one and the same for each of several, that is noticed, and taken as a chance to be faster.
         strides: an int, ``(h, w)``, or four ints in data-format order with 1 for N and C.
         padding: ``"VALID"``, ``"SAME"``, ``"SAME_LOWER"``, an int, ``(ph, pw)``, ``((top, bottom), (left, right))``,
             or four such pairs in data-format order.
@@ -67,7 +67,7 @@ def conv2d(
     x = as_array("input", input)
     forced = dispatch.parse_forced(backend)
     problem, weights, values = dispatch.checked(
-        x.shape, name_of(x.dtype), filters, bias, residual=residual is not None, looks=forced is not None,
+        x.shape, name_of(x.dtype), filters, bias, residual=residual is not None,
         filter_format=filter_format, strides=strides, padding=padding, data_format=data_format, dilations=dilations,
         groups=groups, activation=activation,
     )  # fmt: skip
@@ -123,7 +123,7 @@ def plan(
     else:
         shape, given = input, weights.dtype if dtype is None else dtype
     problem, packed, values = dispatch.checked(
-        shape, dtype_name(given), weights, bias, residual=_is_to_come(residual), looks=True,
+        shape, dtype_name(given), weights, bias, residual=_is_to_come(residual),
         filter_format=filter_format, strides=strides, padding=padding, data_format=data_format, dilations=dilations,
         groups=groups, activation=activation,
     )  # fmt: skip

@@ -498,7 +498,6 @@ def checked(
     bias: Any,
     *,
     residual: bool,
-    looks: bool,
     filter_format: str,
     **how: Any,
 ) -> tuple[Problem, Array, Array | None]:
@@ -509,7 +508,6 @@ def checked(
         dtype: name of the input's dtype.
         filters, bias: as the caller gave them.
         residual: whether there is one.
-        looks: whether to see if filters are separable though there is little to compute.
         filter_format: ``"HWIO"`` or ``"OIHW"``.
         **how: strides, padding, data_format, dilations, groups, activation.
     """
@@ -520,4 +518,4 @@ def checked(
     )
     values = None if bias is None else check_bias(problem, bias)
     packed = check_filters(problem, weights, filter_format)
-    return separation.noticed(problem, packed, always=looks), packed, values
+    return separation.noticed(problem, packed), packed, values

@@ -134,8 +134,7 @@ def explain(
     )  # fmt: skip
     arguments.check_deployment(deployment)
     if isinstance(w, np.ndarray):
-        looks = deployment == "plan" or backend is not None
-        problem = separation.noticed(problem, check_filters(problem, w, filter_format), always=looks)
+        problem = separation.noticed(problem, check_filters(problem, w, filter_format))
     return explain_problem(problem, deployment, backend)
 
 

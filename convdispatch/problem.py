@@ -321,8 +321,15 @@ class Problem:
         return cls(**_parse(text))
 
     def replace(self, **changes: Any) -> Self:
-        """Return this problem with some attributes changed."""
+        """Return this problem with some attributes changed; of other filters it is not known if they are separable."""
+        if self.separable and "separable" not in changes:
+            changes["separable"] = all(changes.get(name, old) == old for name, old in self._of_filters.items())
         return replace(self, **changes)
+
+    @functools.cached_property
+    def _of_filters(self) -> dict[str, Any]:
+        """What decides the filters."""
+        return {name: getattr(self, name) for name in ("c", "k", "kh", "kw", "groups", "dtype")}
 
 
 def padding_of(

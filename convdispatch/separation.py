@@ -1,9 +1,9 @@
 """Which filters are a column times a row, so that two short passes do the work of one long one.
 
 Gaussians, boxes, binomials and products of windows are; most others are not. (MATLAB's ``imfilter`` looks for them,
-too.) A filter counts as such if each of its values is the product of two floats, up to so much that results stay within
-the bound of the plain sum: two passes round each term KH + KW times, the sum KH * KW times, and a value may differ by
-the difference. That holds for each value by itself, so that small ones count as much as large ones.
+too.) A filter counts as such if each of its values is the product of two floats, but for what rounding does to them: a
+few epsilons of the value itself, so that small ones count as much as large ones. Results stay within the bound of the
+plain sum, which rounds each term KH * KW times, two passes KH + KW times.
 """
 
 import functools
@@ -14,8 +14,6 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.problem import SEPARABLE_DTYPES, Problem
 
-#: A call that computes less than this takes hardly longer than looking at its filters.
-_LARGE = 4e6
 #: Most filters of an image of one channel, and most values of a row that a result may see besides its own.
 _MOST_FILTERS, _WIDEST = 16, 4096
 #: Whole numbers up to this are small: sums of their products with pixels of a few bits are exact.
@@ -47,17 +45,9 @@ def unsuited(problem: Problem) -> str | None:
 _suited = functools.lru_cache(maxsize=4096)(lambda problem: unsuited(problem) is None and not problem.is_trivial)
 
 
-def noticed(problem: Problem, filters: Array, *, always: bool = True) -> Problem:
-    """Return a problem that says of its filters ``[KH, KW, C // groups, K]`` that they are separable, if they are.
-
-    Args:
-        problem: which does not say so yet.
-        filters: of the problem's dtype.
-        always: whether to look at them though there is little to compute.
-    """
-    if not _suited(problem) or not (always or problem.flops >= _LARGE) or factors(problem, filters) is None:
-        return problem
-    return _separable(problem)
+def noticed(problem: Problem, filters: Array) -> Problem:
+    """Return a problem that says of its filters ``[KH, KW, C // groups, K]`` that they are separable, if they are."""
+    return _separable(problem) if _suited(problem) and factors(problem, filters) is not None else problem
 
 
 @functools.lru_cache(maxsize=4096)
@@ -81,13 +71,13 @@ def factors(problem: Problem, filters: Array) -> tuple[Array, Array] | None:
     filters' dtype, and not to be written to. A column's sizes have a sum of about 1 at most, so that nothing overflows
     on the way to a finite result. Small whole numbers remain whole numbers of some power of two: their sums are exact.
     """
-    if problem.c > 1:
-        if not (filters == filters[..., :1]).all():
-            return None
-        filters = filters[..., :1]
     kh, kw, _, k = filters.shape
     if min(kh, kw) < 2 or not k or _differ_at_once(filters[:, :, 0, 0]):
         return None
+    if problem.c > 1:
+        if not (filters == filters[..., :1]).all():
+            return None
+        filters, k = filters[..., :1], 1
     return _factors(filters[:, :, 0, :].transpose(2, 0, 1).tobytes(), (k, kh, kw), filters.dtype.name)
 
 
@@ -101,8 +91,11 @@ def _differ_at_once(values: Array) -> bool:
 
 
 def tolerance(kh: int, kw: int) -> float:
-    """Return by how many epsilons, relative to itself, a filter's value may differ from a product of two."""
-    return (kh * kw - kh - kw) / 2
+    """Return by how many epsilons, relative to itself, a filter's value may differ from a product of two.
+
+    At most by what is left of the plain sum's bound; and by no more than the rounding of a Gaussian's exponents makes.
+    """
+    return min((kh * kw - kh - kw) / 2, 8)
 
 
 @functools.lru_cache(maxsize=64)  # who packs looks again, and a program's next call has the same filters
@@ -124,7 +117,7 @@ def _factors(values: bytes, shape: tuple[int, int, int], dtype: str) -> tuple[Ar
         # What is below the smallest normal number was rounded to multiples of the smallest of all.
         allowed = tolerance(kh, kw) * float(about.eps) * sizes + (wide != 0) * float(about.smallest_subnormal)
         near = np.abs(product - wide) <= allowed
-    if not near.all():
+    if not near.all() or not np.isfinite(wide).all():
         return None
     for found in (columns, rows):
         found.flags.writeable = False

@@ -615,3 +615,36 @@ def test_the_names_of_engines_are_known() -> None:
     with pytest.raises(KeyError):
         engines.make("nobody", 1)
     assert isinstance(engines.make(f"{__name__}:Right", 3), Right)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["1x20x33x1 * 9x4x1x2 SAME", "2x20x21x3 * 5x7x1x3 pad=1,2,3,4 dilation=2x1", "1x20x30x1 * 5x5x1x1 SAME stride=2x3"],
+)
+def test_two_passes_make_the_same_as_the_whole_filter(text: str) -> None:
+    case = engines.Case.of(Problem.parse(f"{text} separable"))
+    assert case.two is not None
+    x = case.x.astype(np.float64)
+    for each in case.two:
+        assert each.problem.input_shape == x.shape
+        x = reference.convolve(each.problem, x, each.w)
+    np.testing.assert_allclose(x, reference.convolve(case.problem, case.x, case.w), rtol=1e-5, atol=1e-5)
+
+
+def test_filters_that_are_not_separable_have_no_two_passes() -> None:
+    assert set(engines.Case.of(Problem.parse("1x20x33x1 * 9x4x1x2 SAME")).ways) == {""}
+
+
+@pytest.mark.parametrize("name", ["torch", "onnxruntime", "openvino", "opencv", "scipy"])
+@pytest.mark.parametrize("text", ["1x40x50x1 * 9x4x1x2 SAME separable", "1x40x50x3 * 5x5x1x3 SAME separable"])
+def test_every_deployment_of_separable_filters_is_right(name: str, text: str) -> None:
+    case = engines.Case.of(Problem.parse(text))
+    try:
+        deployments = engines.make(name, 1).deployments(case)
+    except ImportError as error:
+        pytest.skip(str(error))
+    expected = reference.convolve(case.problem, case.x, case.w)
+    for how, build in deployments.items():
+        deployment = build()
+        got = deployment.result(deployment.run())
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4, err_msg=how)

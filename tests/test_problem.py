@@ -199,3 +199,11 @@ def test_a_problem_cannot_be_changed() -> None:
 
 def test_flops_count_multiplications_and_additions() -> None:
     assert Problem.parse("2x8x8x3 * 3x3x3x4 VALID").flops == 2 * (2 * 6 * 6 * 4) * (3 * 3 * 3)
+
+
+def test_other_filters_are_not_known_to_be_separable() -> None:
+    problem = Problem.parse("2x40x40x3 * 5x5x1x3 SAME separable")
+    assert problem.replace(n=1, h=30, k=3, data_format="NCHW").separable
+    for changes in ({"kh": 3}, {"c": 6, "k": 6, "groups": 6}, {"dtype": "float64"}, {"separable": False}):
+        assert not problem.replace(**changes).separable
+    assert problem.replace(c=1, k=1, groups=1, separable=True).separable

@@ -131,6 +131,21 @@ def test_what_lies_between_the_passes_is_at_most_as_large_as_the_image(size: flo
     assert down * along == pytest.approx(size, rel=1e-5)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [(0, 0), (2, 3), (4, 4)])
+def test_values_that_are_not_finite_are_no_products(value: float, place: tuple[int, int]) -> None:
+    filters = np.ones((5, 5, 1, 3), "f4")
+    filters[(*place, 0, 1)] = value
+    assert factors(image(filters), filters) is None
+
+
+@pytest.mark.parametrize("eps", [20, 100, 400])
+def test_what_is_nearly_a_product_is_none(eps: int) -> None:
+    filters = outer(gaussian(31, 5), gaussian(31, 5))
+    filters[3:, 3:] *= 1 + np.float32(eps * 2.0**-23)
+    assert factors(image(filters), filters) is None
+
+
 def test_several_channels_must_have_the_same_filter() -> None:
     one = outer(gaussian(9, 2), gaussian(9, 2))
     problem = Problem(1, 99, 99, 3, 3, 9, 9, groups=3)
@@ -160,14 +175,6 @@ def test_nobody_looks_where_nothing_would_be_gained(text: str) -> None:
     problem = Problem.parse(text)
     filters = np.ones(problem.filter_shape, problem.dtype)
     assert noticed(problem, filters) is problem
-
-
-def test_a_call_looks_at_filters_only_where_there_is_much_to_compute() -> None:
-    small, ones = Problem.parse("1x99x99x1 * 9x9x1x1 SAME"), np.ones((9, 9, 1, 1), "f4")
-    large = Problem.parse("1x500x500x1 * 9x9x1x1 SAME")
-    assert noticed(small, ones).separable
-    assert noticed(large, ones, always=False).separable
-    assert noticed(small, ones, always=False) is small
 
 
 @pytest.mark.parametrize("text", ["1x9x9x1 * 1x9x1x1 SAME", "1x9x9x1 * 9x1x1x1 SAME", "1x9x9x1 * 5x5x1x0 SAME"])
@@ -214,7 +221,7 @@ def test_explain_takes_filters_in_either_order_and_those_of_other_libraries() ->
     assert convdispatch.explain((1, 200, 200, 1), np.ones((1, 1, 9, 9), "f4"), filter_format="OIHW").problem.separable
 
 
-def test_a_backend_that_is_asked_for_looks_at_small_calls_too() -> None:
+def test_small_calls_are_looked_at_too() -> None:
     x, ones = np.ones((1, 20, 20, 1), "f4"), np.ones((9, 9, 1, 1), "f4")
     y = convdispatch.conv2d(x, ones, backend="separable")
     np.testing.assert_array_equal(y, convdispatch.conv2d(x, ones, backend="direct"))

@@ -33,8 +33,7 @@ def onnx_model(case: Case, passes: Sequence[Pass]) -> bytes:
             )
         )  # fmt: skip
         last = result
-    shapes = {"x": (p.n, p.c, p.h, p.w)}
-    last, out = "conv", (p.n, p.k, p.oh, p.ow)
+    shapes, out = {"x": (p.n, p.c, p.h, p.w)}, (p.n, p.k, p.oh, p.ow)
     if case.residual is not None:
         shapes["r"] = out
         nodes.append(helper.make_node("Add", [last, "r"], ["sum"]))
@@ -81,7 +80,7 @@ class OnnxRuntime:
         options.intra_op_num_threads, options.inter_op_num_threads = self._threads, 1
         options.log_severity_level = 3
         given, ways = onnx_inputs(case), {}
-        for how, passes in case.ways().items():
+        for how, passes in case.ways.items():
             model = onnx_model(case, passes)
             session = self._ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
             ways[f"run{how}"] = functools.partial(self._plain, session, given)

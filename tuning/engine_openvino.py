@@ -25,7 +25,7 @@ class OpenVino:
         """Return both layouts."""
         return {
             f"{layout}{how}": functools.partial(self._compiled, case, passes, layout)
-            for how, passes in case.ways().items()
+            for how, passes in case.ways.items()
             for layout in ("NCHW", "NHWC")
         }
 

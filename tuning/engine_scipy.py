@@ -7,7 +7,7 @@ import numpy as np
 
 from convdispatch.arguments import Array
 from convdispatch.problem import Problem
-from convdispatch.tuning.engines import Build, Case, Deployment, load, nchw, nhwc, only
+from convdispatch.tuning.engines import Build, Case, Deployment, Pass, load, nchw, nhwc, only
 
 
 class SciPy:
@@ -31,13 +31,12 @@ class SciPy:
         names = ("oaconvolve", "fftconvolve")
         ways: dict[str, Build] = {name: functools.partial(self._planes, case, name) for name in names}
         p = case.problem
-        if p.separable and p.dilations == (1, 1) and p.padding == "SAME":
-            ways["correlate1d"] = lambda: self._lines(case)
+        if (two := case.two) and p.strides == p.dilations == (1, 1) and p.padding == "SAME":
+            ways["correlate1d"] = functools.partial(self._lines, case, *two)
         return ways
 
-    def _lines(self, case: Case) -> Deployment:
+    def _lines(self, case: Case, down: Pass, along: Pass) -> Deployment:
         p, correlate = case.problem, load("scipy.ndimage").correlate1d
-        down, along = case.ways()[", two passes"]
         planes, out = nchw(case.x), np.empty((p.n, p.k, p.h, p.w), case.x.dtype)
         between = np.empty((p.h, p.w), case.x.dtype)
         # Windows of an even length begin one to the left of where SAME has them.

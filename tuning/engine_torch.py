@@ -28,7 +28,7 @@ class Torch:
     def deployments(self, case: Case) -> Mapping[str, Build]:
         """Return eager calls, the frozen graph, and packed weights with oneDNN's own tensors."""
         ways: dict[str, Build] = {}
-        for how, passes in case.ways().items():
+        for how, passes in case.ways.items():
             ways[f"channels_last{how}"] = functools.partial(self._eager, case, passes)
             ways[f"channels_last, frozen graph{how}"] = functools.partial(self._frozen, case, passes)
         if case.problem.dtype == "float32" and not case.problem.epilogue and _even(case.problem):
@@ -92,8 +92,7 @@ class Torch:
 
     def _packed(self, case: Case) -> Deployment:
         torch, p = self._torch, case.problem
-        (whole,) = case.ways()[""]
-        x, w = (self._tensor(array, torch.contiguous_format) for array in (nchw(case.x), whole.oihw))
+        x, w = (self._tensor(array, torch.contiguous_format) for array in (nchw(case.x), case.whole.oihw))
         pads = p.pads[0], p.pads[2]
         packed = torch._C._nn.mkldnn_reorder_conv2d_weight(  # noqa: SLF001  # torch.utils.mkldnn packs by this
             w.to_mkldnn(), pads, p.strides, p.dilations, p.groups, tuple(x.shape)

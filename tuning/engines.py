@@ -69,20 +69,32 @@ class Case:
         residual = None if trial.residual is None else _at_a_line(trial.residual)
         return cls(problem, _at_a_line(trial.input), trial.filters, trial.bias, residual)
 
-    def ways(self) -> Mapping[str, tuple[Pass, ...]]:
-        """Return how the convolution can be done: whole, and if filters are separable, down and along one by one."""
+    @property
+    def whole(self) -> Pass:
+        """The convolution as it is."""
+        return Pass(self.problem, self.w)
+
+    @functools.cached_property
+    def two(self) -> tuple[Pass, Pass] | None:
+        """The pass down the filters' columns and the one along their rows, where filters are known to be separable."""
         p = self.problem
-        ways: dict[str, tuple[Pass, ...]] = {"": (Pass(p, self.w),)}
-        if p.separable and (apart := factors(p, self.w)):
-            (top, bottom, left, right), (dh, dw) = p.pads, p.dilations
-            down, along = (np.repeat(values.T, p.k // len(values), axis=1) for values in apart)
-            first = p.replace(kw=1, pads=(top, bottom, 0, 0), dilations=(dh, 1), epilogue=Epilogue(), separable=False)
-            second = first.replace(
-                h=first.oh, c=p.k, groups=p.k, kh=1, kw=p.kw, pads=(0, 0, left, right), dilations=(1, dw),
-                epilogue=p.epilogue,
-            )  # fmt: skip
-            ways[", two passes"] = Pass(first, down[:, None, None]), Pass(second, along[None, :, None])
-        return ways
+        pair = factors(p, self.w) if p.separable else None
+        if pair is None:
+            return None
+        (top, bottom, left, right), (sh, sw), (dh, dw) = p.pads, p.strides, p.dilations
+        down, along = (np.repeat(values.T, p.k // len(values), axis=1) for values in pair)
+        first = p.replace(kw=1, pads=(top, bottom, 0, 0), strides=(sh, 1), dilations=(dh, 1), epilogue=Epilogue())
+        second = first.replace(
+            h=first.oh, c=p.k, groups=p.k, kh=1, kw=p.kw, pads=(0, 0, left, right), strides=(1, sw),
+            dilations=(1, dw), epilogue=p.epilogue,
+        )  # fmt: skip
+        return Pass(first, down[:, None, None]), Pass(second, along[None, :, None])
+
+    @property
+    def ways(self) -> Mapping[str, tuple[Pass, ...]]:
+        """In how many passes it can be done, by what is added to a deployment's name."""
+        whole: dict[str, tuple[Pass, ...]] = {"": (self.whole,)}
+        return whole | ({", two passes": self.two} if self.two else {})
 
 
 @dataclass(frozen=True)
