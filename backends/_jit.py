@@ -145,7 +145,16 @@ class _Compiler(compiler.Compiler):
 
 def compilable(function: Callable[..., Any]) -> Any:
     """Let compiled functions call this one, with integers that they know as literals; for Python it stays Python."""
-    options: Any = {**OPTIONS, "pipeline_class": _Compiler}
+    return _let_call(function, {})
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """Do as ``compilable`` does, in the place of each call: tiles would be handed over in memory otherwise."""
+    return _let_call(function, {"forceinline": True})
+
+
+def _let_call(function: Callable[..., Any], more: dict[str, Any]) -> Any:
+    options: Any = {**OPTIONS, **more, "pipeline_class": _Compiler}
 
     @extending.overload(function, jit_options=options, strict=False, prefer_literal=True)
     def choose(*_: Any) -> Any:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from convdispatch.backends._epilogue import RELU, RELU6, finish
-from convdispatch.backends._jit import compilable
+from convdispatch.backends._jit import compilable, inlined
 from convdispatch.backends._layout import SAME, gather_planes
 from convdispatch.backends._memory import CACHE_LINE
 from convdispatch.backends._tile import add_to_each, clamp, store, stream
@@ -120,7 +120,7 @@ def weave_line(line, stage, r, streamed, like, lanes, itemsize):  # type: ignore
             line[i, k] = part[i]
 
 
-@compilable
+@inlined
 def put_tile(sums, rows, outputs, offset, adds, beside, code, past):  # type: ignore[no-untyped-def]
     """Store a tile ``offset`` bytes behind where ``outputs`` tells that its rows lie; past the caches, if so told.
 

@@ -21,7 +21,7 @@ from convdispatch.backends import _rates
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
 from convdispatch.backends._epilogue import RELU6, finish
-from convdispatch.backends._jit import compilable
+from convdispatch.backends._jit import compilable, inlined
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import CACHE_LINE, aligned, streams
 from convdispatch.backends._panels import Panels, panels_of, place
@@ -83,7 +83,7 @@ def _sum_down(source, step, columns, filters, count, target, apart, rows, vector
         store(sums, rows, (target, apart), at)
 
 
-@compilable
+@inlined
 def _sum_along(source, step, between, filters, turns, longer, rows, vectors, taps, fewer, lanes, itemsize):  # type: ignore[no-untyped-def]
     """Return a tile's sums of the pass along, whose rows are ``step`` bytes apart.
 
