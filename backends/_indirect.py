@@ -13,7 +13,7 @@ import numpy as np
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
 from convdispatch.backends._epilogue import RELU, RELU6, finish
-from convdispatch.backends._jit import compilable
+from convdispatch.backends._jit import compilable, inlined
 from convdispatch.backends._memory import CACHE_LINE
 from convdispatch.backends._tile import (
     add_some_to_each,
@@ -110,7 +110,7 @@ def is_far(filter_bytes, tiles):  # type: ignore[no-untyped-def]
     return filter_bytes > FAR and tiles >= _LEAST_TILES
 
 
-@compilable
+@inlined
 def _add_products(  # type: ignore[no-untyped-def]
     sums, rows, inputs, inside, behind, walk, part, weights, step, coming, lines, stretch, itemsize
 ):
