@@ -1,7 +1,7 @@
 """Winograd's transforms of input and output as straight-line vector code, and what becomes of doubts about sums."""
 
 from convdispatch.backends._atomics import write
-from convdispatch.backends._jit import compilable
+from convdispatch.backends._jit import compilable, inlined
 from convdispatch.backends._memory import CACHE_LINE
 from convdispatch.backends._tile import linear, load_apart, save_apart
 from convdispatch.backends._toomcook import strided
@@ -21,7 +21,7 @@ def odd_lines(count: int, itemsize: int) -> int:
     return (-(-count * itemsize // CACHE_LINE) | 1) * CACHE_LINE // itemsize
 
 
-@compilable
+@inlined
 def leave_columns(products, between, half, m, r, stride, n, lanes, itemsize):  # type: ignore[no-untyped-def]
     """Transform a vector of tiles' n x n products, ``between`` bytes apart, down their columns to m x n in ``half``."""
     lane_bytes = lanes * itemsize

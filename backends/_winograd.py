@@ -14,7 +14,7 @@ import numpy as np
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
 from convdispatch.backends._epilogue import RELU, RELU6, activate
-from convdispatch.backends._jit import compilable
+from convdispatch.backends._jit import compilable, inlined
 from convdispatch.backends._tile import (
     add_doubts,
     add_to_all,
@@ -58,7 +58,7 @@ def _copy_patch(patch, x, where, steps, fold, group_c, n, itemsize):  # type: ig
                 clear(target, span * group_c * itemsize)
 
 
-@compilable
+@inlined
 def _transform(tile, down, across, half, to, between, m, r, stride, n, lanes, itemsize):  # type: ignore[no-untyped-def]
     """Transform one vector of a tile's pixels, ``down`` and ``across`` bytes apart, to points ``between`` apart."""
     lane_bytes = lanes * itemsize
@@ -148,7 +148,7 @@ def _enter_group(  # type: ignore[no-untyped-def]
         begin = end
 
 
-@compilable
+@inlined
 def _pass(inputs, weights, ahead, runs, outputs, rows, vectors, share, lanes, itemsize):  # type: ignore[no-untyped-def]
     """Store the products of ``rows`` tiles at one point, whose values and products lie as ``_tile`` tells.
 
