@@ -10,23 +10,18 @@ image.
 """
 
 import functools
-import math
 
 import numpy as np
 
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
-from convdispatch.backends._epilogue import RELU, RELU6, finish
+from convdispatch.backends._epilogue import RELU6, finish
 from convdispatch.backends._memory import CACHE_LINE
+from convdispatch.backends._put import finished, put
 from convdispatch.backends._tile import (
-    add_some_to_each,
     add_to_all,
-    add_to_each,
-    clamp,
     multiply_add,
     store,
-    store_some,
-    stream,
     zeros,
 )
 from convdispatch.backends._vector import copy, hold
@@ -114,26 +109,14 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
                                 sums = multiply_add(sums, rows, (tap, apart), 0, packed, 1)
                                 tap += itemsize
                                 packed += step
-                    if residual.size:
-                        if count == block:
-                            sums = add_to_each(sums, rows, (to, result), more)
-                        else:
-                            sums = add_some_to_each(sums, rows, (to, result), more, count)
-                    if code == RELU:
-                        sums = clamp(sums, 0.0, math.inf)
-                    elif code == RELU6:
-                        sums = clamp(sums, 0.0, 6.0)
+                    sums = finished(sums, rows, (to, result), more, residual.size, code, count, block)
                     if code > RELU6:  # not where they belong: another thread may have done some of them
                         store(sums, rows, (np.int64(scratch.ctypes.data), step), 0)
                         for r in range(rows):
                             finish(scratch[r, :count], code, slope)
                             copy(to + r * result, np.int64(scratch[r].ctypes.data), count * itemsize)
-                    elif count < block:
-                        store_some(sums, rows, (to, result), 0, count)
-                    elif streams:
-                        stream(sums, rows, (to, result), 0)
                     else:
-                        store(sums, rows, (to, result), 0)
+                        put(sums, rows, (to, result), 0, count, block, streams)
         hold(window), hold(stage), hold(scratch)
         add(arguments + _DONE_AT, 1)
 

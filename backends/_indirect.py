@@ -6,26 +6,20 @@ are cut from the flat list of all pixels of all images, and run over the ends of
 """
 
 import functools
-import math
 
 import numpy as np
 
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
-from convdispatch.backends._epilogue import RELU, RELU6, finish
+from convdispatch.backends._epilogue import RELU6, finish
 from convdispatch.backends._jit import compilable, inlined
 from convdispatch.backends._memory import CACHE_LINE
+from convdispatch.backends._put import finished, put
 from convdispatch.backends._tile import (
-    add_some_to_each,
     add_to_all,
-    add_to_each,
-    clamp,
     load_apart,
     multiply_add,
     save_apart,
-    store,
-    store_some,
-    stream,
     zeros,
 )
 from convdispatch.backends._vector import hold, prefetch
@@ -164,12 +158,12 @@ _DONE_AT = 8 * ARGUMENTS.done_at
 
 
 @functools.cache
-def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKernel:  # noqa: C901, PLR0915
+def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKernel:  # noqa: PLR0915
     """Return the kernel of one tile."""
     block, sums_of_tile = vectors * lanes, rows * vectors
     step, vector_bytes = block * itemsize, lanes * itemsize
 
-    def convolve(arguments, job):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
+    def convolve(arguments, job):  # type: ignore[no-untyped-def]
         """Compute the tiles of pixels ``part[0:2]`` for the blocks of filters ``part[2:4]``."""
         x, w, bias, residual, out, zero, window, groups, streamed, code, slope, parts = unpack(arguments, itemsize)
         first_tile, last_tile, first_block, last_block = parts[job]
@@ -218,21 +212,9 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
                     if turn + 1 < turns:
                         save_apart(partial[t].ctypes.data, vector_bytes, sums)
                         continue
-                    if residual.size:
-                        if count == block:
-                            sums = add_to_each(sums, rows, outputs, residual_offset + k0 * itemsize)
-                        else:
-                            sums = add_some_to_each(sums, rows, outputs, residual_offset + k0 * itemsize, count)
-                    if code == RELU:
-                        sums = clamp(sums, 0.0, math.inf)
-                    elif code == RELU6:
-                        sums = clamp(sums, 0.0, 6.0)
-                    if count < block:
-                        store_some(sums, rows, outputs, k0 * itemsize, count)
-                    elif streams:
-                        stream(sums, rows, outputs, k0 * itemsize)
-                    else:
-                        store(sums, rows, outputs, k0 * itemsize)
+                    beside = residual_offset + k0 * itemsize
+                    sums = finished(sums, rows, outputs, beside, residual.size, code, count, block)
+                    put(sums, rows, outputs, k0 * itemsize, count, block, streams)
                     if code > RELU6:
                         first = (first_tile + t) * rows
                         for r in range(first, min(first + rows, pixels)):

@@ -1,14 +1,11 @@
 """Images of few channels as planes: windows copied out with zeros around them, and results interleaved again."""
 
-import math
-
 import numpy as np
 
-from convdispatch.backends._epilogue import RELU, RELU6, finish
-from convdispatch.backends._jit import compilable, inlined
+from convdispatch.backends._epilogue import finish
+from convdispatch.backends._jit import compilable
 from convdispatch.backends._layout import SAME, gather_planes
 from convdispatch.backends._memory import CACHE_LINE
-from convdispatch.backends._tile import add_to_each, clamp, store, stream
 from convdispatch.backends._vector import copy
 from convdispatch.backends._weave import unweave, weave
 
@@ -118,24 +115,6 @@ def weave_line(line, stage, r, streamed, like, lanes, itemsize):  # type: ignore
         part = stage[k, r, :columns]
         for i in range(done, columns):
             line[i, k] = part[i]
-
-
-@inlined
-def put_tile(sums, rows, outputs, offset, adds, beside, code, past):  # type: ignore[no-untyped-def]
-    """Store a tile ``offset`` bytes behind where ``outputs`` tells that its rows lie; past the caches, if so told.
-
-    If it ``adds`` a residual, that is ``beside`` bytes from the output. Of activations, the clamps are applied.
-    """
-    if adds:
-        sums = add_to_each(sums, rows, outputs, beside + offset)
-    if code == RELU:
-        sums = clamp(sums, 0.0, math.inf)
-    elif code == RELU6:
-        sums = clamp(sums, 0.0, 6.0)
-    if past:
-        stream(sums, rows, outputs, offset)
-    else:
-        store(sums, rows, outputs, offset)
 
 
 @compilable

@@ -7,19 +7,18 @@ multiplied with the transformed filters ``[C, block]`` by the register tiles of 
 """
 
 import functools
-import math
 
 import numpy as np
 
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
-from convdispatch.backends._epilogue import RELU, RELU6, activate
+from convdispatch.backends._epilogue import RELU6, activate
 from convdispatch.backends._jit import compilable, inlined
+from convdispatch.backends._put import clamped
 from convdispatch.backends._tile import (
     add_doubts,
     add_to_all,
     add_to_each,
-    clamp,
     load_apart,
     multiply_add,
     prefetch_filters,
@@ -206,7 +205,7 @@ def _finish(sums, out, residual, image, a, b, k0, count, code, slope):  # type: 
 
 
 @compilable
-def _leave(  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912
+def _leave(  # type: ignore[no-untyped-def]
     products, bias, tiles, first, count, step, out, residual, k0, valid, dilations, code, slope, doubts, half, rows,
     m, r, stride, n, share, lanes, itemsize,
 ):  # fmt: skip
@@ -252,10 +251,7 @@ def _leave(  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912
                     for j in range(across):
                         copy(added + j * lane_bytes, to + more + j * apart, lane_bytes)
                     sums = add_to_each(sums, m, (added, lane_bytes), 0)
-                if code == RELU:
-                    sums = clamp(sums, 0.0, math.inf)
-                elif code == RELU6:
-                    sums = clamp(sums, 0.0, 6.0)
+                sums = clamped(sums, code)
                 if across == m:
                     store(sums, m, (to, apart), 0)
                 else:  # the tile reaches beyond the image

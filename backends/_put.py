@@ -1,0 +1,57 @@
+"""How a tile of sums leaves its registers: a residual is added, values are clamped, and then they are stored.
+
+``outputs`` tells where a tile's rows lie, as in ``_tile``; ``offset`` is how many bytes behind that they are stored.
+"""
+
+import math
+
+from convdispatch.backends._epilogue import RELU, RELU6
+from convdispatch.backends._jit import inlined
+from convdispatch.backends._tile import add_some_to_each, add_to_each, clamp, store, store_some, stream
+
+
+@inlined
+def clamped(sums, code):  # type: ignore[no-untyped-def]
+    """Return a tile with the activation applied, if that is a clamp."""
+    if code == RELU:
+        sums = clamp(sums, 0.0, math.inf)
+    elif code == RELU6:
+        sums = clamp(sums, 0.0, 6.0)
+    return sums
+
+
+@inlined
+def finished(sums, rows, outputs, offset, adds, code, count, whole):  # type: ignore[no-untyped-def]
+    """Return a tile of which ``count`` values of each row count, ``whole`` at most: clamped, with what it ``adds``."""
+    if adds:
+        if count == whole:
+            sums = add_to_each(sums, rows, outputs, offset)
+        else:
+            sums = add_some_to_each(sums, rows, outputs, offset, count)
+    return clamped(sums, code)
+
+
+@inlined
+def put(sums, rows, outputs, offset, count, whole, past):  # type: ignore[no-untyped-def]
+    """Store ``count`` values of each row of a tile, ``whole`` at most; those past the caches if so told."""
+    if count < whole:
+        store_some(sums, rows, outputs, offset, count)
+    elif past:
+        stream(sums, rows, outputs, offset)
+    else:
+        store(sums, rows, outputs, offset)
+
+
+@inlined
+def put_tile(sums, rows, outputs, offset, adds, beside, code, past):  # type: ignore[no-untyped-def]
+    """Store a whole tile, clamped; past the caches if so told.
+
+    If it ``adds`` a residual, that is ``beside`` bytes from the output.
+    """
+    if adds:
+        sums = add_to_each(sums, rows, outputs, beside + offset)
+    sums = clamped(sums, code)
+    if past:
+        stream(sums, rows, outputs, offset)
+    else:
+        store(sums, rows, outputs, offset)
