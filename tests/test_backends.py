@@ -111,7 +111,7 @@ def test_a_plan_is_within_the_bound_of_the_reference_or_says_why_not(backend: Ba
 @example(case=numbers(Problem.parse("1x40x35x1 * 7x11x1x2 SAME_LOWER stride=2")))
 @example(case=numbers(Problem.parse("3x8x7x16 * 1x1x16x24 VALID")))
 @example(case=numbers(Problem.parse("1x2x3x2 * 2x3x2x3 pad=7,8,9,6")))
-@example(case=numbers(Problem.parse("2x19x23x1 * 5x4x1x3 SAME separable +bias +residual +relu")))
+@example(case=numbers(Problem.parse("2x19x23x1 * 9x4x1x3 SAME separable +bias +residual +relu")))
 def test_every_config_is_within_the_bound_of_the_reference(backend: Backend, case: Case) -> None:
     p = seen_by(backend, case.problem)
     if backend.rejects(p):

@@ -106,6 +106,14 @@ def test_what_need_not_be_its_fault_everywhere_does_not_speak_against_the_versio
     assert tried(behaviour) == Finding(reason)
 
 
+def test_a_crash_may_come_before_anybody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(pid: int) -> object:
+        raise psutil.NoSuchProcess(pid)
+
+    monkeypatch.setattr(psutil, "Process", gone)
+    assert tried("is killed") == Finding("crashed (SIGKILL)")
+
+
 @pytest.mark.parametrize("behaviour", ["stores too little", "is wrong"])
 @pytest.mark.parametrize("text", [PROBLEM.text + " int32", "2x2x6x6 NCHW * 3x3x2x3 SAME float16 +bias +residual +relu"])
 def test_it_is_found_in_any_dtype_and_layout(behaviour: str, text: str) -> None:

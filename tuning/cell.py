@@ -155,7 +155,9 @@ class Cell:
         arrays = sum(math.prod(shape) for shape in (problem.input_shape, problem.filter_shape, problem.output_shape))
         room = max(memory, _ROOM * (declared + 8 * arrays))
         limit = min(room, int(_FREE * psutil.virtual_memory().available))
-        process = psutil.Process(self._child.pid)
+        process = None
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may have crashed already
+            process = psutil.Process(self._child.pid)
         end = time.monotonic() + seconds
         taken = 0
         while taken <= limit:
@@ -166,8 +168,9 @@ class Cell:
             except TimeoutError:
                 if time.monotonic() > end:
                     return Finding(f"hung: no result within {seconds:.3g} s{self._where()}", lasting=True)
-            with contextlib.suppress(psutil.Error):
-                taken = process.memory_info().rss - before
+            if process is not None:
+                with contextlib.suppress(psutil.Error):
+                    taken = process.memory_info().rss - before
         self._child.kill()
         reason = f"took more than {limit >> 20} MiB of memory, and says it needs {declared >> 20} MiB"
         return Finding(reason, lasting=taken > room)
