@@ -65,12 +65,12 @@ def conv2d(
         (1, 3, 3, 8)
     """
     x = as_array("input", input)
-    forced = dispatch.parse_forced(backend)
     problem, weights, values = dispatch.checked(
-        x.shape, name_of(x.dtype), filters, bias, residual=residual is not None,
-        filter_format=filter_format, strides=strides, padding=padding, data_format=data_format, dilations=dilations,
-        groups=groups, activation=activation,
+        x.shape, name_of(x.dtype), filters, bias, residual=residual is not None, filter_format=filter_format,
+        strides=strides, padding=padding, data_format=data_format, dilations=dilations, groups=groups,
+        activation=activation,
     )  # fmt: skip
+    forced = dispatch.parse_forced(backend)
     run = functools.partial(dispatch.call, problem, weights, values, forced, x, out=out, residual=residual)
     if not observe.is_watched():
         return run()
@@ -123,9 +123,9 @@ def plan(
     else:
         shape, given = input, weights.dtype if dtype is None else dtype
     problem, packed, values = dispatch.checked(
-        shape, dtype_name(given), weights, bias, residual=_is_to_come(residual),
-        filter_format=filter_format, strides=strides, padding=padding, data_format=data_format, dilations=dilations,
-        groups=groups, activation=activation,
+        shape, dtype_name(given), weights, bias, residual=_is_to_come(residual), filter_format=filter_format,
+        strides=strides, padding=padding, data_format=data_format, dilations=dilations, groups=groups,
+        activation=activation,
     )  # fmt: skip
     return dispatch.make_plan(problem, packed, values, "plan", dispatch.parse_forced(backend))
 

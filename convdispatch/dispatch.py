@@ -150,10 +150,14 @@ def _replayed(problem: Problem, deployment: str, options: Options) -> Decision |
 
 def _answers(problem: Problem, deployment: str, options: Options) -> list[Found]:
     """Return what profiles know of a problem; then what they know of it where filters may be of any kind."""
-    answers = list(profile.find(key_for(problem, deployment, options)))
-    if problem.separable:
-        answers += profile.find(key_for(problem.replace(separable=False), deployment, options))
-    return answers
+    return [*profile.find(key_for(problem, deployment, options)), *_answers_of_any(problem, deployment, options)]
+
+
+def _answers_of_any(problem: Problem, deployment: str, options: Options) -> list[Found]:
+    """Return what profiles know of a separable problem where filters may be of any kind; of others nothing more."""
+    if not problem.separable:
+        return []
+    return profile.find(key_for(problem.replace(separable=False), deployment, options))
 
 
 def _miss(problem: Problem, deployment: str, options: Options, why: str = "") -> None:
@@ -290,9 +294,7 @@ def _for_any_filters(answers: Sequence[Found], problem: Problem, deployment: str
 
     Whoever was not measured then is for separable filters only, or was hopeless.
     """
-    if not problem.separable:
-        return None
-    stored = _from_profile(_answers(problem, deployment, options), problem, options)
+    stored = _from_profile(_answers_of_any(problem, deployment, options), problem, options)
     if stored is None or stored.found is None:
         return None
     measured = (row.backend for row in stored.found.entry.results)

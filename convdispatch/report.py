@@ -4,7 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from convdispatch import dispatch
 from convdispatch.backend import Backend
+from convdispatch.errors import BackendRejectedError, ProfileMissError
 from convdispatch.explain import Explanation, explain_problem
 from convdispatch.heuristic import YARDSTICK
 from convdispatch.problem import Problem
@@ -83,13 +85,19 @@ def recorded_line(layers: Sequence[LayerReport]) -> str | None:
 def not_taken(layers: Sequence[LayerReport]) -> Iterator[str]:
     """Yield what calls here use instead of winners that the options in force do not allow, and why."""
     for layer in layers:
-        if layer.entry is None:
+        problem = layer.layer.problem
+        if layer.entry is None or _used(problem, layer.deployment) == layer.entry.winner.name:
             continue
-        told = explain_problem(layer.layer.problem, layer.deployment)
-        if told.chosen != layer.entry.winner.name:
-            what = f"{layer.layer.problem} ({layer.deployment})"
-            used = f"calls use {told.chosen}" if told.chosen else "nothing may be used"
-            yield f"{what}: {used} under the options in force: {told.evidence.detail}"
+        told = explain_problem(problem, layer.deployment)  # which estimates everybody
+        used = f"calls use {told.chosen}" if told.chosen else "nothing may be used"
+        yield f"{problem} ({layer.deployment}): {used} under the options in force: {told.evidence.detail}"
+
+
+def _used(problem: Problem, deployment: str) -> str | None:
+    try:
+        return dispatch.look(problem, deployment).candidate.name
+    except (BackendRejectedError, ProfileMissError):
+        return None
 
 
 def tune_data(result: TuneReport) -> dict[str, Any]:
