@@ -57,6 +57,14 @@ def room_for(shape: tuple[int, ...], dtype: np.dtype[Any], size: int) -> Array:
     return aligned(shape, dtype, zero=False) if size >= _LARGE else np.empty(shape, dtype)
 
 
+def for_columns(bias: Array | None, dtype: str, count: int) -> Array:
+    """Return ``[K, count]``: each filter's bias for so many columns of a tile; ``[0, count]`` if there is none."""
+    spread = aligned((0 if bias is None else len(bias), count), dtype)
+    if bias is not None:
+        spread[...] = bias[:, np.newaxis]
+    return spread
+
+
 def by_blocks(values: Array, block: int) -> Array:
     """Return ``[groups, ..., K]`` as ``[groups, blocks, ..., block]``, aligned, the last block filled up with zeros."""
     groups, *between, k = values.shape

@@ -64,7 +64,7 @@ class Panels:
 def panels_of(problem: Problem, rows: int, across: int, in_place: bool, widest: int = sys.maxsize) -> Panels:
     """Return how a problem is cut for tiles of ``rows`` by ``across`` pixels, at most ``widest`` tiles across."""
     p, size = problem, item_bytes(problem.dtype)
-    own_rows, around = -(-p.oh // p.dilations[0]), (p.kw - 1) * p.dilations[1]
+    own_rows, around = -(-p.oh // p.dilations[0]), p.extent[1] - 1
     most = min(widest, -(-p.ow // across))
     staged = p.k > 1 or p.ow < across or p.oh // p.dilations[0] < rows
     wide = min(most, max(1, _STAGE // (p.k * rows * across * size))) if staged else most

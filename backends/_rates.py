@@ -1,6 +1,9 @@
 """What the backends' estimates have in common: a core's rate of products, and what it costs to share work out."""
 
-from convdispatch.machine import Machine
+from collections.abc import Callable, Sequence
+
+from convdispatch.backend import Config, Effort
+from convdispatch.machine import Machine, current
 
 #: FLOP/s of one core for each byte of vector width, in float32.
 _PEAK_PER_BYTE = 1.8e9
@@ -9,6 +12,15 @@ _PEAK_PER_BYTE = 1.8e9
 def peak(machine: Machine, itemsize: int) -> float:
     """Return the FLOP/s of one core in vectors of floats of so many bytes."""
     return _PEAK_PER_BYTE * machine.vector_bytes * 4 / itemsize
+
+
+def ranked(
+    choices: Sequence[Config], estimate: Callable[[Config, Machine], float], effort: Effort, few: int
+) -> Sequence[Config]:
+    """Return configs, the one with the smallest estimate here first; only a few where effort is small."""
+    here = current()
+    best = sorted(choices, key=lambda config: estimate(config, here))
+    return best[: few if effort in {"estimate", "measure"} else None]
 
 
 def shared(seconds: float, used: int, *, efficiency: float = 0.97, call: float = 4e-6, launch: float = 4e-6) -> float:

@@ -21,7 +21,7 @@ from convdispatch.backend import Config, Effort, Numerics, item_bytes
 from convdispatch.backends import _rates
 from convdispatch.backends._fast_fir import compiled
 from convdispatch.backends._kernel import PackedKernel
-from convdispatch.backends._memory import aligned, by_phases
+from convdispatch.backends._memory import aligned, by_phases, for_columns
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._planes import taps_together
 from convdispatch.backends._threads import split
@@ -30,7 +30,7 @@ from convdispatch.backends._toomcook import amplification, roundings, transforms
 from convdispatch.backends._transforms import odd_lines
 from convdispatch.backends._vector import registers, vector_bytes
 from convdispatch.errors import ArgumentError
-from convdispatch.machine import Machine, current
+from convdispatch.machine import Machine
 from convdispatch.problem import Problem
 
 #: Sides of output tiles; with 5 and more, rounding errors are too large for float32.
@@ -152,10 +152,8 @@ class FastFir(PackedBackend):
 
     def configs_plain(self, problem: Problem, effort: Effort) -> Sequence[Config]:
         """Return sizes and register tiles, the one with the smallest estimate first."""
-        here = current()
         choices = [Config(m=m, rows=rows, vectors=vectors) for m in SIZES for rows, vectors in _TILES[registers()]]
-        choices.sort(key=lambda config: self.estimate_plain(problem, config, here))
-        return choices[: 2 if effort in {"estimate", "measure"} else None]
+        return _rates.ranked(choices, functools.partial(self.estimate_plain, problem), effort, 2)
 
     def step(self, problem: Problem, config: Config) -> int:  # noqa: ARG002
         """Return the rows of a tile."""
@@ -198,9 +196,7 @@ class FastFir(PackedBackend):
         short = np.einsum("ps,asbqck->kpqcab", g, halfway)
         packed = aligned((p.k, (2 * m - 1) ** 2, p.group_c, a * b), p.dtype)
         packed[...] = _by_chunks(short.reshape(p.k, -1, p.group_c, a, b))
-        added = aligned((p.k if bias is not None else 0, lanes), p.dtype)
-        if bias is not None:
-            added[...] = bias[:, np.newaxis]
+        added = for_columns(bias, p.dtype, lanes)
         cut = _cut(p, m, tile, lanes)
         parts = split(cut.panels, 4 * config.threads if config.threads > 1 else 1)
         values = {

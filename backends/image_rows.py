@@ -27,7 +27,7 @@ from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, Compiled
 from convdispatch.backends._atomics import add
 from convdispatch.backends._epilogue import RELU6, finish
 from convdispatch.backends._kernel import PackedKernel
-from convdispatch.backends._memory import CACHE_LINE, aligned, streams
+from convdispatch.backends._memory import CACHE_LINE, aligned, for_columns, streams
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._panels import Panels, panels_of, place
 from convdispatch.backends._planes import WOVEN, fill, put_line, taps_together
@@ -36,7 +36,7 @@ from convdispatch.backends._threads import split
 from convdispatch.backends._tile import add_to_all, register_tile, store, zeros
 from convdispatch.backends._vector import registers, vector_bytes
 from convdispatch.backends._weave import add_rows
-from convdispatch.machine import Machine, current
+from convdispatch.machine import Machine
 from convdispatch.problem import Problem
 
 #: Beyond these, vectors of filters do better, which need neither planes nor interleaving.
@@ -189,10 +189,8 @@ class ImageRows(PackedBackend):
 
     def configs_plain(self, problem: Problem, effort: Effort) -> Sequence[Config]:
         """Return tiles, the one with the smallest estimate first."""
-        here = current()
         choices = [Config(rows=rows, vectors=vectors) for rows, vectors in _TILES[registers()]]
-        choices.sort(key=lambda config: self.estimate_plain(problem, config, here))
-        return choices[: 2 if effort in {"estimate", "measure"} else None]
+        return _rates.ranked(choices, functools.partial(self.estimate_plain, problem), effort, 2)
 
     def workspace_plain(self, problem: Problem, config: Config) -> int:
         """Return the bytes of each thread's copy of the input and staged results."""
@@ -231,9 +229,7 @@ class ImageRows(PackedBackend):
         lanes = vector_bytes() // item_bytes(p.dtype)
         packed = aligned((p.k, p.group_c, p.kw, p.kh), p.dtype)
         packed[...] = filters.transpose(3, 2, 1, 0)
-        added = aligned((p.k if bias is not None else 0, tile[1] * lanes), p.dtype)
-        if bias is not None:
-            added[...] = bias[:, np.newaxis]
+        added = for_columns(bias, p.dtype, tile[1] * lanes)
         panels = _panels(p, tile, lanes)
         parts = split(panels.total, 4 * config.threads if config.threads > 1 else 1)
         values = {

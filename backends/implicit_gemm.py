@@ -22,7 +22,7 @@ from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._threads import grid
 from convdispatch.backends._tile import register_tile, register_tiles
 from convdispatch.backends._vector import vector_bytes
-from convdispatch.machine import Machine, current
+from convdispatch.machine import Machine
 from convdispatch.problem import Problem
 
 #: Bytes of a job's input, and of its tables of addresses, that stay in a core's L2 cache; and of the input where
@@ -129,10 +129,8 @@ class ImplicitGemm(PackedBackend):
 
     def configs_plain(self, problem: Problem, effort: Effort) -> Sequence[Config]:
         """Return tiles, the one with the smallest estimate first."""
-        here = current()
         choices = [Config(rows=rows, vectors=vectors) for rows, vectors in _tiles(problem)]
-        choices.sort(key=lambda config: self.estimate_plain(problem, config, here))
-        return choices[: 4 if effort in {"estimate", "measure"} else None]
+        return _rates.ranked(choices, functools.partial(self.estimate_plain, problem), effort, 4)
 
     def workspace_plain(self, problem: Problem, config: Config) -> int:
         """Return the bytes of each thread's table, or of a tile."""

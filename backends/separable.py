@@ -23,7 +23,7 @@ from convdispatch.backends._atomics import add
 from convdispatch.backends._epilogue import RELU6, finish
 from convdispatch.backends._jit import compilable, inlined
 from convdispatch.backends._kernel import PackedKernel
-from convdispatch.backends._memory import CACHE_LINE, aligned, streams
+from convdispatch.backends._memory import CACHE_LINE, aligned, for_columns, streams
 from convdispatch.backends._panels import Panels, panels_of, place
 from convdispatch.backends._planes import WOVEN, fill_line, put_line, taps_together
 from convdispatch.backends._put import put_tile
@@ -32,7 +32,7 @@ from convdispatch.backends._tile import add_to_all, register_tile, store, zeros
 from convdispatch.backends._vector import registers, vector_bytes
 from convdispatch.backends._weave import add_rows
 from convdispatch.errors import ArgumentError
-from convdispatch.machine import Machine, current
+from convdispatch.machine import Machine
 from convdispatch.problem import Problem
 from convdispatch.separation import factors, unsuited
 
@@ -109,7 +109,8 @@ def _compiled(  # noqa: C901, PLR0915
 ) -> CompiledKernel:
     """Return the kernel for a tile of the pass down that takes ``taps`` at a time, or one fewer, and one along."""
     across, fewer, less = vectors * lanes, max(1, taps - 1), max(1, along.taps - 1)
-    lines, count, beside, narrow, more = along.lines, along.count, along.vectors, along.lanes, along.taps
+    count, beside, narrow, more = along.count, along.vectors, along.lanes, along.taps
+    lines = 1 if more > 1 else count
 
     def convolve(arguments, number):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
         """Compute the panels from ``part[0]`` to ``part[1]``: ``rows * shape[0]`` by ``block * shape[1]`` outputs."""
@@ -214,6 +215,7 @@ def _compiled(  # noqa: C901, PLR0915
     return CompiledKernel(convolve, _ARGUMENTS)
 
 
+@functools.lru_cache(maxsize=1024)
 def _one_channel(problem: Problem) -> Problem:
     """Return the problem with several channels taken for images, or for columns; as NHWC."""
     p, c = problem.replace(data_format="NHWC"), problem.c
@@ -226,15 +228,11 @@ def _one_channel(problem: Problem) -> Problem:
     return p.replace(w=p.w * c, c=1, k=1, groups=1, pads=pads, dilations=dilations, separable=True)
 
 
+@functools.lru_cache(maxsize=1024)
 def _by_results(problem: Problem) -> Problem:
     """Return the problem of one channel whose images are the results that lie apart in memory."""
     p = _one_channel(problem)
     return p.replace(n=p.n * p.k, k=1, separable=True) if problem.data_format == "NCHW" else p
-
-
-def _around(problem: Problem) -> int:
-    """Return how many columns a row's results see besides their own."""
-    return (problem.kw - 1) * problem.dilations[1]
 
 
 @dataclass(frozen=True)
@@ -242,14 +240,12 @@ class _AlongTile:
     """A tile of the pass along: one like those of the pass down; or, where taps share vectors, some of one row.
 
     Attributes:
-        lines: rows of output.
-        count: as many; or the vectors of the one row.
+        count: rows of output; or the vectors of the one row.
         vectors: side by side in each row; or 1.
         lanes: of a vector.
         taps: how many values of a filter share a vector; 1 where none do.
     """
 
-    lines: int
     count: int
     vectors: int
     lanes: int
@@ -295,9 +291,9 @@ def _along(problem: Problem, tile: tuple[int, int], vector_bytes: int, registers
     if near and p.kw >= 1.5 * lanes and taps <= _MOST_TAPS:
         for count in _RUNS[registers]:
             if across <= count * lanes * dilation <= p.ow:  # both passes' tiles are to fit
-                shared = _AlongTile(lines=1, count=count, vectors=1, lanes=lanes, taps=taps)
+                shared = _AlongTile(count=count, vectors=1, lanes=lanes, taps=taps)
                 return _Along(shared, spacing=dilation, turns=lanes)
-    alone = _AlongTile(lines=rows, count=rows, vectors=vectors, lanes=vector_bytes // size, taps=1)
+    alone = _AlongTile(count=rows, vectors=vectors, lanes=vector_bytes // size, taps=1)
     return _Along(alone, spacing=1, turns=p.kw)
 
 
@@ -308,7 +304,7 @@ def _streams(problem: Problem, values: int) -> bool:
 
 def _panels(problem: Problem, rows: int, along: _Along) -> Panels:
     """Return how a problem ``_by_results`` is cut."""
-    around = _around(problem)
+    around = problem.extent[1] - 1
     widest = max(around, _MIDDLE // (rows * item_bytes(problem.dtype)) - around) // along.block + 1
     return panels_of(problem, rows, along.block, in_place=True, widest=widest)
 
@@ -332,17 +328,15 @@ class Separable(Backend):
 
     def configs(self, problem: Problem, effort: Effort) -> Sequence[Config]:
         """Return tiles, the one with the smallest estimate first."""
-        here = current()
         choices = [Config(rows=rows, vectors=vectors) for rows, vectors in _TILES[registers()]]
-        choices.sort(key=lambda config: self.estimate(problem, config, here))
-        return choices[: 2 if effort in {"estimate", "measure"} else None]
+        return _rates.ranked(choices, functools.partial(self.estimate, problem), effort, 2)
 
     def workspace(self, problem: Problem, config: Config) -> int:
         """Return the bytes of each thread's results of the pass down, staged ones, and copy of the border's rows."""
         p, tile, size = _by_results(problem), _tile(config), item_bytes(problem.dtype)
         panels = _panels(p, tile[0], _along(p, tile, vector_bytes(), registers()))
-        values = (2 * tile[0] + p.kh - 1) * (panels.width + _around(p)) + p.k * tile[0] * panels.width * panels.staged
-        return config.threads * values * size
+        reach, staged = panels.width + p.extent[1] - 1, p.k * panels.width * panels.staged
+        return config.threads * ((2 * tile[0] + p.kh - 1) * reach + tile[0] * staged) * size
 
     def estimate(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return products of whole tiles, vectors loaded across cache lines, weaving; memory."""
@@ -353,7 +347,7 @@ class Separable(Backend):
         lines = p.n * p.k * phases * -(-p.oh // (phases * rows)) * rows
         # The pass down is one of more columns. In that along, many vectors lie across two cache lines.
         wide = -(-p.ow // along.block) * along.block
-        first = wide + _around(p) * -(-wide // (panels.shape[1] * along.block)) + across
+        first = wide + (p.extent[1] - 1) * -(-wide // (panels.shape[1] * along.block)) + across
         shared = along.tile.taps > 1
         loads = 1.5 * (along.turns * (1 + along.tile.taps / along.tile.count) if shared else p.kw)
         products = lines * (first * (p.kh + 2) + wide * (max(p.kw, loads) + 2))
@@ -379,9 +373,7 @@ class Separable(Backend):
         panels = _panels(by_results, tile[0], how)
         down, along = (aligned(values.shape, p.dtype) for values in pair)
         down[...], along[...] = pair[0], how.ordered(pair[1])
-        added = aligned((p.k if bias is not None else 0, how.tile.vectors * how.tile.lanes), p.dtype)
-        if bias is not None:
-            added[...] = bias[:, np.newaxis]
+        added = for_columns(bias, p.dtype, how.tile.vectors * how.tile.lanes)
         parts = split(panels.total, 4 * config.threads if config.threads > 1 else 1)
         values = {
             "down": down, "along": along, "bias": added, "pads": p.pads, "dilations": p.dilations,

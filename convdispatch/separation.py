@@ -23,7 +23,7 @@ _SMALL = 2**24
 def unsuited(problem: Problem) -> str | None:
     """Return why two passes would not do for a problem, whatever its filters are, or None."""
     p = problem
-    several, reach = p.c > 1, (p.kw - 1) * p.dilations[1] * p.c
+    several, reach = p.c > 1, (p.extent[1] - 1) * p.c
     usual = f"up to {_MOST_FILTERS} filters of one channel, or one for each of several"
     reasons = (
         (p.dtype not in SEPARABLE_DTYPES, f"two passes are made in {' or '.join(SEPARABLE_DTYPES)}, not {p.dtype}"),
@@ -42,7 +42,9 @@ def unsuited(problem: Problem) -> str | None:
     return next((reason for against, reason in reasons if against), None)
 
 
-_suited = functools.lru_cache(maxsize=4096)(lambda problem: unsuited(problem) is None and not problem.is_trivial)
+@functools.lru_cache(maxsize=4096)
+def _suited(problem: Problem) -> bool:
+    return unsuited(problem) is None and not problem.is_trivial
 
 
 def noticed(problem: Problem, filters: Array) -> Problem:
@@ -55,11 +57,16 @@ def _separable(problem: Problem) -> Problem:
     return problem.replace(separable=True)
 
 
+def different(problem: Problem) -> int:
+    """Return how many different filters there may be: those of separable problems are the same for all channels."""
+    return 1 if problem.separable and problem.c > 1 else problem.k
+
+
 def drawn(problem: Problem, draw: Callable[[tuple[int, ...]], Array]) -> Array:
     """Return filters ``[KH, KW, C // groups, K]`` of drawn values; separable ones where the problem says so."""
     if not problem.separable:
         return draw(problem.filter_shape)
-    kinds = 1 if problem.c > 1 else problem.k
+    kinds = different(problem)
     products = draw((problem.kh, 1, 1, kinds)) * draw((1, problem.kw, 1, kinds))
     return np.repeat(products, problem.k // kinds, axis=3) if kinds else products
 

@@ -94,8 +94,7 @@ def forget() -> None:
 
 def _turns(problem: Problem) -> range:
     """Return which kind of filters comes first in each trial: it takes several where there are few filters."""
-    different = 1 if problem.separable and problem.c > 1 else problem.k
-    return range(0, _KINDS, min(different, _KINDS))
+    return range(0, _KINDS, min(separation.different(problem), _KINDS))
 
 
 @functools.lru_cache(maxsize=1024)
