@@ -1,4 +1,4 @@
-"""What the backends' estimates have in common: a core's rate of products, and what it costs to share work out."""
+"""What the backends' estimates have in common: a core's rate of products, what sharing work out costs, and ranking."""
 
 from collections.abc import Callable, Sequence
 
