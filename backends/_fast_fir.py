@@ -46,7 +46,7 @@ def _enter(image, first_row, first_column, values, reach, wide, m, n, lanes, ite
     for i in range(reach):
         for q in range(n - m if i else 0, n):
             row = first_row + i * m + q
-            fill(line, image, row, 1, first_column, 1, line.shape[2], like)
+            fill(line, image, row, 1, first_column, 1, 1, line.shape[2], like)
             for c in range(channels):
                 for at in range(0, wide + lanes, lanes):
                     source = line.ctypes.data + (c * line.shape[2] + at * m) * itemsize

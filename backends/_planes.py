@@ -9,15 +9,10 @@ from convdispatch.backends._memory import CACHE_LINE
 from convdispatch.backends._vector import copy
 from convdispatch.backends._weave import unweave, weave
 
-#: Up to so many channels or filters are taken apart and interleaved in registers.
+#: Up to so many filters are interleaved in registers.
 WOVEN = 4
-
-_MOST_TAPS = 9
-
-
-def taps_together(rows: int) -> int:
-    """Return how many of a filter's rows are taken at a time, so that their taps stay in registers: evenly."""
-    return -(-rows // -(-rows // _MOST_TAPS))
+#: So many planes are taken apart in registers.
+UNWOVEN = frozenset((1, 2, 3, 4, 6, 8))
 
 
 @compilable
@@ -35,39 +30,68 @@ def fill_line(line, image, row, first_column, columns):  # type: ignore[no-untyp
 
 
 @compilable
-def fill(panel, image, first_row, step, first_column, rows, columns, like):  # type: ignore[no-untyped-def]
-    """Copy a window of an image into planes, zeros where it reaches outside; every ``step``-th row of the image."""
+def _unweave_pixels(target, source, apart, first, last, channels, like, itemsize):  # type: ignore[no-untyped-def]
+    """Take pixels of two to eight channels apart, from one to another; the last vector moves back until it fits."""
+    lanes, pixel = like[0].lanes, channels * itemsize
+    for i in range(first, last, lanes):
+        o = min(i, last - lanes)
+        if channels == 2:
+            unweave(target + o * itemsize, source + o * pixel, apart, 2, like)
+        elif channels == 3:
+            unweave(target + o * itemsize, source + o * pixel, apart, 3, like)
+        elif channels == 4:
+            unweave(target + o * itemsize, source + o * pixel, apart, 4, like)
+        elif channels == 6:
+            unweave(target + o * itemsize, source + o * pixel, apart, 6, like)
+        else:
+            unweave(target + o * itemsize, source + o * pixel, apart, 8, like)
+
+
+@compilable
+def _fill_some(panel, q, i, line, first_column, spacing):  # type: ignore[no-untyped-def]
+    """Copy what there is of column ``i`` of row ``q`` of some planes, from a row ``[W, C]`` of an image."""
+    width, channels = line.shape
+    for plane in range(spacing * channels):
+        column = first_column + i * spacing + plane // channels
+        if 0 <= column < width:
+            panel[plane, q, i] = line[column, plane % channels]
+
+
+@compilable
+def fill(panel, image, first_row, step, first_column, spacing, rows, columns, like):  # type: ignore[no-untyped-def]
+    """Copy a window of an image into planes, zeros where it reaches outside; every ``step``-th row of the image.
+
+    Of columns it takes as many as there are planes for: plane ``b * C + c`` of ``panel [spacing * C, rows, columns]``
+    has every ``spacing``-th one of channel ``c``, from ``first_column + b`` on.
+    """
     height, width, channels = image.shape
-    lanes = like[0].lanes
-    low = min(max(0, -first_column), columns)
-    high = max(low, min(columns, width - first_column))
-    moved = channels * panel.itemsize
-    apart = panel.shape[1] * panel.shape[2] * panel.itemsize
+    woven, size = spacing * channels, panel.itemsize
+    # From column ``low`` of the planes to ``high``, all neighbours that go to different planes are inside.
+    low = min(max(0, (spacing - 1 - first_column) // spacing), columns)
+    high = max(low, min(columns, (width - first_column) // spacing))
     for q in range(rows):
         row = first_row + q * step
-        if channels == 1:
+        if woven == 1:
             fill_line(panel[0, q], image[:, :, 0], row, first_column, columns)
             continue
         inside = 0 <= row < height
-        for c in range(channels):
-            panel[c, q, : low if inside else columns] = 0
-            panel[c, q, high:columns] = 0
+        for plane in range(woven):
+            panel[plane, q, : low if inside else columns] = 0
+            panel[plane, q, high:columns] = 0
         if not inside:
             continue
-        if channels <= WOVEN and high - low >= lanes:
-            target = np.int64(panel.ctypes.data) + q * panel.shape[2] * panel.itemsize
-            source = np.int64(image.ctypes.data) + (row * width + first_column) * moved
-            for i in range(low, high, lanes):
-                o = min(i, high - lanes)
-                if channels == 2:
-                    unweave(target + o * panel.itemsize, source + o * moved, apart, 2, like)
-                elif channels == 3:
-                    unweave(target + o * panel.itemsize, source + o * moved, apart, 3, like)
-                else:
-                    unweave(target + o * panel.itemsize, source + o * moved, apart, 4, like)
+        if spacing > 1 and low > 0:
+            _fill_some(panel, q, low - 1, image[row], first_column, spacing)
+        if spacing > 1 and high < columns:
+            _fill_some(panel, q, high, image[row], first_column, spacing)
+        if woven in (2, 3, 4, 6, 8) and high - low >= like[0].lanes:
+            target = np.int64(panel.ctypes.data) + q * panel.shape[2] * size
+            source = np.int64(image.ctypes.data) + (row * width + first_column) * channels * size
+            _unweave_pixels(target, source, panel.shape[1] * panel.shape[2] * size, low, high, woven, like, size)
         else:
-            for c in range(channels):
-                part, taken = panel[c, q, low:high], image[row, first_column + low :, c]
+            for plane in range(woven):
+                part = panel[plane, q, low:high]
+                taken = image[row, first_column + low * spacing + plane // channels :: spacing, plane % channels]
                 for i in range(part.size):
                     part[i] = taken[i]
 

@@ -23,7 +23,7 @@ from convdispatch.backends._fast_fir import compiled
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import aligned, by_phases, for_columns
 from convdispatch.backends._packed import PackedBackend
-from convdispatch.backends._planes import taps_together
+from convdispatch.backends._taps import by_chunks, taps_together
 from convdispatch.backends._threads import split
 from convdispatch.backends._tile import register_tile
 from convdispatch.backends._toomcook import amplification, roundings, transforms
@@ -42,16 +42,6 @@ _CHANNELS, _FILTERS = 16, 16
 _SMALLEST_FILTER = 7
 #: Bytes of a panel's transformed values, and of its results before they are interleaved.
 _VALUES, _STAGE = 320 << 10, 64 << 10
-
-
-def _by_chunks(short: Array) -> Array:
-    """Return ``[..., A, B]`` as ``[..., A * B]``: some rows at a time, and of these one column after the other."""
-    a, taps = short.shape[-2], taps_together(short.shape[-2])
-    chunks = -(-a // taps)
-    whole = (chunks - (chunks * taps - a)) * taps
-    starts = [*range(0, whole, taps), *range(whole, a, max(1, taps - 1))]
-    parts = [part.swapaxes(-1, -2).reshape(*short.shape[:-2], -1) for part in np.split(short, starts[1:], axis=-2)]
-    return np.concatenate(parts, axis=-1)
 
 
 def _size(config: Config) -> int:
@@ -195,7 +185,7 @@ class FastFir(PackedBackend):
         halfway = np.einsum("qt,asbtck->asbqck", g, by_phases(filters, m))
         short = np.einsum("ps,asbqck->kpqcab", g, halfway)
         packed = aligned((p.k, (2 * m - 1) ** 2, p.group_c, a * b), p.dtype)
-        packed[...] = _by_chunks(short.reshape(p.k, -1, p.group_c, a, b))
+        packed[...] = by_chunks(short.reshape(p.k, -1, p.group_c, a, b), taps_together(a))
         added = for_columns(bias, p.dtype, lanes)
         cut = _cut(p, m, tile, lanes)
         parts = split(cut.panels, 4 * config.threads if config.threads > 1 else 1)

@@ -9,9 +9,10 @@ are as old as image processing.)
 
 Where an image has one channel, a small filter reads it where it lies, and only tiles at the border read a copy of
 their window with zeros around it. Otherwise a panel of rows is copied, so that its channels lie apart in planes and
-the border is no special case. Rows dilated by d are d images, each of every d-th row. Nothing is ever written outside
-the output: the last tile of a row or column moves back over its neighbour, and what is smaller than a tile, or has
-to be interleaved with other filters' results, is staged in scratch memory.
+the border is no special case. Rows dilated by d are d images, each of every d-th row. With strides, every s-th row and
+every s-th column get planes of their own, and each plane meets its own part of the filter without strides. Nothing is
+ever written outside the output: the last tile of a row or column moves back over its neighbour, and what is smaller
+than a tile, or has to be interleaved with other filters' results, is staged in scratch memory.
 """
 
 import functools
@@ -30,8 +31,9 @@ from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import CACHE_LINE, aligned, for_columns, streams
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._panels import Panels, panels_of, place
-from convdispatch.backends._planes import WOVEN, fill, put_line, taps_together
+from convdispatch.backends._planes import UNWOVEN, WOVEN, fill, put_line
 from convdispatch.backends._put import put_tile
+from convdispatch.backends._taps import by_chunks, chunks, taps_together
 from convdispatch.backends._threads import split
 from convdispatch.backends._tile import add_to_all, register_tile, store, zeros
 from convdispatch.backends._vector import registers, vector_bytes
@@ -47,9 +49,12 @@ _TILES = {32: ((8, 2), (12, 1), (4, 4), (4, 2)), 16: ((4, 2), (8, 1), (4, 1))}
 _IN_PLACE = 100
 
 
-#: ``filters`` is ``[K, C // groups, KW, KH]``, the taps of one column side by side; ``bias`` ``[K, across]`` or empty.
+#: ``filters`` is ``[K, C // groups, KH * KW]``, in the order of ``_packed``, and ``chunks [rows that meet, 2]`` tells
+#: how its rows are taken. ``shifts [KW]`` are bytes to the input of each column, ``reach`` the columns beside a tile.
+#: ``bias`` is ``[K, across]`` or empty.
 _ARGUMENTS = Arguments(
-    input=array_of(4), filters=array_of(4), bias=array_of(2), residual=array_of(4), out=array_of(4),
+    input=array_of(4), filters=array_of(3), bias=array_of(2), residual=array_of(4), out=array_of(4),
+    chunks=array_of(2, "int64"), shifts=array_of(1, "int64"), reach=INTEGER, strides=integers_of(2),
     pads=integers_of(4), dilations=integers_of(2), shape=integers_of(2), counts=integers_of(3), window=integers_of(2),
     stage_width=INTEGER, in_place=INTEGER, streamed=INTEGER, code=INTEGER, slope=FLOAT, parts=array_of(2, "int64"),
 )  # fmt: skip
@@ -66,19 +71,18 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
     def convolve(arguments, number):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
         """Compute the panels from ``part[0]`` to ``part[1]``: ``rows * shape[0]`` by ``across * shape[1]`` outputs."""
         (
-            x, w, bias, residual, out, pads, dilations, shape, counts, window, stage_width, in_place, streamed, code,
-            slope, parts,
+            x, w, bias, residual, out, chunks, shifts, reach, strides, pads, dilations, shape, counts, window,
+            stage_width, in_place, streamed, code, slope, parts,
         ) = unpack(arguments, itemsize)  # fmt: skip
         part = parts[number]
-        filters, group_c, kw, kh = w.shape
-        height, width, channels = x.shape[1:]
+        (filters, group_c, values), height, width, channels = w.shape, x.shape[1], x.shape[2], x.shape[3]
         group_k = filters // (channels // group_c)
         _, all_rows, columns, _ = out.shape
-        dh, dw = dilations
+        (sh, sw), dh = strides, dilations[0]
         down, along = rows * shape[0], across * shape[1]
-        chunks = (kh + taps - 1) // taps
-        whole = chunks - (chunks * taps - kh)  # so many chunks of all the taps, the others of one fewer
-        planes = np.empty((channels, window[0], window[1]), x.dtype)
+        kh = chunks[0, 0] * taps + chunks[0, 1] * fewer  # rows of the filter that meet every ``sh``-th of the image
+        together = sw * channels  # planes that are filled from one row of the image
+        planes = np.empty((chunks.shape[0] * together, window[0], window[1]), x.dtype)
         plane_step, line_step = planes.shape[1] * planes.shape[2] * itemsize, planes.shape[2] * itemsize
         stage = np.empty((filters, rows, stage_width), x.dtype)
         places = np.empty(rows, np.int64)
@@ -96,10 +100,12 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
             n, phase, top, bottom, left, right = place(task, counts, all_rows, columns, dh, down, along)
             staged = filters > 1 or right - left < across or bottom - top < rows
             if not in_place:
-                fill(
-                    planes, x[n], phase - pads[0] + top * dh, dh, left - pads[2],
-                    max(bottom - top, rows) + kh - 1, max(right - left, across) + (kw - 1) * dw, like,
-                )  # fmt: skip
+                first_row, first_column = (phase + top * dh) * sh - pads[0], left * sw - pads[2]
+                for a in range(chunks.shape[0]):
+                    fill(
+                        planes[a * together : (a + 1) * together], x[n], first_row + a, dh * sh, first_column, sw,
+                        max(bottom - top, rows) + kh - 1, max(right - left, across) + reach, like,
+                    )  # fmt: skip
             for tile_row in range((bottom - top + rows - 1) // rows):
                 oh = top if staged and bottom - top < rows else min(top + tile_row * rows, bottom - rows)
                 ih = phase - pads[0] + oh * dh
@@ -117,30 +123,27 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
                     source, step, apart = planes_at, line_step, plane_step
                     if not in_place:
                         source += ((oh - top) * planes.shape[2] + ow) * itemsize
-                    elif rows_inside and iw >= 0 and iw + across + (kw - 1) * dw <= width:
+                    elif rows_inside and iw >= 0 and iw + across + reach <= width:
                         source, step = here + ((n * height + ih) * width + iw) * itemsize, dh * width * itemsize
                     else:
-                        fill(planes, x[n], ih, dh, iw, rows + kh - 1, across + (kw - 1) * dw, like)
+                        fill(planes, x[n], ih, dh, iw, 1, rows + kh - 1, across + reach, like)
                     for k in range(filters):
                         sums = zeros(rows, vectors, lanes, itemsize)
                         first_channel = k // group_k * group_c
                         for c in range(group_c):
-                            packed = filters_at + (k * group_c + c) * kw * kh * itemsize
-                            taken = source + (first_channel + c) * apart
-                            for _ in range(whole):
-                                for j in range(kw):
-                                    sums = add_rows(
-                                        sums, rows, taken + j * dw * itemsize, step, packed + j * kh * itemsize, taps
-                                    )
-                                packed += taps * itemsize
-                                taken += taps * step
-                            for _ in range(chunks - whole):
-                                for j in range(kw):
-                                    sums = add_rows(
-                                        sums, rows, taken + j * dw * itemsize, step, packed + j * kh * itemsize, fewer
-                                    )
-                                packed += fewer * itemsize
-                                taken += fewer * step
+                            packed = filters_at + (k * group_c + c) * values * itemsize
+                            for a in range(chunks.shape[0]):
+                                taken = source + (a * together + first_channel + c) * apart
+                                for _ in range(chunks[a, 0]):
+                                    for j in range(shifts.size):
+                                        sums = add_rows(sums, rows, taken + shifts[j], step, packed, taps)
+                                        packed += taps * itemsize
+                                    taken += taps * step
+                                for _ in range(chunks[a, 1]):
+                                    for j in range(shifts.size):
+                                        sums = add_rows(sums, rows, taken + shifts[j], step, packed, fewer)
+                                        packed += fewer * itemsize
+                                    taken += fewer * step
                         if bias.size:
                             sums = add_to_all(sums, rows, bias_at + k * across * itemsize)
                         offset = ow * itemsize
@@ -163,17 +166,47 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
     return CompiledKernel(convolve, _ARGUMENTS)
 
 
+@functools.lru_cache(maxsize=1024)
+def _without_strides(problem: Problem) -> Problem:
+    """Return the problem of every stride-th row and column: more channels under smaller filters, without strides."""
+    p, (sh, sw) = problem, problem.strides
+    if p.strides == (1, 1):
+        return p
+    kh, kw, channels = -(-p.kh // sh), -(-p.kw // sw), p.c * min(sh, p.kh) * sw
+    h, w = (out + taps - 1 if out else 0 for out, taps in ((p.oh, kh), (p.ow, kw)))
+    return p.replace(h=h, w=w, c=channels, kh=kh, kw=kw, groups=1, pads=(0, 0, 0, 0), strides=(1, 1))
+
+
+def _packed(filters: Array, strides: tuple[int, int], taps: int) -> Array:
+    """Return filters as ``[K, C, KH * KW]``, in the order in which they are taken, ``by_chunks``.
+
+    First come the rows that meet every stride-th row of an image from the first on, then those that meet the next; and
+    so do the columns of each.
+    """
+    kh, kw, *_ = filters.shape
+    columns = np.concatenate([filters[:, b :: strides[1]] for b in range(min(strides[1], kw))], axis=1)
+    parts = [by_chunks(columns[a :: strides[0]].transpose(3, 2, 0, 1), taps) for a in range(min(strides[0], kh))]
+    return np.concatenate(parts, axis=-1)
+
+
+def _shifts(problem: Problem, window: tuple[int, int]) -> Array:
+    """Return how many bytes a tile's input under each column of a filter lies behind that under the first."""
+    p, size, stride = problem, item_bytes(problem.dtype), problem.strides[1]
+    places = [(b, i) for b in range(min(stride, p.kw)) for i in range(-(-(p.kw - b) // stride))]
+    return np.array([(b * p.c * math.prod(window) + i * p.dilations[1]) * size for b, i in places], np.int64)
+
+
 def _panels(problem: Problem, tile: tuple[int, int], lanes: int) -> Panels:
     """Return how a problem is cut: one channel under a small filter is read where it lies."""
-    in_place = problem.c == 1 and problem.kh * problem.kw <= _IN_PLACE
-    return panels_of(problem, tile[0], tile[1] * lanes, in_place)
+    in_place = problem.c == 1 and problem.strides == (1, 1) and problem.kh * problem.kw <= _IN_PLACE
+    return panels_of(_without_strides(problem), tile[0], tile[1] * lanes, in_place)
 
 
 class ImageRows(PackedBackend):
     """Vectors of neighbouring columns, for images of few channels and filters of any size."""
 
     name = "image_rows"
-    version = 5
+    version = 6
     packing_cost = (5e-5, 1e-8)
 
     def rejects_plain(self, problem: Problem) -> str | None:
@@ -183,8 +216,12 @@ class ImageRows(PackedBackend):
             return "its vectors hold floats, and integer results are exact"
         if p.c > _CHANNELS or p.k > _FILTERS:
             return f"it is for up to {_CHANNELS} channels and {_FILTERS} filters; here are {p.c} and {p.k}"
-        if p.strides != (1, 1):
-            return "its vectors take neighbouring columns and its tiles neighbouring rows, without strides"
+        if p.strides != (1, 1) and p.dilations != (1, 1):
+            return "strides take every so many rows and columns of an image, and so does dilation; it does either"
+        if p.strides[0] > p.kh or p.strides[1] > p.kw:
+            return "it copies all of an image, and strides longer than the filter leave parts out"
+        if p.c * p.strides[1] > _CHANNELS:
+            return f"with strides it is for up to {_CHANNELS} values from one column to the next"
         return None
 
     def configs_plain(self, problem: Problem, effort: Effort) -> Sequence[Config]:
@@ -196,7 +233,8 @@ class ImageRows(PackedBackend):
         """Return the bytes of each thread's copy of the input and staged results."""
         size, (rows, vectors) = item_bytes(problem.dtype), _tile(config)
         panels = _panels(problem, (rows, vectors), vector_bytes() // size)
-        values = problem.c * math.prod(panels.window) + problem.k * rows * panels.width * panels.staged
+        planes = _without_strides(problem).c
+        values = planes * math.prod(panels.window) + problem.k * rows * panels.width * panels.staged
         return config.threads * (values * size + 8 * rows)
 
     def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
@@ -205,17 +243,20 @@ class ImageRows(PackedBackend):
         lanes = machine.vector_bytes // size
         panels = _panels(p, tile, lanes)
         rows, across = tile[0], tile[1] * lanes
-        taps, phases = taps_together(p.kh), min(p.dilations[0], p.oh)
+        inner, phases = _without_strides(p), min(p.dilations[0], p.oh)
+        taps = taps_together(inner.kh)
         tiles = p.n * phases * -(-p.oh // (phases * rows)) * -(-p.ow // across)
         steps = tiles * p.k * p.group_c * p.kw
         # A vector of input that lies across two cache lines takes as long as two products.
-        products = 0.8 * max(rows * p.kh, 2 * (rows + taps - 1) * -(-p.kh // taps)) * tile[1] + 4
+        loads = p.strides[0] * (rows + taps - 1) * -(-inner.kh // taps)
+        products = 0.8 * max(rows * p.kh, 2 * loads) * tile[1] + 4
         compute = steps * products * lanes * 2 / _rates.peak(machine, size) + tiles * 20e-9
         pixels, outputs = p.n * p.h * p.w * p.c, p.n * p.oh * p.ow * p.k
         copies = 0.0
         if not panels.in_place:
             high = panels.shape[0] * rows
-            copies += pixels * (1 + (p.kh - 1) / high) * (0.1e-9 if p.c <= WOVEN else 0.4e-9)
+            woven = p.c * p.strides[1] in UNWOVEN
+            copies += pixels * (1 + (inner.kh - 1) / high) * (0.1e-9 if woven else 0.4e-9)
         if panels.staged:
             copies += outputs * (0.25e-9 if p.k <= WOVEN else 1e-9)
         copies += outputs * 3e-9 * (p.epilogue.code > RELU6)
@@ -226,20 +267,23 @@ class ImageRows(PackedBackend):
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Reorder the filters; compile for the tile and the filter's height if that has not been done."""
         p, tile = problem, _tile(config)
-        lanes = vector_bytes() // item_bytes(p.dtype)
-        packed = aligned((p.k, p.group_c, p.kw, p.kh), p.dtype)
-        packed[...] = filters.transpose(3, 2, 1, 0)
+        lanes, inner = vector_bytes() // item_bytes(p.dtype), _without_strides(p)
+        taps = taps_together(inner.kh)
+        packed = aligned((p.k, p.group_c, p.kh * p.kw), p.dtype)
+        packed[...] = _packed(filters, p.strides, taps)
         added = for_columns(bias, p.dtype, tile[1] * lanes)
         panels = _panels(p, tile, lanes)
         parts = split(panels.total, 4 * config.threads if config.threads > 1 else 1)
         values = {
-            "filters": packed, "bias": added, "pads": p.pads, "dilations": p.dilations, "shape": panels.shape,
-            "counts": panels.counts, "window": panels.window, "stage_width": panels.width * panels.staged,
-            "in_place": panels.in_place, "code": p.epilogue.code,
+            "filters": packed, "bias": added, "strides": p.strides, "pads": p.pads,
+            "chunks": np.array([chunks(-(-(p.kh - a) // p.strides[0]), taps) for a in range(min(p.strides[0], p.kh))]),
+            "shifts": _shifts(p, panels.window), "reach": inner.extent[1] - 1,
+            "dilations": p.dilations, "shape": panels.shape, "counts": panels.counts, "window": panels.window,
+            "stage_width": panels.width * panels.staged, "in_place": panels.in_place, "code": p.epilogue.code,
             "streamed": streams(p.output_shape, item_bytes(p.dtype), tile[1] * lanes, p.ow * p.k),
             "slope": p.epilogue.slope, "parts": np.array(parts, np.int64),
         }  # fmt: skip
-        compiled = functools.partial(_compiled, *tile, taps_together(p.kh), lanes, item_bytes(p.dtype))
+        compiled = functools.partial(_compiled, *tile, taps, lanes, item_bytes(p.dtype))
         return PackedKernel(compiled, p, values, len(parts), config.threads)
 
 

@@ -25,8 +25,9 @@ from convdispatch.backends._jit import compilable, inlined
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import CACHE_LINE, aligned, for_columns, streams
 from convdispatch.backends._panels import Panels, panels_of, place
-from convdispatch.backends._planes import WOVEN, fill_line, put_line, taps_together
+from convdispatch.backends._planes import WOVEN, fill_line, put_line
 from convdispatch.backends._put import put_tile
+from convdispatch.backends._taps import taps_together
 from convdispatch.backends._threads import split
 from convdispatch.backends._tile import add_to_all, register_tile, store, zeros
 from convdispatch.backends._vector import registers, vector_bytes

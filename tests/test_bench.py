@@ -643,7 +643,10 @@ from convdispatch import reference
 from convdispatch.problem import Problem
 from convdispatch.tuning import engines
 
-for text in "1x40x50x1 * 9x4x1x2 SAME separable", "1x40x50x3 * 5x5x1x3 SAME separable":
+for text in (
+    "1x40x50x1 * 9x4x1x2 SAME separable", "1x40x50x3 * 5x5x1x3 SAME separable",
+    "1x41x50x3 * 5x4x1x3 SAME stride=2x3 separable",
+):
     case = engines.Case.of(Problem.parse(text))
     expected = reference.convolve(case.problem, case.x, case.w)
     for how, build in engines.make({name!r}, 1).deployments(case).items():

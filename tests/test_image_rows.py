@@ -58,10 +58,27 @@ def test_heights_around_a_tile(height: int) -> None:
         "1x33x67x1 * 3x3x1x1 SAME float64 +residual",
         "3x11x37x16 * 3x3x16x16 SAME",
         "1x6x5000x2 * 15x15x2x1 SAME",  # a row that is cut into several panels
+        "1x61x139x1 * 5x5x1x1 SAME stride=2 +bias +residual +relu",  # an image pyramid's
+        "2x40x90x3 * 6x5x1x3 SAME stride=2 +gelu",
+        "1x33x71x4 * 4x4x4x4 SAME stride=4 +residual",  # patches
+        "1x33x131x4 * 15x16x2x6 pad=3,0,0,9 stride=4x2 float64",
+        "1x30x200x8 * 1x3x8x1 SAME stride=1x2 +bias",
+        "1x30x200x1 * 3x3x1x2 pad=4,7,9,40 stride=1x3",
+        "1x30x200x2 * 9x2x2x1 SAME stride=3x1",
+        "1x3x4x1 * 5x5x1x1 SAME stride=2",  # fewer rows and columns than strides and filters have
+        "1x1x1x1 * 9x9x1x1 SAME stride=9",
+        "1x6x5000x2 * 15x15x2x1 SAME stride=2",
     ],
 )
 def test_special_shapes(text: str) -> None:
     check(Problem.parse(text))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("stride", [1, 2, 3, 4])
+@pytest.mark.parametrize("width", [1, 2 * LANES - 1, 6 * LANES + 5])
+def test_any_number_of_planes_is_taken_apart(channels: int, stride: int, width: int) -> None:
+    check(Problem.parse(f"1x11x{width}x{channels} * 3x5x{channels}x1 pad=1,1,3,2 stride=1x{stride}"))
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
@@ -73,7 +90,8 @@ def test_few_channels_and_filters(channels: int, filters: int) -> None:
 @given(
     size=st.tuples(st.integers(1, 40), st.integers(1, 90)),
     kernel=st.tuples(st.sampled_from((3, 9)), st.integers(1, 12)),  # few heights: each compiles a kernel
-    dilations=st.sampled_from(((1, 1), (1, 1), (2, 3), (5, 1))),
+    steps=st.sampled_from(((1, 1), (1, 1), (2, 3), (5, 1))),
+    strided=st.booleans(),
     pads=st.tuples(*[st.integers(0, 20)] * 4),
     channels=st.integers(1, 5),
     filters=st.integers(1, 5),
@@ -82,17 +100,26 @@ def test_few_channels_and_filters(channels: int, filters: int) -> None:
 )
 @settings(max_examples=50, deadline=None)
 def test_any_shape_with_any_tile(
-    size: tuple[int, int], kernel: tuple[int, int], dilations: tuple[int, int], pads: tuple[int, int, int, int],
-    channels: int, filters: int, which: int, seed: int,
+    size: tuple[int, int], kernel: tuple[int, int], steps: tuple[int, int], strided: bool,
+    pads: tuple[int, int, int, int], channels: int, filters: int, which: int, seed: int,
 ) -> None:  # fmt: skip
+    strides, dilations = (steps, (1, 1)) if strided else ((1, 1), steps)
+    kernel = kernel[0] * strides[0] - seed % strides[0], max(kernel[1], strides[1])
     extent = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
     h, w = max(size[0], extent[0] - pads[0] - pads[1]), max(size[1], extent[1] - pads[2] - pads[3])
-    problem = Problem(2, h, w, channels, filters, *kernel, pads=pads, dilations=dilations)
+    problem = Problem(2, h, w, channels, filters, *kernel, pads=pads, strides=strides, dilations=dilations)
     configs = BACKEND.configs(problem, EFFORT)
     check(problem, configs[which % len(configs)], seed)
 
 
-@pytest.mark.parametrize("text", ["1x61x300x1 * 3x5x1x1 SAME", "2x40x90x3 * 11x3x3x2 SAME dilation=2 +bias +silu"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1x61x300x1 * 3x5x1x1 SAME",
+        "2x40x90x3 * 11x3x3x2 SAME dilation=2 +bias +silu",
+        "1x97x301x3 * 5x5x1x3 SAME stride=2 +bias",
+    ],
+)
 def test_threads_tiles_and_pickling_do_not_change_a_bit(text: str) -> None:
     problem = Problem.parse(text)
     expected = check(problem).tobytes()
@@ -101,8 +128,9 @@ def test_threads_tiles_and_pickling_do_not_change_a_bit(text: str) -> None:
 
 
 @pytest.mark.parametrize("panel", [1, 20_000])
-def test_panels_of_any_size_give_the_same_bits(panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = Problem.parse("1x61x300x2 * 5x5x2x2 SAME")
+@pytest.mark.parametrize("text", ["1x61x300x2 * 5x5x2x2 SAME", "1x121x600x2 * 10x5x2x2 SAME stride=2"])
+def test_panels_of_any_size_give_the_same_bits(panel: int, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem.parse(text)
     expected = check(problem).tobytes()
     panels_of.cache_clear()
     monkeypatch.setattr(_panels, "_PANEL", panel)
@@ -112,8 +140,12 @@ def test_panels_of_any_size_give_the_same_bits(panel: int, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    "text", ["1x1080x1920x1 * 3x3x1x1 SAME", "1x1080x1920x4 * 31x31x4x8 SAME", "1x50x100000x3 * 15x15x3x16 SAME"]
-)
+    "text",
+    [
+        "1x1080x1920x1 * 3x3x1x1 SAME", "1x1080x1920x4 * 31x31x4x8 SAME", "1x50x100000x3 * 15x15x3x16 SAME",
+        "1x1080x1920x4 * 31x31x4x8 SAME stride=4",
+    ],
+)  # fmt: skip
 def test_scratch_does_not_grow_with_the_image(text: str) -> None:
     problem = Problem.parse(text)
     for config in BACKEND.configs(problem, EFFORT):
@@ -139,8 +171,10 @@ def test_one_bad_pixel_spoils_only_the_windows_over_it() -> None:
         ("1x9x9x1 * 3x3x1x1 SAME int32", "integer"),
         ("1x9x9x17 * 3x3x17x1 SAME", "17 and 1"),
         ("1x9x9x1 * 3x3x1x64 SAME", "1 and 64"),
-        ("1x9x9x1 * 3x3x1x1 SAME stride=1x2", "strides"),
-        ("1x9x9x1 * 3x3x1x1 SAME stride=2x1", "strides"),
+        ("1x9x9x1 * 3x3x1x1 SAME stride=1x4", "longer"),
+        ("1x9x9x1 * 2x3x1x1 SAME stride=3x1", "longer"),
+        ("1x9x9x1 * 3x3x1x1 SAME stride=2x1 dilation=1x2", "either"),
+        ("1x9x9x9 * 3x3x9x1 SAME stride=2", "16"),
     ],
 )
 def test_it_says_what_it_does_not_do(text: str, reason: str) -> None:

@@ -12,7 +12,7 @@ from convdispatch.tuning.workload import Layer, Workload, load, packaged
 
 SMALL = Problem.parse("1x8x8x4 * 3x3x4x8 SAME")
 OTHER = Problem.parse("2x9x9x4 * 1x1x4x8 VALID stride=2")
-PACKAGED = ("filters1080p", "mixed", "mobilenetv2", "resnet50", "smoothing1080p", "unet", "vgg16")
+PACKAGED = ("downsampling1080p", "filters1080p", "mixed", "mobilenetv2", "resnet50", "smoothing1080p", "unet", "vgg16")
 
 
 def convolutions(workload: Workload) -> int:
@@ -116,6 +116,13 @@ def test_smoothing_filters_are_separable_and_keep_the_frame() -> None:
         assert layer.problem.output_shape[1:3] in {(1080, 1920), (540, 960)}
 
 
+def test_downsampling_filters_keep_some_pixels() -> None:
+    for layer in load("downsampling1080p").layers:
+        p = layer.problem
+        assert p.strides[0] == p.strides[1] > 1
+        assert (p.oh, p.ow) == (-(-p.h // p.strides[0]), -(-p.w // p.strides[1]))
+
+
 def test_with_batch_replaces_every_n() -> None:
     workload = load("resnet50").with_batch(8)
     assert {layer.problem.n for layer in workload.layers} == {8}
@@ -207,7 +214,7 @@ def test_short_forms_in_a_file(tmp_path: Path) -> None:
     [
         (
             "resnet5",
-            "no packaged workload is called 'resnet5'; did you mean resnet50[?] packaged are filters1080p, ",
+            "no packaged workload is called 'resnet5'; did you mean resnet50[?] packaged are downsampling1080p, ",
         ),
         ("VGG-16", "did you mean vgg16[?]"),
         (
@@ -215,7 +222,7 @@ def test_short_forms_in_a_file(tmp_path: Path) -> None:
             r"called 'zzz'; packaged are .*vgg16; or give a file such as ./zzz.yaml, or a problem",
         ),
         ("", "called ''; packaged are"),
-        ("x.yaml", r"^x\.yaml: this file does not exist; packaged workloads are filters1080p, "),
+        ("x.yaml", r"^x\.yaml: this file does not exist; packaged workloads are downsampling1080p, "),
         ("./nowhere", "^nowhere: this file does not exist"),
         ("a*b.yaml", r"^a\*b\.yaml: this file does not exist"),
         ("1x8x8x4 * 3x3x4", "^workload: problem .* the filter shape must be four numbers"),

@@ -30,8 +30,9 @@ class OpenCV:
         """Return the filter, where it applies, and the network."""
         p = case.problem
         ways: dict[str, Build] = {"dnn": lambda: self._net(case)}  # which has two passes wrong for some shapes
-        plain = p.strides == (1, 1) and p.dilations == (1, 1) and not p.epilogue
-        within = p.pads[0] < p.kh and p.pads[2] < p.kw and p.oh <= p.h and p.ow <= p.w
+        (top, _, left, _), (sh, sw) = p.pads, p.strides
+        plain = p.dilations == (1, 1) and not p.epilogue
+        within = top < p.kh and left < p.kw and (p.oh - 1) * sh < p.h and (p.ow - 1) * sw < p.w
         if plain and within and p.group_c == 1 and p.k <= 16:
             ways["filter2D"] = lambda: self._filters(case)
             if (two := case.two) is not None:
@@ -67,4 +68,5 @@ class OpenCV:
             for plane, target, kernel in jobs:
                 function(plane, -1, *kernel, target, anchor, 0, border)
 
-        return Deployment(run, lambda _: nhwc(out[:, :, : p.oh, : p.ow]))
+        # It knows no strides: whoever wants every other pixel takes those of all.
+        return Deployment(run, lambda _: nhwc(out[:, :, :: p.strides[0], :: p.strides[1]][:, :, : p.oh, : p.ow]))
