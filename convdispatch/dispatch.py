@@ -169,12 +169,23 @@ def _miss(problem: Problem, deployment: str, options: Options, why: str = "") ->
 
 
 def miss_text(problem: Problem, deployment: str, options: Options) -> str:
-    """Return what to tell of a miss: the key that is missing, and the command that would fill it."""
+    """Return what to tell of a miss: the key, and the command that would fill it, or what options rule it out."""
     key = key_for(problem, deployment, options)
+    if any(_is_current(row) for found in _answers(problem, deployment, options) for row in found.entry.results):
+        return (
+            f"a profile has an entry for '{key}', but the options rule out all that it measured "
+            f"(accuracy={options.accuracy!r}{_limits(options)}), and tuning='replay' measures nothing"
+        )
     tune = f"convdispatch tune {shlex.quote(str(problem))} --deployment {deployment} --threads {key.threads}"
     if options.profile is not None:
         tune += f" --profile {shlex.quote(str(options.profile))}"
     return f"no profile has an entry that may be used for '{key}', and tuning='replay' measures nothing: run {tune}"
+
+
+def _is_current(result: Result) -> bool:
+    """Return whether the backend that a result is of is there as it was measured, and not in quarantine."""
+    backend = registry.available().get(result.backend)
+    return backend is not None and backend.version == result.version and not quarantine.of(backend)
 
 
 def look(problem: Problem, deployment: str, forced: Forced = None) -> Decision:
@@ -379,17 +390,21 @@ def _tuned(problem: Problem, deployment: str, options: Options) -> Decision | No
 
 def _estimated(answers: Sequence[Found], problem: Problem, deployment: str, options: Options) -> Decision:
     usable, refused = heuristic.usable(problem, options)
-    allowed = [backend for backend in usable.values() if heuristic.accurate_by_kind(backend, problem, options)]
+    allowed = [backend for backend in usable.values() if heuristic.accurate_by_kind(backend, options)]
     ranking = transfer.rank(problem, allowed, heuristic.thread_budget(options), deployment)
-    measured, not_these = _errors(answers), []
+    measured = [row for answer in answers for row in answer.entry.results]
+    not_these, unmeasured = [], [name for name, backend in usable.items() if backend not in allowed]
     # What third parties promise of themselves is unchecked: they are for those whom nothing else is left to.
     trusted = sorted(ranking.estimates, key=lambda each: not registry.is_built_in(each.candidate.backend))
     for estimate in trusted:
         candidate = estimate.candidate
         if estimate.seconds is None:
             continue  # nothing unknown is chosen unmeasured
-        off = measured.get((candidate.backend.name, candidate.backend.version, candidate.config), 0.0)
-        if not heuristic.accurate_by_measure(candidate.backend, problem, off, options):
+        off = heuristic.measured_error(candidate, measured)
+        if off is None and not heuristic.accurate_by_bound(candidate, problem, options):
+            unmeasured.append(candidate.backend.name)
+            continue
+        if off is not None and not heuristic.accurate_by_measure(candidate.backend, problem, off, options):
             not_these.append(f"{candidate}: its error was measured as {off:.2g}")
             continue
         try:
@@ -401,25 +416,21 @@ def _estimated(answers: Sequence[Found], problem: Problem, deployment: str, opti
             basis = f" ({ranking.basis})" if ranking.basis else ""
             said = f"{time_text(estimate.seconds)} predicted{basis}"
             return Decision(candidate, Evidence("estimate", said), seconds=estimate.seconds)
-    if unmeasured := [name for name, backend in usable.items() if backend not in allowed]:
-        not_these.insert(0, f"{', '.join(unmeasured)}: accuracy={options.accuracy!r} needs errors measured")
+    if unmeasured:
+        names, asked = ", ".join(sorted(set(unmeasured))), f"accuracy={options.accuracy!r}"
+        why = "allows local backends only" if options.accuracy == "strict" else "needs errors measured: tune it"
+        not_these.insert(0, f"{names}: {asked} {why}")
     reasons = "; ".join([*(f"{name}: {reason}" for name, reason in refused.items()), *not_these])
-    limits = f", forbid={options.forbid}" if options.forbid else ""
-    limits += f", memory_limit={options.memory_limit}" if options.memory_limit is not None else ""
     raise BackendRejectedError(
-        f"no backend may do {problem} under accuracy={options.accuracy!r}{limits}"
+        f"no backend may do {problem} under accuracy={options.accuracy!r}{_limits(options)}"
         + (f" ({reasons})" if reasons else "")
     )
 
 
-def _errors(answers: Sequence[Found]) -> dict[tuple[str, int, Config], float]:
-    """Return the errors that were measured of a problem's candidates, the worst of each."""
-    found: dict[tuple[str, int, Config], float] = {}
-    for answer in answers:
-        for row in answer.entry.results:
-            name = row.backend, row.version, row.config
-            found[name] = max(row.error, found.get(name, 0.0))
-    return found
+def _limits(options: Options) -> str:
+    """Return what options besides accuracy rule candidates out."""
+    limits = f", forbid={options.forbid}" if options.forbid else ""
+    return limits + (f", memory_limit={options.memory_limit}" if options.memory_limit is not None else "")
 
 
 def parse_forced(backend: Any) -> Forced:
@@ -453,6 +464,8 @@ def make_plan(
         made = online.plan(contest, filters, bias)
     else:
         made = _plain_plan(problem, filters, bias, deployment, forced)
+        if deployment == "plan":
+            made.complete()  # or a later call would wait for a compiler
     if forced is None:
         made.budget = heuristic.budget_of()
     return made

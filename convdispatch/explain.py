@@ -172,23 +172,24 @@ def _evidence(decision: Decision, problem: Problem, entry: Entry | None) -> Evid
     winner, known = entry.winner, heuristic.usable(problem, settings.current())[0].get(entry.winner.backend)
     if known is None or known.version != winner.version:
         return told  # the row of that backend says why
-    against = _objection(problem, Candidate(known, winner.config), winner, None)
+    against = _objection(problem, Candidate(known, winner.config), [winner], None)
     return replace(told, detail=f"{told.detail}; not the winner, {winner.name}: {against}") if against else told
 
 
-def _objection(problem: Problem, candidate: Candidate, measured: Result | None, failed: Failure | None) -> str:
+def _objection(problem: Problem, candidate: Candidate, measured: Sequence[Result], failed: Failure | None) -> str:
     """Return what the options or a measurement hold against a candidate that could do the problem, or nothing."""
-    options = settings.current()
+    options, off = settings.current(), heuristic.measured_error(candidate, measured)
     workspace, complaint = _workspace(candidate, problem)
     if workspace is None:
         return complaint
     if not heuristic.fits_memory(workspace, options):
         return f"needs more workspace than memory_limit={options.memory_limit}"
-    if measured is not None and not heuristic.accurate_by_measure(candidate.backend, problem, measured.error, options):
+    if off is not None and not heuristic.accurate_by_measure(candidate.backend, problem, off, options):
         return f"its error was measured above what accuracy={options.accuracy!r} allows"
-    if measured is None and failed is not None:
+    if off is None and failed is not None:
         return f"failed when measured: {failed.reason}"
-    if measured is None and not heuristic.accurate_by_kind(candidate.backend, problem, options):
+    allowed = heuristic.accurate_by_kind(candidate.backend, options)
+    if off is None and not (allowed and heuristic.accurate_by_bound(candidate, problem, options)):
         return f"accuracy={options.accuracy!r} needs its error measured"
     return ""
 
@@ -226,7 +227,7 @@ def _rows(key: Key, entry: Entry | None, decision: Decision | None) -> Sequence[
                 name,
                 chosen,
                 candidate.name,
-                "" if chosen else _objection(problem, candidate, measured, failed),
+                "" if chosen else _objection(problem, candidate, results, failed),
                 estimates[candidate.name] if candidate.name in estimates else _estimate(candidate, problem),
                 measured.median if measured else None,
                 measured.spread if measured and measured.rounds > 1 else None,

@@ -8,6 +8,7 @@ from convdispatch import machine, quarantine, registry, settings
 from convdispatch.backend import Backend, Candidate, Config, Effort, seen_by
 from convdispatch.errors import warn
 from convdispatch.problem import ROUNDING, Problem
+from convdispatch.profile import Result
 from convdispatch.settings import Options
 
 #: Largest measured error of an accuracy class, in units of the sum dtype's epsilon; "strict" has a rule of its own.
@@ -133,15 +134,37 @@ def fits_memory(workspace: int, options: Options) -> bool:
     return options.memory_limit is None or workspace <= options.memory_limit
 
 
-def accurate_by_kind(backend: Backend, problem: Problem, options: Options) -> bool:
-    """Return whether a backend's unmeasured accuracy will do: a number asks for a measurement of transforms.
+def accurate_by_kind(backend: Backend, options: Options) -> bool:
+    """Return whether a backend's unmeasured accuracy may do: a number asks for a measurement of transforms."""
+    exact = isinstance(options.accuracy, float) or options.accuracy == "strict"
+    return not exact or backend.numerics.kind == "local"
 
-    Nothing will do for a number below an eighth of epsilon: rounding the results is more than that.
+
+def accurate_by_bound(candidate: Candidate, problem: Problem, options: Options) -> bool:
+    """Return whether an unmeasured candidate of a backend ``accurate_by_kind`` keeps within a number by its own bound.
+
+    An accuracy class goes by the kind alone. So does a backend whose bound raises: it is then one that says nothing.
     """
-    if isinstance(options.accuracy, float):
-        reachable = problem.is_integer or options.accuracy >= _EPSILON[problem.sum_dtype] / 8
-        return reachable and backend.numerics.kind == "local"
-    return options.accuracy != "strict" or backend.numerics.kind == "local"
+    if problem.is_integer or not isinstance(options.accuracy, float):
+        return True
+    try:
+        growth = float(candidate.backend.numerics.growth(problem, candidate.config))
+    except (Exception, SystemExit):  # noqa: BLE001  # somebody's backend must not stop the others
+        return False
+    return growth * _EPSILON[problem.sum_dtype] + ROUNDING.get(problem.dtype, 0.0) <= options.accuracy
+
+
+def measured_error(candidate: Candidate, rows: Iterable[Result]) -> float | None:
+    """Return the worst error that was measured of a candidate, None if none was.
+
+    Sums over windows of their own differ little between a backend's configs, so there its others count too.
+    """
+    backend = candidate.backend
+    own = [row for row in rows if (row.backend, row.version) == (backend.name, backend.version)]
+    same = [row.error for row in own if row.config == candidate.config]
+    if not same and backend.numerics.kind == "local":
+        same = [row.error for row in own]
+    return max(same, default=None)
 
 
 def accurate_by_measure(backend: Backend, problem: Problem, error: float, options: Options) -> bool:

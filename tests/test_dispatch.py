@@ -230,17 +230,52 @@ def test_when_no_stored_result_is_allowed_a_lower_layer_and_then_the_estimate_de
 def test_a_number_for_accuracy_wants_transforms_measured_first(three: dict[str, Scripted]) -> None:
     three["spectral"].expected = 0.1
     assert chosen() == ("spectral", "estimate")
-    with settings.options(accuracy=1e-6):
+    with settings.options(accuracy=1e-5):
         assert chosen() == ("quick", "estimate")
         know(result("spectral"))
         assert chosen() == ("spectral", "profile")
+
+
+def test_a_number_for_accuracy_that_no_bound_keeps_wants_everything_measured(three: dict[str, Scripted]) -> None:
+    three["steady"].expected = 0.5
+    bound = (PROBLEM.taps / 2 + 4) * 2.0**-23
+    with settings.options(accuracy=bound):
+        assert chosen() == ("steady", "estimate")
+    with settings.options(accuracy=bound * 0.99):
+        with pytest.raises(BackendRejectedError, match=r"quick, spectral, steady: accuracy=.* tune it"):
+            chosen()
+        know(result("quick", error=bound / 2, config=Config(measured=1)))
+        assert chosen() == ("quick", "profile")
+
+
+def test_other_configs_of_a_local_backend_are_as_accurate_as_those_measured(
+    three: dict[str, Scripted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    know(result("steady", error=4e-7, config=Config(measured=1)), result("spectral", error=4e-7, config=Config(m=1)))
+    rows = profile.find(dispatch.key_for(PROBLEM, "plan", settings.current()))[0].entry.results
+    assert heuristic.measured_error(Candidate(three["steady"], Config()), rows) == 4e-7
+    assert heuristic.measured_error(Candidate(three["spectral"], Config()), rows) is None
+    assert heuristic.measured_error(Candidate(three["quick"], Config()), rows) is None
+    monkeypatch.setattr(three["steady"], "version", 2)
+    assert heuristic.measured_error(Candidate(three["steady"], Config()), rows) is None
+
+
+def test_a_bound_that_raises_keeps_within_no_number(
+    three: dict[str, Scripted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(problem: Problem, config: Config) -> float:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(three["quick"], "numerics", Numerics(growth=broken))
+    with settings.options(accuracy=1e-3):
+        assert chosen() == ("steady", "estimate")
 
 
 def test_an_accuracy_that_was_measured_of_nobody_says_so(three: dict[str, Scripted]) -> None:
     with settings.options(accuracy=1e-20), pytest.raises(BackendRejectedError) as raised:
         chosen()
     assert str(raised.value).endswith(
-        "under accuracy=1e-20 (quick, steady, spectral: accuracy=1e-20 needs errors measured)"
+        "under accuracy=1e-20 (quick, spectral, steady: accuracy=1e-20 needs errors measured: tune it)"
     )
 
 
@@ -653,7 +688,7 @@ def test_options_are_their_threads_own(three: dict[str, Scripted]) -> None:
         ("accuracy", "STRICT", "strict"), ("accuracy", "1e-5", 1e-5), ("tuning", "on_miss", "on-miss"),
         ("forbid", "fft, winograd,fft", ("fft", "winograd")), ("forbid", ["b", "a"], ("a", "b")),
         ("threads", "4", 4), ("threads", None, None), ("time_limit", 0, 0.0), ("profile", "", None),
-        ("profile", "a/b.yaml", Path("a/b.yaml")), ("effort", " Patient ", "patient"),
+        ("profile", "a/b.yaml", Path("a/b.yaml").absolute()), ("effort", " Patient ", "patient"),
         ("isolation", "Third_Party", "third-party"),
     ],
 )  # fmt: skip
@@ -696,7 +731,17 @@ def test_every_option_can_be_set_by_its_environment_variable(monkeypatch: pytest
         monkeypatch.setenv(f"CONVDISPATCH_{name}", value)
     settings.from_environment.cache_clear()
     assert settings.current() == settings.Options(
-        "strict", "patient", ("fft", "winograd"), "all", 1 << 20, "warn", 0.05, Path("some.yaml"), 3, 2.5, "on-miss"
+        "strict",
+        "patient",
+        ("fft", "winograd"),
+        "all",
+        1 << 20,
+        "warn",
+        0.05,
+        Path("some.yaml").absolute(),
+        3,
+        2.5,
+        "on-miss",
     )
     with settings.options(threads=1):  # a block is nearer than the environment
         assert settings.current().threads == 1
@@ -786,7 +831,7 @@ def test_explain_shows_no_measurement_of_another_version(three: dict[str, Script
         ({"forbid": "steady"}, "steady", "forbidden by options"),
         ({"memory_limit": 10}, "steady", "needs more workspace than memory_limit=10"),
         ({"accuracy": "strict"}, "spectral", "accuracy='strict' allows local backends only"),
-        ({"accuracy": 1e-6}, "spectral", "accuracy=1e-06 needs its error measured"),
+        ({"accuracy": 1e-5}, "spectral", "accuracy=1e-05 needs its error measured"),
     ],
 )
 def test_explain_says_what_the_options_hold_against_a_backend(

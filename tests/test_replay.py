@@ -14,7 +14,7 @@ from scripted import PROBLEM, RULES, FakeClock, Scripted, only
 import convdispatch
 from convdispatch import dispatch, machine, profile, settings
 from convdispatch.arguments import Array
-from convdispatch.backend import Config, Kernel
+from convdispatch.backend import Config, Kernel, Numerics
 from convdispatch.cli import main
 from convdispatch.errors import ArgumentError, ConvDispatchError, ProfileMissError, ProfileWarning
 from convdispatch.explain import explain_problem
@@ -105,6 +105,17 @@ def test_a_miss_raises_each_time_and_names_key_and_command(two: dict[str, Script
     assert isinstance(told.value, LookupError)
     assert isinstance(told.value, ConvDispatchError)
     assert measured(two) == 0
+
+
+@pytest.mark.parametrize("options", [{"accuracy": 1e-8}, {"forbid": ("large", "small")}, {"memory_limit": 5}])
+def test_a_miss_that_tuning_does_not_end_names_the_options(two: dict[str, Scripted], options: dict[str, Any]) -> None:
+    know(("small", 1.0, Config()), ("large", 2.0, Config(bytes=1000)))
+    with settings.options(**REPLAY, **options), pytest.raises(ProfileMissError) as told:
+        convdispatch.plan(X.shape, W)
+    assert "the options rule out all that it measured" in str(told.value)
+    for name, value in options.items():
+        assert f"{name}={value!r}" in str(told.value)
+    assert "run convdispatch" not in str(told.value)
 
 
 def test_the_command_that_is_named_ends_the_miss(tmp_path: Path) -> None:
@@ -226,8 +237,11 @@ def test_a_limit_that_nothing_stored_fits_leaves_it_to_the_estimate_without_meas
     assert measured(two) == 0
 
 
-def test_explain_says_what_else_kept_the_winner_from_being_chosen(two: dict[str, Scripted]) -> None:
-    know(("large", 1.0, Config(bytes=1000)), ("small", 1.5, Config()))
+def test_explain_says_what_else_kept_the_winner_from_being_chosen(
+    two: dict[str, Scripted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    know(("large", 1.0, Config(bytes=1000)))
+    monkeypatch.setattr(two["small"], "numerics", Numerics(growth=lambda *_: 0.5))
     with settings.options(threads=2, accuracy=7e-8):
         told = explain_problem(PROBLEM)
     assert told.evidence.source == "estimate"

@@ -384,7 +384,7 @@ def _picks(key: Key, backends: dict[str, Backend]) -> list[Candidate]:
     """
     free = replace(settings.current(), forbid=(), accuracy="standard", memory_limit=None)
     usable = heuristic.usable(key.problem, free)[0]
-    fit = [b for name, b in usable.items() if name in backends and heuristic.accurate_by_kind(b, key.problem, free)]
+    fit = [b for name, b in usable.items() if name in backends and heuristic.accurate_by_kind(b, free)]
     ranked = (
         heuristic.rank(key.problem, fit, key.threads),
         transfer.rank(key.problem, fit, key.threads, key.deployment).estimates,
