@@ -31,6 +31,7 @@ from convdispatch.terminal import (
     print_table,
     print_what_can_be_printed,
     profile_option,
+    resumable,
     scope,
     table,
     tell_of_waiting,
@@ -96,7 +97,7 @@ main.add_command(validate)
 )
 @profile_option
 @json_option
-@explained
+@resumable
 def tune(
     what: str | None,
     recording: Path | None,
@@ -251,7 +252,7 @@ def _print_tune(result: TuneReport, here: Machine | None = None, hosts: Sequence
 @main.command()
 @click.argument("what")
 @threads_option
-@explained
+@resumable
 def warmup(what: str, threads: int | None) -> None:
     """Compile every kernel that WHAT may need, so that no call waits for a compiler.
 

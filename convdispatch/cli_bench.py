@@ -185,6 +185,10 @@ def _print(found: Report, *, allow_busy: bool, verbose: bool) -> None:
     out.print(f"{here.cpu}, {found.threads} of {here.cores} cores' threads, {found.rounds} rounds")
     versions = [f"{_label(name)} {version}" for name, version in found.versions.items()]
     out.print(", ".join(versions))
+    if not found.layers:
+        for line in _lines(found, allow_busy=allow_busy, verbose=verbose):
+            out.print(line)
+        return
     engines = [name for name in found.layers[0].timings if name in found.versions]
     rows = table(
         "GFLOP/s of each engine's best round ± half the spread of its rounds",

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from convdispatch import exit_codes, machine, profile, profile_tools, quarantine, report
+from convdispatch import exit_codes, machine, profile, profile_tools, quarantine, report, safe_file
 from convdispatch.errors import ProfileError
 from convdispatch.profile import Entry, Key, Profile
 from convdispatch.profile_doctor import Finding, examine
@@ -286,7 +286,10 @@ def export(target: Path, portable: bool, force: bool, file: Path | None, as_json
     """
     if target.exists() and not force:
         raise ProfileError(f"{target} is there already; --force replaces it, profile merge --into adds to it")
-    done = profile_tools.export(profile.read(_place(file)), portable=portable)
+    source = _place(file)
+    if safe_file.real(target) == safe_file.real(source):
+        raise ProfileError(f"{target} is the profile itself; name another file, or take entries out with profile prune")
+    done = profile_tools.export(profile.read(source), portable=portable)
     if done.left_out and not done.entries:
         why = "; ".join(sorted(set(done.left_out.values())))
         raise ProfileError(f"nothing would be in {target}: all {len(done.left_out)} entries are left out: {why}")
@@ -303,11 +306,11 @@ def export(target: Path, portable: bool, force: bool, file: Path | None, as_json
 
 
 @profile_group.command()
-@click.option("--stale", is_flag=True, help="Won by a version of a backend that is older than the installed one.")
+@click.option("--stale", is_flag=True, help="Won by another version of a backend than the installed one.")
 @click.option("--flagged", is_flag=True, help="Marked as doubtful.")
 @click.option("--broken", is_flag=True, help="Cannot be read; the text goes to PROFILE.broken.")
 @click.option("--quarantined", is_flag=True, help="Quarantines: the backends are tried again.")
-@click.option("--machine", "where", metavar="ID", help="Only what was measured on this machine.")
+@click.option("--machine", "where", metavar="ID", help="Only what was measured on this machine; 'here' is this one.")
 @click.option("--older-than", type=click.FloatRange(min=0), metavar="DAYS", help="Only what is older.")
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
 @profile_option
@@ -329,6 +332,7 @@ def prune(
     --stale, --flagged, --broken and --quarantined name kinds, of which any goes; --machine and --older-than narrow
     that, and select by themselves where no kind is named.
     """
+    where = machine.current().id if where == "here" else where
     what = Selection(stale, flagged, broken, quarantined, where, older_than)
     if what.empty:
         raise click.UsageError("say what goes: --stale, --flagged, --broken, --quarantined, --machine, --older-than")

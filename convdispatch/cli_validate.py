@@ -116,7 +116,11 @@ def _print_calibration(found: CalibrationReport) -> None:
     "--effort", type=click.Choice(list(RULES)), default="measure", show_default=True, help="Of the tunes, as in tune."
 )
 @click.option("--deployment", type=click.Choice(DEPLOYMENTS), default="plan", show_default=True, help="As in tune.")
-@click.option("--check", is_flag=True, help="Exit with code 4 unless every target is reached.")
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Exit with code 4 unless every target is reached, with 5 if the machine was busy for most problems.",
+)
 @threads_option
 @profile_option
 @json_option
@@ -137,14 +141,15 @@ def validate(
 
     The problems are WORKLOAD's (written as in tune), and random ones. Each is tuned twice from nothing, and all its
     candidates race against each other; regret is the time of a choice over that of the best, in a final duel. The
-    profile is only read, for its calibration; measure on an idle machine.
+    profile is only read, for its calibration; without one (convdispatch calibrate keeps it) that is measured first.
+    Measure on an idle machine.
     """
     load = workloads.load(what).distinct() if what else None
     problems: list[Problem] = [layer.problem for layer in load.layers] if load else []
     problems += [problem for problem in draw_problems(count, seed) if problem not in problems]
     if not problems:
         raise ArgumentError("there is nothing to validate: name a workload, or ask for --problems")
-    total, numbers = len(problems) + 2, itertools.count(1)
+    total, numbers = len(problems) + 3, itertools.count(1)
     with scope(threads, file):
         found = validating.validate(
             problems,
@@ -164,6 +169,8 @@ def validate(
         print_validation(found)
     if check and not found.reached:
         sys.exit(exit_codes.FAILED)
+    if check and 2 * len(found.doubtful) > len(found.cases):
+        sys.exit(exit_codes.BUSY)
 
 
 def print_validation(found: Validation) -> None:

@@ -26,7 +26,8 @@ from convdispatch.errors import (
 )
 from convdispatch.problem import Problem, dtype_of
 
-#: Usual calls of a plan before it gets a short way into its kernel: what is called once is done sooner without.
+#: Usual calls of a plan before it gets a short way into its kernel, unless ``complete`` does: what is called once is
+#: done sooner without.
 _RUNS_BEFORE = 2
 #: Who redoes the images that a transform spoiled, the first that the options allow; the last can do everything.
 _LOCAL = ("im2col", "implicit_gemm", "numba", "direct")
@@ -130,9 +131,9 @@ class Plan:
         self._lock = threading.Lock()
 
     def complete(self) -> None:
-        """Compile what its calls will need besides its kernel; by itself a plan does so after some calls."""
+        """Compile what its calls need besides its kernel, and enter that from the first call on, not after some."""
         if self._plain:
-            self._short_way()
+            self._tried, self._enter = True, self._short_way()
 
     @property
     def workspace(self) -> int:

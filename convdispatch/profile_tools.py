@@ -333,7 +333,7 @@ def broken_notes(source: Profile) -> dict[str, str]:
 
 
 def stale_reason(entry: Entry, rows: Callable[[Entry], Mapping[str, int]] | None = None) -> str:
-    """Return which backend has a newer version than an entry's winner was measured with, or nothing.
+    """Return which backend has another version than an entry's winner was measured with, or nothing.
 
     Args:
         entry: the entry.
@@ -344,5 +344,5 @@ def stale_reason(entry: Entry, rows: Callable[[Entry], Mapping[str, int]] | None
     return ", ".join(
         f"{name} was version {version}, is {now[name].version}"
         for name, version in measured.items()
-        if name in now and version < now[name].version
+        if name in now and version != now[name].version
     )

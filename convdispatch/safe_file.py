@@ -23,6 +23,12 @@ def real(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
+def _check_regular(path: Path) -> None:
+    """Raise OSError for a device, a pipe or a folder: a file would take its place, and it would be gone."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is there and is no regular file", str(path))
+
+
 @contextlib.contextmanager
 def exclusive(path: Path, seconds: float = _SECONDS_TO_WAIT) -> Iterator[None]:
     """Hold the sole right to change a file, among all processes that ask for it this way.
@@ -36,10 +42,12 @@ def exclusive(path: Path, seconds: float = _SECONDS_TO_WAIT) -> Iterator[None]:
         seconds: how long to wait for others.
 
     Raises:
-        OSError: if it cannot be locked; ``TimeoutError``, which is one, if others hold it for so long.
+        OSError: if it is no regular file, or cannot be locked; ``TimeoutError``, which is one, if others hold it for
+            so long.
     """
     import filelock  # noqa: PLC0415  # needed only where something is written
 
+    _check_regular(path)
     lock = path.with_name(path.name + ".lock")
     if _can_lock(lock):
         with filelock.FileLock(lock, timeout=seconds, poll_interval=_SECONDS_BETWEEN_TRIES):
@@ -133,6 +141,7 @@ def replace(path: Path, content: bytes) -> None:
     Raises:
         OSError: if that is impossible; the old file is unchanged then, and nothing else is left.
     """
+    _check_regular(path)
     # Not by tempfile: its files are for their owner only, and this one may be everyone's.
     beside = path.with_name(f".{path.name}-{os.getpid()}.tmp")
     draft = re.compile(rf"\.{re.escape(path.name)}-\d+\.tmp")  # no wider: the folder has other files' drafts too

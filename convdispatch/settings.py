@@ -98,7 +98,7 @@ def _path(value: Any) -> Path | None:
         raise ArgumentTypeError(f"profile must be a file's path; got {value!r}")
     if "\0" in os.fspath(value):
         raise ArgumentError(f"profile must be a file's path, which no NUL is part of; got {value!r}")
-    return Path(value).expanduser()
+    return Path(value).expanduser().absolute()  # a program may go elsewhere
 
 
 def _share(value: Any) -> float:

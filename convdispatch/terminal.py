@@ -109,7 +109,15 @@ def tell_of_waiting(said: str) -> None:
 
 def explained(command: Command) -> Command:
     """Turn errors into a line on stderr and an exit code, and what convdispatch warns of into lines there too."""
+    return _explained(command, "")
 
+
+def resumable(command: Command) -> Command:
+    """Do as ``explained`` does for a command that loses nothing by being interrupted."""
+    return _explained(command, "; what is done is kept, and the same command goes on")
+
+
+def _explained(command: Command, kept: str) -> Command:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
@@ -119,7 +127,7 @@ def explained(command: Command) -> Command:
             click.echo(f"convdispatch: {error}", err=True)
             sys.exit(exit_codes.BUSY if isinstance(error, BusyMachineError) else exit_codes.ERROR)
         except KeyboardInterrupt:
-            click.echo("convdispatch: interrupted; what is done is kept, and the same command goes on", err=True)
+            click.echo(f"convdispatch: interrupted{kept}", err=True)
             sys.exit(exit_codes.INTERRUPTED)
 
     return run

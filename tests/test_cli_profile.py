@@ -40,6 +40,16 @@ def shown(file: Path, *words: str) -> list[str]:
     return [found["problem"].split()[0] for found in data("show", "--profile", file, *words)]
 
 
+def test_a_profile_is_not_exported_onto_itself(mixed: Path) -> None:
+    before = mixed.read_bytes()
+    (mixed.parent / "link.yaml").symlink_to(mixed)
+    for target in (mixed, mixed.parent / "link.yaml"):
+        done = run("export", target, "--force", "--profile", mixed)
+        assert done.exit_code == 1
+        assert "is the profile itself" in done.output
+    assert mixed.read_bytes() == before
+
+
 def test_show_filters_and_sorts(file: Path) -> None:
     file.write_text(
         text_of(

@@ -122,8 +122,19 @@ def test_what_is_wrong_is_an_error_with_words(wrong: Any) -> None:
             made(X, out=wrong)
 
 
+def test_a_plan_enters_the_short_way_from_the_first_call_on() -> None:
+    assert convdispatch.plan(X, W, backend=("implicit_gemm", {"threads": 1}))._enter is not None
+
+
+def unpickled() -> convdispatch.Plan:
+    made: convdispatch.Plan = pickle.loads(
+        pickle.dumps(convdispatch.plan(X, W, backend=("implicit_gemm", {"threads": 1})))
+    )
+    return made
+
+
 def test_what_is_called_once_does_without() -> None:
-    made = convdispatch.plan(X, W, backend=("implicit_gemm", {"threads": 1}))
+    made = unpickled()
     made(X)
     assert made._enter is None
     made(X)
@@ -135,7 +146,7 @@ def test_calls_that_count_over_each_other_do_not_cost_a_plan_its_short_way() -> 
         def __add__(self, more: int) -> int:
             return 7  # others have counted meanwhile
 
-    made = convdispatch.plan(X, W, backend=("implicit_gemm", {"threads": 1}))
+    made = unpickled()
     made._runs = Overtaken()
     made(X)
     assert made._enter is not None

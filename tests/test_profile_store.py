@@ -9,7 +9,7 @@ import sys
 import textwrap
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_profile_tools import HERE, OTHER, PROBLEM, entry, row, text_of
 
-from convdispatch import profile, safe_file, settings
-from convdispatch.errors import ProfileError, ProfileWarning
+from convdispatch import machine, profile, safe_file, settings
+from convdispatch.errors import ConvDispatchError, ProfileError, ProfileWarning
+from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Key, Profile
+from convdispatch.tuning import record
+from convdispatch.tuning.workload import Layer, Workload
 
 fcntl = pytest.importorskip("fcntl", reason="without locks can be tried only where locks are to be had")
 
@@ -124,6 +127,25 @@ def test_without_locks_a_marker_is_held_while_writing(path: Path, no_locks: None
     profile.write(path, [entry()], HERE)
     assert profile.read(path).entries() == [entry()]
     assert leftovers(path) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are of POSIX")
+def test_what_is_no_regular_file_is_never_replaced(tmp_path: Path) -> None:
+    """As root, /dev/null would become a file."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writes: tuple[Callable[[], None], ...] = (
+        lambda: safe_file.replace(pipe, b"text"),
+        lambda: profile.replace_file(pipe, "text"),
+        lambda: record.merge(pipe, Workload("calls", (Layer(Problem.parse("1x9x9x1 * 3x3x1x1 SAME"), 1),))),
+    )
+    for write in writes:
+        with pytest.raises((OSError, ConvDispatchError), match="no regular file"):
+            write()
+    with pytest.raises(ProfileError):
+        profile.write(pipe, [], machine.current())
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
 
 
 def test_a_dead_writers_marker_on_this_machine_is_taken_away_at_once(path: Path, no_locks: None) -> None:

@@ -698,12 +698,19 @@ def test_an_entry_whose_winner_is_gone_is_measured_again_whoever_takes_part(
     assert statuses(tune(PROBLEM, backends=["other"], deployments=["plan"], threads=1)) == ["known"]
 
 
-def test_only_the_backends_that_were_named_take_part_whoever_won_before(clock: FakeClock) -> None:
-    only(Scripted("winner", clock, 0.5), Scripted("other", clock))
+@pytest.mark.parametrize(("seconds", "winner"), [(1.0, "winner"), (0.4, "other")])
+def test_only_the_backends_that_were_named_take_part_and_the_faster_winner_stays(
+    clock: FakeClock, seconds: float, winner: str
+) -> None:
+    before, other = Scripted("winner", clock, 0.5), Scripted("other", clock)
+    only(before, other)
     assert names_of(tuned_entry()) == ["winner", "other"]
+    calls, other.seconds = before.calls, seconds
     (layer,) = tune(PROBLEM, backends=["other"], deployments=["plan"], threads=1, retune=True).layers
     assert layer.entry is not None
-    assert layer.entry.winner.backend == "other"
+    assert layer.entry.winner.backend == winner
+    assert {row.backend for row in layer.entry.results} == {"winner", "other"}
+    assert before.calls == calls
 
 
 def test_no_time_leaves_everything_but_what_is_known(clock: FakeClock) -> None:

@@ -117,6 +117,8 @@ def carry_on(entry: Entry, incumbent: Entry, renewed: Container[str] = ()) -> En
     else:
         known |= {row.backend for row in incumbent.failures}
     winner, *others = entry.results
+    if kept and kept[0] is incumbent.winner and kept[0].median < winner.median:
+        winner, others, kept = kept[0], list(entry.results), kept[1:]  # a race without the champion dethrones nobody
     return replace(
         entry,
         results=(winner, *sorted((*others, *kept), key=lambda row: row.median)),

@@ -105,7 +105,7 @@ def validate(
         clock: tells the time; tests pass their own.
         oracle, duel: rules of the two races.
         conditions: asked after each problem; returns what says that the machine was busy meanwhile, or nothing.
-        on_progress: told of each step when it is done: two tunes, then each problem.
+        on_progress: told of each step when it is done: calibration, two tunes, then each problem.
 
     Raises:
         BackendError: if no candidate can be measured at all.
@@ -119,6 +119,7 @@ def validate(
         how = _Setting(decide, budget, deployment, effort, seconds, clock, oracle, duel, Path(folder))
         with _apart(), settings.options(threads=budget, tuning="off"):
             calibrated, calibrating = _calibration(how)
+            say(f"calibrated in {calibrating.seconds:.1f} s" if calibrating else "calibrated by the profile")
             tunes = [_tune(load, how, number) for number in (1, 2)]
             for _, cost in tunes:
                 say(f"tuned {len(load.layers)} problems in {cost.seconds:.1f} s")
