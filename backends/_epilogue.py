@@ -17,6 +17,12 @@ def activate(v: Any, code: int, slope: float) -> Any:
     raise NotImplementedError
 
 
+@compilable
+def _sigmoid(v: Any) -> Any:
+    small = math.exp(-abs(v))  # of a negative number only, so that nothing overflows
+    return (1 if v >= 0 else small) / (1 + small)
+
+
 def _activate_float(v: Any, code: int, slope: float) -> Any:  # noqa: PLR0911  # one line an activation
     if code == 0:
         return v
@@ -25,15 +31,15 @@ def _activate_float(v: Any, code: int, slope: float) -> Any:  # noqa: PLR0911  #
     if code == RELU6:
         return 0.0 if v < 0 else (6.0 if v > 6 else v)
     if code == SILU:
-        return v / (1 + math.exp(-v))
+        return v * _sigmoid(v)
     if code == GELU:
-        return v * (math.erf(v * math.sqrt(0.5)) + 1) * 0.5
+        return v * ((math.erf(v * math.sqrt(0.5)) + 1) * 0.5)
     if code == SIGMOID:
-        return 1 / (1 + math.exp(-v))
+        return _sigmoid(v)
     if code == TANH:
         return math.tanh(v)
     if code == HARDSWISH:
-        return v * min(max(v + 3, 0), 6) / 6
+        return v * (min(max(v + 3, 0), 6) / 6)
     return v * slope if v < 0 else v
 
 

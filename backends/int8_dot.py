@@ -33,6 +33,8 @@ from convdispatch.problem import Problem
 _TILES = ((6, 4), (14, 2), (28, 1))
 #: Bytes of the rows that a thread copies at a time.
 _BAND_BYTES = 256 << 10
+#: Bytes of the rows that one row of output needs; with dilations these may be far apart.
+_LARGEST_BAND = 256 << 20
 _PRODUCTS_PER_SECOND = 2.7e11  # of one core
 _COPIED_PER_SECOND = 4e9
 
@@ -139,6 +141,9 @@ class Int8Dot(Backend):
             return "the processor has no AVX-512 VNNI"
         if p.groups > 1 and p.group_c % 4:
             return f"groups of {p.group_c} channels are no whole fours"
+        width, channels = _padded(p)
+        if (reach := ((p.kh - 1) * p.dilations[0] + 1) * width * channels) > _LARGEST_BAND:
+            return f"it copies all rows that a filter spans, which take {reach} bytes here"
         return None
 
     def configs(self, problem: Problem, effort: Effort) -> Sequence[Config]:  # noqa: ARG002  # they are few

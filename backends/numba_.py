@@ -215,7 +215,8 @@ class Numba(Backend):
         run = {FILTERS: min(p.group_k, config.integer("block", 128)), CHANNELS: p.k, COLUMNS: p.ow}[
             loop
         ]  # length of the innermost loop
-        rate = (_RATE_ONE_CHANNEL if loop == COLUMNS and p.c == 1 else _RATES[loop]) * lanes * run / (run + 2 * lanes)
+        beside = loop == COLUMNS and p.c == p.strides[1] == 1
+        rate = (_RATE_ONE_CHANNEL if beside else _RATES[loop]) * lanes * run / (run + 2 * lanes)
         if p.is_integer:
             rate *= 0.5
         products = p.n * p.oh * p.ow * p.k * p.taps / rate
@@ -240,9 +241,13 @@ _RATES = {FILTERS: 1.5e9, CHANNELS: 0.6e9, COLUMNS: 0.25e9}
 _RATE_ONE_CHANNEL = 0.9e9  # of columns whose pixels lie side by side
 
 
+#: Channels that make an innermost loop worth it.
+_LONG_RUN = 8
+
+
 def _best_loop(problem: Problem) -> int:
     if problem.group_c == 1 and problem.group_k == 1 and problem.groups > 1:
-        return CHANNELS
+        return CHANNELS if problem.c >= _LONG_RUN else COLUMNS
     return FILTERS if problem.group_k >= 8 else COLUMNS
 
 

@@ -1,5 +1,6 @@
 """From what a caller writes (TensorFlow's forms of strides, padding, dilations) to a ``Problem``."""
 
+import difflib
 import functools
 import operator
 import reprlib
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from convdispatch.epilogue import Epilogue, parse_activation
 from convdispatch.errors import ArgumentError, ArgumentTypeError
-from convdispatch.problem import DATA_FORMATS, DTYPES, LARGEST, PADDINGS, Pads, Problem, padding_of
+from convdispatch.problem import DATA_FORMATS, DTYPES, FLOATS, LARGEST, PADDINGS, Pads, Problem, padding_of
 
 Array = NDArray[Any]
 FILTER_FORMATS = ("HWIO", "OIHW")
@@ -23,6 +24,19 @@ DEPLOYMENTS = ("plan", "call")
 def name_of(dtype: np.dtype[Any]) -> str:
     """Return a dtype's name; NumPy's own property works it out each time."""
     return str(dtype.name)
+
+
+_LONGEST = 80
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _LONGEST
+
+
+def shown(value: Any) -> str:
+    """Return how a value is told of in an error: as Python writes it, but no longer than a line."""
+    if isinstance(value, np.ndarray) and value.ndim:
+        return f"an array of shape {value.shape}"
+    text = _repr.repr(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 def as_array(name: str, value: Any) -> Array:
@@ -56,22 +70,27 @@ def dtype_name(value: Any) -> str:
         except TypeError:
             name = repr(value)
     if name not in DTYPES:
-        raise ArgumentTypeError(f"dtype must be one of {', '.join(DTYPES)}; got {value!r}")
+        raise ArgumentTypeError(f"dtype must be one of {', '.join(DTYPES)}; got {shown(value)}")
     return str(name)
 
 
 def check_deployment(value: Any) -> None:
     """Raise an ``ArgumentError`` unless this is a deployment."""
     if value not in DEPLOYMENTS:
-        raise ArgumentError(f"deployment must be {' or '.join(DEPLOYMENTS)}; got {reprlib.repr(value)}")
+        raise ArgumentError(f"deployment must be {' or '.join(DEPLOYMENTS)}; got {shown(value)}")
 
 
 def check_same_dtype(input: str, filters: np.dtype[Any]) -> None:
     """Raise an ``ArgumentTypeError`` unless filters are of the input's dtype, of which this is the name."""
     if name_of(filters) != input:
-        raise ArgumentTypeError(
-            f"input and filters must have one dtype; got {input} and {filters.name}: convert one with astype"
-        )
+        floats = [name for name in (input, filters.name) if name in FLOATS]
+        if len(floats) == 1:
+            remedy = f"convert the {'filters' if floats[0] == input else 'input'} with astype({floats[0]!r})"
+        elif floats:
+            remedy = "convert one with astype"
+        else:
+            remedy = "convert both to a dtype that holds all their values, such as int16 or float32"
+        raise ArgumentTypeError(f"input and filters must have one dtype; got {input} and {filters.name}: {remedy}")
 
 
 def make_problem(
@@ -143,10 +162,10 @@ def _make_problem(
 ) -> Problem:
     _one_of("data_format", data_format, DATA_FORMATS)
     _one_of("filter_format", filter_format, FILTER_FORMATS)
-    n, h, w, c = _shape("input", input_shape)
+    n, h, w, c = _shape("input", input_shape, data_format)
     if data_format == "NCHW":
         h, w, c = w, c, h
-    kh, kw, group_c, k = _shape("filters", filter_shape)
+    kh, kw, group_c, k = _shape("filters", filter_shape, filter_format)
     if filter_format == "OIHW":
         kh, kw, group_c, k = group_c, k, kw, kh
     if kh < 1 or kw < 1:
@@ -171,18 +190,29 @@ _remembered = functools.lru_cache(maxsize=4096)(_make_problem)
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if not isinstance(value, str):
-        raise ArgumentTypeError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+        raise ArgumentTypeError(f"{name} must be one of {', '.join(allowed)}; got {shown(value)}")
     if value not in allowed:
-        raise ArgumentError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+        raise ArgumentError(f"{name} must be one of {', '.join(allowed)}; got {shown(value)}")
 
 
-def _shape(name: str, shape: Any) -> tuple[int, ...]:
+#: How what people have becomes an array of four dimensions.
+_REMEDIES = {
+    ("input", 2): ": take input[None, :, :, None] of an image",
+    ("input", 3): ": take input[None] of one image with channels",
+    ("filters", 2): ": take filters[:, :, None, None] of one filter",
+}
+
+
+def _shape(name: str, shape: Any, layout: str) -> tuple[int, ...]:
     try:
         sizes = tuple(operator.index(size) for size in shape)
     except TypeError:
-        raise ArgumentTypeError(f"{name} must have a shape of four whole numbers; got {shape!r}") from None
+        raise ArgumentTypeError(
+            f"{name} must be an array, or a shape of four whole numbers; got {shown(shape)}"
+        ) from None
     if len(sizes) != 4:
-        raise ArgumentError(f"{name} must have 4 dimensions; got {len(sizes)}, shape {sizes}")
+        given = f"{len(sizes)}, shape {sizes}{_REMEDIES.get((name, len(sizes)), '')}"
+        raise ArgumentError(f"{name} must have 4 dimensions, {layout}; got {given}")
     if min(sizes) < 0:
         raise ArgumentError(f"{name} must have a shape of four whole numbers; got {sizes}")
     return sizes
@@ -190,11 +220,11 @@ def _shape(name: str, shape: Any) -> tuple[int, ...]:
 
 def _whole(name: str, value: Any, what: str) -> int:
     if isinstance(value, bool | np.bool_):
-        raise ArgumentTypeError(f"{name} must be {what}; got {value!r}")
+        raise ArgumentTypeError(f"{name} must be {what}; got {shown(value)}")
     try:
         return operator.index(value)
     except TypeError:
-        raise ArgumentTypeError(f"{name} must be {what}; got {value!r}") from None
+        raise ArgumentTypeError(f"{name} must be {what}; got {shown(value)}") from None
 
 
 def _is_list(value: Any) -> bool:
@@ -206,17 +236,17 @@ def pair(name: str, value: Any, data_format: str = "NHWC") -> tuple[int, int]:
     """Return (rows, columns) from an int, a pair, or TensorFlow's list of four in data-format order."""
     what = f"an int, (h, w), or four ints in {data_format} order with 1 for N and C"
     if isinstance(value, str | bytes):
-        raise ArgumentTypeError(f"{name} must be {what}; got {value!r}")
+        raise ArgumentTypeError(f"{name} must be {what}; got {shown(value)}")
     numbers = [_whole(name, item, what) for item in (value if _is_list(value) else [value])]
     if len(numbers) == 4:
         rest = [numbers[axis] for axis in ((0, 3) if data_format == "NHWC" else (0, 1))]
         if rest != [1, 1]:
-            raise ArgumentError(f"{name} must be 1 along N and C ({data_format}); got {value!r}")
+            raise ArgumentError(f"{name} must be 1 along N and C ({data_format}); got {shown(value)}")
         numbers = numbers[1:3] if data_format == "NHWC" else numbers[2:]
     if len(numbers) not in {1, 2}:
-        raise ArgumentError(f"{name} must be {what}; got {value!r}")
+        raise ArgumentError(f"{name} must be {what}; got {shown(value)}")
     if min(numbers) < 1:
-        raise ArgumentError(f"{name} must be at least 1; got {value!r}")
+        raise ArgumentError(f"{name} must be at least 1; got {shown(value)}")
     return numbers[0], numbers[-1]
 
 
@@ -224,7 +254,8 @@ def _groups(groups: Any, c: int, group_c: int, k: int) -> int:
     if groups is None:
         if c and (not group_c or c % group_c):
             raise ArgumentError(
-                f"filters must take a divisor of the input's {c} channels; they take {group_c} channels each"
+                f"filters must take a divisor of the input's {c} channels; they take {group_c} channels each "
+                "(channels are where data_format and filter_format say)"
             )
         groups = c // group_c if c else 1
         if not c and group_c:
@@ -239,7 +270,11 @@ def _groups(groups: Any, c: int, group_c: int, k: int) -> int:
             f" (the input has {c} channels, groups is {groups})"
         )
     if k % groups:
-        raise ArgumentError(f"filters must number a multiple of groups; got {k} filters, groups={groups}")
+        repeated = "; for the same filter on every channel, repeat it" if k == 1 and group_c == 1 else ""
+        raise ArgumentError(
+            f"filters must number a multiple of groups; got {k} filters, groups={groups} (the input's {c} channels by "
+            f"{group_c} a filter){repeated}"
+        )
     return int(groups)
 
 
@@ -257,13 +292,15 @@ def _pads(
     )
     if isinstance(padding, str):
         if padding not in PADDINGS:
-            raise ArgumentError(f"padding must be {what}; got {padding!r}")
+            near = difflib.get_close_matches(padding.upper(), PADDINGS, n=1)
+            hint = f": did you mean {near[0]!r}?" if near else "; for other borders, np.pad the input and take 'VALID'"
+            raise ArgumentError(f"padding must be {what}; got {shown(padding)}{hint}")
         return padding_of(padding, image, kernel, strides, dilations)
     pads = _explicit_pads(padding, data_format, what)
     if min(pads) < 0:
-        raise ArgumentError(f"padding must not be negative; got {padding!r}")
+        raise ArgumentError(f"padding must not be negative; got {shown(padding)}")
     if max(pads) > LARGEST:
-        raise ArgumentError(f"padding must be at most {LARGEST}; got {padding!r}")
+        raise ArgumentError(f"padding must be at most {LARGEST}; got {shown(padding)}")
     return pads
 
 
@@ -276,15 +313,15 @@ def _explicit_pads(padding: Any, data_format: str, what: str) -> Pads:
         rows, columns = (_whole("padding", item, what) for item in items)
         return rows, rows, columns, columns
     if len(items) not in {2, 4}:
-        raise ArgumentError(f"padding must be {what}; got {padding!r}")
+        raise ArgumentError(f"padding must be {what}; got {shown(padding)}")
     pairs = []
     for item in items:
         if not _is_list(item) or isinstance(item, str | bytes) or len(item) != 2:
-            raise ArgumentError(f"padding must be {what}; got {padding!r}")
+            raise ArgumentError(f"padding must be {what}; got {shown(padding)}")
         pairs.append((_whole("padding", item[0], what), _whole("padding", item[1], what)))
     if len(pairs) == 4:
         rest = [pairs[axis] for axis in ((0, 3) if data_format == "NHWC" else (0, 1))]
         if rest != [(0, 0), (0, 0)]:
-            raise ArgumentError(f"padding must be (0, 0) along N and C ({data_format}); got {padding!r}")
+            raise ArgumentError(f"padding must be (0, 0) along N and C ({data_format}); got {shown(padding)}")
         pairs = pairs[1:3] if data_format == "NHWC" else pairs[2:]
     return *pairs[0], *pairs[1]

@@ -100,7 +100,7 @@ def _sigmoid(y: Array) -> Array:
 def _gelu(y: Array) -> Array:
     from scipy.special import erf  # noqa: PLC0415  # scipy is loaded only where it is used
 
-    result: Array = y * (erf(y * math.sqrt(0.5)) + 1) * 0.5
+    result: Array = y * ((erf(y * math.sqrt(0.5)) + 1) * 0.5)
     return result
 
 

@@ -63,6 +63,10 @@ class Explanation:
     layer: str | None
     rows: tuple[Row, ...]
 
+    def __repr__(self) -> str:
+        """Return the table: it is what a prompt is to show."""
+        return str(self)
+
     def __str__(self) -> str:
         lines = [
             f"{self.problem}  ({self.deployment}, {self.threads} threads, {self.machine})",

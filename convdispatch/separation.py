@@ -18,6 +18,11 @@ from convdispatch.problem import SEPARABLE_DTYPES, Problem
 _MOST_FILTERS, _WIDEST = 16, 4096
 #: Whole numbers up to this are small: sums of their products with pixels of a few bits are exact.
 _SMALL = 2**24
+#: Filters whose sizes have a larger sum than this are no filters of images; between two passes they might lose what is
+#: small, or overflow.
+_LARGEST_SUM = 2.0**24
+#: Filters of which no value is larger have none that numbers below the smallest normal one are small beside.
+_LEAST = 2.0**-60
 
 
 def unsuited(problem: Problem) -> str | None:
@@ -76,7 +81,9 @@ def factors(problem: Problem, filters: Array) -> tuple[Array, Array] | None:
 
     Several channels must have the same filter, whose one column and row are returned. Columns and rows are of the
     filters' dtype, and not to be written to. A column's sizes have a sum of about 1 at most, so that nothing overflows
-    on the way to a finite result. Small whole numbers remain whole numbers of some power of two: their sums are exact.
+    on the way to a finite result; and so have a row's, if the filter's have, so that what is small is not lost on the
+    way. Filters of enormous values, of which only one is possible, count as not separable. Small whole numbers remain
+    whole numbers of some power of two: their sums are exact.
     """
     kh, kw, _, k = filters.shape
     if min(kh, kw) < 2 or not k or _differ_at_once(filters[:, :, 0, 0]):
@@ -117,14 +124,17 @@ def _factors(values: bytes, shape: tuple[int, int, int], dtype: str) -> tuple[Ar
         columns = columns / _common(columns)
         through = columns[every, where // kw, np.newaxis]
         rows = np.where(through == 0, 0, rows / through)
-        scale = np.exp2(-np.ceil(np.log2(np.abs(columns).sum(axis=1, keepdims=True))))
-        scale = np.where(np.isfinite(scale), scale, 1)
+        down, along = (np.abs(found).sum(axis=1, keepdims=True) for found in (columns, rows))
+        scale = np.exp2(np.minimum(-np.ceil(np.log2(down)), np.ceil(np.log2(along))))
+        scale = np.where((scale > 0) & np.isfinite(scale), scale, 1)
+        modest = down * along <= _LARGEST_SUM
         columns, rows = (found.astype(dtype) for found in (columns * scale, rows / scale))
         product = columns[:, :, np.newaxis].astype(np.float64) * rows[:, np.newaxis, :]
-        # What is below the smallest normal number was rounded to multiples of the smallest of all.
-        allowed = tolerance(kh, kw) * float(about.eps) * sizes + (wide != 0) * float(about.smallest_subnormal)
+        # What is below the smallest normal number, as tails are, was rounded to multiples of the smallest of all.
+        tails = (wide != 0) & (sizes.max(axis=(1, 2), keepdims=True) > _LEAST)
+        allowed = tolerance(kh, kw) * float(about.eps) * sizes + tails * float(about.smallest_subnormal)
         near = np.abs(product - wide) <= allowed
-    if not near.all() or not np.isfinite(wide).all():
+    if not near.all() or not modest.all() or not np.isfinite(wide).all():
         return None
     for found in (columns, rows):
         found.flags.writeable = False

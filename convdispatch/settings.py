@@ -7,10 +7,10 @@ import functools
 import operator
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from convdispatch.errors import ArgumentError, ArgumentTypeError, warn
 
@@ -197,25 +197,31 @@ def record_path() -> Path | None:
     return cast("Path | None", _from_variable("record", PROCESS["record"]))
 
 
-_scoped: contextvars.ContextVar[Options | None] = contextvars.ContextVar("convdispatch_options", default=None)
+class _Scope(NamedTuple):
+    """The options of a block, and the block around it."""
+
+    options: Options
+    around: "_Scope | None"
+
+
+_scope: contextvars.ContextVar[_Scope | None] = contextvars.ContextVar("convdispatch_options", default=None)
 
 
 def current() -> Options:
     """Return the options in force here: those of the innermost ``options(...)`` block, else the defaults."""
-    return _scoped.get() or from_environment()
+    scope = _scope.get()
+    return from_environment() if scope is None else scope.options
 
 
-@contextlib.contextmanager
-def options(**changes: Any) -> Iterator[Options]:
-    """Change options within a ``with`` block, for this thread or task only.
+class options(contextlib.ContextDecorator):  # noqa: N801  # it is called like a function
+    """Change options within a ``with`` block, for this thread or task only; or in a function that it decorates.
+
+    It may be kept and entered again and again; outside of blocks it changes nothing.
 
     Args:
         **changes: any of ``accuracy``, ``effort``, ``forbid``, ``isolation``, ``memory_limit``, ``on_miss``,
             ``online_budget``, ``profile``, ``threads``, ``time_limit``, ``tuning``;
             ``convdispatch.settings.TABLE`` says what each means.
-
-    Yields:
-        The options in force inside the block.
 
     Raises:
         ArgumentTypeError: for an option that does not exist, or one of the wrong kind.
@@ -226,15 +232,25 @@ def options(**changes: Any) -> Iterator[Options]:
         ...     chosen.threads
         1
     """
-    names = [f.name for f in fields(Options)]
-    for name in changes:
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"options are {', '.join(names)}"
-            raise ArgumentTypeError(f"options() got {name!r}; {hint}")
-    chosen = replace(current(), **{name: TABLE[name][0](value) for name, value in changes.items()})
-    token = _scoped.set(chosen)
-    try:
-        yield chosen
-    finally:
-        _scoped.reset(token)
+
+    def __init__(self, **changes: Any) -> None:
+        names = [f.name for f in fields(Options)]
+        for name in changes:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"options are {', '.join(names)}"
+                raise ArgumentTypeError(f"options() got {name!r}; {hint}")
+        self._changes = {name: TABLE[name][0](value) for name, value in changes.items()}
+
+    def __enter__(self) -> Options:
+        """Return the options in force inside the block."""
+        chosen = replace(current(), **self._changes)
+        _scope.set(_Scope(chosen, _scope.get()))
+        return chosen
+
+    def __exit__(self, *_: object) -> None:
+        scope = _scope.get()
+        _scope.set(None if scope is None else scope.around)
+
+    def __repr__(self) -> str:
+        return f"options({', '.join(f'{name}={value!r}' for name, value in self._changes.items())})"

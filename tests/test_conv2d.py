@@ -311,6 +311,25 @@ def test_gelu_is_the_exact_one() -> None:
     np.testing.assert_allclose(y, x.ravel() * table, rtol=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("activation", "value", "dtype", "expected"),
+    [
+        ("hardswish", 1e308, "f8", 1e308),
+        ("gelu", 1e308, "f8", 1e308),
+        ("silu", -89, "f4", -89 * np.exp(-89.0)),
+        ("sigmoid", -95, "f4", np.exp(-95.0)),
+        ("sigmoid", 95, "f4", 1.0),
+    ],
+)
+@pytest.mark.parametrize("backend", ["direct", "im2col", "implicit_gemm"])
+def test_activations_lose_nothing_at_the_ends(
+    activation: str, value: float, dtype: str, expected: float, backend: str
+) -> None:
+    x = np.full((1, 1, 1, 1), value, dtype)
+    y = convdispatch.conv2d(x, np.ones((1, 1, 1, 1), dtype), activation=activation, backend=backend)
+    np.testing.assert_allclose(y.ravel(), expected, rtol=1e-5)
+
+
 # Odd arrays -------------------------------------------------------------------------------------------------------
 
 

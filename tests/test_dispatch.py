@@ -715,6 +715,17 @@ def test_an_option_that_makes_no_sense_is_an_error_that_names_it(name: str, give
     assert settings.current() == before
 
 
+def test_options_can_be_kept_nested_and_used_by_a_function() -> None:
+    one, strict = settings.options(threads=1), settings.options(accuracy="strict", threads=2)
+    for _ in range(2):
+        with one, strict as inner, one:
+            assert (settings.current().threads, settings.current().accuracy) == (1, "strict")
+            assert inner.threads == 2
+        assert settings.current().threads is None
+    assert one(lambda: settings.current().threads)() == 1
+    assert repr(strict) == "options(accuracy='strict', threads=2)"
+
+
 def test_an_option_that_does_not_exist_is_a_type_error_with_a_suggestion() -> None:
     with pytest.raises(TypeError, match="did you mean 'threads'"), settings.options(thread=1):
         pytest.fail("entered")

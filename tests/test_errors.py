@@ -34,10 +34,21 @@ def read_only(array: Array) -> Array:
 #: What is changed about a good call, the kind of error, and words that its message must contain.
 ROWS: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
     # Arrays
-    "input of rank 3": ({"input": ones(5, 6, 4)}, ArgumentError, ("input", "4 dimensions", "(5, 6, 4)")),
+    "input of rank 3": (
+        {"input": ones(5, 6, 4)}, ArgumentError, ("input", "4 dimensions", "NHWC", "(5, 6, 4)", "input[None]")
+    ),
+    "input of rank 2": ({"input": ones(5, 6)}, ArgumentError, ("input", "input[None, :, :, None]")),
     "input of rank 5": ({"input": ones(1, 2, 5, 6, 4)}, ArgumentError, ("input", "4 dimensions", "(1, 2, 5, 6, 4)")),
     "scalar input": ({"input": np.float32(3)}, ArgumentError, ("input", "4 dimensions", "got 0")),
-    "filters of rank 2": ({"filters": ones(3, 3)}, ArgumentError, ("filters", "4 dimensions", "(3, 3)")),
+    "filters of rank 2": (
+        {"filters": ones(3, 3)}, ArgumentError, ("filters", "4 dimensions", "HWIO", "(3, 3)", "[:, :, None, None]")
+    ),
+    "one filter for all channels": ({"filters": ones(3, 3, 1, 1)}, ArgumentError, ("4 channels", "repeat it")),
+    "a border mode": ({"padding": "reflect"}, ArgumentError, ("padding", "'reflect'", "np.pad", "'VALID'")),
+    "an array as strides": ({"strides": X}, ArgumentTypeError, ("strides",)),
+    "an integer image under a float filter": (
+        {"input": X.astype(np.uint8)}, ArgumentTypeError, ("uint8", "convert the input with astype('float32')")
+    ),
     "input is None": ({"input": None}, ArgumentTypeError, ("input", "NoneType")),
     "filters are text": ({"filters": "sobel"}, ArgumentTypeError, ("filters", "str")),
     "ragged lists": ({"input": [[1.0], [1.0, 2.0]]}, ArgumentTypeError, ("input", "list")),
@@ -96,7 +107,7 @@ ROWS: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
     "dilation as a float": ({"dilations": (1.0, 1.0)}, ArgumentTypeError, ("dilations", "1.0")),
     # Padding
     "an unknown padding": ({"padding": "FULL"}, ArgumentError, ("padding", "'FULL'", "'SAME'", "'VALID'")),
-    "padding in small letters": ({"padding": "same"}, ArgumentError, ("padding", "'same'", "'SAME'")),
+    "padding in small letters": ({"padding": "same"}, ArgumentError, ("padding", "'same'", "did you mean 'SAME'")),
     "negative padding": ({"padding": -1}, ArgumentError, ("padding", "negative", "-1")),
     "negative padding of a side": (
         {"padding": ((0, 0), (0, -3))}, ArgumentError, ("padding", "negative", "((0, 0), (0, -3))")
@@ -282,6 +293,17 @@ def test_a_plan_refuses_when_called(call: dict[str, Any], kind: type[Exception],
     with pytest.raises(kind) as caught:
         plan(**call)
     assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
+
+
+def test_messages_are_short_whatever_came() -> None:
+    much = np.ones((1, 32, 32, 4), np.float32)
+    for wrong in ({"strides": much}, {"padding": much.tolist()}, {"groups": much}, {"activation": much.tolist()}):
+        with pytest.raises(ConvDispatchError) as told:
+            convdispatch.conv2d(X, W, **wrong)
+        assert len(str(told.value)) < 400, wrong.keys()
+    with pytest.raises(ArgumentTypeError, match="input must be an array, or a shape") as told:
+        convdispatch.plan(much.tolist(), W)
+    assert len(str(told.value)) < 400
 
 
 @pytest.mark.parametrize("residual", [ones(*Y), "no", 1, None])

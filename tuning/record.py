@@ -215,7 +215,8 @@ def record(path: str | os.PathLike[str] | None = None) -> Iterator[Recording]:
         The recording. It can be looked at any time, and tuned afterwards: ``convdispatch.tune(recording)``.
 
     Raises:
-        WorkloadError: if the file cannot be written; a note on what the block raised, where it did.
+        WorkloadError: if the file is there and is no workload, at once; at the end, if it cannot be written; a note on
+            what the block raised, where it did.
 
     Examples:
         >>> import numpy as np, convdispatch
@@ -228,6 +229,8 @@ def record(path: str | os.PathLike[str] | None = None) -> Iterator[Recording]:
         raise ArgumentTypeError(f"path must be a path of a file, or None; got {path!r:.80}")
     recording = Recording()
     target = None if path is None else Path(path).absolute()  # the block may go elsewhere
+    if target is not None and target.exists() and (not target.is_file() or target.stat().st_size):
+        workloads.load(target)  # or it could not be added to
     _start(recording)
     try:
         yield recording
