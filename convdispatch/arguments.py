@@ -3,7 +3,6 @@
 import difflib
 import functools
 import operator
-import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convdispatch.epilogue import Epilogue, parse_activation
-from convdispatch.errors import ArgumentError, ArgumentTypeError
+from convdispatch.errors import ArgumentError, ArgumentTypeError, shown
 from convdispatch.problem import DATA_FORMATS, DTYPES, FLOATS, LARGEST, PADDINGS, Pads, Problem, padding_of
 
 Array = NDArray[Any]
@@ -24,19 +23,6 @@ DEPLOYMENTS = ("plan", "call")
 def name_of(dtype: np.dtype[Any]) -> str:
     """Return a dtype's name; NumPy's own property works it out each time."""
     return str(dtype.name)
-
-
-_LONGEST = 80
-_repr = reprlib.Repr()
-_repr.maxstring = _repr.maxother = _LONGEST
-
-
-def shown(value: Any) -> str:
-    """Return how a value is told of in an error: as Python writes it, but no longer than a line."""
-    if isinstance(value, np.ndarray) and value.ndim:
-        return f"an array of shape {value.shape}"
-    text = _repr.repr(value)
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 def as_array(name: str, value: Any) -> Array:

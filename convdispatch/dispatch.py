@@ -21,6 +21,7 @@ from convdispatch.errors import (
     BackendRejectedError,
     ProfileMissError,
     ProfileWarning,
+    shown,
     warn,
 )
 from convdispatch.locks import module_lock
@@ -451,7 +452,7 @@ def parse_forced(backend: Any) -> Forced:
         else:
             settings.parse_threads(config.get("threads"))
             return backend[0], config
-    raise ArgumentTypeError(f"backend must be a name, or (name, {{config}}); got {backend!r}")
+    raise ArgumentTypeError(f"backend must be a name, or (name, {{config}}); got {shown(backend)}")
 
 
 def make_plan(

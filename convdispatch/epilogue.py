@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convdispatch.errors import ArgumentError, ArgumentTypeError
+from convdispatch.errors import ArgumentError, ArgumentTypeError, shown
 
 Array = NDArray[Any]
 
@@ -70,23 +70,23 @@ def parse_activation(value: Any) -> tuple[str | None, float]:
     if isinstance(value, tuple | list) and len(value) == 2:
         name, slope = value
     if not isinstance(name, str):
-        raise ArgumentTypeError(f"activation must be a name or ('leaky_relu', slope); got {value!r}")
+        raise ArgumentTypeError(f"activation must be a name or ('leaky_relu', slope); got {shown(value)}")
     if match := _LEAKY.fullmatch(name):
         if slope is not None:
-            raise ArgumentError(f"activation must not have its slope twice; got {value!r}")
+            raise ArgumentError(f"activation must not have its slope twice; got {shown(value)}")
         name, slope = "leaky_relu", match[1]
     if name not in ACTIVATIONS:
-        raise ArgumentError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {name!r}")
+        raise ArgumentError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {shown(name)}")
     if name != "leaky_relu":
         if slope is not None:
-            raise ArgumentError(f"activation {name!r} takes no slope; got {value!r}")
+            raise ArgumentError(f"activation {name!r} takes no slope; got {shown(value)}")
         return name, 0.0
     try:
         number = float(slope)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise ArgumentError(f"activation 'leaky_relu' needs a finite slope: ('leaky_relu', 0.01); got {value!r}")
+        raise ArgumentError(f"activation 'leaky_relu' needs a finite slope: ('leaky_relu', 0.01); got {shown(value)}")
     return name, number
 
 

@@ -20,6 +20,7 @@
 profile were not there.
 """
 
+import reprlib
 import sys
 import warnings
 from types import FrameType
@@ -96,6 +97,19 @@ def warn(said: str, category: type[ConvDispatchWarning] = ConvDispatchWarning) -
 def _is_ours(frame: FrameType) -> bool:
     name = frame.f_globals.get("__name__", "")
     return name.partition(".")[0] == "convdispatch" or name in {"contextlib", "functools"}
+
+
+_LONGEST = 80
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _LONGEST
+
+
+def shown(value: object) -> str:
+    """Return how a value is told of in an error: as Python writes it, but no longer than a line."""
+    if shape := getattr(value, "shape", ()):
+        return f"{type(value).__name__} of shape {shape}"
+    text = _repr.repr(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 def in_a_line(said: object, limit: int | None = None) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from convdispatch.errors import ArgumentError, ArgumentTypeError, warn
+from convdispatch.errors import ArgumentError, ArgumentTypeError, shown, warn
 
 PREFIX = "CONVDISPATCH_"
 TUNING = ("off", "on-miss", "online", "replay")
@@ -28,7 +28,7 @@ def _choice(name: str, allowed: tuple[str, ...]) -> Callable[[Any], str]:
     def parse(value: Any) -> str:
         text = str(value).strip().lower().replace("_", "-")
         if text not in allowed:
-            raise ArgumentError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+            raise ArgumentError(f"{name} must be one of {', '.join(allowed)}; got {shown(value)}")
         return text
 
     return parse
@@ -47,9 +47,9 @@ def parse_threads(value: Any) -> int | None:
     except (TypeError, ValueError):
         count = None
     if count is None or isinstance(value, bool):
-        raise ArgumentTypeError(f"threads must be a whole number from 1 to {MOST_THREADS}, or None; got {value!r}")
+        raise ArgumentTypeError(f"threads must be a whole number from 1 to {MOST_THREADS}, or None; got {shown(value)}")
     if not 1 <= count <= MOST_THREADS:
-        raise ArgumentError(f"threads must be a whole number from 1 to {MOST_THREADS}, or None; got {value!r}")
+        raise ArgumentError(f"threads must be a whole number from 1 to {MOST_THREADS}, or None; got {shown(value)}")
     return count
 
 
@@ -62,7 +62,7 @@ def parse_bytes(value: Any) -> int | None:
             return count
     match = _SIZE.fullmatch(value) if isinstance(value, str) else None
     if match is None:
-        raise ArgumentError(f"memory_limit must be bytes or a text such as '256MiB'; got {value!r}")
+        raise ArgumentError(f"memory_limit must be bytes or a text such as '256MiB'; got {shown(value)}")
     number, unit, binary = match.groups()
     step = 1024 if binary else 1000
     return int(float(number) * step ** " KMGT".index(unit.upper() or " "))
@@ -77,7 +77,7 @@ def _accuracy(value: Any) -> str | float:
         number = -1.0
     if not 0 < number < 1:
         raise ArgumentError(
-            f"accuracy must be one of {', '.join(ACCURACIES)}, or a relative error between 0 and 1; got {value!r}"
+            f"accuracy must be one of {', '.join(ACCURACIES)}, or a relative error between 0 and 1; got {shown(value)}"
         )
     return number
 
@@ -87,7 +87,7 @@ def _names(value: Any) -> tuple[str, ...]:
         value = [name.strip() for name in value.split(",") if name.strip()]
     names = list(value) if isinstance(value, Iterable) else [value]
     if not all(isinstance(name, str) for name in names):
-        raise ArgumentTypeError(f"forbid must be backend names, e.g. ('fft',); got {value!r}")
+        raise ArgumentTypeError(f"forbid must be backend names, e.g. ('fft',); got {shown(value)}")
     return tuple(sorted(set(names)))
 
 
@@ -95,9 +95,9 @@ def _path(value: Any) -> Path | None:
     if value is None or value == "":
         return None
     if not isinstance(value, str | os.PathLike):
-        raise ArgumentTypeError(f"profile must be a file's path; got {value!r}")
+        raise ArgumentTypeError(f"profile must be a file's path; got {shown(value)}")
     if "\0" in os.fspath(value):
-        raise ArgumentError(f"profile must be a file's path, which no NUL is part of; got {value!r}")
+        raise ArgumentError(f"profile must be a file's path, which no NUL is part of; got {shown(value)}")
     return Path(value).expanduser().absolute()  # a program may go elsewhere
 
 
@@ -107,7 +107,7 @@ def _share(value: Any) -> float:
     except (TypeError, ValueError):
         number = -1.0
     if not 0 <= number <= 1 or isinstance(value, bool):
-        raise ArgumentError(f"online_budget must be a share between 0 and 1; got {value!r}")
+        raise ArgumentError(f"online_budget must be a share between 0 and 1; got {shown(value)}")
     return number
 
 
@@ -117,7 +117,7 @@ def _seconds(value: Any) -> float:
     except (TypeError, ValueError):
         number = -1.0
     if not number >= 0:
-        raise ArgumentError(f"time_limit must be seconds, 0 or more; got {value!r}")
+        raise ArgumentError(f"time_limit must be seconds, 0 or more; got {shown(value)}")
     return number
 
 
