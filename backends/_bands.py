@@ -1,4 +1,4 @@
-"""NCHW images and 16-bit floats for kernels that compute NHWC float32: converted on the way, by bands of rows.
+"""NCHW images, 16-bit floats and integers for kernels that compute NHWC floats: converted on the way, by bands of rows.
 
 A band of output rows and the input rows it needs are small enough for a core's own cache: a thread copies the input's
 rows into the kernel's layout and dtype, runs the kernel on them as on a small image, and copies the result out. Rows
@@ -19,11 +19,13 @@ from convdispatch.backend import Config, Kernel, item_bytes
 from convdispatch.backends import _sequence
 from convdispatch.backends._arguments import INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add, call_kernel, write
+from convdispatch.backends._exact import NARROW, exact_floats
 from convdispatch.backends._kernel import PackedKernel, WrappedKernel
-from convdispatch.backends._layout import SAME, STORAGES, stage, unstage, whole_lines
+from convdispatch.backends._layout import SAME, STORAGES, stage, stored_bytes, unstage, whole_lines
 from convdispatch.backends._memory import CACHE_LINE
 from convdispatch.backends._threads import split
 from convdispatch.backends._vector import hold, vector_bytes
+from convdispatch.errors import ArgumentError
 from convdispatch.problem import Problem
 
 #: Bytes of a band: most of a second-level cache, whose rest is for what the kernel needs; if that makes for too few
@@ -47,8 +49,8 @@ _SPOILED_AT, _DONE_AT = 8 * _ARGUMENTS.at["spoiled"], 8 * _ARGUMENTS.done_at
 
 
 @functools.cache
-def _by_bands(lanes: int, itemsize: int, storage: int) -> CompiledKernel:
-    """Return the kernel that runs another kernel on one band."""
+def _by_bands(lanes: int, itemsize: int, storage: int, made_storage: int) -> CompiledKernel:
+    """Return the kernel that runs another kernel on one band, from one storage into another."""
 
     def convolve(arguments, number):  # type: ignore[no-untyped-def]
         (
@@ -58,7 +60,7 @@ def _by_bands(lanes: int, itemsize: int, storage: int) -> CompiledKernel:
         bands = (outer[0] + made - 1) // made
         image, band = divmod(number, bands)
         first = min(band * made, outer[0] - made)
-        stored = 2 if storage else itemsize
+        stored, made_stored = stored_bytes(storage, itemsize), stored_bytes(made_storage, itemsize)
         wide, deep = inner[1] * inner[2], outer[1] * outer[2]
         taken_bytes, made_bytes = (taken * wide + lanes) * itemsize, (made * deep + lanes) * itemsize
         scratch = np.empty(taken_bytes + (2 if residual.size else 1) * made_bytes + 3 * CACHE_LINE, np.uint8)
@@ -66,13 +68,13 @@ def _by_bands(lanes: int, itemsize: int, storage: int) -> CompiledKernel:
         result = whole_lines(source + taken_bytes)
         added = whole_lines(result + made_bytes)
         at_input = x.ctypes.data + image * inner[0] * wide * stored
-        at_out = out.ctypes.data + image * outer[0] * deep * stored
+        at_out = out.ctypes.data + image * outer[0] * deep * made_stored
         stage(at_input, source, first * step - top, taken, inner, planar, lanes, itemsize, storage)
         block = template.copy()
         block[places[0]], block[places[1]] = source, result
         if residual.size:
-            at_residual = residual.ctypes.data + image * outer[0] * deep * stored
-            stage(at_residual, added, first, made, outer, planar, lanes, itemsize, storage)
+            at_residual = residual.ctypes.data + image * outer[0] * deep * made_stored
+            stage(at_residual, added, first, made, outer, planar, lanes, itemsize, made_storage)
             block[places[2]] = added
         for part in range(parts):
             call_kernel(kernel, block.ctypes.data, part)
@@ -81,7 +83,7 @@ def _by_bands(lanes: int, itemsize: int, storage: int) -> CompiledKernel:
         # What the band before has made is left to it: tiles of a transform fall differently here, and round so.
         again = band * made - first
         own = result + again * deep * itemsize
-        unstage(own, at_out, band * made, made - again, outer, planar, lanes, itemsize, storage)
+        unstage(own, at_out, band * made, made - again, outer, planar, lanes, itemsize, made_storage)
         hold(scratch)
         if block[done_at] == parts:
             add(arguments + _DONE_AT, 1)
@@ -104,7 +106,7 @@ def _by_rows(lanes: int, itemsize: int, storage: int) -> CompiledKernel:
         source, target, shape, planar, back, parts = unpack_copy(arguments, itemsize)
         image, first, last = parts[number]
         size, line = shape[0] * shape[1] * shape[2], shape[1] * shape[2]
-        stored, computed = image * size * (2 if storage else itemsize), (image * size + first * line) * itemsize
+        stored, computed = image * size * stored_bytes(storage, itemsize), (image * size + first * line) * itemsize
         if back:
             unstage(source + computed, target + stored, first, last - first, shape, planar, lanes, itemsize, storage)
         else:
@@ -121,23 +123,34 @@ class _Storage:
     planar: bool
     lanes: int
     itemsize: int
-    code: int
+    taken: int
+    made: int
 
     @classmethod
     def of(cls, problem: Problem) -> "_Storage":
-        size = item_bytes(problem.sum_dtype)
-        return cls(problem.data_format == "NCHW", vector_bytes() // size, size, STORAGES.get(problem.dtype, SAME))
-
-    @property
-    def constants(self) -> tuple[int, int, int]:
-        return self.lanes, self.itemsize, self.code
+        size = item_bytes(computed_dtype(problem))
+        taken, made = (STORAGES.get(name, SAME) for name in (problem.dtype, problem.result_dtype))
+        return cls(problem.data_format == "NCHW", vector_bytes() // size, size, taken, made)
 
 
 def convertible() -> frozenset[str]:
-    """Return the 16-bit dtypes that compiled code can convert here: float16 needs instructions of its own."""
+    """Return the dtypes that compiled code can convert here: float16 needs instructions of its own."""
     told: Any = numba.config
     known = not told.CPU_FEATURES or "+f16c" in told.CPU_FEATURES
-    return frozenset(("bfloat16", "float16") if vector_bytes() >= 32 and known else ("bfloat16",))
+    return NARROW | {"bfloat16"} | ({"float16"} if vector_bytes() >= 32 and known else set())
+
+
+def computed_dtype(problem: Problem) -> str:
+    """Return the dtype that kernels compute in: of integers, floats that hold their sums exactly.
+
+    Raises:
+        ArgumentError: if no floats do; ``exact_floats`` tells beforehand.
+    """
+    if not problem.is_integer:
+        return problem.sum_dtype
+    if (dtype := exact_floats(problem)) is None:
+        raise ArgumentError(f"no floats hold the sums of {problem} exactly")
+    return dtype
 
 
 def is_plain(problem: Problem) -> bool:
@@ -147,9 +160,10 @@ def is_plain(problem: Problem) -> bool:
 
 
 def plain(problem: Problem) -> Problem:
-    """Return the problem with its arrays as kernels want them: NHWC, in the dtype of its sums."""
-    as_computed = problem.data_format == "NHWC" and problem.dtype == problem.sum_dtype
-    return problem if as_computed else problem.replace(data_format="NHWC", dtype=problem.sum_dtype)
+    """Return the problem with its arrays as kernels want them: NHWC, in the floats that they compute in."""
+    dtype = computed_dtype(problem)
+    as_computed = problem.data_format == "NHWC" and problem.dtype == dtype
+    return problem if as_computed else problem.replace(data_format="NHWC", dtype=dtype)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -193,7 +207,7 @@ def band(problem: Problem, rows: int) -> Problem:
 
 def scratch_bytes(problem: Problem, rows: int | None) -> int:
     """Return the bytes of the copies: of one thread's band, or of the whole images."""
-    p, size = problem, item_bytes(problem.sum_dtype)
+    p, size = problem, item_bytes(computed_dtype(problem))
     made = p.ow * p.k * (2 if p.epilogue.residual else 1)
     if rows is None:
         return p.n * (p.h * p.w * p.c + p.oh * made) * size
@@ -213,7 +227,7 @@ class BandedKernel(WrappedKernel):
             "outer": (p.oh, p.ow, p.k), "rows": (_taken(p, rows), rows, p.strides[0], p.pads[0]),
             "planar": form.planar,
         }  # fmt: skip
-        compiled = functools.partial(_by_bands, *form.constants)
+        compiled = functools.partial(_by_bands, form.lanes, form.itemsize, form.taken, form.made)
         bands = PackedKernel(compiled, p, values, p.n * -(-p.oh // rows), threads)
         super().__init__(bands, (inner, problem, rows, threads), reports=inner.spoiled_at is not None)
 
@@ -232,16 +246,16 @@ class ConvertedKernel(WrappedKernel):
         inside = zip(inner.places, (_sequence.INPUT, _sequence.OUT, _sequence.RESIDUAL), strict=True)
         addresses = {place: (_sequence.SCRATCH, converted[of]) for place, of in inside}
         conversion = functools.partial(_conversion, form, p.n, threads=threads)
-        stages = [conversion((p.h, p.w, p.c), (_sequence.INPUT, 0), (_sequence.SCRATCH, 0))]
+        stages = [conversion(form.taken, (p.h, p.w, p.c), (_sequence.INPUT, 0), (_sequence.SCRATCH, 0))]
         if p.epilogue.residual:
             added = _sequence.SCRATCH, converted[_sequence.RESIDUAL]
-            stages.append(conversion((p.oh, p.ow, p.k), (_sequence.RESIDUAL, 0), added))
+            stages.append(conversion(form.made, (p.oh, p.ow, p.k), (_sequence.RESIDUAL, 0), added))
         else:
             del addresses[inner.places[2]]
         told = None if inner.spoiled_at is None else (len(stages), inner.spoiled_at)
         stages.append(_sequence.Stage(inner.kernel, inner.block, inner.count, addresses))
         result = _sequence.SCRATCH, converted[_sequence.OUT]
-        stages.append(conversion((p.oh, p.ow, p.k), result, (_sequence.OUT, 0), back=True))
+        stages.append(conversion(form.made, (p.oh, p.ow, p.k), result, (_sequence.OUT, 0), back=True))
         scratch = taken + (2 if p.epilogue.residual else 1) * made
         values, parts = _sequence.values(stages, scratch, threads, told)
         self._alive = inner, stages
@@ -252,6 +266,7 @@ class ConvertedKernel(WrappedKernel):
 def _conversion(
     form: _Storage,
     images: int,
+    storage: int,
     shape: tuple[int, int, int],
     source: tuple[int, int],
     target: tuple[int, int],
@@ -264,7 +279,7 @@ def _conversion(
     parts = np.array([(n, *rows) for n in range(images) for rows in split(shape[0], cut)], np.int64).reshape(-1, 3)
     block = _COPY.pack(shape=shape, planar=form.planar, back=back, parts=parts)
     addresses = {_COPY.at["source"]: source, _COPY.at["target"]: target}
-    return _sequence.Stage(_by_rows(*form.constants), block, len(parts), addresses, parts)
+    return _sequence.Stage(_by_rows(form.lanes, form.itemsize, storage), block, len(parts), addresses, parts)
 
 
 def prepare(problem: Problem, step: int, config: Config, inside: Callable[[Problem, Config], PackedKernel]) -> Kernel:

@@ -1,4 +1,4 @@
-"""Rows of images from one layout and dtype to another: what lies as NCHW, or as 16-bit floats, and kernels' own NHWC.
+"""Rows of images from one layout and dtype to another: NCHW, 16-bit floats and integers, and kernels' own.
 
 Channels and pixels change places by squares of vectors that are transposed in registers. Ends overlap: the last
 square is moved back until it fits.
@@ -14,6 +14,7 @@ from convdispatch.backends._jit import compilable
 from convdispatch.backends._memory import CACHE_LINE
 from convdispatch.backends._vector import (
     I32,
+    I64,
     Codegen,
     Vector,
     address_of,
@@ -26,9 +27,29 @@ from convdispatch.backends._vector import (
     spaced,
 )
 
-#: How floats lie in memory: as the kernel computes with them, or in 16 bits.
-SAME, FLOAT16, BFLOAT16 = 0, 1, 2
-STORAGES = {"float16": FLOAT16, "bfloat16": BFLOAT16}
+#: How numbers lie in memory: as the kernel computes with them, as floats of 16 bits, or as integers.
+SAME, FLOAT16, BFLOAT16, INT8, UINT8, INT16, UINT16, INT32 = range(8)
+STORAGES = {
+    "float16": FLOAT16, "bfloat16": BFLOAT16, "int8": INT8, "uint8": UINT8, "int16": INT16, "uint16": UINT16,
+    "int32": INT32,
+}  # fmt: skip
+_BYTES = {FLOAT16: 2, BFLOAT16: 2, INT8: 1, UINT8: 1, INT16: 2, UINT16: 2, INT32: 4}
+_UNSIGNED = {UINT8, UINT16}
+
+
+def _stored_bytes(storage: int, itemsize: int) -> int:
+    return _BYTES.get(storage, itemsize)
+
+
+@intrinsic
+def stored_bytes(typing: Any, storage: Any, itemsize: Any) -> tuple[Any, Codegen]:
+    """Return the bytes of a number in some storage."""
+    size = _stored_bytes(storage.literal_value, itemsize.literal_value)
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        return ir.Constant(I64, size)
+
+    return types.int64(storage, itemsize), codegen
 
 
 @compilable
@@ -42,17 +63,25 @@ def _decoded(b: Any, vector: Vector, storage: int, address: Any) -> Any:
         return load_at(b, vector.ir, address, 0, vector.itemsize)
     if storage == FLOAT16:
         return b.fpext(load_at(b, ir.VectorType(ir.HalfType(), vector.lanes), address, 0, 2), vector.ir)
+    if storage != BFLOAT16:
+        size = _BYTES[storage]
+        whole = load_at(b, ir.VectorType(ir.IntType(8 * size), vector.lanes), address, 0, size)
+        return (b.uitofp if storage in _UNSIGNED else b.sitofp)(whole, vector.ir)
     halves = load_at(b, ir.VectorType(ir.IntType(16), vector.lanes), address, 0, 2)
     wide = b.zext(halves, ir.VectorType(I32, vector.lanes))
     return b.bitcast(b.shl(wide, _all(wide.type, 16)), vector.ir)
 
 
 def _encoded(b: Any, vector: Vector, storage: int, value: Any) -> Any:
-    """Return a vector rounded to nearest, to even between two; NaN stays NaN."""
+    """Return a vector rounded to nearest, to even between two; NaN stays NaN. Whole numbers as integers wrap."""
     if storage == SAME:
         return value
     if storage == FLOAT16:
         return b.fptrunc(value, ir.VectorType(ir.HalfType(), vector.lanes))
+    if storage != BFLOAT16:
+        wide = b.fptosi(value, ir.VectorType(ir.IntType(8 * vector.itemsize), vector.lanes))
+        narrow = ir.VectorType(ir.IntType(8 * _BYTES[storage]), vector.lanes)
+        return wide if wide.type == narrow else b.trunc(wide, narrow)
     bits = b.bitcast(value, ir.VectorType(I32, vector.lanes))
     odd = b.and_(b.lshr(bits, _all(bits.type, 16)), _all(bits.type, 1))
     rounded = b.add(b.add(bits, _all(bits.type, 0x7FFF)), odd)
@@ -90,7 +119,8 @@ def encode(typing: Any, address: Any, step: Any, tile: Any, storage: Any) -> tup
         places = spaced(b, arguments[0], arguments[1], len(tile))
         for value, place in zip(parts_of(b, arguments[2], len(tile)), places, strict=True):
             stored = _encoded(b, vector, storage.literal_value, value)
-            b.store(stored, address_of(b, place, 0, stored.type), align=2 if storage.literal_value else vector.itemsize)
+            align = _stored_bytes(storage.literal_value, vector.itemsize)
+            b.store(stored, address_of(b, place, 0, stored.type), align=align)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, tile, storage), codegen
@@ -119,8 +149,8 @@ def transposed(typing: Any, tile: Any) -> tuple[Any, Codegen]:
 
 @compilable
 def _convert(source, target, count, into, lanes, itemsize, storage):  # type: ignore[no-untyped-def]
-    """Copy ``count`` floats that lie side by side, from storage (``into`` is false) or into it."""
-    stored = 2 if storage else itemsize
+    """Copy ``count`` numbers that lie side by side, from storage (``into`` is false) or into it."""
+    stored = stored_bytes(storage, itemsize)
     for i in range(0, count, lanes):
         if count >= lanes:
             at = min(i, count - lanes)
@@ -153,7 +183,7 @@ def gather_planes(source, plane, target, channels, pixels, lanes, itemsize, stor
     With fewer channels than lanes, each pixel's vector is stored whole and the next covers its surplus; so the last
     pixels go by way of scratch memory.
     """
-    stored = 2 if storage else itemsize
+    stored = stored_bytes(storage, itemsize)
     if pixels < lanes:
         for p in range(pixels):
             for c in range(channels):
@@ -202,7 +232,7 @@ def _few_planes(
 @compilable
 def _scatter_planes(source, target, plane, channels, pixels, lanes, itemsize, storage):  # type: ignore[no-untyped-def]
     """Undo ``gather_planes``; a vector may be read beyond the last pixel, where the source has room for it."""
-    stored = 2 if storage else itemsize
+    stored = stored_bytes(storage, itemsize)
     if pixels < lanes:
         for p in range(pixels):
             for c in range(channels):
@@ -239,7 +269,7 @@ def stage(source, target, first, rows, shape, planar, lanes, itemsize, storage):
         lanes, itemsize, storage: literal; see ``decode``.
     """
     height, width, channels = shape
-    stored = 2 if storage else itemsize
+    stored = stored_bytes(storage, itemsize)
     line = width * channels * itemsize
     low, high = max(0, -first), min(rows, height - first)
     if high > low:
@@ -259,7 +289,7 @@ def stage(source, target, first, rows, shape, planar, lanes, itemsize, storage):
 def unstage(source, target, first, rows, shape, planar, lanes, itemsize, storage):  # type: ignore[no-untyped-def]
     """Undo ``stage`` for rows that lie inside: from ``[rows, width, channels]`` to the image's layout."""
     height, width, channels = shape
-    stored = 2 if storage else itemsize
+    stored = stored_bytes(storage, itemsize)
     if planar:
         at = target + first * width * stored
         _scatter_planes(source, at, height * width * stored, channels, rows * width, lanes, itemsize, storage)

@@ -1,4 +1,4 @@
-"""What the backends compiled by ``_arguments`` have in common: NCHW and 16-bit floats are converted on the way."""
+"""What the backends compiled by ``_arguments`` have in common: other layouts and dtypes are converted on the way."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from typing import ClassVar
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config, Effort, Kernel
 from convdispatch.backends import _bands
+from convdispatch.backends._exact import NARROW, exact_floats
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem
@@ -25,6 +26,11 @@ class PackedBackend(Backend):
 
     def rejects(self, problem: Problem) -> str | None:
         """Return None, or why the problem cannot be done."""
+        if problem.is_integer:
+            if self.numerics.kind != "local":
+                return "the transforms have fractions, and integer results are exact"
+            if problem.dtype not in NARROW or exact_floats(problem) is None:
+                return f"its vectors hold floats, in which sums of {problem.dtype} may not be exact"
         return self.rejects_plain(_bands.plain(problem))
 
     def configs(self, problem: Problem, effort: Effort) -> Sequence[Config]:
@@ -52,10 +58,12 @@ class PackedBackend(Backend):
 
     def prepare(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> Kernel:
         """Pack the filters and return a kernel."""
-        weights = filters.astype(problem.sum_dtype, copy=False)
+        dtype = _bands.computed_dtype(problem)
+        weights = filters.astype(dtype, copy=False)
+        added = None if bias is None else bias.astype(dtype, copy=False)
 
         def inside(part: Problem, choice: Config) -> PackedKernel:
-            return self.prepare_plain(part, weights, bias, choice)
+            return self.prepare_plain(part, weights, added, choice)
 
         if _bands.is_plain(problem):
             return inside(_bands.plain(problem), config)
@@ -65,9 +73,9 @@ class PackedBackend(Backend):
         """Return of how many rows of output a band should be a multiple."""
         return 1
 
-    @abstractmethod
-    def rejects_plain(self, problem: Problem) -> str | None:
+    def rejects_plain(self, problem: Problem) -> str | None:  # noqa: ARG002  # the others look at it
         """Do as ``rejects`` for a plain problem."""
+        return None
 
     @abstractmethod
     def configs_plain(self, problem: Problem, effort: Effort) -> Sequence[Config]:

@@ -208,8 +208,6 @@ class Depthwise(PackedBackend):
 
     def rejects_plain(self, problem: Problem) -> str | None:
         """Return None, or why the problem is not depthwise, or that integers are missing."""
-        if problem.is_integer:
-            return "its vectors hold floats, and integer results are exact"
         if problem.groups == 1:
             return "it wants groups, and there is one for all"
         if not _shares_vectors(problem) and problem.group_c != 1:

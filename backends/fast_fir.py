@@ -125,7 +125,6 @@ class FastFir(PackedBackend):
         """Return the first thing about the problem that the algorithm has no answer to."""
         p = problem
         checks = (
-            (p.is_integer, "the transforms have fractions, and integer results are exact"),
             (
                 p.c > _CHANNELS or p.k > _FILTERS,
                 f"it is for up to {_CHANNELS} channels and {_FILTERS} filters; here are {p.c} and {p.k}",

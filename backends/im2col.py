@@ -14,6 +14,7 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config, Effort, Kernel, item_bytes
 from convdispatch.backends import _rates
+from convdispatch.backends._exact import exact_floats
 from convdispatch.backends._threads import run_numpy
 from convdispatch.backends._windows import overlap
 from convdispatch.errors import ArgumentError
@@ -21,8 +22,6 @@ from convdispatch.machine import Machine
 from convdispatch.problem import INTEGERS, Problem
 
 _BLOCKS_KIB = (2048, 512, 128, 8192)
-#: A float64 holds every integer up to here, a float32 every one up to there.
-_EXACT = {"float32": 2**24, "float64": 2**53}
 
 # Rates of one core, for estimates.
 _PEAK_PER_BYTE = 1.5e9  # FLOP/s of a float32 GEMM for each byte of vector width
@@ -35,10 +34,7 @@ _LAUNCH_SECONDS = 100e-6
 
 def _matmul_dtype(problem: Problem) -> str:
     """Return the dtype to multiply in: one that BLAS has and that is exact for integers, where there is one."""
-    if not problem.is_integer:
-        return problem.dtype
-    largest = problem.taps * 4 ** (8 * item_bytes(problem.dtype))
-    return next((name for name, limit in _EXACT.items() if largest <= limit), "int64")
+    return (exact_floats(problem) or "int64") if problem.is_integer else problem.dtype
 
 
 @dataclass(frozen=True)

@@ -212,8 +212,6 @@ class ImageRows(PackedBackend):
     def rejects_plain(self, problem: Problem) -> str | None:
         """Return None, or what about the dtype, the channels or the strides stands against it."""
         p = problem
-        if p.is_integer:
-            return "its vectors hold floats, and integer results are exact"
         if p.c > _CHANNELS or p.k > _FILTERS:
             return f"it is for up to {_CHANNELS} channels and {_FILTERS} filters; here are {p.c} and {p.k}"
         if p.strides != (1, 1) and p.dilations != (1, 1):

@@ -121,12 +121,6 @@ class ImplicitGemm(PackedBackend):
             return _pixel_panels.PanelKernel(problem, filters[0, 0], bias, tile, config.threads)
         return super().prepare(problem, filters, bias, config)
 
-    def rejects_plain(self, problem: Problem) -> str | None:
-        """Return None, or that integers or filters are missing."""
-        if problem.is_integer:
-            return "its vectors hold floats, and integer results are exact"
-        return None
-
     def configs_plain(self, problem: Problem, effort: Effort) -> Sequence[Config]:
         """Return tiles, the one with the smallest estimate first."""
         choices = [Config(rows=rows, vectors=vectors) for rows, vectors in _tiles(problem)]

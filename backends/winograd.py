@@ -262,7 +262,6 @@ class Winograd(PackedBackend):
                 math.prod(problem.dilations) > max(_PICTURES, problem.oh * problem.ow),
                 "dilated so far, it would be pictures without pixels, most of them",
             ),
-            (problem.is_integer, "the transforms have fractions, and integer results are exact"),
             (problem.c == 0, "there are no input channels"),
             (problem.groups > 1 and problem.group_c == 1, "one channel a group leaves no matrices to multiply"),
         )

@@ -15,6 +15,7 @@ from strategies import FLOAT_DTYPES, USABLE_DTYPES, judge, numbers
 import convdispatch
 from convdispatch.backend import Config
 from convdispatch.backends import _bands
+from convdispatch.backends._exact import exact_floats
 from convdispatch.backends._layout import SAME, STORAGES, stage, unstage
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._vector import vector_bytes
@@ -152,6 +153,53 @@ def test_banded_and_whole_images_are_right_and_pickle(backend: PackedBackend, te
         nhwc = y.transpose(0, 2, 3, 1) if problem.data_format == "NCHW" else y
         found = judge(problem, backend.numerics, config, case.x, case.w, nhwc, case.bias, case.residual)
         assert found.reason is None, f"{config}: {found.reason}"
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "uint16"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1x90x131x3 * 5x5x1x3 SAME", "2x40x64x4 * 3x3x4x6 SAME stride=2 +relu", "1x4x50x60 NCHW * 3x3x4x9 SAME",
+        "1x33x40x3 * 11x11x3x2 SAME +bias +residual", "1x2x3x33 * 1x1x33x17 VALID +relu6",
+    ],
+)  # fmt: skip
+def test_integers_are_exact_as_floats(text: str, dtype: str) -> None:
+    """Of their whole range, and all of the largest size; each as ``numba`` sums them."""
+    problem = Problem.parse(f"{text} {dtype}")
+    about = np.iinfo(dtype)
+    case, far = numbers(problem), np.array([about.min if about.min else about.max], dtype)
+    extremes = np.broadcast_to(far, case.input.shape).copy(), np.broadcast_to(far, case.w.shape).copy()
+    how: dict[str, Any] = {
+        "strides": problem.strides, "padding": problem.padding, "data_format": problem.data_format,
+        "groups": problem.groups, "activation": problem.epilogue.activation, "bias": case.bias,
+        "residual": case.addend,
+    }  # fmt: skip
+    for x, w in ((case.input, case.w), extremes):
+        expected = convdispatch.conv2d(x, w, backend="numba", **how)
+        assert expected.dtype == np.int32
+        for backend in PACKED:
+            if backend.rejects(problem) is None:
+                for threads in (1, 3):
+                    found = convdispatch.conv2d(x, w, backend=(backend.name, {"threads": threads}), **how)
+                    np.testing.assert_array_equal(found, expected, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "dtype"),
+    [
+        ("1x9x9x1 * 16x16x1x1 SAME uint8", "float32"),
+        ("1x9x9x1 * 17x17x1x1 SAME uint8", "float64"),
+        ("1x9x9x64 * 4x4x64x1 SAME int8", "float32"),
+        ("1x9x9x64 * 4x5x64x1 SAME int8", "float64"),
+        ("1x9x9x1 * 1x1x1x1 SAME int8 +bias", "float64"),
+        ("1x9x9x1 * 1x1x1x1 SAME uint8 +relu", "float32"),
+        ("1x9x9x1 * 1x1x1x1 SAME uint8 +bias +relu", None),  # relu sees what has wrapped
+        ("1x9x9x1 * 3x3x1x1 SAME int16", "float64"),
+        ("1x9x9x1 * 3x3x1x1 SAME int16 +relu", None),
+    ],
+)
+def test_integers_are_summed_in_floats_that_hold_every_sum(text: str, dtype: str | None) -> None:
+    assert exact_floats(Problem.parse(text)) == dtype
 
 
 @given(

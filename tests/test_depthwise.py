@@ -141,7 +141,7 @@ def test_a_bad_pixel_spoils_only_its_own_group() -> None:
 
 
 @pytest.mark.parametrize(("text", "words"), [
-    ("1x8x8x16 * 3x3x1x16 SAME int8", "floats"),
+    ("1x8x8x16 * 3x3x1x16 SAME int64", "floats"),
     ("1x8x8x16 * 3x3x16x16 SAME", "one for all"),
     ("1x8x8x64 * 3x3x32x64 SAME", "32 channels"),
     ("1x8x8x16 * 3x3x4x12 SAME", "3 filters"),
