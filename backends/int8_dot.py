@@ -136,7 +136,7 @@ class Int8Dot(Backend):
         """Return None, or that the dtype, the processor or the groups do not suit."""
         p = problem
         if p.dtype != "int8":
-            return f"it multiplies int8, and this is {p.dtype}"
+            return "it multiplies int8 only"
         if not _dot.available():
             return "the processor has no AVX-512 VNNI"
         if p.groups > 1 and p.group_c % 4:

@@ -122,6 +122,10 @@ def plan(
             )
     else:
         shape, given = input, weights.dtype if dtype is None else dtype
+        if dtype_name(given) != dtype_name(weights.dtype):
+            raise ArgumentTypeError(
+                f"dtype must be the filters' or None; got {dtype_name(given)}, filters are {weights.dtype.name}"
+            )
     problem, packed, values = dispatch.checked(
         shape, dtype_name(given), weights, bias, residual=_is_to_come(residual), filter_format=filter_format,
         strides=strides, padding=padding, data_format=data_format, dilations=dilations, groups=groups,

@@ -31,6 +31,7 @@ from convdispatch.terminal import (
     print_table,
     print_what_can_be_printed,
     profile_option,
+    read_option,
     resumable,
     scope,
     table,
@@ -272,7 +273,7 @@ def warmup(what: str, threads: int | None) -> None:
 @click.argument("problem")
 @click.option("--deployment", type=click.Choice(DEPLOYMENTS), default="plan", show_default=True, help="As in tune.")
 @threads_option
-@profile_option
+@read_option
 @json_option
 @explained
 def explain(problem: str, deployment: str, threads: int | None, file: Path | None, as_json: bool) -> None:

@@ -13,7 +13,18 @@ from convdispatch.errors import ProfileError
 from convdispatch.profile import Entry, Key, Profile
 from convdispatch.profile_doctor import Finding, examine
 from convdispatch.profile_tools import Joined, Selection
-from convdispatch.terminal import console, explained, json_option, print_json, print_table, profile_option, scope, table
+from convdispatch.terminal import (
+    alone_option,
+    console,
+    explained,
+    json_option,
+    print_json,
+    print_table,
+    profile_option,
+    read_option,
+    scope,
+    table,
+)
 from convdispatch.units import bytes_text, time_text
 
 _FEW = 10
@@ -70,7 +81,7 @@ _ORDERS: Mapping[str, Callable[[Entry], Any]] = {
 @click.option("--machine", "where", metavar="ID", help="Only what was measured on this machine; 'here' is this one.")
 @click.option("--backend", metavar="NAME", help="Only what this backend won.")
 @click.option("--flagged", is_flag=True, help="Only measurements that are marked as doubtful.")
-@profile_option
+@alone_option
 @json_option
 @explained
 def show(
@@ -122,7 +133,9 @@ def _what_there_is(found: Profile) -> str:
     """Return what might have been asked for."""
     entries = list(found.entries())
     if not entries:
-        return "convdispatch tune WORKLOAD makes some"
+        return (
+            "convdispatch tune WORKLOAD makes some, and convdispatch profile path --all names the other layers' files"
+        )
     winners, machines = {entry.winner.backend for entry in entries}, {entry.key.machine for entry in entries}
     count = f"there are {len(entries)}" if len(entries) > 1 else "there is one"
     return f"{count}, won by {', '.join(sorted(winners))}, on {', '.join(sorted(machines))}"
@@ -155,7 +168,7 @@ def _entry_data(entry: Entry, found: Profile) -> dict[str, Any]:
     rows = [{**asdict(result), "config": dict(result.config)} for result in entry.results]
     failures = [{**asdict(failure), "config": dict(failure.config)} for failure in entry.failures]
     about = {"effort": entry.effort, "tuned": entry.tuned, "flags": list(entry.flags)}
-    about["here"] = _counts_here(entry, found)
+    about |= {"here": _counts_here(entry, found), "winner": entry.winner.name}
     return {**_key_data(entry.key), **about, "results": rows, "failures": failures}
 
 
@@ -272,7 +285,7 @@ def import_(file: Path, target: Path | None, as_json: bool) -> None:
 @click.argument("target", metavar="FILE", type=_file)
 @click.option("--portable", is_flag=True, help="For all machines of the same kind; see above.")
 @click.option("--force", is_flag=True, help="Replace FILE if it is there.")
-@profile_option
+@alone_option
 @json_option
 @explained
 def export(target: Path, portable: bool, force: bool, file: Path | None, as_json: bool) -> None:
@@ -358,7 +371,7 @@ def prune(
 
 @profile_group.command()
 @click.option("--all", "every", is_flag=True, help=f"Every finding, not only the first {_FEW} of a kind.")
-@profile_option
+@read_option
 @json_option
 @explained
 def doctor(every: bool, file: Path | None, as_json: bool) -> None:

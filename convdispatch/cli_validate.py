@@ -22,6 +22,7 @@ from convdispatch.terminal import (
     print_json,
     print_table,
     profile_option,
+    read_option,
     scope,
     table,
     tell_of_waiting,
@@ -122,7 +123,7 @@ def _print_calibration(found: CalibrationReport) -> None:
     help="Exit with code 4 unless every target is reached, with 5 if the machine was busy for most problems.",
 )
 @threads_option
-@profile_option
+@read_option
 @json_option
 @explained
 def validate(

@@ -72,7 +72,7 @@ class Explanation:
             f"{self.problem}  ({self.deployment}, {self.threads} threads, {self.machine})",
             f"chosen: {self.chosen or 'none'}  [{self.evidence}]",
         ]
-        head = ("backend", "candidate", "measured", "spread", "estimate", "error", "workspace", "")
+        head = ("backend", "candidate", "measured", "spread", "estimate", "error", "workspace", "why not")
         table = [head, *(cells(row) for row in self.rows)]
         widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
         lines += [

@@ -74,7 +74,7 @@ def recorded_line(layers: Sequence[LayerReport]) -> str | None:
     total = sum(layer.layer.seconds or 0.0 for layer in layers)
     if not total:
         return None
-    done = [layer for layer in layers if layer.entry is not None and layer.status in {"tuned", "known"}]
+    done = [layer for layer in layers if layer.entry is not None]
     before = sum(layer.layer.seconds or 0.0 for layer in done)
     now = sum(layer.layer.count * layer.entry.winner.median for layer in done if layer.entry is not None)
     return f"recorded: {time_text(total)} of calls; those with a winner took {time_text(before)}" + (

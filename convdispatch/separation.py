@@ -31,7 +31,7 @@ def unsuited(problem: Problem) -> str | None:
     several, reach = p.c > 1, (p.extent[1] - 1) * p.c
     usual = f"up to {_MOST_FILTERS} filters of one channel, or one for each of several"
     reasons = (
-        (p.dtype not in SEPARABLE_DTYPES, f"two passes are made in {' or '.join(SEPARABLE_DTYPES)}, not {p.dtype}"),
+        (p.dtype not in SEPARABLE_DTYPES, f"two passes are made in {' or '.join(SEPARABLE_DTYPES)} only"),
         (p.strides != (1, 1), "two passes are made without strides"),
         (
             p.kh * p.kw < 2 * (p.kh + p.kw),

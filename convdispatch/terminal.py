@@ -27,12 +27,10 @@ Command = Callable[..., None]
 threads_option = click.option(
     "--threads", type=click.IntRange(1, settings.MOST_THREADS), help="Most threads a candidate may use."
 )
-profile_option = click.option(
-    "--profile",
-    "file",
-    type=click.Path(path_type=Path),
-    help="Profile file to read before the usual ones, and to write.",
-)
+_profile = functools.partial(click.option, "--profile", "file", type=click.Path(path_type=Path))
+profile_option = _profile(help="Profile file to read before the usual ones, and to write.")
+read_option = _profile(help="Profile file to read before the usual ones.")
+alone_option = _profile(help="Profile file to read, instead of the one that tuning writes.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 
 

@@ -83,6 +83,10 @@ def from_format(problem: Problem, array: Array) -> Array:
     return array.transpose(0, 2, 3, 1) if problem.data_format == "NCHW" else array
 
 
+#: Examples of a property by default, see ``conftest``.
+_BY_DEFAULT = 40
+
+
 @st.composite
 def epilogues(draw: st.DrawFn, dtype: str = "float32") -> Epilogue:
     """Draw bias, residual and activation; about every second time there is none."""
@@ -200,6 +204,14 @@ _USUAL = (
     "1x9x9x32 * 3x3x32x8 SAME", "1x9x9x32 * 3x3x1x32 SAME", "1x9x9x32 * 3x3x32x8 SAME int8", "1x9x9x2 * 9x9x2x1 SAME",
     "1x9x9x1 * 9x9x1x1 SAME separable",
 )  # fmt: skip
+
+
+def examples(count: int) -> settings:
+    """Return settings for so many examples by default; more where a profile is thorough.
+
+    For tests of which most examples compile a kernel or two of their own: these take most of the whole run's time.
+    """
+    return settings(max_examples=count * (settings.default or settings()).max_examples // _BY_DEFAULT)
 
 
 def fits(backend: Backend, problem: Problem) -> bool:

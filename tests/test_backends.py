@@ -7,13 +7,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from strategies import (
     FLOAT_DTYPES,
     USABLE_DTYPES,
     Case,
     cases,
+    examples,
     fits,
     from_format,
     judge,
@@ -80,7 +81,7 @@ def with_activation(case: Case, activation: str) -> Problem:
 
 
 @given(case=cases())
-@settings(max_examples=120)
+@examples(50)
 def test_a_plan_is_within_the_bound_of_the_reference_or_says_why_not(backend: Backend, case: Case) -> None:
     p = case.problem
     if reason := Candidate(backend, Config()).rejects(p):
@@ -105,7 +106,7 @@ def test_a_plan_is_within_the_bound_of_the_reference_or_says_why_not(backend: Ba
 
 
 @given(case=cases(empty=False, side=24))
-@settings(max_examples=40)
+@examples(20)
 @example(case=numbers(Problem.parse("2x33x37x3 * 3x3x3x5 SAME")))
 @example(case=numbers(Problem.parse("1x41x9x6 * 3x3x3x4 pad=2,0,1,3")))
 @example(case=numbers(Problem.parse("1x40x35x1 * 7x11x1x2 SAME_LOWER stride=2")))
@@ -174,7 +175,7 @@ def test_activations_keep_nan_and_saturate_far_out_without_overflow(backend: Bac
 
 @pytest.mark.usefixtures("floats")
 @given(case=cases(dtypes=("float32",), empty=False))
-@settings(max_examples=15)
+@examples(15)
 def test_the_same_plan_gives_the_same_bits(backend: Backend, case: Case) -> None:
     assume(fits(backend, case.problem))
     plan, again = forced_plan(backend, case), forced_plan(backend, case)
@@ -220,7 +221,7 @@ def check_contained(backend: Backend, case: Case) -> None:
 
 @pytest.mark.usefixtures("floats")
 @given(case=cases(dtypes=FLOAT_DTYPES, empty=False), data=st.data())
-@settings(max_examples=80)
+@examples(35)
 def test_nan_and_infinity_stay_inside_their_receptive_field(backend: Backend, case: Case, data: st.DataObject) -> None:
     assume(fits(backend, case.problem))
     bad = st.sampled_from((np.nan, np.inf, -np.inf))
@@ -248,7 +249,7 @@ def test_one_bad_pixel_spoils_only_the_windows_over_it(backend: Backend, value: 
 
 @pytest.mark.usefixtures("floats")
 @given(case=cases(dtypes=("float32",), empty=False, plain=True), data=st.data())
-@settings(max_examples=60)
+@examples(30)
 def test_large_values_that_overflow_a_transform_do_not_spoil_finite_results(
     backend: Backend, case: Case, data: st.DataObject
 ) -> None:
@@ -351,7 +352,7 @@ def test_filters_are_packed_so_that_changing_them_later_changes_nothing(backend:
 
 @pytest.mark.usefixtures("floats")
 @given(case=cases(dtypes=FLOAT_DTYPES, empty=False), data=st.data())
-@settings(max_examples=25)
+@examples(20)
 def test_views_of_any_strides_are_read_and_written(backend: Backend, case: Case, data: st.DataObject) -> None:
     assume(fits(backend, case.problem))
     p = case.problem

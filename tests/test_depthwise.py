@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import walls
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Case, numbers
+from strategies import Case, examples, numbers
 
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort
@@ -109,7 +109,7 @@ def depthwise_problems(draw: st.DrawFn) -> Problem:
 
 
 @given(problem=depthwise_problems(), seed=st.integers(0, 99))
-@settings(max_examples=80, deadline=None)
+@examples(40)
 def test_any_depthwise_problem_is_right(problem: Problem, seed: int) -> None:
     check(problem, seed=seed)
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import walls
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from strategies import numbers
+from strategies import examples, numbers
 
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort
@@ -77,7 +77,7 @@ def test_few_channels_and_filters(channels: int, filters: int) -> None:
     which=st.integers(0, 3),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=60)
+@examples(40)
 def test_any_shape_with_any_tile(
     size: tuple[int, int], kernel: tuple[int, int], pads: tuple[int, int, int, int],
     channels: int, filters: int, which: int, seed: int,

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import walls
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from strategies import numbers
+from strategies import examples, numbers
 
 import convdispatch
 from convdispatch.arguments import Array
@@ -90,7 +90,7 @@ def test_both_passes_tiles_fit_into_what_is_as_narrow_as_one() -> None:
     which=st.integers(0, 1),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=50, deadline=None)
+@examples(50)
 def test_any_shape_with_any_tile(
     size: tuple[int, int], kernel: tuple[int, int], dilations: tuple[int, int], pads: tuple[int, int, int, int],
     channels: int, filters: int, planar: bool, which: int, seed: int,

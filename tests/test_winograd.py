@@ -7,9 +7,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import walls
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from strategies import judge
+from strategies import examples, judge
 
 from convdispatch import machine
 from convdispatch.arguments import Array
@@ -118,7 +118,7 @@ def problems(draw: st.DrawFn) -> Problem:
     )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
+@examples(80)
 @given(problems(), st.data(), st.integers(1, 3), st.integers(0, 99))
 def test_any_problem_is_within_the_bound(problem: Problem, data: st.DataObject, threads: int, seed: int) -> None:
     assert WINOGRAD.rejects(problem) is None

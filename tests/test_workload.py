@@ -200,7 +200,7 @@ def test_dump_says_why_it_cannot(tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     with pytest.raises(WorkloadError, match="cannot be written"):
         load(SMALL).dump(tmp_path / "taken")
-    assert {file.name for file in tmp_path.iterdir()} == {"taken", "taken.lock"}
+    assert {file.name for file in tmp_path.iterdir()} == {"taken"}
 
 
 def test_short_forms_in_a_file(tmp_path: Path) -> None:

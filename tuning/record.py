@@ -295,11 +295,12 @@ class ProgramRecording(Recording):
             warn(f"recorded calls are {said}")
 
     def _move(self, recorded: Workload) -> str:
-        """Write to the file or beside it; return what to say of that, if anything."""
+        """Write to the file or beside it, or into the folder; return what to say of that, if anything."""
         try:
             merge(self.path, recorded)
         except ConvDispatchError as error:
-            beside = self.path.with_name(f"{self.path.stem}-{os.getpid()}.yaml")
+            name = f"{self.path.stem}-{os.getpid()}.yaml"
+            beside = self.path / name if self.path.is_dir() else self.path.with_name(name)
             try:
                 merge(beside, recorded)
             except ConvDispatchError:

@@ -230,6 +230,8 @@ def _file(path: Path) -> Workload:
             data = file.read(_MOST_BYTES + 1)
     except FileNotFoundError:
         known = ", ".join(packaged())
+        if str(path) in packaged():
+            raise WorkloadError(f"{path} is no file but a packaged workload; name it without --from") from None
         raise WorkloadError(f"{path}: this file does not exist; packaged workloads are {known}") from None
     except (OSError, ValueError) as error:
         raise WorkloadError(f"{path}: this file cannot be read: {error}") from None
