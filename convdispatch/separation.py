@@ -130,8 +130,8 @@ def _factors(values: bytes, shape: tuple[int, int, int], dtype: str) -> tuple[Ar
         modest = down * along <= _LARGEST_SUM
         columns, rows = (found.astype(dtype) for found in (columns * scale, rows / scale))
         product = columns[:, :, np.newaxis].astype(np.float64) * rows[:, np.newaxis, :]
-        # What is below the smallest normal number, as tails are, was rounded to multiples of the smallest of all.
-        tails = (wide != 0) & (sizes.max(axis=(1, 2), keepdims=True) > _LEAST)
+        # What is below the smallest normal number, as tails are, was rounded to a multiple of the smallest, or to zero.
+        tails = sizes.max(axis=(1, 2), keepdims=True) > _LEAST
         allowed = tolerance(kh, kw) * float(about.eps) * sizes + tails * float(about.smallest_subnormal)
         near = np.abs(product - wide) <= allowed
     if not near.all() or not modest.all() or not np.isfinite(wide).all():

@@ -198,10 +198,17 @@ def record_path() -> Path | None:
 
 
 class _Scope(NamedTuple):
-    """The options of a block, and the block around it."""
+    """The options of a block, whose it is, and the block around it."""
 
     options: Options
+    owner: object
     around: "_Scope | None"
+
+    def without(self, owner: object) -> "_Scope | None":
+        """Return what is left when the innermost block of an owner ends, whichever blocks have begun within it."""
+        if self.owner is owner:
+            return self.around
+        return self._replace(around=self.around and self.around.without(owner))
 
 
 _scope: contextvars.ContextVar[_Scope | None] = contextvars.ContextVar("convdispatch_options", default=None)
@@ -245,12 +252,12 @@ class options(contextlib.ContextDecorator):  # noqa: N801  # it is called like a
     def __enter__(self) -> Options:
         """Return the options in force inside the block."""
         chosen = replace(current(), **self._changes)
-        _scope.set(_Scope(chosen, _scope.get()))
+        _scope.set(_Scope(chosen, self, _scope.get()))
         return chosen
 
     def __exit__(self, *_: object) -> None:
-        scope = _scope.get()
-        _scope.set(None if scope is None else scope.around)
+        if (scope := _scope.get()) is not None:
+            _scope.set(scope.without(self))
 
     def __repr__(self) -> str:
         return f"options({', '.join(f'{name}={value!r}' for name, value in self._changes.items())})"

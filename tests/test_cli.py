@@ -250,3 +250,25 @@ def test_what_an_encoding_lacks_is_printed_as_a_question_mark(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     assert "gr?n" in done.stdout
     assert "gr??e" in done.stdout
+
+
+def test_an_interrupt_ends_it_quietly_while_it_is_being_imported() -> None:
+    """The import of the commands raises what Ctrl-C would."""
+    program = (
+        "import sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'convdispatch.cli':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from convdispatch.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "convdispatch: interrupted\n")
+
+
+def test_it_runs_as_a_module_too() -> None:
+    done = subprocess.run([sys.executable, "-m", "convdispatch", "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "tune" in done.stdout

@@ -723,6 +723,12 @@ def test_options_can_be_kept_nested_and_used_by_a_function() -> None:
             assert inner.threads == 2
         assert settings.current().threads is None
     assert one(lambda: settings.current().threads)() == 1
+    with strict:  # blocks of generators end in any order
+        one.__enter__()
+        strict.__exit__()
+        assert (settings.current().threads, settings.current().accuracy) == (1, "strict")
+        one.__exit__()
+        assert settings.current() == settings.from_environment()
     assert repr(strict) == "options(accuracy='strict', threads=2)"
 
 

@@ -73,6 +73,7 @@ def test_one_value_that_differs_is_enough(
         ("gaussian of exp(-(x^2 + y^2))", np.exp(-np.add.outer(*2 * ((np.arange(15.0) - 7) ** 2 / 18,)))),
         ("box", np.full((7, 7), 1 / 49)),
         ("gaussian, ten sigma wide", np.outer(*2 * (gaussian(31, 1.5),))),
+        ("gaussian, thirty sigma wide, whose tails are zeros in float32", np.outer(*2 * (gaussian(31, 0.5),))),
         ("binomial", np.outer(np.array([1, 4, 6, 4, 1]), np.array([1, 4, 6, 4, 1]) / 256)),
         ("sobel, large", np.outer(np.array([1, 4, 6, 4, 1]), np.array([-1, -2, 0, 2, 1]))),
         ("zeros", np.zeros((5, 5))),
