@@ -1,4 +1,4 @@
-"""What the README says of calls, layouts, epilogues, callers and memory, measured: ``python benchmarks/claims.py``.
+"""What the README claims besides ratios to other engines, measured: ``python benchmarks/claims.py``.
 
 Every comparison takes turns within one process, and is a median of ratios. Names of some may be given; all is the
 default. Run it on a machine that does nothing else.
@@ -27,6 +27,15 @@ LAYERS = (
     "1x28x28x256 * 3x3x256x256 SAME stride=2",
     "1x224x224x64 * 3x3x64x64 SAME",
     "1x224x224x3 * 7x7x3x64 pad=3 stride=2",
+)
+IMAGES = (
+    "1x480x640x1 * 5x5x1x1 SAME",
+    "1x480x640x3 * 5x5x1x3 SAME",
+    "1x480x640x3 * 5x5x3x2 SAME",
+    "1x1080x1920x1 * 3x3x1x1 SAME",
+    "1x1080x1920x1 * 15x15x1x1 SAME",
+    "1x1080x1920x3 * 9x9x1x3 SAME",
+    "1x1080x1920x1 * 5x5x1x1 SAME stride=2",
 )
 Run = Callable[[], object]
 
@@ -93,6 +102,15 @@ def layouts() -> None:
             ("float16", plain.replace(dtype="float16")),
         ):
             said.append(f"{name} {ratio(runner(variant, backend=forced), base):.2f}x")
+        print(f"  {text}: {', '.join(said)}")
+
+
+def integers() -> None:
+    """Images of bytes and of 16-bit integers against float32, each by its own choice."""
+    for text in IMAGES:
+        plain = Problem.parse(text)
+        base = runner(plain)
+        said = [f"{name} {ratio(runner(plain.replace(dtype=name)), base):.2f}x" for name in ("uint8", "int16")]
         print(f"  {text}: {', '.join(said)}")
 
 
@@ -198,7 +216,7 @@ def memory() -> None:
     print(f"  4096x4096x3 to 64: {float(peak):.1f} MiB measured, {float(told):.1f} MiB told, by {candidate.strip()}")
 
 
-CLAIMS = {each.__name__: each for each in (epilogue, layouts, calls, untuned, cold, callers, memory)}
+CLAIMS = {each.__name__: each for each in (epilogue, layouts, integers, calls, untuned, cold, callers, memory)}
 
 
 def main() -> None:

@@ -120,8 +120,9 @@ class _Kinds:
     floats: tuple[str, ...]
 
     def draws(self, dtype: str) -> bool:
-        """Return whether problems of this dtype are drawn."""
-        return dtype in self.floats or dtype not in {"float32", "float64"}
+        """Return whether problems of this dtype are drawn; integers of 16 bits are computed with float64."""
+        needed = "float64" if dtype in {"float64", "int16", "uint16"} else "float32"
+        return needed in self.floats
 
 
 _FEW = _Kinds(

@@ -948,7 +948,17 @@ def test_an_explanation_reads_as_a_table(three: dict[str, Scripted]) -> None:
     lines = str(explain(INPUT, FILTERS)).splitlines()
     assert lines[0].startswith("1x6x6x2 * 3x3x2x3 SAME  (plan, ")
     assert lines[1].startswith("chosen: steady  [profile: winner of 3 in the in-process profile")
-    assert lines[2].split() == ["backend", "candidate", "measured", "spread", "estimate", "error", "workspace"]
+    assert lines[2].split() == [
+        "backend",
+        "candidate",
+        "measured",
+        "spread",
+        "estimate",
+        "error",
+        "workspace",
+        "why",
+        "not",
+    ]
     assert lines[3].split()[:5] == ["*", "steady", "steady", "1", "s"]
     assert lines[-1].endswith("only on Sundays")
     assert all(line == line.rstrip() for line in lines)

@@ -53,7 +53,10 @@ def test_every_backend_keeps_its_bound_and_its_class(name: str, text: str) -> No
             pytest.skip("rejects it")
     local = backend.numerics.kind == "local"
     with settings.options(accuracy="strict" if local else "standard") as options:
-        for candidate in heuristic.candidates_of(backend, problem, 1, "measure"):
+        candidates = heuristic.candidates_of(backend, problem, 1, "measure")
+        # Tiles change no sum: one candidate of each bound will do.
+        bounds = {backend.numerics.growth(problem, each.config): each for each in reversed(candidates)}
+        for candidate in bounds.values():
             found = hard_inputs.measure(problem, candidate)
             assert found is not None
             assert found.reason is None, candidate.name
