@@ -16,13 +16,18 @@ _CONVERTED_BYTES_PER_SECOND = 1.2e10  # of one core, in cache
 
 
 class PackedBackend(Backend):
-    """A backend whose kernels are ``PackedKernel``; its methods see plain problems: NHWC of float32 or float64."""
+    """A backend whose kernels are ``PackedKernel``; its methods see plain problems: NHWC of float32 or float64.
+
+    One that ``takes_planes`` sees NCHW of these, too.
+    """
 
     parallel = True
     fuses_epilogue = True
     packing_cost = (4e-5, 4e-10)
     formats = frozenset(("NHWC", "NCHW"))
     native_dtypes: ClassVar[frozenset[str]] = Backend.native_dtypes | _bands.convertible()
+    #: Whether NCHW floats are plain to it, too.
+    takes_planes: ClassVar[bool] = False
 
     def rejects(self, problem: Problem) -> str | None:
         """Return None, or why the problem cannot be done."""
@@ -31,16 +36,23 @@ class PackedBackend(Backend):
                 return "the transforms have fractions, and integer results are exact"
             if problem.dtype not in NARROW or exact_floats(problem) is None:
                 return f"its vectors hold floats, in which sums of {problem.dtype} may not be exact"
-        return self.rejects_plain(_bands.plain(problem))
+        return self.rejects_plain(self._plain(problem))
+
+    def _is_plain(self, problem: Problem) -> bool:
+        return _bands.is_plain(problem) or (self.takes_planes and problem.dtype == _bands.computed_dtype(problem))
+
+    def _plain(self, problem: Problem) -> Problem:
+        takes_it = self.takes_planes and problem.dtype == _bands.computed_dtype(problem)
+        return problem if takes_it else _bands.plain(problem)
 
     def configs(self, problem: Problem, effort: Effort) -> Sequence[Config]:
         """Return the configs worth trying, the one with the smallest estimate first."""
-        return self.configs_plain(_bands.plain(problem), effort)
+        return self.configs_plain(self._plain(problem), effort)
 
     def workspace(self, problem: Problem, config: Config) -> int:
         """Return the bytes of scratch memory of a call, conversions included."""
-        if _bands.is_plain(problem):
-            return self.workspace_plain(_bands.plain(problem), config)
+        if self._is_plain(problem):
+            return self.workspace_plain(self._plain(problem), config)
         rows = _bands.band_rows(problem, self.step(problem, config), config.threads)
         copies = _bands.scratch_bytes(problem, rows)
         if rows is None:
@@ -50,8 +62,8 @@ class PackedBackend(Backend):
 
     def estimate(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return the predicted seconds of a call, conversions included."""
-        seconds = self.estimate_plain(_bands.plain(problem), config, machine)
-        if _bands.is_plain(problem):
+        seconds = self.estimate_plain(self._plain(problem), config, machine)
+        if self._is_plain(problem):
             return seconds
         moved = _bands.scratch_bytes(problem, None) / _CONVERTED_BYTES_PER_SECOND
         return seconds + moved / min(config.threads, machine.cores)
@@ -65,8 +77,8 @@ class PackedBackend(Backend):
         def inside(part: Problem, choice: Config) -> PackedKernel:
             return self.prepare_plain(part, weights, added, choice)
 
-        if _bands.is_plain(problem):
-            return inside(_bands.plain(problem), config)
+        if self._is_plain(problem):
+            return inside(self._plain(problem), config)
         return _bands.prepare(problem, self.step(problem, config), config, inside)
 
     def step(self, problem: Problem, config: Config) -> int:  # noqa: ARG002

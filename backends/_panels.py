@@ -61,12 +61,22 @@ class Panels:
 
 
 @functools.lru_cache(maxsize=1024)
-def panels_of(problem: Problem, rows: int, across: int, in_place: bool, widest: int = sys.maxsize) -> Panels:
-    """Return how a problem is cut for tiles of ``rows`` by ``across`` pixels, at most ``widest`` tiles across."""
+def panels_of(
+    problem: Problem, rows: int, across: int, in_place: bool, woven: bool, widest: int = sys.maxsize
+) -> Panels:
+    """Return how a problem is cut.
+
+    Args:
+        problem: the problem.
+        rows, across: pixels of a tile.
+        in_place: whether the input is read where it lies.
+        woven: whether results of several filters are staged, to be interleaved.
+        widest: most tiles across.
+    """
     p, size = problem, item_bytes(problem.dtype)
     own_rows, around = -(-p.oh // p.dilations[0]), p.extent[1] - 1
     most = min(widest, -(-p.ow // across))
-    staged = p.k > 1 or p.ow < across or p.oh // p.dilations[0] < rows
+    staged = woven or p.ow < across or p.oh // p.dilations[0] < rows
     wide = min(most, max(1, _STAGE // (p.k * rows * across * size))) if staged else most
     high = 1
     if not in_place:

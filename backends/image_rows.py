@@ -9,10 +9,11 @@ are as old as image processing.)
 
 Where an image has one channel, a small filter reads it where it lies, and only tiles at the border read a copy of
 their window with zeros around it. Otherwise a panel of rows is copied, so that its channels lie apart in planes and
-the border is no special case. Rows dilated by d are d images, each of every d-th row. With strides, every s-th row and
-every s-th column get planes of their own, and each plane meets its own part of the filter without strides. Nothing is
-ever written outside the output: the last tile of a row or column moves back over its neighbour, and what is smaller
-than a tile, or has to be interleaved with other filters' results, is staged in scratch memory.
+the border is no special case. NCHW images are planes already: small filters read all of them where they lie, and each
+filter's results are a plane of their own. Rows dilated by d are d images, each of every d-th row. With strides, every
+s-th row and every s-th column get planes of their own, and each plane meets its own part of the filter without strides.
+Nothing is ever written outside the output: the last tile of a row or column moves back over its neighbour, and what is
+smaller than a tile, or has to be interleaved with other filters' results, is staged in scratch memory.
 """
 
 import functools
@@ -56,7 +57,8 @@ _ARGUMENTS = Arguments(
     input=array_of(4), filters=array_of(3), bias=array_of(2), residual=array_of(4), out=array_of(4),
     chunks=array_of(2, "int64"), shifts=array_of(1, "int64"), reach=INTEGER, strides=integers_of(2),
     pads=integers_of(4), dilations=integers_of(2), shape=integers_of(2), counts=integers_of(3), window=integers_of(2),
-    stage_width=INTEGER, in_place=INTEGER, streamed=INTEGER, code=INTEGER, slope=FLOAT, parts=array_of(2, "int64"),
+    stage_width=INTEGER, planar=INTEGER, in_place=INTEGER, streamed=INTEGER, code=INTEGER, slope=FLOAT,
+    parts=array_of(2, "int64"),
 )  # fmt: skip
 unpack = _ARGUMENTS.unpack
 _DONE_AT = 8 * _ARGUMENTS.done_at
@@ -72,7 +74,7 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
         """Compute the panels from ``part[0]`` to ``part[1]``: ``rows * shape[0]`` by ``across * shape[1]`` outputs."""
         (
             x, w, bias, residual, out, chunks, shifts, reach, strides, pads, dilations, shape, counts, window,
-            stage_width, in_place, streamed, code, slope, parts,
+            stage_width, planar, in_place, streamed, code, slope, parts,
         ) = unpack(arguments, itemsize)  # fmt: skip
         part = parts[number]
         (filters, group_c, values), height, width, channels = w.shape, x.shape[1], x.shape[2], x.shape[3]
@@ -84,6 +86,11 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
         together = sw * channels  # planes that are filled from one row of the image
         planes = np.empty((chunks.shape[0] * together, window[0], window[1]), x.dtype)
         plane_step, line_step = planes.shape[1] * planes.shape[2] * itemsize, planes.shape[2] * itemsize
+        # Images are of pixels, or planes of one channel each; so are results.
+        sources, copies = (channels, filters) if planar else (1, 1)
+        images = x.reshape((x.shape[0] * sources, height, width, channels // sources))
+        results = out.reshape((out.shape[0] * copies, all_rows, columns, filters // copies))
+        added = residual.reshape((residual.shape[0] * copies, all_rows, columns, filters // copies))
         stage = np.empty((filters, rows, stage_width), x.dtype)
         places = np.empty(rows, np.int64)
         like = zeros(1, 1, lanes, itemsize)
@@ -98,14 +105,16 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
         stage_at, table = np.int64(stage.ctypes.data), places.ctypes.data
         for task in range(part[0], part[1]):
             n, phase, top, bottom, left, right = place(task, counts, all_rows, columns, dh, down, along)
-            staged = filters > 1 or right - left < across or bottom - top < rows
+            staged = filters > copies or right - left < across or bottom - top < rows
             if not in_place:
                 first_row, first_column = (phase + top * dh) * sh - pads[0], left * sw - pads[2]
                 for a in range(chunks.shape[0]):
-                    fill(
-                        planes[a * together : (a + 1) * together], x[n], first_row + a, dh * sh, first_column, sw,
-                        max(bottom - top, rows) + kh - 1, max(right - left, across) + reach, like,
-                    )  # fmt: skip
+                    for c in range(sources):
+                        some = planes[a * together + c * sw :][: together // sources]
+                        fill(
+                            some, images[n * sources + c], first_row + a, dh * sh, first_column, sw,
+                            max(bottom - top, rows) + kh - 1, max(right - left, across) + reach, like,
+                        )  # fmt: skip
             for tile_row in range((bottom - top + rows - 1) // rows):
                 oh = top if staged and bottom - top < rows else min(top + tile_row * rows, bottom - rows)
                 ih = phase - pads[0] + oh * dh
@@ -115,25 +124,28 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
                     if staged:
                         places[r] = stage_at + r * stage.shape[2] * itemsize
                     else:
-                        line = (n * all_rows + phase + (oh + r) * dh) * columns + left
+                        line = (n * copies * all_rows + phase + (oh + r) * dh) * columns + left
                         places[r] = there + line * itemsize
                 for tile in range((right - left + across - 1) // across):
                     ow = max(0, min(tile * across, right - left - across))
                     iw = left + ow - pads[2]
-                    source, step, apart = planes_at, line_step, plane_step
+                    source, step, apart = planes_at, line_step, plane_step * (sw if planar else 1)
                     if not in_place:
                         source += ((oh - top) * planes.shape[2] + ow) * itemsize
                     elif rows_inside and iw >= 0 and iw + across + reach <= width:
-                        source, step = here + ((n * height + ih) * width + iw) * itemsize, dh * width * itemsize
+                        source = here + ((n * sources * height + ih) * width + iw) * itemsize
+                        step, apart = dh * width * itemsize, height * width * itemsize
                     else:
-                        fill(planes, x[n], ih, dh, iw, 1, rows + kh - 1, across + reach, like)
+                        for c in range(sources):
+                            image = images[n * sources + c]
+                            fill(planes[c : c + 1], image, ih, dh, iw, 1, rows + kh - 1, across + reach, like)
                     for k in range(filters):
                         sums = zeros(rows, vectors, lanes, itemsize)
                         first_channel = k // group_k * group_c
                         for c in range(group_c):
                             packed = filters_at + (k * group_c + c) * values * itemsize
                             for a in range(chunks.shape[0]):
-                                taken = source + (a * together + first_channel + c) * apart
+                                taken = source + a * together * plane_step + (first_channel + c) * apart
                                 for _ in range(chunks[a, 0]):
                                     for j in range(shifts.size):
                                         sums = add_rows(sums, rows, taken + shifts[j], step, packed, taps)
@@ -150,17 +162,21 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
                         if staged:
                             store(sums, rows, table, offset + k * rows * stage.shape[2] * itemsize)
                             continue
+                        offset += k * all_rows * columns * itemsize  # of whom there are several only in planes
                         past = streamed and (there + left * itemsize + offset) % CACHE_LINE == 0
                         put_tile(sums, rows, table, offset, residual.size, more, code, past)
                         if code > RELU6:
                             for r in range(rows):
-                                finish(out[n, phase + (oh + r) * dh, left + ow : left + ow + across, 0], code, slope)
+                                row = phase + (oh + r) * dh
+                                finish(results[n * copies + k, row, left + ow : left + ow + across, 0], code, slope)
                 if staged:
                     for r in range(count):
                         row = phase + (oh + r) * dh
-                        put_line(
-                            out, residual, n, row, left, right, stage, r, streamed, code, slope, like, lanes, itemsize
-                        )
+                        for k in range(copies):
+                            put_line(
+                                results, added, n * copies + k, row, left, right, stage[k : k + filters // copies], r,
+                                streamed, code, slope, like, lanes, itemsize,
+                            )  # fmt: skip
         add(arguments + _DONE_AT, 1)
 
     return CompiledKernel(convolve, _ARGUMENTS)
@@ -193,13 +209,25 @@ def _shifts(problem: Problem, window: tuple[int, int]) -> Array:
     """Return how many bytes a tile's input under each column of a filter lies behind that under the first."""
     p, size, stride = problem, item_bytes(problem.dtype), problem.strides[1]
     places = [(b, i) for b in range(min(stride, p.kw)) for i in range(-(-(p.kw - b) // stride))]
-    return np.array([(b * p.c * math.prod(window) + i * p.dilations[1]) * size for b, i in places], np.int64)
+    between = math.prod(window) * (1 if _planar(p) else p.c)  # planes of neighbouring columns are so far apart
+    return np.array([(b * between + i * p.dilations[1]) * size for b, i in places], np.int64)
 
 
 def _panels(problem: Problem, tile: tuple[int, int], lanes: int) -> Panels:
-    """Return how a problem is cut: one channel under a small filter is read where it lies."""
-    in_place = problem.c == 1 and problem.strides == (1, 1) and problem.kh * problem.kw <= _IN_PLACE
-    return panels_of(_without_strides(problem), tile[0], tile[1] * lanes, in_place)
+    """Return how a problem is cut: planes, or one channel, under a small filter are read where they lie."""
+    p = problem
+    in_place = (p.c == 1 or _planar(p)) and p.strides == (1, 1) and p.kh * p.kw <= _IN_PLACE
+    return panels_of(_without_strides(p), tile[0], tile[1] * lanes, in_place, woven=_woven(p) > 1)
+
+
+def _planar(problem: Problem) -> bool:
+    """Return whether channels and filters lie in planes of their own."""
+    return problem.data_format == "NCHW"
+
+
+def _woven(problem: Problem) -> int:
+    """Return how many filters' results are interleaved."""
+    return 1 if _planar(problem) else problem.k
 
 
 class ImageRows(PackedBackend):
@@ -208,6 +236,7 @@ class ImageRows(PackedBackend):
     name = "image_rows"
     version = 6
     packing_cost = (5e-5, 1e-8)
+    takes_planes = True
 
     def rejects_plain(self, problem: Problem) -> str | None:
         """Return None, or what about the dtype, the channels or the strides stands against it."""
@@ -253,10 +282,10 @@ class ImageRows(PackedBackend):
         copies = 0.0
         if not panels.in_place:
             high = panels.shape[0] * rows
-            woven = p.c * p.strides[1] in UNWOVEN
+            woven = (1 if _planar(p) else p.c) * p.strides[1] in UNWOVEN
             copies += pixels * (1 + (inner.kh - 1) / high) * (0.1e-9 if woven else 0.4e-9)
         if panels.staged:
-            copies += outputs * (0.25e-9 if p.k <= WOVEN else 1e-9)
+            copies += outputs * (0.25e-9 if _woven(p) <= WOVEN else 1e-9)
         copies += outputs * 3e-9 * (p.epilogue.code > RELU6)
         moved = (pixels + outputs * (2 if p.epilogue.residual else 1)) * size / _BYTES_PER_SECOND
         used = min(config.threads, machine.cores, panels.total)
@@ -277,9 +306,9 @@ class ImageRows(PackedBackend):
             "chunks": np.array([chunks(-(-(p.kh - a) // p.strides[0]), taps) for a in range(min(p.strides[0], p.kh))]),
             "shifts": _shifts(p, panels.window), "reach": inner.extent[1] - 1,
             "dilations": p.dilations, "shape": panels.shape, "counts": panels.counts, "window": panels.window,
-            "stage_width": panels.width * panels.staged, "in_place": panels.in_place, "code": p.epilogue.code,
-            "streamed": streams(p.output_shape, item_bytes(p.dtype), tile[1] * lanes, p.ow * p.k),
-            "slope": p.epilogue.slope, "parts": np.array(parts, np.int64),
+            "stage_width": panels.width * panels.staged, "planar": _planar(p), "in_place": panels.in_place,
+            "streamed": streams(p.output_shape, item_bytes(p.dtype), tile[1] * lanes, p.ow * _woven(p)),
+            "code": p.epilogue.code, "slope": p.epilogue.slope, "parts": np.array(parts, np.int64),
         }  # fmt: skip
         compiled = functools.partial(_compiled, *tile, taps, lanes, item_bytes(p.dtype))
         return PackedKernel(compiled, p, values, len(parts), config.threads)

@@ -307,7 +307,7 @@ def _panels(problem: Problem, rows: int, along: _Along) -> Panels:
     """Return how a problem ``_by_results`` is cut."""
     around = problem.extent[1] - 1
     widest = max(around, _MIDDLE // (rows * item_bytes(problem.dtype)) - around) // along.block + 1
-    return panels_of(problem, rows, along.block, in_place=True, widest=widest)
+    return panels_of(problem, rows, along.block, in_place=True, woven=problem.k > 1, widest=widest)
 
 
 class Separable(Backend):

@@ -32,6 +32,7 @@ IMAGES = (
     "1x480x640x1 * 5x5x1x1 SAME",
     "1x480x640x3 * 5x5x1x3 SAME",
     "1x480x640x3 * 5x5x3x2 SAME",
+    "1x1080x1920x1 * 3x3x1x2 SAME",
     "1x1080x1920x1 * 3x3x1x1 SAME",
     "1x1080x1920x1 * 15x15x1x1 SAME",
     "1x1080x1920x3 * 9x9x1x3 SAME",
@@ -105,12 +106,15 @@ def layouts() -> None:
         print(f"  {text}: {', '.join(said)}")
 
 
-def integers() -> None:
-    """Images of bytes and of 16-bit integers against float32, each by its own choice."""
+def images() -> None:
+    """Images as NCHW, and of bytes and 16-bit integers, against NHWC float32, each by its own choice."""
     for text in IMAGES:
         plain = Problem.parse(text)
         base = runner(plain)
-        said = [f"{name} {ratio(runner(plain.replace(dtype=name)), base):.2f}x" for name in ("uint8", "int16")]
+        variants = {name: plain.replace(dtype=name) for name in ("uint8", "int16")}
+        if plain.c > 1 or plain.k > 1:
+            variants["NCHW"] = plain.replace(data_format="NCHW")
+        said = [f"{name} {ratio(runner(variant), base):.2f}x" for name, variant in variants.items()]
         print(f"  {text}: {', '.join(said)}")
 
 
@@ -216,7 +220,7 @@ def memory() -> None:
     print(f"  4096x4096x3 to 64: {float(peak):.1f} MiB measured, {float(told):.1f} MiB told, by {candidate.strip()}")
 
 
-CLAIMS = {each.__name__: each for each in (epilogue, layouts, integers, calls, untuned, cold, callers, memory)}
+CLAIMS = {each.__name__: each for each in (epilogue, layouts, images, calls, untuned, cold, callers, memory)}
 
 
 def main() -> None:

@@ -68,6 +68,13 @@ def test_heights_around_a_tile(height: int) -> None:
         "1x3x4x1 * 5x5x1x1 SAME stride=2",  # fewer rows and columns than strides and filters have
         "1x1x1x1 * 9x9x1x1 SAME stride=9",
         "1x6x5000x2 * 15x15x2x1 SAME stride=2",
+        "2x3x40x90 NCHW * 3x5x3x4 SAME +bias +residual +relu",
+        "1x3x40x90 NCHW * 5x5x1x3 SAME stride=2 +gelu",
+        "1x4x9x40 NCHW * 3x5x2x6 SAME dilation=4 +bias +residual +tanh",
+        "2x2x5x9 NCHW * 3x3x2x3 SAME +bias +residual",  # smaller than a tile
+        "1x3x40x200 NCHW * 13x13x3x2 SAME +bias",  # too large to be read in place
+        "1x1x33x67 NCHW * 3x3x1x5 SAME float64 +residual",
+        "1x2x33x131 NCHW * 15x16x1x6 pad=3,0,0,9 stride=4x2 float64",
     ],
 )
 def test_special_shapes(text: str) -> None:
@@ -95,19 +102,22 @@ def test_few_channels_and_filters(channels: int, filters: int) -> None:
     pads=st.tuples(*[st.integers(0, 20)] * 4),
     channels=st.integers(1, 5),
     filters=st.integers(1, 5),
+    planar=st.booleans(),
     which=st.integers(0, 1),
     seed=st.integers(0, 99),
 )
 @examples(50)
 def test_any_shape_with_any_tile(
     size: tuple[int, int], kernel: tuple[int, int], steps: tuple[int, int], strided: bool,
-    pads: tuple[int, int, int, int], channels: int, filters: int, which: int, seed: int,
+    pads: tuple[int, int, int, int], channels: int, filters: int, planar: bool, which: int,
+    seed: int,
 ) -> None:  # fmt: skip
     strides, dilations = (steps, (1, 1)) if strided else ((1, 1), steps)
     kernel = kernel[0] * strides[0] - seed % strides[0], max(kernel[1], strides[1])
     extent = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
     h, w = max(size[0], extent[0] - pads[0] - pads[1]), max(size[1], extent[1] - pads[2] - pads[3])
     problem = Problem(2, h, w, channels, filters, *kernel, pads=pads, strides=strides, dilations=dilations)
+    problem = problem.replace(data_format="NCHW" if planar else "NHWC")
     configs = BACKEND.configs(problem, EFFORT)
     check(problem, configs[which % len(configs)], seed)
 
@@ -118,6 +128,7 @@ def test_any_shape_with_any_tile(
         "1x61x300x1 * 3x5x1x1 SAME",
         "2x40x90x3 * 11x3x3x2 SAME dilation=2 +bias +silu",
         "1x97x301x3 * 5x5x1x3 SAME stride=2 +bias",
+        "1x3x61x300 NCHW * 5x5x3x4 SAME +bias",
     ],
 )
 def test_threads_tiles_and_pickling_do_not_change_a_bit(text: str) -> None:
@@ -198,6 +209,7 @@ def test_results_written_past_the_caches(filters: int, columns: int, monkeypatch
     monkeypatch.setattr(image_rows, "streams", lambda *_: True)
     check(Problem.parse(f"1x21x{columns}x1 * 3x3x1x{filters} SAME +bias"))
     check(Problem.parse(f"1x21x{columns + 16 // filters}x2 * 3x3x2x{filters} SAME +residual +gelu"))
+    check(Problem.parse(f"2x2x21x{columns} NCHW * 3x3x2x{filters} SAME +bias +residual"))
 
 
 def test_outputs_larger_than_their_part_of_the_cache_are_written_past_it() -> None:
