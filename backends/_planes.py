@@ -6,7 +6,7 @@ from convdispatch.backends._epilogue import finish
 from convdispatch.backends._jit import compilable
 from convdispatch.backends._layout import SAME, gather_planes
 from convdispatch.backends._memory import CACHE_LINE
-from convdispatch.backends._vector import copy
+from convdispatch.backends._vector import clear, copy
 from convdispatch.backends._weave import unweave, weave
 
 #: Up to so many filters are interleaved in registers.
@@ -23,10 +23,11 @@ def fill_line(line, image, row, first_column, columns):  # type: ignore[no-untyp
     high = max(low, min(columns, width - first_column))
     if not 0 <= row < height:
         low = high = columns
-    line[:low] = 0
-    line[high:columns] = 0
-    source = np.int64(image.ctypes.data) + (row * width + first_column + low) * line.itemsize
-    copy(np.int64(line.ctypes.data) + low * line.itemsize, source, (high - low) * line.itemsize)
+    target, size = np.int64(line.ctypes.data), line.itemsize
+    clear(target, low * size)
+    clear(target + high * size, (columns - high) * size)
+    source = np.int64(image.ctypes.data) + (row * width + first_column + low) * size
+    copy(target + low * size, source, (high - low) * size)
 
 
 @compilable
@@ -75,9 +76,10 @@ def fill(panel, image, first_row, step, first_column, spacing, rows, columns, li
             fill_line(panel[0, q], image[:, :, 0], row, first_column, columns)
             continue
         inside = 0 <= row < height
+        target, apart = np.int64(panel.ctypes.data) + q * panel.shape[2] * size, panel.shape[1] * panel.shape[2] * size
         for plane in range(woven):
-            panel[plane, q, : low if inside else columns] = 0
-            panel[plane, q, high:columns] = 0
+            clear(target + plane * apart, (low if inside else columns) * size)
+            clear(target + plane * apart + high * size, (columns - high) * size)
         if not inside:
             continue
         if spacing > 1 and low > 0:
@@ -85,15 +87,13 @@ def fill(panel, image, first_row, step, first_column, spacing, rows, columns, li
         if spacing > 1 and high < columns:
             _fill_some(panel, q, high, image[row], first_column, spacing)
         if woven in (2, 3, 4, 6, 8) and high - low >= like[0].lanes:
-            target = np.int64(panel.ctypes.data) + q * panel.shape[2] * size
             source = np.int64(image.ctypes.data) + (row * width + first_column) * channels * size
-            _unweave_pixels(target, source, panel.shape[1] * panel.shape[2] * size, low, high, woven, like, size)
+            _unweave_pixels(target, source, apart, low, high, woven, like, size)
         else:
             for plane in range(woven):
-                part = panel[plane, q, low:high]
-                taken = image[row, first_column + low * spacing + plane // channels :: spacing, plane % channels]
-                for i in range(part.size):
-                    part[i] = taken[i]
+                beside, channel = first_column + plane // channels, plane % channels
+                for i in range(low, high):
+                    panel[plane, q, i] = image[row, beside + i * spacing, channel]
 
 
 @compilable

@@ -132,7 +132,9 @@ TEXTS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(name, marks=pytest.mark.slow) if name == "float64" else name for name in DTYPES]
+)
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("backend", PACKED, ids=lambda backend: backend.name)
 def test_banded_and_whole_images_are_right_and_pickle(backend: PackedBackend, text: str, dtype: str) -> None:

@@ -64,7 +64,8 @@ def test_several_filters_of_a_channel(text: str, multiplier: int) -> None:
     [
         *((4, 4, text) for text in ("", "stride=2 +relu", "dilation=2 +bias +residual", "+bias +residual +tanh")),
         *((3, 2, text) for text in ("stride=2 +bias", "dilation=2 +residual +relu")),
-        *((*group, "") for group in ((3, 2), (8, 8), (16, 16), (2, 4), (8, 4), (1, 16))),
+        *((*group, "") for group in ((3, 2), (8, 8), (16, 16))),
+        *(pytest.param(*group, "", marks=pytest.mark.slow) for group in ((2, 4), (8, 4), (1, 16))),
     ],
 )
 def test_groups_that_share_a_vector(group_c: int, group_k: int, text: str) -> None:

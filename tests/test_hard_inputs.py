@@ -28,9 +28,9 @@ VARIED = [
     "1x3x24x24 NCHW * 7x7x3x8 SAME stride=2 +bias +gelu",
     "1x14x14x8 * 3x3x1x8 SAME groups=8",
     "1x9x9x32 * 1x1x32x40 VALID",
-    "1x9x9x6 * 5x5x6x5 SAME dilation=2 float64",
     "1x9x9x6 * 3x3x6x5 SAME float16 +bias",
 ]
+FLOAT64 = "1x9x9x6 * 5x5x6x5 SAME dilation=2 float64"
 SEPARABLE = ["1x40x40x1 * 9x9x1x5 SAME separable +bias +relu", "1x40x40x3 * 9x9x1x3 SAME separable"]
 
 
@@ -43,7 +43,11 @@ def verdict(problem: Problem, backend: Scripted, config: Config | None = None) -
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [*itertools.product(registry.names(), VARIED), *(("separable", text) for text in SEPARABLE)],
+    [
+        *itertools.product(registry.names(), VARIED),
+        *(("separable", text) for text in SEPARABLE),
+        *(pytest.param(name, FLOAT64, marks=pytest.mark.slow) for name in registry.names()),
+    ],
 )
 def test_every_backend_keeps_its_bound_and_its_class(name: str, text: str) -> None:
     problem = Problem.parse(text)

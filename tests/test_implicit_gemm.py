@@ -186,9 +186,11 @@ def test_code_for_other_machines_is_right_too(cpu: str, features: str, width: in
         ("winograd", "1x9x9x16 * 3x3x2x16 SAME +bias"),  # groups that share a vector
         ("depthwise", "1x12x12x8 * 3x3x1x8 SAME"),
         ("image_rows", "1x20x40x1 * 5x5x1x1 SAME"),
+        ("image_rows", "1x20x40x1 * 5x5x1x1 SAME uint8"),
+        ("image_rows", "1x3x20x40 NCHW * 5x5x3x2 SAME"),
+        ("image_rows", "1x40x80x3 * 10x5x1x3 SAME stride=2"),
         ("separable", "1x20x40x1 * 9x9x1x1 SAME separable"),
-        ("fast_fir", "1x40x90x2 * 9x9x2x3 SAME"),
-    ]
+    ]  # of fast_fir, whose steps are those of image_rows and winograd, nothing
     environment = {
         **os.environ,
         "NUMBA_CPU_NAME": cpu,

@@ -118,7 +118,7 @@ def problems(draw: st.DrawFn) -> Problem:
     )  # fmt: skip
 
 
-@examples(80)
+@examples(50)
 @given(problems(), st.data(), st.integers(1, 3), st.integers(0, 99))
 def test_any_problem_is_within_the_bound(problem: Problem, data: st.DataObject, threads: int, seed: int) -> None:
     assert WINOGRAD.rejects(problem) is None
