@@ -38,12 +38,15 @@ class PackedBackend(Backend):
                 return f"its vectors hold floats, in which sums of {problem.dtype} may not be exact"
         return self.rejects_plain(self._plain(problem))
 
+    def _takes(self, problem: Problem) -> bool:
+        """Return whether the problem is plain to this backend in either layout."""
+        return self.takes_planes and problem.dtype == _bands.computed_dtype(problem)
+
     def _is_plain(self, problem: Problem) -> bool:
-        return _bands.is_plain(problem) or (self.takes_planes and problem.dtype == _bands.computed_dtype(problem))
+        return self._takes(problem) or _bands.is_plain(problem)
 
     def _plain(self, problem: Problem) -> Problem:
-        takes_it = self.takes_planes and problem.dtype == _bands.computed_dtype(problem)
-        return problem if takes_it else _bands.plain(problem)
+        return problem if self._takes(problem) else _bands.plain(problem)
 
     def configs(self, problem: Problem, effort: Effort) -> Sequence[Config]:
         """Return the configs worth trying, the one with the smallest estimate first."""

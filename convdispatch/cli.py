@@ -78,7 +78,7 @@ main.add_command(validate)
     help="Nothing new begins after so long; what was begun is still compiled, checked and raced for three rounds.",
 )  # fmt: skip
 @threads_option
-@click.option("--backends", metavar="NAME,...", help="Only these backends take part.")
+@click.option("--backends", metavar="NAME,...", help="Only these backends race; a faster winner that is known stays.")
 @click.option(
     "--deployment",
     type=click.Choice([*DEPLOYMENTS, "both"]),

@@ -143,7 +143,7 @@ def accurate_by_kind(backend: Backend, options: Options) -> bool:
 def accurate_by_bound(candidate: Candidate, problem: Problem, options: Options) -> bool:
     """Return whether an unmeasured candidate of a backend ``accurate_by_kind`` keeps within a number by its own bound.
 
-    An accuracy class goes by the kind alone. So does a backend whose bound raises: it is then one that says nothing.
+    An accuracy class goes by the kind alone. A backend whose bound raises keeps within no number.
     """
     if problem.is_integer or not isinstance(options.accuracy, float):
         return True

@@ -143,7 +143,7 @@ def test_strided_transforms_correlate_exactly(m: int, r: int, stride: int) -> No
 @pytest.mark.parametrize("m", SIZES)
 @pytest.mark.parametrize("text", [
     "2x40x37x24 * 3x3x24x200 SAME",  # several blocks, the last one short, tiles of two images in one block
-    "1x50x50x64 * 3x3x64x64 VALID float64",
+    pytest.param("1x50x50x64 * 3x3x64x64 VALID float64", marks=pytest.mark.slow),
     "1x9x9x64 * 3x3x2x64 SAME_LOWER",  # 32 groups
     "1x9x9x8 * 3x3x4x8 SAME",  # all groups together fill the vector that one of them is padded to
     "1x1x1x300 * 3x3x300x1 SAME",
@@ -196,7 +196,7 @@ FOLDED = Config(m=4, folded=True)
     "2x33x29x3 * 5x5x3x70 SAME stride=2",
     "2x70x61x3 * 11x11x3x10 VALID stride=4",
     "2x40x33x5 * 8x8x5x10 pad=0,7,9,2 stride=3",
-    "1x20x31x3 * 7x7x3x8 VALID stride=2 float64",
+    pytest.param("1x20x31x3 * 7x7x3x8 VALID stride=2 float64", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_folded_images(text: str) -> None:
     """Between walls of NaN, which whoever reads outside the input finds."""
