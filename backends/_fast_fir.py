@@ -13,6 +13,7 @@ from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, Compiled
 from convdispatch.backends._atomics import add
 from convdispatch.backends._jit import compilable
 from convdispatch.backends._planes import fill, put_line
+from convdispatch.backends._taps import chunks
 from convdispatch.backends._tile import (
     add_doubts,
     add_to_all,
@@ -69,7 +70,7 @@ def _enter(image, first_row, first_column, values, reach, wide, m, n, lanes, ite
 
 @compilable
 def _filter(  # type: ignore[no-untyped-def]
-    tile, apart, packed, short, chunks, products, group_c, rows, vectors, taps, fewer, lanes, itemsize
+    tile, apart, packed, short, cut, products, group_c, rows, vectors, taps, fewer, lanes, itemsize
 ):
     """Store the products of one register tile at all points, by one filter.
 
@@ -78,7 +79,7 @@ def _filter(  # type: ignore[no-untyped-def]
         apart: how many bytes points, channels and rows are apart.
         packed: address of the filter.
         short: A and B, its size at each point.
-        chunks: A is cut into so many of ``taps`` rows, and so many of ``fewer``.
+        cut: A is cut into chunks, so many of ``taps`` rows, and so many of ``fewer``.
         products: ``[points, rows * vectors * lanes]``, where to.
         group_c: channels that the filter sees.
         rows, vectors, taps, fewer, lanes, itemsize: literal.
@@ -88,12 +89,12 @@ def _filter(  # type: ignore[no-untyped-def]
         sums = zeros(rows, vectors, lanes, itemsize)
         for c in range(group_c):
             place = tile + p * apart[0] + c * apart[1]
-            for _ in range(chunks[0]):
+            for _ in range(cut[0]):
                 for j in range(short[1]):
                     sums = add_rows(sums, rows, place + j * itemsize, step, packed, taps)
                     packed += taps * itemsize
                 place += taps * step
-            for _ in range(chunks[1]):
+            for _ in range(cut[1]):
                 for j in range(short[1]):
                     sums = add_rows(sums, rows, place + j * itemsize, step, packed, fewer)
                     packed += fewer * itemsize
@@ -151,15 +152,13 @@ def compiled(m: int, rows: int, vectors: int, taps: int, lanes: int, itemsize: i
         x, u, bias, residual, out, pads, short, shape, code, slope, parts, _ = unpack(arguments, itemsize)
         part = parts[number]
         filters, _, group_c, _ = u.shape
-        a, b = short
+        (a, b), cut = short, chunks(short[0], taps)
         channels = x.shape[3]
         group_k = filters // (channels // group_c)
         _, height, width, _ = out.shape
         down, along = -(-height // m), -(-width // m)  # tiles of an image
         high, strip = shape[0], across * shape[1]
         blocks, strips = -(-down // high), -(-along // strip)
-        fewer_chunks = -(-a // taps) * taps - a
-        chunks = (-(-a // taps) - fewer_chunks, fewer_chunks)
         widest, most = -(-(strip + b - 1) // lanes) * lanes, high + a - 1
         between, leaving = odd_lines(channels * most * widest, itemsize), odd_lines(rows * across, itemsize)
         scratch = np.empty(points * between + lanes, x.dtype)
@@ -185,7 +184,7 @@ def compiled(m: int, rows: int, vectors: int, taps: int, lanes: int, itemsize: i
                     for k in range(filters):
                         packed = u.ctypes.data + k * points * group_c * a * b * itemsize
                         _filter(
-                            tile + k // group_k * group_c * apart[1], apart, packed, short, chunks, products, group_c,
+                            tile + k // group_k * group_c * apart[1], apart, packed, short, cut, products, group_c,
                             rows, vectors, taps, fewer, lanes, itemsize,
                         )  # fmt: skip
                         added = bias_at + k * lanes * itemsize if bias.size else 0

@@ -7,6 +7,7 @@ chunks of ``taps`` rows and of one fewer, all columns of a chunk come one after 
 import numpy as np
 
 from convdispatch.arguments import Array
+from convdispatch.backends._jit import compilable
 
 _MOST = 9
 
@@ -16,6 +17,7 @@ def taps_together(rows: int) -> int:
     return -(-rows // -(-rows // _MOST))
 
 
+@compilable
 def chunks(rows: int, taps: int) -> tuple[int, int]:
     """Return into how many chunks of ``taps`` rows, and how many of one fewer, a filter is cut.
 

@@ -27,7 +27,7 @@ from convdispatch.backends._memory import CACHE_LINE, aligned, for_columns, stre
 from convdispatch.backends._panels import Panels, panels_of, place
 from convdispatch.backends._planes import WOVEN, fill_line, put_line
 from convdispatch.backends._put import put_tile
-from convdispatch.backends._taps import taps_together
+from convdispatch.backends._taps import chunks, taps_together
 from convdispatch.backends._threads import split
 from convdispatch.backends._tile import add_to_all, register_tile, store, zeros
 from convdispatch.backends._vector import registers, vector_bytes
@@ -68,8 +68,7 @@ def _sum_down(source, step, columns, filters, count, target, apart, rows, vector
     The input's lines are ``step`` bytes apart from ``source`` on. A column of ``count`` values at ``filters`` is taken
     ``taps`` at a time, or ``fewer``.
     """
-    across, chunks = vectors * lanes, (count + taps - 1) // taps
-    whole = chunks - (chunks * taps - count)  # so many chunks of all the taps, the others of one fewer
+    across, (whole, rest) = vectors * lanes, chunks(count, taps)
     for tile in range((columns + across - 1) // across):
         at = min(tile * across, columns - across) * itemsize
         sums = zeros(rows, vectors, lanes, itemsize)
@@ -78,7 +77,7 @@ def _sum_down(source, step, columns, filters, count, target, apart, rows, vector
             sums = add_rows(sums, rows, taken, step, packed, taps)
             packed += taps * itemsize
             taken += taps * step
-        for _ in range(chunks - whole):
+        for _ in range(rest):
             sums = add_rows(sums, rows, taken, step, packed, fewer)
             packed += fewer * itemsize
             taken += fewer * step

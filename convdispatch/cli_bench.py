@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import Console
 from rich.table import Table
 
 from convdispatch import exit_codes, machine, report
@@ -185,10 +186,13 @@ def _print(found: Report, *, allow_busy: bool, verbose: bool) -> None:
     out.print(f"{here.cpu}, {found.threads} of {here.cores} cores' threads, {found.rounds} rounds")
     versions = [f"{_label(name)} {version}" for name, version in found.versions.items()]
     out.print(", ".join(versions))
-    if not found.layers:
-        for line in _lines(found, allow_busy=allow_busy, verbose=verbose):
-            out.print(line)
-        return
+    if found.layers:
+        _print_layers(out, found, allow_busy=allow_busy, verbose=verbose)
+    for line in _lines(found, allow_busy=allow_busy, verbose=verbose):
+        out.print(line)
+
+
+def _print_layers(out: Console, found: Report, *, allow_busy: bool, verbose: bool) -> None:
     engines = [name for name in found.layers[0].timings if name in found.versions]
     rows = table(
         "GFLOP/s of each engine's best round ± half the spread of its rounds",
@@ -203,8 +207,6 @@ def _print(found: Report, *, allow_busy: bool, verbose: bool) -> None:
     print_table(out, rows)
     if verbose:
         print_table(out, _details(found))
-    for line in _lines(found, allow_busy=allow_busy, verbose=verbose):
-        out.print(line)
 
 
 def _details(found: Report) -> Table:

@@ -171,8 +171,10 @@ def _miss(problem: Problem, deployment: str, options: Options, why: str = "") ->
 
 def miss_text(problem: Problem, deployment: str, options: Options) -> str:
     """Return what to tell of a miss: the key, and the command that would fill it, or what options rule it out."""
+    from convdispatch.tuning.rematch import still_there  # noqa: PLC0415  # needed only where something is missed
+
     key = key_for(problem, deployment, options)
-    if any(_is_current(row) for found in _answers(problem, deployment, options) for row in found.entry.results):
+    if any(still_there(found.entry) for found in _answers(problem, deployment, options)):
         return (
             f"a profile has an entry for '{key}', but the options rule out all that it measured "
             f"(accuracy={options.accuracy!r}{_limits(options)}), and tuning='replay' measures nothing"
@@ -181,12 +183,6 @@ def miss_text(problem: Problem, deployment: str, options: Options) -> str:
     if options.profile is not None:
         tune += f" --profile {shlex.quote(str(options.profile))}"
     return f"no profile has an entry that may be used for '{key}', and tuning='replay' measures nothing: run {tune}"
-
-
-def _is_current(result: Result) -> bool:
-    """Return whether the backend that a result is of is there as it was measured, and not in quarantine."""
-    backend = registry.available().get(result.backend)
-    return backend is not None and backend.version == result.version and not quarantine.of(backend)
 
 
 def look(problem: Problem, deployment: str, forced: Forced = None) -> Decision:
