@@ -8,14 +8,13 @@ from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
-import llvmlite.binding as llvm
 import numba
 import numpy as np
 from numba import extending, types
-from numba.core import codegen, compiler
 
 from convdispatch import epilogue
 from convdispatch.backends._compiling import compiling
+from convdispatch.backends._whole import ApartCompiler, IngredientCompiler, WholeCompiler
 
 #: Products may fuse with sums (FMA); nothing that changes what NaN, infinity or signed zero mean.
 FASTMATH = {"contract"}
@@ -120,27 +119,9 @@ def _is_kept(compiled: Any, signature: Any) -> bool:
     return compiled._cache._cache_file.load(key) is not None  # noqa: SLF001
 
 
-class _Ingredient(codegen.JITCodeLibrary):
-    """A function that is only ever a part of others: no machine code is made of it, which nobody would run."""
-
-    def _finalize_final_module(self) -> None:
-        """Make of all that this has only the variable whose address Numba asks for at once."""
-        names = [value.name for value in self._final_module.global_variables if value.name.startswith("_ZN08NumbaEnv")]
-        variables = "".join(f'@"{name}" = common global i64 0\n' for name in names)
-        engine: Any = self._codegen._engine  # noqa: SLF001
-        engine.add_module(llvm.parse_assembly(variables))
-        self._finalized = True
-
-
-class _Compiler(compiler.Compiler):
-    """Numba's compiler, for ingredients."""
-
-    def define_pipelines(self) -> Any:
-        """Return Numba's own pipelines, which are to fill an ``_Ingredient``."""
-        library: Any = _Ingredient
-        self.state.library = library(self.state.targetctx.codegen(), self.state.func_id.func_qualname)
-        self.state.library.enable_object_caching()
-        return super().define_pipelines()  # type: ignore[no-untyped-call]
+#: How Numba is to compile a function that only C calls, and one that only others call which are compiled.
+FOR_C: dict[str, Any] = {**OPTIONS, "pipeline_class": WholeCompiler, "no_cpython_wrapper": True}
+_FOR_OTHERS: dict[str, Any] = {**FOR_C, "pipeline_class": IngredientCompiler, "no_cfunc_wrapper": True}
 
 
 def compilable(function: Callable[..., Any]) -> Any:
@@ -153,8 +134,13 @@ def inlined(function: Callable[..., Any]) -> Any:
     return _let_call(function, {"forceinline": True})
 
 
+def outlined(function: Callable[..., Any]) -> Any:
+    """Do as ``compilable`` does, and leave it where it is: what is seldom called would take registers from the rest."""
+    return _let_call(function, {"pipeline_class": ApartCompiler})
+
+
 def _let_call(function: Callable[..., Any], more: dict[str, Any]) -> Any:
-    options: Any = {**OPTIONS, **more, "pipeline_class": _Compiler}
+    options: Any = {**_FOR_OTHERS, **more}
 
     @extending.overload(function, jit_options=options, strict=False, prefer_literal=True)
     def choose(*_: Any) -> Any:

@@ -25,7 +25,7 @@ from numba.core.registry import cpu_target
 from numba.core.runtime.nrt import rtsys
 
 from convdispatch.backends._compiling import compiling
-from convdispatch.backends._jit import DIGEST_BYTES, OPTIONS, check_wanted, digest, sources
+from convdispatch.backends._jit import DIGEST_BYTES, FOR_C, check_wanted, digest, sources
 
 _SUFFIX = ".kernel"
 #: Seconds that another process is waited for which compiles the same.
@@ -148,7 +148,7 @@ def _load(symbol: str, code: bytes) -> int:
 
 def _compile(signature: Any, function: Callable[..., Any]) -> tuple[int, str, bytes]:
     """Return the address of a compiled function, where it stays, its symbol, and its object code."""
-    dispatcher: Any = numba.njit([signature], **OPTIONS)(function)
+    dispatcher: Any = numba.njit([signature], **FOR_C)(function)
     _alive.append(dispatcher)
     compiled = dispatcher.overloads[signature.args]
     symbol, library = compiled.fndesc.llvm_cfunc_wrapper_name, compiled.library

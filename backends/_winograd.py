@@ -13,7 +13,7 @@ import numpy as np
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
 from convdispatch.backends._epilogue import RELU6, activate
-from convdispatch.backends._jit import compilable, inlined
+from convdispatch.backends._jit import compilable, inlined, outlined
 from convdispatch.backends._put import clamped
 from convdispatch.backends._tile import (
     add_doubts,
@@ -33,7 +33,7 @@ from convdispatch.backends._vector import clear, copy, hold
 from convdispatch.backends._windows import copy_columns, copy_group
 
 
-@compilable
+@outlined
 def _copy_patch(patch, x, where, steps, fold, group_c, n, itemsize):  # type: ignore[no-untyped-def]
     """Copy a tile's n x n pixels to a patch, zeros where they lie outside the image.
 
@@ -204,6 +204,37 @@ def _finish(sums, out, residual, image, a, b, k0, count, code, slope):  # type: 
         out[image, a, b, k0 + lane] = activate(total, code, slope)
 
 
+@inlined
+def _line(half, i, bias, doubts, m, r, stride, n, share, lanes, itemsize):  # type: ignore[no-untyped-def]
+    """Return line ``i`` of a tile, of which ``half`` has the columns, with its bias, and the doubts."""
+    sums = transform_output(
+        load_apart(half + i * n * lanes * itemsize, lanes * itemsize, n, lanes, itemsize), m, r, stride
+    )
+    doubts = add_doubts(doubts, sums)
+    if bias:
+        sums = add_to_all(sums, m, bias)
+    return separate(sums, share), doubts
+
+
+@outlined
+def _leave_one_by_one(  # type: ignore[no-untyped-def]
+    half, bias, where, inside, dilations, few, out, residual, code, slope, doubts, rows, m, r, stride, n, share, lanes,
+    itemsize,
+):  # fmt: skip
+    """Do what ``_leave`` does with a tile of ``few`` filters, or whose activation is no clamp; return the doubts.
+
+    ``where`` is the image, the first row and column, and the first filter; ``inside`` counts real rows and columns.
+    """
+    image, oh, ow, k0 = where
+    for i in range(inside[0]):
+        sums, doubts = _line(half, i, bias, doubts, m, r, stride, n, share, lanes, itemsize)
+        save_apart(rows.ctypes.data, lanes * itemsize, sums)
+        for j in range(inside[1]):
+            a, b = oh + i * dilations[0], ow + j * dilations[1]
+            _finish(rows[j * lanes :], out, residual, image, a, b, k0, few, code, slope)
+    return doubts
+
+
 @compilable
 def _leave(  # type: ignore[no-untyped-def]
     products, bias, tiles, first, count, step, out, residual, k0, valid, dilations, code, slope, doubts, half, rows,
@@ -216,48 +247,40 @@ def _leave(  # type: ignore[no-untyped-def]
     """
     lane_bytes, between, room = lanes * itemsize, products[1] * itemsize, -(-valid // lanes) * lanes
     done = np.int64(rows.ctypes.data)
-    added = done + m * lane_bytes
+    beside = done + m * lane_bytes
     more = np.int64(residual.ctypes.data) - np.int64(out.ctypes.data)
     pixel = out.shape[3] * itemsize
-    apart = dilations[1] * pixel
+    down, across = dilations[0] * out.shape[2] * pixel, dilations[1] * pixel
     place = place_of(first, tiles, dilations)
     for t in range(count):
         image, (oh, ow) = place[0], corner(place, m, dilations)
         place = following(place, tiles, dilations)
-        down = outputs_inside(out.shape[1], oh, m, dilations[0])
-        across = outputs_inside(out.shape[2], ow, m, dilations[1])
+        inside = outputs_inside(out.shape[1], oh, m, dilations[0]), outputs_inside(out.shape[2], ow, m, dilations[1])
         origin = np.int64(out.ctypes.data) + ((image * out.shape[1] + oh) * out.shape[2] + ow) * pixel + k0 * itemsize
         for k in range(0, room, lanes):
-            start, usual = products[0] + t * step + k * itemsize, k + lanes <= valid and code <= RELU6
+            start, added = products[0] + t * step + k * itemsize, bias + k * itemsize if bias else 0
             leave_columns(start, between, half, m, r, stride, n, lanes, itemsize)
-            for i in range(down):
-                line = load_apart(half + i * n * lane_bytes, lane_bytes, n, lanes, itemsize)
-                sums = transform_output(line, m, r, stride)
-                doubts = add_doubts(doubts, sums)
-                if bias:
-                    sums = add_to_all(sums, m, bias + k * itemsize)
-                sums = separate(sums, share)
-                if not usual:
-                    save_apart(done, lane_bytes, sums)
-                    few, a = min(lanes, valid - k), oh + i * dilations[0]
-                    for j in range(across):
-                        b = ow + j * dilations[1]
-                        _finish(rows[j * lanes :], out, residual, image, a, b, k0 + k, few, code, slope)
+            if k + lanes > valid or code > RELU6:
+                doubts = _leave_one_by_one(
+                    half, added, (image, oh, ow, k0 + k), inside, dilations, min(lanes, valid - k), out, residual, code,
+                    slope, doubts, rows, m, r, stride, n, share, lanes, itemsize,
+                )  # fmt: skip
+                continue
+            for i in range(inside[0]):
+                sums, doubts = _line(half, i, added, doubts, m, r, stride, n, share, lanes, itemsize)
+                to = origin + i * down + k * itemsize
+                if inside[1] == m:
+                    if residual.size:
+                        sums = add_to_each(sums, m, (to, across), more)
+                    store(clamped(sums, code), m, (to, across), 0)
                     continue
-                to = origin + i * dilations[0] * out.shape[2] * pixel + k * itemsize
-                if residual.size and across == m:
-                    sums = add_to_each(sums, m, (to, apart), more)
-                elif residual.size:
-                    for j in range(across):
-                        copy(added + j * lane_bytes, to + more + j * apart, lane_bytes)
-                    sums = add_to_each(sums, m, (added, lane_bytes), 0)
-                sums = clamped(sums, code)
-                if across == m:
-                    store(sums, m, (to, apart), 0)
-                else:  # the tile reaches beyond the image
-                    store(sums, m, (done, lane_bytes), 0)
-                    for j in range(across):
-                        copy(to + j * apart, done + j * lane_bytes, lane_bytes)
+                if residual.size:
+                    for j in range(inside[1]):
+                        copy(beside + j * lane_bytes, to + more + j * across, lane_bytes)
+                    sums = add_to_each(sums, m, (beside, lane_bytes), 0)
+                store(clamped(sums, code), m, (done, lane_bytes), 0)
+                for j in range(inside[1]):  # the tile reaches beyond the image
+                    copy(to + j * across, done + j * lane_bytes, lane_bytes)
     return doubts
 
 
