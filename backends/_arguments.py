@@ -5,6 +5,8 @@ team of threads can run it without the interpreter (``_team``), and Python fills
 five arrays apart in every call. An array is its address and its shape; it is C-contiguous, and empty where the
 address is 0. A float is its bits.
 
+Kernels may call functions that are compiled likewise, once for all of them: their addresses are among the arguments.
+
 Compiled code that is called like this cannot raise. So a kernel ends by adding one to the word ``done_at`` of its
 block, and a part that lacked memory shows by being missing there.
 """
@@ -17,13 +19,14 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.np import arrayobj
 
 from convdispatch.arguments import Array
 from convdispatch.backends._jit import array, integers
 from convdispatch.backends._machine_code import compiled_address
 from convdispatch.backends._memory import address
-from convdispatch.backends._vector import I64, Codegen, intrinsic
+from convdispatch.backends._vector import I64, Codegen, intrinsic, parts_of
 
 _SIGNATURE = types.void(types.int64, types.int64)
 
@@ -92,6 +95,23 @@ class Arguments:
         return np.array(words, np.int64)
 
 
+@intrinsic
+def call(typing: Any, function: Any, words: Any) -> tuple[Any, Codegen]:
+    """Call ``function(block, 0)`` by its address, with a block of these words: whole numbers, and floats."""
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        block = cgutils.alloca_once(b, ir.ArrayType(I64, len(words)))  # type: ignore[no-untyped-call]
+        first = b.bitcast(block, ir.PointerType(I64))
+        for number, value in enumerate(parts_of(b, arguments[1], len(words))):
+            word = b.bitcast(value, I64) if isinstance(words[number], types.Float) else value
+            b.store(word, b.gep(first, [ir.Constant(I64, number)]))
+        kind = ir.FunctionType(ir.VoidType(), [I64, I64])
+        b.call(b.inttoptr(arguments[0], ir.PointerType(kind)), [b.ptrtoint(first, I64), ir.Constant(I64, 0)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, words), codegen
+
+
 def _unpacker(fields: tuple[Field, ...]) -> Any:
     @intrinsic
     def unpack(typing: Any, block: Any, itemsize: Any) -> tuple[Any, Codegen]:
@@ -133,10 +153,19 @@ def _array(context: Any, b: Any, kind: Any, address: Any, shape: list[Any]) -> A
 class CompiledKernel:
     """A compiled kernel, called by its address, and what arguments it takes."""
 
-    def __init__(self, function: Callable[..., Any], arguments: Arguments) -> None:
-        """Compile ``function(block, number)``, kept on disk where some folder is writable."""
+    def __init__(
+        self, function: Callable[..., Any], arguments: Arguments, calls: Mapping[str, int] | None = None
+    ) -> None:
+        """Compile ``function(block, number)``, kept on disk where some folder is writable.
+
+        Args:
+            function: what to compile.
+            arguments: what a block is made of.
+            calls: addresses of functions that it calls, by the names of the arguments.
+        """
         self.address = compiled_address(_SIGNATURE, function)
         self.arguments = arguments
+        self.calls = calls or {}
 
 
 def array_of(ndim: int, dtype: str | None = None) -> Field:

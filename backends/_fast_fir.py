@@ -12,7 +12,7 @@ import numpy as np
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
 from convdispatch.backends._jit import compilable
-from convdispatch.backends._planes import fill, put_line
+from convdispatch.backends._planes import fill, filling, put_line, putting
 from convdispatch.backends._taps import chunks
 from convdispatch.backends._tile import (
     add_doubts,
@@ -29,7 +29,7 @@ from convdispatch.backends._weave import add_rows, unweave, weave
 
 
 @compilable
-def _enter(image, first_row, first_column, values, reach, wide, m, n, lanes, itemsize):  # type: ignore[no-untyped-def]
+def _enter(filler, image, first_row, first_column, values, reach, wide, m, n, lanes, itemsize):  # type: ignore[no-untyped-def]
     """Transform the tiles of ``reach`` rows and ``wide`` columns into ``values [points, C * rows * columns]``.
 
     A row of the image is split into its m phases and transformed along itself; n such rows are transformed down.
@@ -47,7 +47,10 @@ def _enter(image, first_row, first_column, values, reach, wide, m, n, lanes, ite
     for i in range(reach):
         for q in range(n - m if i else 0, n):
             row = first_row + i * m + q
-            fill(line, image, row, 1, first_column, 1, 1, line.shape[2], like)
+            fill(
+                filler, np.int64(line.ctypes.data), line.shape, np.int64(image.ctypes.data), image.shape, row, 1,
+                first_column, 1, 1, line.shape[2],
+            )  # fmt: skip
             for c in range(channels):
                 for at in range(0, wide + lanes, lanes):
                     source = line.ctypes.data + (c * line.shape[2] + at * m) * itemsize
@@ -135,7 +138,7 @@ def _leave(  # type: ignore[no-untyped-def]
 ARGUMENTS = Arguments(
     input=array_of(4), filters=array_of(4), bias=array_of(2), residual=array_of(4), out=array_of(4),
     pads=integers_of(2), short=integers_of(2), shape=integers_of(2), code=INTEGER, slope=FLOAT,
-    parts=array_of(2, "int64"), spoiled=INTEGER,
+    parts=array_of(2, "int64"), spoiled=INTEGER, filler=INTEGER, putter=INTEGER,
 )  # fmt: skip
 unpack = ARGUMENTS.unpack
 _SPOILED_AT, _DONE_AT = 8 * ARGUMENTS.at["spoiled"], 8 * ARGUMENTS.done_at
@@ -149,7 +152,9 @@ def compiled(m: int, rows: int, vectors: int, taps: int, lanes: int, itemsize: i
 
     def convolve(arguments, number):  # type: ignore[no-untyped-def]
         """Compute panels ``part[0]`` to ``part[1]``, each ``shape[0]`` by ``across * shape[1]`` tiles."""
-        x, u, bias, residual, out, pads, short, shape, code, slope, parts, _ = unpack(arguments, itemsize)
+        x, u, bias, residual, out, pads, short, shape, code, slope, parts, _, filler, putter = unpack(
+            arguments, itemsize
+        )
         part = parts[number]
         filters, _, group_c, _ = u.shape
         (a, b), cut = short, chunks(short[0], taps)
@@ -167,7 +172,6 @@ def compiled(m: int, rows: int, vectors: int, taps: int, lanes: int, itemsize: i
         products = np.empty((points, leaving), x.dtype)
         stage = np.empty((filters, rows * m, strip * m), x.dtype)
         half = np.empty(((n + 1) * m, lanes), x.dtype)
-        like = zeros(1, 1, lanes, itemsize)
         doubts = zeros(1, 1, lanes, itemsize)[0]
         bias_at = np.int64(bias.ctypes.data)
         for task in range(part[0], part[1]):
@@ -176,7 +180,7 @@ def compiled(m: int, rows: int, vectors: int, taps: int, lanes: int, itemsize: i
             top, left = block * high, s * strip
             passes, runs = -(-min(high, down - top) // rows), -(-min(strip, along - left) // across)
             reach, wide = passes * rows + a - 1, -(-(runs * across + b - 1) // lanes) * lanes
-            _enter(x[image], top * m - pads[0], left * m - pads[1], values, reach, wide, m, n, lanes, itemsize)
+            _enter(filler, x[image], top * m - pads[0], left * m - pads[1], values, reach, wide, m, n, lanes, itemsize)
             apart = (between * itemsize, reach * wide * itemsize, wide * itemsize)
             for group in range(passes):
                 for run in range(runs):
@@ -195,11 +199,11 @@ def compiled(m: int, rows: int, vectors: int, taps: int, lanes: int, itemsize: i
                 first, right = (top + group * rows) * m, min(width, (left + strip) * m)
                 for r in range(min(rows * m, height - first)):
                     put_line(
-                        out, residual, image, first + r, left * m, right, stage, r, 0, code, slope, like,
-                        lanes, itemsize,
+                        putter, out, residual, image, first + r, left * m, right, stage, r, 0, code, slope, itemsize,
                     )  # fmt: skip
         report(doubts, lanes, half[0], arguments + _SPOILED_AT)
         hold(scratch), hold(half)
         add(arguments + _DONE_AT, 1)
 
-    return CompiledKernel(convolve, ARGUMENTS)
+    calls = {"filler": filling(lanes, itemsize), "putter": putting(lanes, itemsize)}
+    return CompiledKernel(convolve, ARGUMENTS, calls)

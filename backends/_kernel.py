@@ -68,7 +68,7 @@ class PackedKernel:
         self.count, self._threads = count, threads
         self.kernel, p = compiled(), problem
         arguments = self.kernel.arguments
-        self.block = arguments.pack(**values)
+        self.block = arguments.pack(**values, **self.kernel.calls)
         self.places = tuple(arguments.at[name] for name in ("input", "out", "residual"))
         for at, shape in zip(self.places, ((p.n, p.h, p.w, p.c), *2 * ((p.n, p.oh, p.ow, p.k),)), strict=True):
             self.block[at + 1 : at + 5] = shape

@@ -1,11 +1,18 @@
-"""Images of few channels as planes: windows copied out with zeros around them, and results interleaved again."""
+"""Images of few channels as planes: windows copied out with zeros around them, and results interleaved again.
+
+Both are much code that runs seldom. So it is compiled once, and kernels call it by its address.
+"""
+
+import functools
 
 import numpy as np
 
+from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, call
 from convdispatch.backends._epilogue import finish
 from convdispatch.backends._jit import compilable
 from convdispatch.backends._layout import SAME, gather_planes
 from convdispatch.backends._memory import CACHE_LINE
+from convdispatch.backends._tile import zeros
 from convdispatch.backends._vector import clear, copy
 from convdispatch.backends._weave import unweave, weave
 
@@ -58,13 +65,28 @@ def _fill_some(panel, q, i, line, first_column, spacing):  # type: ignore[no-unt
             panel[plane, q, i] = line[column, plane % channels]
 
 
+#: An ``image [H, W, C]`` and what ``fill`` makes of a window of it.
+_WINDOW = Arguments(
+    panel=array_of(3), image=array_of(3), first_row=INTEGER, step=INTEGER, first_column=INTEGER, spacing=INTEGER,
+    rows=INTEGER, columns=INTEGER,
+)  # fmt: skip
+unpack_window = _WINDOW.unpack
+
+
 @compilable
-def fill(panel, image, first_row, step, first_column, spacing, rows, columns, like):  # type: ignore[no-untyped-def]
+def fill(filler, panel, shape, image, image_shape, first_row, step, first_column, spacing, rows, columns):  # type: ignore[no-untyped-def]
     """Copy a window of an image into planes, zeros where it reaches outside; every ``step``-th row of the image.
 
     Of columns it takes as many as there are planes for: plane ``b * C + c`` of ``panel [spacing * C, rows, columns]``
-    has every ``spacing``-th one of channel ``c``, from ``first_column + b`` on.
+    has every ``spacing``-th one of channel ``c``, from ``first_column + b`` on. Of the planes and of the image ``[H, W,
+    C]`` the address and the shape are given. ``filler`` is ``filling``'s address.
     """
+    call(filler, (panel, *shape, image, *image_shape, first_row, step, first_column, spacing, rows, columns))
+
+
+@compilable
+def _fill(panel, image, first_row, step, first_column, spacing, rows, columns, like):  # type: ignore[no-untyped-def]
+    """Do what ``fill`` tells."""
     height, width, channels = image.shape
     woven, size = spacing * channels, panel.itemsize
     # From column ``low`` of the planes to ``high``, all neighbours that go to different planes are inside.
@@ -141,14 +163,52 @@ def weave_line(line, stage, r, streamed, like, lanes, itemsize):  # type: ignore
             line[i, k] = part[i]
 
 
+#: A ``line [columns, K]`` of output, a residual's or none, and staged results ``[K, rows, columns]`` of its row ``r``.
+_LINE = Arguments(
+    line=array_of(2), added=array_of(2), stage=array_of(3), r=INTEGER, streamed=INTEGER, code=INTEGER, slope=FLOAT
+)
+unpack_line = _LINE.unpack
+
+
 @compilable
-def put_line(out, residual, image, row, left, right, stage, r, streamed, code, slope, like, lanes, itemsize):  # type: ignore[no-untyped-def]
-    """Store a line of output, from column ``left`` to ``right``: the staged results of row ``r``, finished."""
-    line = out[image, row, left:right]
-    weave_line(line, stage, r, streamed, like, lanes, itemsize)
-    flat = line.reshape(line.size)
-    if residual.size:
-        added = residual[image, row, left:right].reshape(line.size)
-        for i in range(flat.size):
-            flat[i] += added[i]
-    finish(flat, code, slope)
+def put_line(putter, out, residual, image, row, left, right, stage, r, streamed, code, slope, itemsize):  # type: ignore[no-untyped-def]
+    """Store a line of output, from column ``left`` to ``right``: the staged results of row ``r``, finished.
+
+    ``putter`` is ``putting``'s address.
+    """
+    _, rows, columns, filters = out.shape
+    offset = ((image * rows + row) * columns + left) * filters * itemsize
+    line, added = np.int64(out.ctypes.data) + offset, np.int64(residual.ctypes.data) + offset
+    some = right - left if residual.size else 0
+    call(
+        putter,
+        (line, right - left, filters, added, some, filters, np.int64(stage.ctypes.data), *stage.shape, r, streamed,
+         code, slope),
+    )  # fmt: skip
+
+
+@functools.cache
+def filling(lanes: int, itemsize: int) -> int:
+    """Return the address of what ``fill`` calls."""
+
+    def fill_window(arguments, _):  # type: ignore[no-untyped-def]
+        panel, image, first_row, step, first_column, spacing, rows, columns = unpack_window(arguments, itemsize)
+        like = zeros(1, 1, lanes, itemsize)
+        _fill(panel, image, first_row, step, first_column, spacing, rows, columns, like)
+
+    return CompiledKernel(fill_window, _WINDOW).address
+
+
+@functools.cache
+def putting(lanes: int, itemsize: int) -> int:
+    """Return the address of what ``put_line`` calls."""
+
+    def put(arguments, _):  # type: ignore[no-untyped-def]
+        line, added, stage, r, streamed, code, slope = unpack_line(arguments, itemsize)
+        weave_line(line, stage, r, streamed, zeros(1, 1, lanes, itemsize), lanes, itemsize)
+        flat, more = line.reshape(line.size), added.reshape(added.size)
+        for i in range(more.size):
+            flat[i] += more[i]
+        finish(flat, code, slope)
+
+    return CompiledKernel(put, _LINE).address

@@ -32,7 +32,7 @@ from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import CACHE_LINE, aligned, for_columns, streams
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._panels import Panels, panels_of, place
-from convdispatch.backends._planes import UNWOVEN, WOVEN, fill, put_line
+from convdispatch.backends._planes import UNWOVEN, WOVEN, fill, filling, put_line, putting
 from convdispatch.backends._put import put_tile
 from convdispatch.backends._taps import by_chunks, chunks, taps_together
 from convdispatch.backends._threads import split
@@ -58,7 +58,7 @@ _ARGUMENTS = Arguments(
     chunks=array_of(2, "int64"), shifts=array_of(1, "int64"), reach=INTEGER, strides=integers_of(2),
     pads=integers_of(4), dilations=integers_of(2), shape=integers_of(2), counts=integers_of(3), window=integers_of(2),
     stage_width=INTEGER, planar=INTEGER, in_place=INTEGER, streamed=INTEGER, code=INTEGER, slope=FLOAT,
-    parts=array_of(2, "int64"),
+    parts=array_of(2, "int64"), filler=INTEGER, putter=INTEGER,
 )  # fmt: skip
 unpack = _ARGUMENTS.unpack
 _DONE_AT = 8 * _ARGUMENTS.done_at
@@ -74,7 +74,7 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
         """Compute the panels from ``part[0]`` to ``part[1]``: ``rows * shape[0]`` by ``across * shape[1]`` outputs."""
         (
             x, w, bias, residual, out, chunks, shifts, reach, strides, pads, dilations, shape, counts, window,
-            stage_width, planar, in_place, streamed, code, slope, parts,
+            stage_width, planar, in_place, streamed, code, slope, parts, filler, putter,
         ) = unpack(arguments, itemsize)  # fmt: skip
         part = parts[number]
         (filters, group_c, values), height, width, channels = w.shape, x.shape[1], x.shape[2], x.shape[3]
@@ -88,12 +88,14 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
         plane_step, line_step = planes.shape[1] * planes.shape[2] * itemsize, planes.shape[2] * itemsize
         # Images are of pixels, or planes of one channel each; so are results.
         sources, copies = (channels, filters) if planar else (1, 1)
-        images = x.reshape((x.shape[0] * sources, height, width, channels // sources))
+        image_shape, image_step = (
+            (height, width, channels // sources),
+            height * width * (channels // sources) * itemsize,
+        )
         results = out.reshape((out.shape[0] * copies, all_rows, columns, filters // copies))
         added = residual.reshape((residual.shape[0] * copies, all_rows, columns, filters // copies))
         stage = np.empty((filters, rows, stage_width), x.dtype)
         places = np.empty(rows, np.int64)
-        like = zeros(1, 1, lanes, itemsize)
         # As whole numbers of one kind: an unsigned one and a signed one would make a float.
         here, there = np.int64(x.ctypes.data), np.int64(out.ctypes.data)
         more = np.int64(residual.ctypes.data) - there
@@ -110,10 +112,10 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
                 first_row, first_column = (phase + top * dh) * sh - pads[0], left * sw - pads[2]
                 for a in range(chunks.shape[0]):
                     for c in range(sources):
-                        some = planes[a * together + c * sw :][: together // sources]
                         fill(
-                            some, images[n * sources + c], first_row + a, dh * sh, first_column, sw,
-                            max(bottom - top, rows) + kh - 1, max(right - left, across) + reach, like,
+                            filler, planes_at + (a * together + c * sw) * plane_step, planes.shape,
+                            here + (n * sources + c) * image_step, image_shape, first_row + a, dh * sh, first_column,
+                            sw, max(bottom - top, rows) + kh - 1, max(right - left, across) + reach,
                         )  # fmt: skip
             for tile_row in range((bottom - top + rows - 1) // rows):
                 oh = top if staged and bottom - top < rows else min(top + tile_row * rows, bottom - rows)
@@ -137,8 +139,11 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
                         step, apart = dh * width * itemsize, height * width * itemsize
                     else:
                         for c in range(sources):
-                            image = images[n * sources + c]
-                            fill(planes[c : c + 1], image, ih, dh, iw, 1, rows + kh - 1, across + reach, like)
+                            fill(
+                                filler, planes_at + c * plane_step, planes.shape,
+                                here + (n * sources + c) * image_step, image_shape, ih, dh, iw, 1, rows + kh - 1,
+                                across + reach,
+                            )  # fmt: skip
                     for k in range(filters):
                         sums = zeros(rows, vectors, lanes, itemsize)
                         first_channel = k // group_k * group_c
@@ -174,12 +179,13 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
                         row = phase + (oh + r) * dh
                         for k in range(copies):
                             put_line(
-                                results, added, n * copies + k, row, left, right, stage[k : k + filters // copies], r,
-                                streamed, code, slope, like, lanes, itemsize,
+                                putter, results, added, n * copies + k, row, left, right,
+                                stage[k : k + filters // copies], r, streamed, code, slope, itemsize,
                             )  # fmt: skip
         add(arguments + _DONE_AT, 1)
 
-    return CompiledKernel(convolve, _ARGUMENTS)
+    calls = {"filler": filling(lanes, itemsize), "putter": putting(lanes, itemsize)}
+    return CompiledKernel(convolve, _ARGUMENTS, calls)
 
 
 @functools.lru_cache(maxsize=1024)

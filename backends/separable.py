@@ -25,7 +25,7 @@ from convdispatch.backends._jit import compilable, inlined
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import CACHE_LINE, aligned, for_columns, streams
 from convdispatch.backends._panels import Panels, panels_of, place
-from convdispatch.backends._planes import WOVEN, fill_line, put_line
+from convdispatch.backends._planes import WOVEN, fill_line, put_line, putting
 from convdispatch.backends._put import put_tile
 from convdispatch.backends._taps import chunks, taps_together
 from convdispatch.backends._threads import split
@@ -55,7 +55,7 @@ _ARGUMENTS = Arguments(
     input=array_of(4), down=array_of(2), along=array_of(2), bias=array_of(2), residual=array_of(4), out=array_of(4),
     pads=integers_of(4), dilations=integers_of(2), shape=integers_of(2), counts=integers_of(3), width=INTEGER,
     stage_width=INTEGER, spacing=INTEGER, turns=INTEGER, planar=INTEGER, streamed=INTEGER, code=INTEGER, slope=FLOAT,
-    parts=array_of(2, "int64"),
+    parts=array_of(2, "int64"), putter=INTEGER,
 )  # fmt: skip
 unpack = _ARGUMENTS.unpack
 _DONE_AT = 8 * _ARGUMENTS.done_at
@@ -116,7 +116,7 @@ def _compiled(  # noqa: C901, PLR0915
         """Compute the panels from ``part[0]`` to ``part[1]``: ``rows * shape[0]`` by ``block * shape[1]`` outputs."""
         (
             x, w_down, w_along, bias, residual, out, pads, dilations, shape, counts, width, stage_width, spacing,
-            turns, planar, streamed, code, slope, parts,
+            turns, planar, streamed, code, slope, parts, putter,
         ) = unpack(arguments, itemsize)  # fmt: skip
         part = parts[number]
         (images, height, row_length, _), (_, all_rows, columns, _) = x.shape, out.shape
@@ -131,7 +131,6 @@ def _compiled(  # noqa: C901, PLR0915
         plane, middle = np.empty((rows + kh - 1, reach), x.dtype), np.empty((rows, reach), x.dtype)
         stage = np.empty((woven, rows, stage_width), x.dtype)
         line_bytes, staged_bytes = reach * itemsize, stage_width * itemsize
-        like = zeros(1, 1, lanes, itemsize)
         # As whole numbers of one kind: an unsigned one and a signed one would make a float.
         here, there = np.int64(x.ctypes.data), np.int64(out.ctypes.data)
         more_at = np.int64(residual.ctypes.data) - there
@@ -207,12 +206,11 @@ def _compiled(  # noqa: C901, PLR0915
                     for r in range(min(rows, bottom - oh)):
                         row = phase + (oh + r) * dh
                         put_line(
-                            results, added, made, row, left, right, stage, r, streamed, code, slope, like, lanes,
-                            itemsize,
+                            putter, results, added, made, row, left, right, stage, r, streamed, code, slope, itemsize,
                         )  # fmt: skip
         add(arguments + _DONE_AT, 1)
 
-    return CompiledKernel(convolve, _ARGUMENTS)
+    return CompiledKernel(convolve, _ARGUMENTS, {"putter": putting(lanes, itemsize)})
 
 
 @functools.lru_cache(maxsize=1024)
