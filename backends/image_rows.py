@@ -88,10 +88,8 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
         plane_step, line_step = planes.shape[1] * planes.shape[2] * itemsize, planes.shape[2] * itemsize
         # Images are of pixels, or planes of one channel each; so are results.
         sources, copies = (channels, filters) if planar else (1, 1)
-        image_shape, image_step = (
-            (height, width, channels // sources),
-            height * width * (channels // sources) * itemsize,
-        )
+        image_shape = (height, width, channels // sources)
+        image_step = height * width * image_shape[2] * itemsize
         results = out.reshape((out.shape[0] * copies, all_rows, columns, filters // copies))
         added = residual.reshape((residual.shape[0] * copies, all_rows, columns, filters // copies))
         stage = np.empty((filters, rows, stage_width), x.dtype)

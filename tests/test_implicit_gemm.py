@@ -145,6 +145,18 @@ def test_few_sums_are_for_a_single_vector_of_filters() -> None:
         assert k == lanes or all(c.integer("rows") * c.integer("vectors") >= 8 for c in configs)
 
 
+@pytest.mark.parametrize(("channels", "crowded"), [(1024, True), (1008, False), (512, False)])
+def test_estimates_know_when_pixels_want_the_same_places_of_l1(channels: int, crowded: bool) -> None:
+    """Those that lie 4 KiB apart do, and others fewer of them."""
+    rows, vectors = max(register_tiles())
+    problem = Problem.parse(f"1x28x28x{channels} * 1x1x{channels}x256 VALID")
+    config, ways = Config(rows=rows, vectors=vectors, threads=1), -(-rows // 2)
+    tight, roomy = (
+        dataclasses.replace(current(), caches=(4096 * places, *current().caches[1:])) for places in (ways, 2 * rows)
+    )
+    assert (GEMM.estimate(problem, config, tight) > GEMM.estimate(problem, config, roomy)) == crowded
+
+
 @pytest.mark.parametrize("tile", [(0, 4), (6, 0), (16, 4), (29, 1)])
 def test_a_tile_that_registers_cannot_hold_is_refused(tile: tuple[int, int]) -> None:
     problem = Problem.parse("1x9x9x8 * 3x3x8x64 SAME")
