@@ -28,6 +28,7 @@ from convdispatch.backends import _rates
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
 from convdispatch.backends._epilogue import RELU6, finish
+from convdispatch.backends._jit import inlined
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import CACHE_LINE, aligned, for_columns, streams
 from convdispatch.backends._packed import PackedBackend
@@ -64,6 +65,32 @@ unpack = _ARGUMENTS.unpack
 _DONE_AT = 8 * _ARGUMENTS.done_at
 
 
+@inlined
+def _sums(  # type: ignore[no-untyped-def]
+    source, step, apart, between, packed, channels, chunks, shifts, rows, vectors, taps, fewer, lanes, itemsize
+):
+    """Return a tile's sums of one filter, whose values lie at ``packed``.
+
+    The tile's rows of input are ``step`` bytes apart from ``source`` on, channels ``apart``; where there are strides,
+    the rows that the filter's second row meets are ``between`` bytes from those of the first, and so on.
+    """
+    sums = zeros(rows, vectors, lanes, itemsize)
+    for c in range(channels):
+        for a in range(chunks.shape[0]):
+            taken = source + a * between + c * apart
+            for _ in range(chunks[a, 0]):
+                for j in range(shifts.size):
+                    sums = add_rows(sums, rows, taken + shifts[j], step, packed, taps)
+                    packed += taps * itemsize
+                taken += taps * step
+            for _ in range(chunks[a, 1]):
+                for j in range(shifts.size):
+                    sums = add_rows(sums, rows, taken + shifts[j], step, packed, fewer)
+                    packed += fewer * itemsize
+                taken += fewer * step
+    return sums
+
+
 @functools.cache
 def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> CompiledKernel:  # noqa: C901, PLR0915
     """Return the kernel of one tile that takes a filter's rows ``taps`` at a time, or one fewer."""
@@ -97,12 +124,9 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
         # As whole numbers of one kind: an unsigned one and a signed one would make a float.
         here, there = np.int64(x.ctypes.data), np.int64(out.ctypes.data)
         more = np.int64(residual.ctypes.data) - there
-        filters_at, bias_at, planes_at = (
-            np.int64(w.ctypes.data),
-            np.int64(bias.ctypes.data),
-            np.int64(planes.ctypes.data),
-        )
-        stage_at, table = np.int64(stage.ctypes.data), places.ctypes.data
+        filters_at, bias_at = np.int64(w.ctypes.data), np.int64(bias.ctypes.data)
+        planes_at, stage_at = np.int64(planes.ctypes.data), np.int64(stage.ctypes.data)
+        table = places.ctypes.data
         for task in range(part[0], part[1]):
             n, phase, top, bottom, left, right = place(task, counts, all_rows, columns, dh, down, along)
             staged = filters > copies or right - left < across or bottom - top < rows
@@ -143,22 +167,11 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
                                 across + reach,
                             )  # fmt: skip
                     for k in range(filters):
-                        sums = zeros(rows, vectors, lanes, itemsize)
-                        first_channel = k // group_k * group_c
-                        for c in range(group_c):
-                            packed = filters_at + (k * group_c + c) * values * itemsize
-                            for a in range(chunks.shape[0]):
-                                taken = source + a * together * plane_step + (first_channel + c) * apart
-                                for _ in range(chunks[a, 0]):
-                                    for j in range(shifts.size):
-                                        sums = add_rows(sums, rows, taken + shifts[j], step, packed, taps)
-                                        packed += taps * itemsize
-                                    taken += taps * step
-                                for _ in range(chunks[a, 1]):
-                                    for j in range(shifts.size):
-                                        sums = add_rows(sums, rows, taken + shifts[j], step, packed, fewer)
-                                        packed += fewer * itemsize
-                                    taken += fewer * step
+                        sums = _sums(
+                            source + k // group_k * group_c * apart, step, apart, together * plane_step,
+                            filters_at + k * group_c * values * itemsize, group_c, chunks, shifts,
+                            rows, vectors, taps, fewer, lanes, itemsize,
+                        )  # fmt: skip
                         if bias.size:
                             sums = add_to_all(sums, rows, bias_at + k * across * itemsize)
                         offset = ow * itemsize

@@ -134,16 +134,9 @@ def _compiled(  # noqa: C901, PLR0915
         # As whole numbers of one kind: an unsigned one and a signed one would make a float.
         here, there = np.int64(x.ctypes.data), np.int64(out.ctypes.data)
         more_at = np.int64(residual.ctypes.data) - there
-        down_at, along_at, bias_at = (
-            np.int64(w_down.ctypes.data),
-            np.int64(w_along.ctypes.data),
-            np.int64(bias.ctypes.data),
-        )
-        plane_at, middle_at, stage_at = (
-            np.int64(plane.ctypes.data),
-            np.int64(middle.ctypes.data),
-            np.int64(stage.ctypes.data),
-        )
+        down_at, along_at = np.int64(w_down.ctypes.data), np.int64(w_along.ctypes.data)
+        bias_at, plane_at = np.int64(bias.ctypes.data), np.int64(plane.ctypes.data)
+        middle_at, stage_at = np.int64(middle.ctypes.data), np.int64(stage.ctypes.data)
         for task in range(part[0], part[1]):
             made, phase, top, bottom, left, right = place(
                 task, counts, all_rows, columns, dh, rows * shape[0], block * shape[1]
