@@ -1,4 +1,4 @@
-"""Vectors along a row, for ``image_rows``: the tile's rows share what they read, and channels weave into pixels."""
+"""Vectors along a row of pixels: a tile's rows share what they read, and channels are woven into pixels, and apart."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ from convdispatch.backends._vector import (
     I32,
     I64,
     Codegen,
+    Vector,
     address_of,
     broadcast,
     fused_multiply_add,
@@ -61,6 +62,14 @@ def _pick(b: Any, vectors: list[Any], places: list[tuple[int, int]]) -> Any:
     return picked
 
 
+def _together(b: Any, vectors: list[Any]) -> list[Any]:
+    """Return some vectors interleaved, as many as there are of them."""
+    number, lanes = len(vectors), vectors[0].type.count
+    items = [divmod(item, number) for item in range(number * lanes)]
+    places = [(which, lane) for lane, which in items]
+    return [_pick(b, vectors, places[v * lanes : (v + 1) * lanes]) for v in range(number)]
+
+
 @intrinsic
 def weave(typing: Any, target: Any, source: Any, apart: Any, count: Any, past: Any, like: Any) -> tuple[Any, Codegen]:
     """Interleave ``count`` vectors, ``apart`` bytes apart at ``source``, into as many in a row at ``target``.
@@ -75,14 +84,12 @@ def weave(typing: Any, target: Any, source: Any, apart: Any, count: Any, past: A
         for _ in range(number):
             values.append(load_at(b, vector.ir, place, 0, vector.itemsize))
             place = b.add(place, arguments[2])
-        for v in range(number):
-            items = range(v * vector.lanes, (v + 1) * vector.lanes)
-            woven = _pick(b, values, [(item % number, item // number) for item in items])
+        for v, value in enumerate(_together(b, values)):
             to = address_of(b, arguments[0], v * vector.lanes * vector.itemsize, vector.ir)
             if streamed:
-                store_past(b, woven, to, vector)
+                store_past(b, value, to, vector)
             else:
-                b.store(woven, to, align=vector.itemsize)
+                b.store(value, to, align=vector.itemsize)
         return context.get_dummy_value()
 
     return types.void(target, source, apart, count, past, like), codegen
@@ -119,3 +126,47 @@ def unweave(typing: Any, target: Any, source: Any, apart: Any, count: Any, like:
         return context.get_dummy_value()
 
     return types.void(target, source, apart, count, like), codegen
+
+
+@intrinsic
+def unwoven(typing: Any, address: Any, count: Any, lanes: Any, itemsize: Any) -> tuple[Any, Codegen]:
+    """Return the planes that are interleaved in ``count`` vectors in a row, as a tile of so many."""
+    vector, number = Vector(itemsize.literal_value, lanes.literal_value), count.literal_value
+    kind = types.UniTuple(vector, number)  # type: ignore[no-untyped-call]
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        step = vector.lanes * vector.itemsize
+        values = [load_at(b, vector.ir, arguments[0], v * step, vector.itemsize) for v in range(number)]
+        return context.make_tuple(b, kind, _apart(b, values))
+
+    return kind(types.int64, count, lanes, itemsize), codegen
+
+
+@intrinsic
+def woven(typing: Any, tile: Any) -> tuple[Any, Codegen]:
+    """Return a tile's vectors interleaved."""
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        return context.make_tuple(b, tile, _together(b, parts_of(b, arguments[0], len(tile))))
+
+    return tile(tile), codegen
+
+
+@intrinsic
+def mixed(typing: Any, tile: Any, filters: Any, count: Any) -> tuple[Any, Codegen]:
+    """Return ``count`` sums of a tile's vectors, each times one of the values ``[count, len(tile)]`` at ``filters``."""
+    vector, number = tile.dtype, count.literal_value
+    kind = types.UniTuple(vector, number)  # type: ignore[no-untyped-call]
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        inputs, sums = parts_of(b, arguments[0], len(tile)), []
+        for k in range(number):
+            total = ir.Constant(vector.ir, None)
+            for c, value in enumerate(inputs):
+                at = (k * len(inputs) + c) * vector.itemsize
+                weight = broadcast(b, load_at(b, vector.ir.element, arguments[1], at, vector.itemsize), vector.lanes)
+                total = fused_multiply_add(b, value, weight, total, vector)
+            sums.append(total)
+        return context.make_tuple(b, kind, sums)
+
+    return kind(tile, types.int64, count), codegen

@@ -202,6 +202,7 @@ def test_code_for_other_machines_is_right_too(cpu: str, features: str, width: in
         ("image_rows", "1x3x20x40 NCHW * 5x5x3x2 SAME"),
         ("image_rows", "1x40x80x3 * 10x5x1x3 SAME stride=2"),
         ("separable", "1x20x40x1 * 9x9x1x1 SAME separable"),
+        ("pointwise", "1x7x9x3 * 1x1x3x2 VALID +bias"),
     ]  # of fast_fir, whose steps are those of image_rows and winograd, nothing
     environment = {
         **os.environ,

@@ -11,9 +11,12 @@ from convdispatch.problem import Problem
 from convdispatch.tuning.engine_onnx import onnx_model
 from convdispatch.tuning.engines import Build, Case, Deployment, Pass, load, nchw, nhwc, only
 
+#: Most channels that ``transform`` takes.
+_TRANSFORMED = 4
+
 
 class OpenCV:
-    """OpenCV: ``filter2D`` (or ``sepFilter2D``) where each output comes from one channel, and its network module."""
+    """OpenCV: its functions for images, where one does what is asked for, and its network module."""
 
     def __init__(self, threads: int) -> None:
         self._cv2 = load("cv2")
@@ -27,7 +30,7 @@ class OpenCV:
         return only(problem, "float32")
 
     def deployments(self, case: Case) -> Mapping[str, Build]:
-        """Return the filter, where it applies, and the network."""
+        """Return the function that applies, if there is one, and the network."""
         p = case.problem
         ways: dict[str, Build] = {"dnn": lambda: self._net(case)}  # which has two passes wrong for some shapes
         (top, _, left, _), (sh, sw) = p.pads, p.strides
@@ -37,6 +40,8 @@ class OpenCV:
             ways["filter2D"] = lambda: self._filters(case)
             if (two := case.two) is not None:
                 ways["sepFilter2D"] = lambda: self._separable(case, *two)
+        if plain and p.is_pointwise and p.strides == (1, 1) and p.groups == 1 and max(p.c, p.k) <= _TRANSFORMED:
+            ways["transform"] = lambda: self._transform(case)
         return ways
 
     def _net(self, case: Case) -> Deployment:
@@ -48,6 +53,17 @@ class OpenCV:
             return net.forward()
 
         return Deployment(run, nhwc)
+
+    def _transform(self, case: Case) -> Deployment:
+        p = case.problem
+        x, out = case.x, aligned((p.n, p.oh, p.ow, p.k), np.dtype(np.float32))
+        matrix = np.ascontiguousarray(case.w[0, 0].T)
+
+        def run() -> None:
+            for n in range(p.n):
+                self._cv2.transform(x[n], matrix, out[n])
+
+        return Deployment(run, lambda _: out)
 
     def _filters(self, case: Case) -> Deployment:
         kernels = [(np.ascontiguousarray(case.w[:, :, 0, k]),) for k in range(case.problem.k)]

@@ -1,0 +1,181 @@
+"""``pointwise``: 1x1 filters on one to four channels, as in a change of colours: memory is nearly all there is to it.
+
+A vector's pixels are taken apart in registers, so that each of their channels is a vector; each filter's sum is one,
+too, and these are woven into pixels again. NCHW images are apart already. Every value is read once and written once.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from convdispatch.arguments import Array
+from convdispatch.backend import Config, Effort, item_bytes
+from convdispatch.backends import _rates
+from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of
+from convdispatch.backends._atomics import add
+from convdispatch.backends._epilogue import RELU6, activate, finish
+from convdispatch.backends._jit import outlined
+from convdispatch.backends._kernel import PackedKernel
+from convdispatch.backends._memory import CACHE_LINE, aligned, for_columns, streams
+from convdispatch.backends._packed import PackedBackend
+from convdispatch.backends._put import put_tile
+from convdispatch.backends._threads import split
+from convdispatch.backends._tile import add_to_each, load_apart
+from convdispatch.backends._vector import vector_bytes
+from convdispatch.backends._weave import mixed, unwoven, woven
+from convdispatch.machine import Machine
+from convdispatch.problem import Problem
+
+#: Channels, and filters, that are taken apart and woven in registers.
+_MOST = 4
+#: Pixels of a part at least: less is not worth another thread.
+_PART = 1 << 12
+
+#: ``filters`` is ``[K, C]``, ``bias`` ``[K, lanes]`` or empty. A part is a run of pixels of an image: its number, the
+#: first one, and the one behind the last.
+_ARGUMENTS = Arguments(
+    input=array_of(4), filters=array_of(2), bias=array_of(2), residual=array_of(4), out=array_of(4), pixels=INTEGER,
+    streamed=INTEGER, code=INTEGER, slope=FLOAT, parts=array_of(2, "int64"),
+)  # fmt: skip
+unpack = _ARGUMENTS.unpack
+_DONE_AT = 8 * _ARGUMENTS.done_at
+
+
+@outlined
+def _one_by_one(x, w, bias, residual, out, at, to, count, steps, code, slope):  # type: ignore[no-untyped-def]
+    """Compute fewer pixels than a vector has lanes, from value ``at`` of the input and ``to`` of the output on.
+
+    ``steps`` are from pixel to pixel, in the input and in the output, and from channel to channel, or filter to filter.
+    """
+    filters, channels = w.shape
+    for p in range(count):
+        for k in range(filters):
+            total = bias[k, 0] if bias.size else w[k, 0] * 0
+            for c in range(channels):
+                total += w[k, c] * x[at + p * steps[0] + c * steps[2]]
+            put = to + p * steps[1] + k * steps[2]
+            if residual.size:
+                total += residual[put]
+            out[put] = activate(total, code, slope)
+
+
+@functools.cache
+def _compiled(channels: int, filters: int, planar: int, lanes: int, itemsize: int) -> CompiledKernel:
+    """Return the kernel for so many channels and filters, in planes or woven."""
+
+    def convolve(arguments, number):  # type: ignore[no-untyped-def]
+        """Compute a part of an image's pixels."""
+        x, w, bias, residual, out, pixels, streamed, code, slope, parts = unpack(arguments, itemsize)
+        image, first, last = parts[number]
+        entered, left = image * pixels * channels, image * pixels * filters
+        here, there = np.int64(x.ctypes.data) + entered * itemsize, np.int64(out.ctypes.data) + left * itemsize
+        more = np.int64(residual.ctypes.data) - np.int64(out.ctypes.data)
+        between, flat = pixels * itemsize, out.reshape(out.size)
+        if last - first < lanes:
+            steps = (1, 1, pixels) if planar else (channels, filters, 1)
+            _one_by_one(
+                x.reshape(x.size), w, bias, residual.reshape(residual.size), flat, entered + first * steps[0],
+                left + first * steps[1], last - first, steps, code, slope,
+            )  # fmt: skip
+            add(arguments + _DONE_AT, 1)
+            return
+        for p in range(first, last, lanes):
+            at = min(p, last - lanes)
+            if planar:
+                tile = load_apart(here + at * itemsize, between, channels, lanes, itemsize)
+            else:
+                tile = unwoven(here + at * channels * itemsize, channels, lanes, itemsize)
+            sums = mixed(tile, w.ctypes.data, filters)
+            if bias.size:
+                sums = add_to_each(sums, filters, (np.int64(bias.ctypes.data), lanes * itemsize), 0)
+            if planar:
+                to = there + at * itemsize
+                past = streamed and to % CACHE_LINE == 0
+                put_tile(sums, filters, (to, between), 0, residual.size, more, code, past)
+                if code > RELU6:
+                    for k in range(filters):
+                        start = left + k * pixels + at
+                        finish(flat[start : start + lanes], code, slope)
+            else:
+                to = there + at * filters * itemsize
+                past = streamed and to % CACHE_LINE == 0
+                put_tile(woven(sums), 1, (to, between), 0, residual.size, more, code, past)
+                if code > RELU6:
+                    start = left + at * filters
+                    finish(flat[start : start + lanes * filters], code, slope)
+        add(arguments + _DONE_AT, 1)
+
+    return CompiledKernel(convolve, _ARGUMENTS)
+
+
+def _runs(problem: Problem) -> tuple[int, int]:
+    """Return how many images there are, and the pixels of one: woven, all images are one."""
+    p = problem
+    return (p.n, p.h * p.w) if p.data_format == "NCHW" else (1, p.n * p.h * p.w)
+
+
+def _parts(problem: Problem, threads: int, lanes: int) -> Array:
+    """Return the parts of the work: runs that begin where vectors do."""
+    images, pixels = _runs(problem)
+    each = max(1, min(-(-4 * threads // max(1, images)), pixels // _PART)) if threads > 1 else 1
+    runs = [(first * lanes, min(last * lanes, pixels)) for first, last in split(-(-pixels // lanes), each)]
+    return np.array([(image, *run) for image in range(images) for run in runs], np.int64).reshape(-1, 3)
+
+
+class Pointwise(PackedBackend):
+    """1x1 filters on one to four channels, taken apart and woven in registers."""
+
+    name = "pointwise"
+    packing_cost = (3e-5, 0.0)
+    takes_planes = True
+
+    def rejects_plain(self, problem: Problem) -> str | None:
+        """Return None, or what about the filters, the channels or the padding stands against it."""
+        p = problem
+        if not p.is_pointwise or p.strides != (1, 1) or any(p.pads):
+            return "it is for 1x1 filters of stride 1, without padding"
+        if p.groups > 1:
+            return "it mixes all channels of a pixel, and groups do not"
+        if not 1 <= p.c <= _MOST or not 1 <= p.k <= _MOST:
+            return f"it is for one to {_MOST} channels and filters; here are {p.c} and {p.k}"
+        return None
+
+    def configs_plain(self, problem: Problem, effort: Effort) -> Sequence[Config]:  # noqa: ARG002
+        """Return the only one."""
+        return [Config()]
+
+    def workspace_plain(self, problem: Problem, config: Config) -> int:  # noqa: ARG002
+        """Return 0: it needs no scratch."""
+        return 0
+
+    def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
+        """Return the time of taking apart, mixing and weaving, or of memory, whichever is longer."""
+        p, size = problem, item_bytes(problem.dtype)
+        pixels, lanes = p.n * p.h * p.w, machine.vector_bytes // size
+        moved = pixels * (p.c + p.k * (2 if p.epilogue.residual else 1)) * size
+        planar = p.data_format == "NCHW"
+        steps = p.c * p.k + 2 * (p.c + p.k) + (0 if planar else 2 * (p.c * (p.c - 1) + p.k * (p.k - 1)))
+        compute = pixels / lanes * steps * _STEP_SECONDS + pixels * p.k * 3e-9 * (p.epilogue.code > RELU6)
+        used = min(config.threads, machine.cores, max(1, pixels // _PART))
+        return _rates.shared(max(compute, moved / _BYTES_PER_SECOND), used)
+
+    def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
+        """Keep the matrix; compile for its size if that has not been done."""
+        p, size = problem, item_bytes(problem.dtype)
+        lanes, planar = vector_bytes() // size, p.data_format == "NCHW"
+        matrix = aligned((p.k, p.c), p.dtype)
+        matrix[...] = filters[0, 0].T
+        parts = _parts(p, config.threads, lanes)
+        pixels = _runs(p)[1]
+        values = {
+            "filters": matrix, "bias": for_columns(bias, p.dtype, lanes), "pixels": pixels,
+            "streamed": streams(p.output_shape, size, lanes, pixels if planar else lanes * p.k),
+            "code": p.epilogue.code, "slope": p.epilogue.slope, "parts": parts,
+        }  # fmt: skip
+        make = functools.partial(_compiled, p.c, p.k, int(planar), lanes, size)
+        return PackedKernel(make, p, values, len(parts), config.threads)
+
+
+_STEP_SECONDS = 3e-10
+_BYTES_PER_SECOND = 2e10
