@@ -157,8 +157,9 @@ class Pointwise(PackedBackend):
         planar = p.data_format == "NCHW"
         steps = p.c * p.k + 2 * (p.c + p.k) + (0 if planar else 2 * (p.c * (p.c - 1) + p.k * (p.k - 1)))
         compute = pixels / lanes * steps * _STEP_SECONDS + pixels * p.k * 3e-9 * (p.epilogue.code > RELU6)
+        rate = _CACHED_BYTES_PER_SECOND if 2 * moved <= machine.caches[2] else _BYTES_PER_SECOND
         used = min(config.threads, machine.cores, max(1, pixels // _PART))
-        return _rates.shared(max(compute, moved / _BYTES_PER_SECOND), used)
+        return _rates.shared(max(compute, moved / rate), used)
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Keep the matrix; compile for its size if that has not been done."""
@@ -177,5 +178,5 @@ class Pointwise(PackedBackend):
         return PackedKernel(make, p, values, len(parts), config.threads)
 
 
-_STEP_SECONDS = 3e-10
-_BYTES_PER_SECOND = 2e10
+_STEP_SECONDS = 2e-10
+_BYTES_PER_SECOND, _CACHED_BYTES_PER_SECOND = 2e10, 5e10
