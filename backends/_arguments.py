@@ -23,6 +23,7 @@ from numba.core import cgutils
 from numba.np import arrayobj
 
 from convdispatch.arguments import Array
+from convdispatch.backends._atomics import write_call
 from convdispatch.backends._jit import array, integers
 from convdispatch.backends._machine_code import compiled_address
 from convdispatch.backends._memory import address
@@ -105,8 +106,7 @@ def call(typing: Any, function: Any, words: Any) -> tuple[Any, Codegen]:
         for number, value in enumerate(parts_of(b, arguments[1], len(words))):
             word = b.bitcast(value, I64) if isinstance(words[number], types.Float) else value
             b.store(word, b.gep(first, [ir.Constant(I64, number)]))
-        kind = ir.FunctionType(ir.VoidType(), [I64, I64])
-        b.call(b.inttoptr(arguments[0], ir.PointerType(kind)), [b.ptrtoint(first, I64), ir.Constant(I64, 0)])
+        write_call(b, arguments[0], b.ptrtoint(first, I64), ir.Constant(I64, 0))
         return context.get_dummy_value()
 
     return types.void(types.int64, words), codegen

@@ -170,13 +170,18 @@ def wake(typing: Any, address: Any, count: Any) -> tuple[Any, Codegen]:
     return types.void(types.int64, types.int64), codegen
 
 
+def write_call(b: Any, function: Any, block: Any, number: Any) -> None:
+    """Write the call of a compiled kernel by its address."""
+    kind = ir.FunctionType(ir.VoidType(), [I64, I64])
+    b.call(b.inttoptr(function, ir.PointerType(kind)), [block, number])
+
+
 @intrinsic
 def call_kernel(typing: Any, function: Any, block: Any, number: Any) -> tuple[Any, Codegen]:
     """Call a compiled kernel by its address."""
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [I64, I64])
-        b.call(b.inttoptr(arguments[0], ir.PointerType(kind)), arguments[1:])
+        write_call(b, *arguments)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), codegen

@@ -51,13 +51,15 @@ def _one_by_one(x, w, bias, residual, out, at, to, count, steps, code, slope):  
     filters, channels = w.shape
     for p in range(count):
         for k in range(filters):
-            total = bias[k, 0] if bias.size else w[k, 0] * 0
-            for c in range(channels):
-                total += w[k, c] * x[at + p * steps[0] + c * steps[2]]
             put = to + p * steps[1] + k * steps[2]
+            out[put] = 0
+            for c in range(channels):
+                out[put] += w[k, c] * x[at + p * steps[0] + c * steps[2]]
+            if bias.size:
+                out[put] += bias[k, 0]
             if residual.size:
-                total += residual[put]
-            out[put] = activate(total, code, slope)
+                out[put] += residual[put]
+            out[put] = activate(out[put], code, slope)
 
 
 @functools.cache
