@@ -12,7 +12,7 @@ import numpy as np
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
 from convdispatch.backends._jit import compilable
-from convdispatch.backends._planes import fill, filling, put_line, putting
+from convdispatch.backends._planes import callees, fill, put_line
 from convdispatch.backends._taps import chunks
 from convdispatch.backends._tile import (
     add_doubts,
@@ -205,5 +205,4 @@ def compiled(m: int, rows: int, vectors: int, taps: int, lanes: int, itemsize: i
         hold(scratch), hold(half)
         add(arguments + _DONE_AT, 1)
 
-    calls = {"filler": filling(lanes, itemsize), "putter": putting(lanes, itemsize)}
-    return CompiledKernel(convolve, ARGUMENTS, calls)
+    return CompiledKernel(convolve, ARGUMENTS, callees(lanes, itemsize))

@@ -79,7 +79,7 @@ def fill(filler, panel, shape, image, image_shape, first_row, step, first_column
 
     Of columns it takes as many as there are planes for: plane ``b * C + c`` of ``panel [spacing * C, rows, columns]``
     has every ``spacing``-th one of channel ``c``, from ``first_column + b`` on. Of the planes and of the image ``[H, W,
-    C]`` the address and the shape are given. ``filler`` is ``filling``'s address.
+    C]`` the address and the shape are given. ``filler`` is the address of what is called.
     """
     call(filler, (panel, *shape, image, *image_shape, first_row, step, first_column, spacing, rows, columns))
 
@@ -188,7 +188,7 @@ def put_line(putter, out, residual, image, row, left, right, stage, r, streamed,
 
 
 @functools.cache
-def filling(lanes: int, itemsize: int) -> int:
+def _filling(lanes: int, itemsize: int) -> int:
     """Return the address of what ``fill`` calls."""
 
     def fill_window(arguments, _):  # type: ignore[no-untyped-def]
@@ -212,3 +212,8 @@ def putting(lanes: int, itemsize: int) -> int:
         finish(flat, code, slope)
 
     return CompiledKernel(put, _LINE).address
+
+
+def callees(lanes: int, itemsize: int) -> dict[str, int]:
+    """Return the addresses of both, by the names of the arguments that kernels have for them."""
+    return {"filler": _filling(lanes, itemsize), "putter": putting(lanes, itemsize)}

@@ -95,6 +95,12 @@ def weave(typing: Any, target: Any, source: Any, apart: Any, count: Any, past: A
     return types.void(target, source, apart, count, past, like), codegen
 
 
+def _in_a_row(b: Any, vector: Vector, count: int, address: Any) -> list[Any]:
+    """Return so many vectors that lie side by side."""
+    step = vector.lanes * vector.itemsize
+    return [load_at(b, vector.ir, address, v * step, vector.itemsize) for v in range(count)]
+
+
 def _apart(b: Any, vectors: list[Any]) -> list[Any]:
     """Return the planes that are interleaved in some vectors, as many as there are of these.
 
@@ -117,10 +123,8 @@ def unweave(typing: Any, target: Any, source: Any, apart: Any, count: Any, like:
     vector, number = like.dtype, count.literal_value
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        step = vector.lanes * vector.itemsize
-        values = [load_at(b, vector.ir, arguments[1], v * step, vector.itemsize) for v in range(number)]
         place = arguments[0]
-        for plane in _apart(b, values):
+        for plane in _apart(b, _in_a_row(b, vector, number, arguments[1])):
             b.store(plane, address_of(b, place, 0, vector.ir), align=vector.itemsize)
             place = b.add(place, arguments[2])
         return context.get_dummy_value()
@@ -135,9 +139,7 @@ def unwoven(typing: Any, address: Any, count: Any, lanes: Any, itemsize: Any) ->
     kind = types.UniTuple(vector, number)  # type: ignore[no-untyped-call]
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        step = vector.lanes * vector.itemsize
-        values = [load_at(b, vector.ir, arguments[0], v * step, vector.itemsize) for v in range(number)]
-        return context.make_tuple(b, kind, _apart(b, values))
+        return context.make_tuple(b, kind, _apart(b, _in_a_row(b, vector, number, arguments[0])))
 
     return kind(types.int64, count, lanes, itemsize), codegen
 

@@ -33,7 +33,7 @@ from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import CACHE_LINE, aligned, for_columns, streams
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._panels import Panels, panels_of, place
-from convdispatch.backends._planes import UNWOVEN, WOVEN, fill, filling, put_line, putting
+from convdispatch.backends._planes import UNWOVEN, WOVEN, callees, fill, put_line
 from convdispatch.backends._put import put_tile
 from convdispatch.backends._taps import by_chunks, chunks, taps_together
 from convdispatch.backends._threads import split
@@ -195,8 +195,7 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
                             )  # fmt: skip
         add(arguments + _DONE_AT, 1)
 
-    calls = {"filler": filling(lanes, itemsize), "putter": putting(lanes, itemsize)}
-    return CompiledKernel(convolve, _ARGUMENTS, calls)
+    return CompiledKernel(convolve, _ARGUMENTS, callees(lanes, itemsize))
 
 
 @functools.lru_cache(maxsize=1024)

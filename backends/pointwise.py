@@ -74,8 +74,8 @@ def _compiled(channels: int, filters: int, planar: int, lanes: int, itemsize: in
         here, there = np.int64(x.ctypes.data) + entered * itemsize, np.int64(out.ctypes.data) + left * itemsize
         more = np.int64(residual.ctypes.data) - np.int64(out.ctypes.data)
         between, flat = pixels * itemsize, out.reshape(out.size)
+        steps = (1, 1, pixels) if planar else (channels, filters, 1)
         if last - first < lanes:
-            steps = (1, 1, pixels) if planar else (channels, filters, 1)
             _one_by_one(
                 x.reshape(x.size), w, bias, residual.reshape(residual.size), flat, entered + first * steps[0],
                 left + first * steps[1], last - first, steps, code, slope,
@@ -84,28 +84,24 @@ def _compiled(channels: int, filters: int, planar: int, lanes: int, itemsize: in
             return
         for p in range(first, last, lanes):
             at = min(p, last - lanes)
+            source, to = here + at * steps[0] * itemsize, there + at * steps[1] * itemsize
             if planar:
-                tile = load_apart(here + at * itemsize, between, channels, lanes, itemsize)
+                tile = load_apart(source, between, channels, lanes, itemsize)
             else:
-                tile = unwoven(here + at * channels * itemsize, channels, lanes, itemsize)
+                tile = unwoven(source, channels, lanes, itemsize)
             sums = mixed(tile, w.ctypes.data, filters)
             if bias.size:
                 sums = add_to_each(sums, filters, (np.int64(bias.ctypes.data), lanes * itemsize), 0)
+            past = streamed and to % CACHE_LINE == 0
             if planar:
-                to = there + at * itemsize
-                past = streamed and to % CACHE_LINE == 0
                 put_tile(sums, filters, (to, between), 0, residual.size, more, code, past)
-                if code > RELU6:
-                    for k in range(filters):
-                        start = left + k * pixels + at
-                        finish(flat[start : start + lanes], code, slope)
             else:
-                to = there + at * filters * itemsize
-                past = streamed and to % CACHE_LINE == 0
                 put_tile(woven(sums), 1, (to, between), 0, residual.size, more, code, past)
-                if code > RELU6:
-                    start = left + at * filters
-                    finish(flat[start : start + lanes * filters], code, slope)
+            if code > RELU6:
+                start, runs = left + at * steps[1], filters if planar else 1
+                for run in range(runs):
+                    begin = start + run * pixels
+                    finish(flat[begin : begin + lanes * filters // runs], code, slope)
         add(arguments + _DONE_AT, 1)
 
     return CompiledKernel(convolve, _ARGUMENTS)
@@ -117,9 +113,8 @@ def _runs(problem: Problem) -> tuple[int, int]:
     return (p.n, p.h * p.w) if p.data_format == "NCHW" else (1, p.n * p.h * p.w)
 
 
-def _parts(problem: Problem, threads: int, lanes: int) -> Array:
+def _parts(images: int, pixels: int, threads: int, lanes: int) -> Array:
     """Return the parts of the work: runs that begin where vectors do."""
-    images, pixels = _runs(problem)
     each = max(1, min(-(-4 * threads // max(1, images)), pixels // _PART)) if threads > 1 else 1
     runs = [(first * lanes, min(last * lanes, pixels)) for first, last in split(-(-pixels // lanes), each)]
     return np.array([(image, *run) for image in range(images) for run in runs], np.int64).reshape(-1, 3)
@@ -135,7 +130,7 @@ class Pointwise(PackedBackend):
     def rejects_plain(self, problem: Problem) -> str | None:
         """Return None, or what about the filters, the channels or the padding stands against it."""
         p = problem
-        if not p.is_pointwise or p.strides != (1, 1) or any(p.pads):
+        if not p.is_pointwise or p.strides != (1, 1):
             return "it is for 1x1 filters of stride 1, without padding"
         if p.groups > 1:
             return "it mixes all channels of a pixel, and groups do not"
@@ -169,8 +164,8 @@ class Pointwise(PackedBackend):
         lanes, planar = vector_bytes() // size, p.data_format == "NCHW"
         matrix = aligned((p.k, p.c), p.dtype)
         matrix[...] = filters[0, 0].T
-        parts = _parts(p, config.threads, lanes)
-        pixels = _runs(p)[1]
+        images, pixels = _runs(p)
+        parts = _parts(images, pixels, config.threads, lanes)
         values = {
             "filters": matrix, "bias": for_columns(bias, p.dtype, lanes), "pixels": pixels,
             "streamed": streams(p.output_shape, size, lanes, pixels if planar else lanes * p.k),
