@@ -21,6 +21,7 @@ from convdispatch.backends._vector import (
     I32,
     I64,
     SCALARS,
+    WIDEST,
     Codegen,
     Vector,
     address_of,
@@ -34,11 +35,15 @@ from convdispatch.backends._vector import (
     shuffled,
     spaced,
     store_past,
+    vector_bytes,
 )
 from convdispatch.errors import ArgumentError
 
 #: Tiles, rows x vectors, by the number of vector registers: sums, one input and the filters' vectors fit in them.
 _TILES = {32: ((6, 4), (5, 4), (14, 2), (8, 2), (8, 3), (10, 1)), 16: ((6, 2), (4, 3), (5, 2), (12, 1), (7, 1))}
+
+#: The same of half vectors, for filters that do not fill whole ones.
+_NARROW_TILES = {32: ((8, 3), (5, 5), (14, 1)), 16: ()}
 
 _MOST_ROWS, _MOST_VECTORS = 28, 8
 
@@ -46,6 +51,11 @@ _MOST_ROWS, _MOST_VECTORS = 28, 8
 def register_tiles() -> tuple[tuple[int, int], ...]:
     """Return the tiles, rows x vectors, that suit the registers."""
     return _TILES[registers()]
+
+
+def narrow_tiles() -> tuple[tuple[int, int], ...]:
+    """Return the tiles, rows x half vectors, that suit the registers."""
+    return _NARROW_TILES[registers()] if vector_bytes() == WIDEST else ()
 
 
 def register_tile(config: Config, backend: str, tiles: Sequence[tuple[int, int]]) -> tuple[int, int]:

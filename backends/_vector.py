@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numba
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import extending, types
 from numba.core import cgutils
 from numba.core.datamodel import models
@@ -26,13 +26,29 @@ I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 SCALARS = {4: (types.float32, ir.FloatType(), "f32"), 8: (types.float64, ir.DoubleType(), "f64")}
 
 
+#: Bytes of the widest vectors, and LLVM's names of processors that do two halves of one as fast.
+WIDEST = 64
+_HALVES = ("znver4", "cannonlake", "icelake-client", "tigerlake", "rocketlake")
+
+
 def vector_bytes() -> int:
     """Return the width of the vectors that Numba compiles for: this CPU's, unless Numba was told of another."""
     settings: Any = numba.config
     if settings.CPU_NAME or settings.CPU_FEATURES:
         told = settings.CPU_FEATURES or ""
-        return 64 if "+avx512f" in told else 32 if "+avx2" in told else 16
+        return WIDEST if "+avx512f" in told else 32 if "+avx2" in told else 16
     return machine.current().vector_bytes
+
+
+def halves_are_free() -> bool:
+    """Return whether two vectors of half the width take no longer than one of all of it.
+
+    So it is where whole ones are made of halves, or of the two units that do halves: with AVX-512 on Zen 4, and on what
+    Intel makes for desks and laps.
+    """
+    settings: Any = numba.config
+    name: str = settings.CPU_NAME or binding.get_host_cpu_name()
+    return name in _HALVES
 
 
 def is_x86() -> bool:

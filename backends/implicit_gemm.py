@@ -20,8 +20,9 @@ from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import aligned, by_blocks, streams
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._threads import grid
-from convdispatch.backends._tile import register_tile, register_tiles
-from convdispatch.backends._vector import vector_bytes
+from convdispatch.backends._tile import narrow_tiles, register_tile, register_tiles
+from convdispatch.backends._vector import halves_are_free, vector_bytes
+from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem
 
@@ -38,6 +39,11 @@ _WASTE, _MOST_COPIED = 1.08, 16 << 10
 _WASTE_BY_GROUPS = 1.15
 #: Fewer sums than these wait for one another, unless a wider tile would waste more: with a single vector of filters.
 _LEAST_SUMS = 8
+
+
+def _is_turned(problem: Problem, config: Config) -> bool:
+    """Return whether pixels and filters change places."""
+    return _pixel_panels.suits(problem, _tile(config)[0])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -93,60 +99,66 @@ class ImplicitGemm(PackedBackend):
     """Tiles of outputs summed in registers, the input read where it lies; any filter, stride and padding."""
 
     name = "implicit_gemm"
-    version = 9
+    version = 10
 
     def configs(self, problem: Problem, effort: Effort) -> Sequence[Config]:
         """Return tiles, the one with the smallest estimate first."""
-        panels = _pixel_panels.suits(problem)
-        return self.configs_plain(_pixel_panels.turned(problem), effort) if panels else super().configs(problem, effort)
+        if not _pixel_panels.suits(problem):
+            return super().configs(problem, effort)
+        turned = _pixel_panels.turned(problem)
+        return self._ranked(turned, _whole_tiles(turned), effort)
 
     def estimate(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return the predicted seconds of a call, copies of pixels or conversions included."""
-        if not _pixel_panels.suits(problem, _tile(config)[0]):
+        if not _is_turned(problem, config):
             return super().estimate(problem, config, machine)
         copying = _pixel_panels.copied_bytes(problem) / _STAGED_BYTES_PER_SECOND / min(config.threads, machine.cores)
         return problem.n * self.estimate_plain(_pixel_panels.turned(problem), config, machine) + copying
 
     def workspace(self, problem: Problem, config: Config) -> int:
         """Return the bytes of scratch memory of a call."""
-        tile = _tile(config)
-        if _pixel_panels.suits(problem, tile[0]):
-            return _pixel_panels.workspace(problem, tile, config.threads)
+        if _is_turned(problem, config):
+            return _pixel_panels.workspace(problem, _tile(config), config.threads)
         return super().workspace(problem, config)
 
     def prepare(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> Kernel:
         """Pack the filters and return a kernel."""
-        tile = _tile(config)
-        if _pixel_panels.suits(problem, tile[0]):
-            return _pixel_panels.PanelKernel(problem, filters[0, 0], bias, tile, config.threads)
+        if _is_turned(problem, config):
+            return _pixel_panels.PanelKernel(problem, filters[0, 0], bias, _tile(config), config.threads)
         return super().prepare(problem, filters, bias, config)
 
     def configs_plain(self, problem: Problem, effort: Effort) -> Sequence[Config]:
         """Return tiles, the one with the smallest estimate first."""
-        choices = [Config(rows=rows, vectors=vectors) for rows, vectors in _tiles(problem)]
+        return self._ranked(problem, _whole_tiles(problem) + _narrow_tiles(problem), effort)
+
+    def _ranked(self, problem: Problem, choices: Sequence[Config], effort: Effort) -> Sequence[Config]:
         return _rates.ranked(choices, functools.partial(self.estimate_plain, problem), effort, 4)
 
     def workspace_plain(self, problem: Problem, config: Config) -> int:
         """Return the bytes of each thread's table, or of a tile."""
         p, (rows, vectors) = _flat(problem), _tile(config)
-        blocks = p.groups * -(-p.group_k * item_bytes(p.dtype) // (vectors * vector_bytes()))
+        block_bytes = vectors * _lanes(p, config) * item_bytes(p.dtype)
+        blocks = p.groups * -(-p.group_k * item_bytes(p.dtype) // block_bytes)
         tiles, down, across = _cut(p, rows, blocks, config.threads)
         each = -(-tiles // down) * (1 + rows * (2 + p.kh * p.kw) * 8)
-        if _indirect.is_far(blocks * vectors * vector_bytes() * p.taps, -(-tiles // down)):
-            each += -(-tiles // down) * rows * vectors * vector_bytes()
+        if _indirect.is_far(blocks * block_bytes * p.taps, -(-tiles // down)):
+            each += -(-tiles // down) * rows * block_bytes
         if _is_in_line(p, rows):
-            each = rows * vectors * vector_bytes()
+            each = rows * block_bytes
             each += _staged(p, -(-tiles // down), rows) if p.groups > 1 else _window(p, rows)
         return min(config.threads, down * across) * each
 
     def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return products, those with padding included, by what a tile loads for each; tables; filters' traffic."""
         p, (rows, vectors) = _flat(problem), _tile(config)
-        block = vectors * machine.vector_bytes // item_bytes(p.dtype)
+        whole, lanes = machine.vector_bytes // item_bytes(p.dtype), _lanes(p, config, machine.vector_bytes)
+        block = vectors * lanes
         blocks = p.groups * -(-p.group_k // block)
         tiles, down, across = _cut(p, rows, blocks, config.threads)
         peak = _rates.peak(machine, item_bytes(p.dtype))
-        loads = (1 + 0.1 * (rows + vectors) / (rows * vectors)) * _crowding(p, rows, machine)
+        loads = (1 + 0.1 * whole / lanes * (rows + vectors) / (rows * vectors)) * _crowding(p, rows, machine)
+        if lanes < whole:
+            loads *= _NARROW if halves_are_free() else whole / lanes
         compute = 2 * tiles * rows * blocks * block * p.taps / peak * loads
         if _is_in_line(p, rows):
             copied = 0 if p.groups == 1 else _staged(p, -(-tiles // down), rows) * p.groups * down * across
@@ -161,7 +173,7 @@ class ImplicitGemm(PackedBackend):
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Pack the filters by blocks; compile for the tile if that has not been done."""
         p, tile = _flat(problem), _tile(config)
-        lanes = vector_bytes() // item_bytes(p.dtype)
+        lanes = _lanes(p, config)
         block = tile[1] * lanes
         grouped = filters.reshape(p.kh, p.kw, p.group_c, p.groups, p.group_k)
         packed = by_blocks(grouped.transpose(3, 0, 1, 2, 4), block)
@@ -200,6 +212,8 @@ def _crowding(problem: Problem, rows: int, machine: Machine) -> float:
     return 1 + _CROWDED * (max(0.0, together - ways) / ways) ** 2
 
 
+_NARROW = 1.1  # measured: there are more loads and instructions for as many products
+
 #: L1 has as many places for each address as its bytes are times this many: it is looked up by what a page keeps.
 _L1_PERIOD = 4096
 _CROWDED = 0.65  # measured: 14 pixels in 8 places take 1.25 to 1.55 times as long, 10 no longer
@@ -217,14 +231,37 @@ def _flat(problem: Problem) -> Problem:
     return p.replace(n=1, h=1, w=p.n * p.h * p.w)
 
 
-def _tiles(problem: Problem) -> list[tuple[int, int]]:
+def _whole_tiles(problem: Problem) -> list[Config]:
     """Return the tiles that are no wider than a group's filters, and at least one."""
     lanes = vector_bytes() // item_bytes(problem.dtype)
     all_of_them = register_tiles()
     least = min(vectors for _, vectors in all_of_them)
     wide = -(-problem.group_k // lanes)
     usual = [tile for tile in all_of_them if tile[1] <= max(least, wide)]
-    return [tile for tile in usual if wide == 1 or math.prod(tile) >= _LEAST_SUMS]
+    return [Config(rows=rows, vectors=vectors) for rows, vectors in usual if wide == 1 or rows * vectors >= _LEAST_SUMS]
+
+
+def _narrow_tiles(problem: Problem) -> list[Config]:
+    """Return tiles of half vectors that hold a group's filters with fewer lanes to spare than whole vectors do."""
+    whole = vector_bytes() // item_bytes(problem.dtype)
+    lanes, filters = whole // 2, problem.group_k
+    return [
+        Config(rows=rows, vectors=vectors, lanes=lanes)
+        for rows, vectors in narrow_tiles()
+        if (vectors - 1) * lanes < filters <= vectors * lanes < -(-filters // whole) * whole
+    ]
+
+
+def _lanes(problem: Problem, config: Config, widest: int | None = None) -> int:
+    """Return the values of a vector, of so many bytes at most."""
+    whole = (widest or vector_bytes()) // item_bytes(problem.dtype)
+    lanes = config.integer("lanes", whole)
+    if lanes not in {whole, whole // 2}:
+        raise ArgumentError(
+            f"config lanes of implicit_gemm must be a vector's {whole} values or half of them, {whole // 2}; "
+            f"got {lanes}"
+        )
+    return lanes
 
 
 @functools.lru_cache(maxsize=1024)

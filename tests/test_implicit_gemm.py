@@ -17,7 +17,7 @@ from strategies import judge
 from convdispatch import registry
 from convdispatch.backend import Config
 from convdispatch.backends import _indirect, _memory, implicit_gemm
-from convdispatch.backends._tile import register_tiles
+from convdispatch.backends._tile import narrow_tiles, register_tiles
 from convdispatch.backends._vector import vector_bytes
 from convdispatch.backends.implicit_gemm import ImplicitGemm
 from convdispatch.errors import ArgumentError
@@ -52,6 +52,36 @@ def check(problem: Problem, config: Config) -> None:
 def test_every_tile_does_every_remainder(text: str, tile: tuple[int, int]) -> None:
     for threads in (1, 3):
         check(Problem.parse(text), Config(rows=tile[0], vectors=tile[1], threads=threads))
+
+
+@pytest.mark.parametrize("tile", narrow_tiles(), ids=str)
+@pytest.mark.parametrize("text", SPECIAL)
+def test_so_does_every_tile_of_half_vectors(text: str, tile: tuple[int, int]) -> None:
+    problem = Problem.parse(text)
+    half = vector_bytes() // np.dtype(problem.dtype).itemsize // 2
+    for threads in (1, 3):
+        check(problem, Config(rows=tile[0], vectors=tile[1], lanes=half, threads=threads))
+
+
+@pytest.mark.skipif(not narrow_tiles(), reason="half vectors are for AVX-512")
+def test_half_vectors_are_for_filters_that_fit_them_better() -> None:
+    def narrow(text: str) -> set[tuple[int, int]]:
+        configs = GEMM.configs(Problem.parse(text), "exhaustive")
+        return {(c.integer("vectors", 0), c.integer("lanes", 0)) for c in configs if "lanes" in c}
+
+    assert narrow("1x14x14x64 * 1x1x64x24 VALID") == {(3, 8)}
+    assert narrow("1x14x14x64 * 3x3x64x40 SAME") == {(5, 8)}
+    assert narrow("1x14x14x64 * 3x3x8x64 SAME") == {(1, 8)}  # groups of 8
+    assert narrow("1x14x14x64 * 1x1x64x12 VALID float64") == {(3, 4)}
+    for filters in (16, 25, 32, 48, 56, 96):
+        assert not narrow(f"1x14x14x64 * 1x1x64x{filters} VALID")
+    assert not narrow("1x64x7x7 * 1x1x64x24 VALID NCHW")  # where pixels lie in vectors
+
+
+@pytest.mark.parametrize("lanes", [0, 3, 64])
+def test_vectors_have_as_many_lanes_as_there_are(lanes: int) -> None:
+    with pytest.raises(ArgumentError, match=f"lanes of implicit_gemm must be .*; got {lanes}"):
+        GEMM.workspace(Problem.parse(SPECIAL[0]), Config(lanes=lanes))
 
 
 @pytest.mark.parametrize(
