@@ -108,3 +108,38 @@ def slide_found(
         return context.make_tuple(b, tile, _slide(b, tile, window, arguments[0], places, arguments[7], 0))
 
     return tile(tile, taps, stride, channels, filters, table, offset, weights), codegen
+
+
+@intrinsic
+def slide_down(
+    typing: Any, tile: Any, high: Any, down: Any, taps: Any, stride: Any, inputs: Any, line: Any, step: Any,
+    weights: Any,
+) -> tuple[Any, Codegen]:  # fmt: skip
+    """Do as ``slide`` does for ``high`` rows of outputs, ``stride`` apart too: a pixel is loaded once for all of them.
+
+    The tile is ``[high, outputs of a row]``; every channel has one filter.
+    """
+    window = _Window(taps.literal_value, stride.literal_value, 1, 1)
+    filter_rows, vector, across = down.literal_value, tile.dtype, len(tile) // high.literal_value
+
+    def met(pixel: int, outputs: int, size: int) -> list[tuple[int, int]]:
+        """Return the outputs that see a pixel, and by which tap."""
+        taps = [(o, pixel - o * window.stride) for o in range(outputs)]
+        return [(o, tap) for o, tap in taps if 0 <= tap < size]
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        values, _, _, _, _, first, line, step, packed = arguments
+        sums, size = parts_of(b, values, len(tile)), vector.itemsize
+        numbers = range(filter_rows * window.taps)
+        weights = [load_at(b, vector.ir, packed, number * vector.lanes * size, size) for number in numbers]
+        for i in range((high.literal_value - 1) * window.stride + filter_rows):
+            for p, place in enumerate(_few_steps(b, first, step, window.span(across))):
+                x = load_at(b, vector.ir, place, 0, size)
+                for row, tap_row in met(i, high.literal_value, filter_rows):
+                    for o, tap in met(p, across, window.taps):
+                        weight = weights[tap_row * window.taps + tap]
+                        sums[row * across + o] = fused_multiply_add(b, x, weight, sums[row * across + o], vector)
+            first = b.add(first, line)
+        return context.make_tuple(b, tile, sums)
+
+    return tile(tile, high, down, taps, stride, inputs, line, step, weights), codegen

@@ -6,9 +6,10 @@ that lies inside the image, every pixel under the tile is loaded once and multip
 the innermost loop, as they are in memory, and then come columns and rows: the image is walked once. One too wide for
 that is walked in strips of columns, so that the rows a filter needs again stay in L2. Groups of a few channels share
 vectors: a pixel's channels are spread so that each meets the lanes of all its group's filters. Under a dilated
-filter, outputs share pixels with those a dilation away, so these make a tile. Rows outside the image are skipped,
-columns outside it are read at the address of a vector of zeros: nothing is copied. Bias, residual and activation are
-applied in registers.
+filter, outputs share pixels with those a dilation away, so these make a tile. Where a 3x3 filter lies inside the
+image, a tile may have two rows of outputs, which share half of the rows that they see. Rows outside the image are
+skipped, columns outside it are read at the address of a vector of zeros: nothing is copied. Bias, residual and
+activation are applied in registers.
 
 Ends overlap: the last tile of a row and the last vector of a pixel are moved back until they fit, and do some outputs
 again. A row shorter than a tile gets a shorter tile. So nothing outside the arrays is touched, and every vector is
@@ -31,7 +32,7 @@ from convdispatch.backends._jit import compilable
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import aligned
 from convdispatch.backends._packed import PackedBackend
-from convdispatch.backends._slide import slide, slide_found
+from convdispatch.backends._slide import slide, slide_down, slide_found
 from convdispatch.backends._threads import split
 from convdispatch.backends._tile import add_to_all, add_to_each, clamp, store, zeros
 from convdispatch.backends._vector import hold, registers, vector_bytes
@@ -44,10 +45,14 @@ from convdispatch.problem import Problem, dtype_of
 _TILES = {32: (14, 7, 4), 16: (7, 4)}
 #: Tiles for rows that are shorter than those.
 _SHORTER = (7, 4, 1)
+#: Rows of outputs that share the pixels they see, and the columns of such a tile, by the number of vector registers:
+#: sums, all taps of a filter and an input fit in them.
+_HIGH_TILES = {32: ((2, 7),), 16: ()}
 #: Taps of a row that are done together, held in registers, if the filter's width is a multiple of theirs.
 _TAPS = (7, 5, 3)
 #: Filters of so many rows and columns, one a channel, are done whole where they lie inside the image.
 _DOWN = 3
+_MOST_HIGH = 4
 #: A filter up to this width that is no such multiple is done a row at a time; wider ones, and narrow ones, by taps.
 _WIDEST = 31
 #: Channels of a group, each written out as code.
@@ -72,6 +77,14 @@ def _find(pixels, first, column, width, rows, zero, steps):  # type: ignore[no-u
                 at += 1
         first += row_step
     return rows * chunks
+
+
+@compilable
+def _place(outputs, first, down, across):  # type: ignore[no-untyped-def]
+    """Fill a table with the addresses of a tile's outputs, ``down`` and ``across`` bytes apart."""
+    for i in range(outputs.shape[0]):
+        for j in range(outputs.shape[1]):
+            outputs[i, j] = first + i * down + j * across
 
 
 @compilable
@@ -101,17 +114,27 @@ _DONE_AT = 8 * _ARGUMENTS.done_at
 
 @functools.cache
 def _compiled(  # noqa: C901, PLR0915
-    tile: int, down: int, taps: int, stride: int, dilated: bool, group_c: int, group_k: int, lanes: int, itemsize: int
+    tile: int,
+    high: int,
+    down: int,
+    taps: int,
+    stride: int,
+    dilated: bool,
+    group_c: int,
+    group_k: int,
+    lanes: int,
+    itemsize: int,
 ) -> CompiledKernel:
     """Return the kernel of one tile: ``taps`` of a filter's row at a time, whose outputs are ``stride`` pixels apart.
 
     With one tap at a time any stride and dilation will do, since then outputs share no pixel. A vector holds whole
     groups of ``group_k`` filters, each group with ``group_c`` channels; or, if both are 1, one filter each of
-    neighbouring channels. If ``down`` is not 0, that many rows of a filter are done together where all lie inside.
+    neighbouring channels. If ``down`` is not 0, that many rows of a filter are done together where all lie inside, and
+    for ``high`` rows of outputs, where these are a stride apart in the image.
     What is no dilation is compiled apart: with pixels a variable number of columns apart, the compiler keeps more
     differences of addresses than there are registers, and the kernel takes half as long again.
     """
-    span = (tile - 1) * stride + taps
+    span, all_sums = (tile - 1) * stride + taps, high * tile
 
     def convolve(arguments, job):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
         """Compute rows ``part[0]`` to ``part[1]`` of all images."""
@@ -129,21 +152,45 @@ def _compiled(  # noqa: C901, PLR0915
         more = residual.ctypes.data - out.ctypes.data
         # Without a bias, vectors of zeros: a step of 0 stays with the first.
         start, start_step = (bias.ctypes.data, itemsize) if bias.size else (zero.ctypes.data, 0)
-        low, high = (0.0 if RELU <= code <= RELU6 else -math.inf), (6.0 if code == RELU6 else math.inf)
+        low, most = (0.0 if RELU <= code <= RELU6 else -math.inf), (6.0 if code == RELU6 else math.inf)
         pixels = np.empty(kh * (kw // taps) * span, np.int64)
         scratch = np.empty((tile, lanes), out.dtype)
+        outputs = np.empty((high, tile), np.int64)
         for begin in range(0, columns, strip):
+            upper, together = part[0], 0
             for row in range(part[0], part[1]):
                 n, oh = divmod(row, rows)
                 above = oh * sh - top
                 first, last = taps_inside(above, dh, kh, height)
+                if row == upper + together:
+                    inside = above >= 0 and above + (high - 1) * sh + kh <= height and oh + high <= rows
+                    upper, together = row, high if inside and row + high <= part[1] else 1
                 tiles = (min(strip, columns - begin) + tile * apart - 1) // (tile * apart)
                 for task in range(tiles * phases):
                     number, phase = divmod(task, phases)
                     o0 = min(begin // apart + number * tile, (columns - phase + apart - 1) // apart - tile)
                     ow = phase + o0 * apart
-                    places = (np.int64(out.ctypes.data) + (row * columns + ow) * result, apart * result)
                     column = ow * sw - left
+                    if together > 1 and column >= 0 and column + reach < width:
+                        if row == upper:
+                            _place(outputs, out.ctypes.data + (row * columns + ow) * result, columns * result, result)
+                            for block in range(blocks):
+                                k0 = min(block * lanes, filters - lanes)
+                                here = x.ctypes.data + ((n * height + above) * width + column) * pixel + k0 * itemsize
+                                packed = w.ctypes.data + block * filter_bytes
+                                sums = add_to_all(
+                                    zeros(all_sums, 1, lanes, itemsize), all_sums, start + k0 * start_step
+                                )
+                                sums = slide_down(sums, high, down, taps, stride, here, line, pixel, packed)
+                                if residual.size:
+                                    sums = add_to_each(sums, all_sums, outputs.ctypes.data, more + k0 * itemsize)
+                                store(clamp(sums, low, most), all_sums, outputs.ctypes.data, k0 * itemsize)
+                            if code > RELU6:
+                                for r in range(high):
+                                    for o in range(tile):
+                                        finish(out[n, oh + r, ow + o], code, slope)
+                        continue
+                    places = (np.int64(out.ctypes.data) + (row * columns + ow) * result, apart * result)
                     from_row = x.ctypes.data + ((n * height + above + first * dh) * width + column) * pixel
                     weights = w.ctypes.data + first * kw * tap_bytes
                     if members == 1 and column >= 0 and column + reach < width:
@@ -166,7 +213,7 @@ def _compiled(  # noqa: C901, PLR0915
                                     packed += kw * tap_bytes
                             if residual.size:
                                 sums = add_to_each(sums, tile, places, more + k0 * itemsize)
-                            store(clamp(sums, low, high), tile, places, k0 * itemsize)
+                            store(clamp(sums, low, most), tile, places, k0 * itemsize)
                     else:
                         found = _find(pixels, from_row, column, width, last - first, zero.ctypes.data, (
                             dh * line, kw // taps, taps * dw, span, jump, pixel))  # fmt: skip
@@ -186,7 +233,7 @@ def _compiled(  # noqa: C901, PLR0915
                                 if members == 1:
                                     if residual.size:
                                         sums = add_to_each(sums, tile, places, more + k0 * itemsize)
-                                    store(clamp(sums, low, high), tile, places, k0 * itemsize)
+                                    store(clamp(sums, low, most), tile, places, k0 * itemsize)
                                 else:
                                     store(sums, tile, (np.int64(scratch.ctypes.data), lanes * itemsize), 0)
                                     added = residual[n, oh] if residual.size else residual.reshape(0, 0)
@@ -194,7 +241,7 @@ def _compiled(  # noqa: C901, PLR0915
                     if code and (members > 1 or code > RELU6):
                         for o in range(tile):
                             finish(out[n, oh, ow + o * apart], code, slope)
-        hold(pixels)
+        hold(pixels), hold(outputs)
         add(arguments + _DONE_AT, 1)
 
     return CompiledKernel(convolve, _ARGUMENTS)
@@ -204,7 +251,7 @@ class Depthwise(PackedBackend):
     """Vectors along the channels, each of a group of few or of its own; any filter, stride, dilation and padding."""
 
     name = "depthwise"
-    version = 5
+    version = 6
 
     def rejects_plain(self, problem: Problem) -> str | None:
         """Return None, or why the problem is not depthwise, or that integers are missing."""
@@ -220,22 +267,25 @@ class Depthwise(PackedBackend):
         tiles = _TILES[registers()]
         fit = [columns for columns in tiles if columns == _fitting(problem, columns)] or tiles[-1:]
         choices = [Config(columns=columns) for columns in fit]
+        high = [Config(columns=columns, rows=rows) for rows, columns in _HIGH_TILES[registers()]]
+        choices += [config for config in high if _fits(problem, config)]
         return sorted(choices, key=lambda config: self.estimate_plain(problem, config, here))
 
     def workspace_plain(self, problem: Problem, config: Config) -> int:
         """Return the bytes of each thread's addresses, one for each pixel under a tile and chunk of taps, and tile."""
         tile = _fitting(problem, _tile(config))
         taps, stride = _taps(problem, tile)
-        addresses = problem.kh * (problem.kw // taps) * ((tile - 1) * stride + taps)
+        addresses = problem.kh * (problem.kw // taps) * ((tile - 1) * stride + taps) + _high(problem, config) * tile
         return config.threads * (8 * addresses + tile * vector_bytes())
 
     def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return the time of products, loads and stores by tile, or of the traffic if that takes longer."""
-        p, tile = problem, _fitting(problem, _tile(config))
+        p, tile, high = problem, _fitting(problem, _tile(config)), _high(problem, config)
         lanes, size = _lanes(p, machine.vector_bytes), item_bytes(p.dtype)
         tiles = p.n * p.oh * -(-p.ow // tile) * -(-p.k // lanes)
         taps, stride = _taps(p, tile)
-        loads = p.kw // taps * ((tile - 1) * stride + 2 * taps)
+        loads: float = p.kw // taps * ((tile - 1) * stride + 2 * taps)
+        loads *= ((high - 1) * p.strides[0] + p.kh) / (high * p.kh)
         row = _FMA_SECONDS_PER_BYTE * lanes * size * tile * p.kw + _LOAD_SECONDS * loads
         row *= 1 if p.group_c == 1 else 0.75 * p.group_c
         beside = taps * p.group_c + 2  # a row of taps, a pixel, and what that is spread to
@@ -243,7 +293,7 @@ class Depthwise(PackedBackend):
             row *= _SPILLED
         elif p.group_c > 3 and tile > _TILES[registers()][1]:
             row *= _CROWDED
-        seconds = tiles * (row * _rows_inside(p) + _TILE_SECONDS)
+        seconds = tiles * (row * _rows_inside(p) + _TILE_SECONDS / high)
         if not _shares_vectors(p) or p.epilogue.code > RELU6:
             seconds += tiles * tile * lanes * (_VALUE_SECONDS if p.epilogue.code <= RELU6 else 3 * _VALUE_SECONDS)
         used = min(config.threads, machine.cores, p.n * p.oh)
@@ -270,7 +320,9 @@ class Depthwise(PackedBackend):
             "window": (p.kh, p.kw, p.pads[0], p.pads[2], *p.strides, *p.dilations), "strip": _strip(p, tile),
             "code": p.epilogue.code, "slope": p.epilogue.slope, "parts": np.array(parts, np.int64),
         }  # fmt: skip
-        return PackedKernel(functools.partial(_kernel_of, p, tile, lanes), p, values, len(parts), config.threads)
+        return PackedKernel(
+            functools.partial(_kernel_of, p, tile, _high(p, config), lanes), p, values, len(parts), config.threads
+        )
 
 
 _PARTS = 2  # jobs a thread, so that one that comes late finds work left
@@ -294,6 +346,23 @@ def _tile(config: Config) -> int:
     return tile
 
 
+def _high(problem: Problem, config: Config) -> int:
+    """Return the rows of outputs of a tile."""
+    rows = config.integer("rows", 1)
+    if not 1 <= rows <= _MOST_HIGH:
+        raise ArgumentError(f"config rows of depthwise must be 1 to {_MOST_HIGH}; got {rows}")
+    return rows if _fits(problem, config) else 1
+
+
+def _fits(problem: Problem, config: Config) -> bool:
+    """Return whether a problem has tiles of so many rows and columns, all of whose windows lie inside the image."""
+    p, rows, columns = problem, config.integer("rows", 1), _tile(config)
+    return (
+        p.group_k == 1 and p.dilations == (1, 1) and _done_whole(p, columns)
+        and (rows - 1) * p.strides[0] + p.kh <= p.h and (columns - 1) * p.strides[1] + p.kw <= p.w
+    )  # fmt: skip
+
+
 def _fitting(problem: Problem, tile: int) -> int:
     """Return the tile, or a shorter one, so that it is no longer than the shortest run of outputs that share pixels."""
     least = max(1, problem.ow // problem.dilations[1])
@@ -313,12 +382,18 @@ def _taps(problem: Problem, tile: int) -> tuple[int, int]:
     return taps, stride if taps > 1 else 1
 
 
-def _kernel_of(problem: Problem, tile: int, lanes: int) -> CompiledKernel:
+def _done_whole(problem: Problem, tile: int) -> bool:
+    """Return whether all rows of a filter are done together, where they lie inside the image."""
+    p = problem
+    return p.kh == p.kw == _taps(p, tile)[0] == _DOWN and (p.group_c == p.group_k == 1 or not _shares_vectors(p))
+
+
+def _kernel_of(problem: Problem, tile: int, high: int, lanes: int) -> CompiledKernel:
     taps, stride = _taps(problem, tile)
     dilated = taps > 1 and problem.dilations[1] > 1
     group = (problem.group_c, problem.group_k) if _shares_vectors(problem) else (1, 1)
-    down = _DOWN if problem.kh == problem.kw == taps == _DOWN and group == (1, 1) else 0
-    return _compiled(tile, down, taps, stride, dilated, *group, lanes, item_bytes(problem.dtype))
+    down = _DOWN if _done_whole(problem, tile) else 0
+    return _compiled(tile, high, down, taps, stride, dilated, *group, lanes, item_bytes(problem.dtype))
 
 
 def _shares_vectors(problem: Problem) -> bool:

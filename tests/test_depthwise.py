@@ -9,7 +9,7 @@ from strategies import Case, examples, numbers
 
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort
-from convdispatch.backends._vector import vector_bytes
+from convdispatch.backends._vector import registers, vector_bytes
 from convdispatch.backends.depthwise import Depthwise
 from convdispatch.epilogue import ACTIVATIONS, Epilogue
 from convdispatch.errors import ArgumentError
@@ -84,6 +84,31 @@ def test_wide_images_are_walked_in_strips(text: str) -> None:
 
 def test_float64() -> None:
     check(Problem.parse("1x9x9x19 * 3x3x1x19 SAME float64 +bias +residual +relu6"))
+
+
+@given(
+    images=st.integers(1, 3), height=st.integers(3, 19), width=st.integers(9, 40), channels=st.sampled_from((16, 21)),
+    stride=st.sampled_from((1, 2)), pads=st.tuples(*[st.integers(0, 3)] * 4), rows=st.sampled_from((2, 2, 3)),
+    threads=st.integers(1, 3), words=st.sampled_from(["", "+bias +relu6", "+bias +residual", "+residual +silu"]),
+)  # fmt: skip
+def test_rows_of_outputs_that_share_pixels(
+    images: int, height: int, width: int, channels: int, stride: int, pads: tuple[int, ...], rows: int, threads: int,
+    words: str,
+) -> None:  # fmt: skip
+    text = f"{images}x{height}x{width}x{channels} * 3x3x1x{channels} pad={','.join(map(str, pads))} stride={stride}"
+    check(Problem.parse(f"{text} {words}"), Config(columns=7, rows=rows, threads=threads))
+
+
+def test_only_what_is_done_whole_shares_rows() -> None:
+    def most(text: str) -> int:
+        configs = DEPTHWISE.configs(Problem.parse(text), "exhaustive")
+        return max(config.integer("rows", 1) for config in configs)
+
+    assert most("1x56x56x144 * 3x3x1x144 SAME stride=2") == (2 if registers() == 32 else 1)
+    for text in ("SAME dilation=2", "SAME stride=3"):
+        assert most(f"1x56x56x144 * 3x3x1x144 {text}") == 1
+    for shapes in ("56x56x144 * 5x5x1x144", "56x56x144 * 3x3x1x288", "56x56x144 * 3x3x4x144", "3x56x144 * 3x3x1x144"):
+        assert most(f"1x{shapes} SAME") == 1
 
 
 @st.composite
@@ -162,6 +187,8 @@ def test_configs_are_tiles_and_others_are_refused() -> None:
     assert DEPTHWISE.configs(problem, effort)[0]["columns"] == 7
     with pytest.raises(ArgumentError, match="columns"):
         DEPTHWISE.prepare(problem, np.ones(problem.filter_shape, np.float32), None, Config(columns=0))
+    with pytest.raises(ArgumentError, match="rows of depthwise must be 1 to 4; got 5"):
+        DEPTHWISE.prepare(problem, np.ones(problem.filter_shape, np.float32), None, Config(columns=7, rows=5))
 
 
 def test_a_large_filters_addresses_are_part_of_the_workspace() -> None:
