@@ -120,7 +120,7 @@ def _leave(  # type: ignore[no-untyped-def]
     for r in range(rows):
         for v in range(vectors):
             start = products.ctypes.data + (r * vectors + v) * lane_bytes
-            leave_columns(start, step, half, m, m, 1, n, lanes, itemsize)
+            leave_columns(start, step, half, m, m, 1, n, n, lanes, itemsize)
             for i in range(m):
                 line = load_apart(half + i * n * lane_bytes, lane_bytes, n, lanes, itemsize)
                 sums = transform_output(line, m, m, 1)

@@ -9,9 +9,9 @@ from convdispatch.backends._jit import compilable
 
 @compilable
 def tiles_of_picture(shape, m, dilations):  # type: ignore[no-untyped-def]
-    """Return the rows and columns of tiles of m x m outputs, enough for every picture; ``shape`` is the output's."""
+    """Return the rows and columns of tiles of ``m`` outputs, enough for every picture; ``shape`` is the output's."""
     rows, columns = -(-shape[1] // dilations[0]), -(-shape[2] // dilations[1])
-    return -(-rows // m), -(-columns // m)
+    return -(-rows // m[0]), -(-columns // m[1])
 
 
 @compilable
@@ -41,7 +41,7 @@ def following(place, tiles, dilations):  # type: ignore[no-untyped-def]
 @compilable
 def corner(place, m, dilations):  # type: ignore[no-untyped-def]
     """Return the first output row and column of a tile."""
-    return place[1] + place[3] * m * dilations[0], place[2] + place[4] * m * dilations[1]
+    return place[1] + place[3] * m[0] * dilations[0], place[2] + place[4] * m[1] * dilations[1]
 
 
 @compilable

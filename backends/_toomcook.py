@@ -150,24 +150,25 @@ def _identity(m: int) -> Transforms:
 
 @functools.cache
 def amplification(m: int, r: int, stride: int = 1) -> float:
-    """Return how much the two-dimensional F(m x m, r x r) can enlarge relative rounding errors, normwise.
+    """Return how much F(m, r) can enlarge relative rounding errors, normwise.
 
     Rounding anywhere on the way changes output i by at most a count of roundings times the sum over the products p
     of ``|A^T|[i,p] (|G||g|)[p] (|B^T||d|)[p]``, a bilinear form in ``|g|`` and ``|d|``; the 2-norm of its matrix
-    is the factor before ``||g|| ||d||`` (Barabasz et al., theorem 1, without splitting that norm into three). Two
-    dimensions are the Kronecker product of one with itself, so its norm is the square.
+    is the factor before ``||g|| ||d||`` (Barabasz et al., theorem 1, without splitting that norm into three). In two
+    dimensions the form is the Kronecker product of those of each, so its norm is their product.
     """
     at, g, bt = (np.abs(matrix) for matrix in strided(m, r, stride).arrays("float64"))
     forms = np.einsum("ip,ps,pt->ist", at, g, bt)
-    return float(np.linalg.norm(forms, ord=2, axis=(1, 2)).max()) ** 2
+    return float(np.linalg.norm(forms, ord=2, axis=(1, 2)).max())
 
 
 def roundings(m: int, r: int, stride: int = 1) -> int:
-    """Return how many roundings one value meets in the three two-dimensional transforms, products' sums aside.
+    """Return how many roundings one value meets in the three transforms along one axis, products' sums aside.
 
-    A sum of t products rounds each term t times at most; each transform is two such sums in a row. One rounding
-    more is G's own, a side, and one the storing of the transformed filter.
+    A sum of t products rounds each term t times at most. One rounding more is G's own. A single output of a single tap
+    is not transformed; its filter is stored as it is.
     """
+    if m == r == 1:
+        return 0
     matrices = strided(m, r, stride)
-    longest = [max(sum(x != 0 for x in row) for row in rows) for rows in (matrices.at, matrices.g, matrices.bt)]
-    return 2 * sum(longest) + 3
+    return sum(max(sum(x != 0 for x in row) for row in rows) for rows in (matrices.at, matrices.g, matrices.bt)) + 1

@@ -22,12 +22,12 @@ def odd_lines(count: int, itemsize: int) -> int:
 
 
 @inlined
-def leave_columns(products, between, half, m, r, stride, n, lanes, itemsize):  # type: ignore[no-untyped-def]
-    """Transform a vector of tiles' n x n products, ``between`` bytes apart, down their columns to m x n in ``half``."""
+def leave_columns(products, between, half, m, r, stride, n, across, lanes, itemsize):  # type: ignore[no-untyped-def]
+    """Transform a vector of tiles' n x across products, ``between`` bytes apart, down to m x across in ``half``."""
     lane_bytes = lanes * itemsize
-    for j in range(n):
-        column = load_apart(products + j * between, n * between, n, lanes, itemsize)
-        save_apart(half + j * lane_bytes, n * lane_bytes, transform_output(column, m, r, stride))
+    for j in range(across):
+        column = load_apart(products + j * between, across * between, n, lanes, itemsize)
+        save_apart(half + j * lane_bytes, across * lane_bytes, transform_output(column, m, r, stride))
 
 
 @compilable

@@ -1,9 +1,11 @@
 """The kernel of ``winograd``: transform some tiles, multiply, transform back, all while they are in cache.
 
-A tile is n x n input pixels and m x m outputs, n = stride * (m - 1) + r. A folded pixel is fold x fold of the image's.
-The transformed values are ``[n * n, tiles, C]``, C being the values of a pixel. For each of the n * n points they are
-multiplied with the transformed filters ``[C, block]`` by the register tiles of ``implicit_gemm``, and the products
-``[n * n, tiles, block]`` of one block of filters are transformed back before the next block's are made.
+A tile is n0 x n1 input pixels and m0 x m1 outputs, down and across, n = stride * (m - 1) + r for r taps. Where a filter
+has one row or one column, so have tiles, and nothing is transformed along the other axis. A folded pixel is fold x fold
+of the image's. The transformed values are ``[n0 * n1, tiles, C]``, C being the values of a pixel. For each of the
+n0 * n1 points they are multiplied with the transformed filters ``[C, block]`` by the register tiles of
+``implicit_gemm``, and the products ``[n0 * n1, tiles, block]`` of one block of filters are transformed back before the
+next block's are made.
 """
 
 import functools
@@ -34,8 +36,8 @@ from convdispatch.backends._windows import copy_columns, copy_group
 
 
 @outlined
-def _copy_patch(patch, x, where, steps, fold, group_c, n, itemsize):  # type: ignore[no-untyped-def]
-    """Copy a tile's n x n pixels to a patch, zeros where they lie outside the image.
+def _copy_patch(patch, x, where, steps, fold, group_c, high, wide, itemsize):  # type: ignore[no-untyped-def]
+    """Copy a tile's high x wide pixels to a patch, zeros where they lie outside the image.
 
     ``patch`` is its address, and how many values apart its pixels are. ``where`` is the image's number, the first row
     and column, and the first channel; ``steps`` are from one row or column to the next. A pixel is ``group_c`` channels
@@ -43,13 +45,13 @@ def _copy_patch(patch, x, where, steps, fold, group_c, n, itemsize):  # type: ig
     """
     image, top, left, channel = where
     _, _, height, width, channels = x
-    pieces, span = n, fold
+    pieces, span = wide, fold
     if steps[1] == fold and group_c == channels and patch[1] == fold * channels:  # a row is one run in both
-        pieces, span = 1, n * fold
-    for i in range(n):
+        pieces, span = 1, wide * fold
+    for i in range(high):
         ih = top + i * steps[0]
         for j in range(pieces):
-            iw, target = left + j * steps[1], patch[0] + (i * n + j) * patch[1] * itemsize
+            iw, target = left + j * steps[1], patch[0] + (i * wide + j) * patch[1] * itemsize
             if 0 <= ih < height:
                 source = x[0] + (((image * height + ih) * width + iw) * channels + channel) * itemsize
                 copy_columns(target, source, iw, span, width, group_c * itemsize)
@@ -58,25 +60,52 @@ def _copy_patch(patch, x, where, steps, fold, group_c, n, itemsize):  # type: ig
 
 
 @inlined
-def _transform(tile, down, across, half, to, between, m, r, stride, n, lanes, itemsize):  # type: ignore[no-untyped-def]
+def _transform(  # type: ignore[no-untyped-def]
+    tile, down, across, half, to, between, m0, r0, n0, m1, r1, n1, stride, lanes, itemsize
+):
     """Transform one vector of a tile's pixels, ``down`` and ``across`` bytes apart, to points ``between`` apart."""
+    if n0 == 1:
+        save_apart(to, between, transform_input(load_apart(tile, across, n1, lanes, itemsize), m1, r1, stride))
+        return
+    if n1 == 1:
+        save_apart(to, between, transform_input(load_apart(tile, down, n0, lanes, itemsize), m0, r0, stride))
+        return
     lane_bytes = lanes * itemsize
-    for j in range(n):
-        column = load_apart(tile + j * across, down, n, lanes, itemsize)
-        save_apart(half + j * lane_bytes, n * lane_bytes, transform_input(column, m, r, stride))
-    for i in range(n):
-        line = load_apart(half + i * n * lane_bytes, lane_bytes, n, lanes, itemsize)
-        save_apart(to + i * n * between, between, transform_input(line, m, r, stride))
+    for j in range(n1):
+        column = load_apart(tile + j * across, down, n0, lanes, itemsize)
+        save_apart(half + j * lane_bytes, n1 * lane_bytes, transform_input(column, m0, r0, stride))
+    for i in range(n0):
+        line = load_apart(half + i * n1 * lane_bytes, lane_bytes, n1, lanes, itemsize)
+        save_apart(to + i * n1 * between, between, transform_input(line, m1, r1, stride))
 
 
 @compilable
 def _enter(  # type: ignore[no-untyped-def]
-    x, tiles, pads, dilations, channel, runs, first, span, values, patch, half, m, r, stride, n, lanes, itemsize
+    x,
+    tiles,
+    pads,
+    dilations,
+    channel,
+    runs,
+    first,
+    span,
+    values,
+    patch,
+    half,
+    m0,
+    r0,
+    n0,
+    m1,
+    r1,
+    n1,
+    stride,
+    lanes,
+    itemsize,
 ):
     """Transform tiles of channels ``channel`` on into ``values [points, tiles * padded]``.
 
-    Of ``values`` and ``patch [n * n, a run's values]`` the address and the row's length are given, of ``half``, n * n
-    vectors for what is under way, the address. ``x`` is the images' address and shape. The tiles are ``span[0]`` to
+    Of ``values`` and ``patch [n0 * n1, a run's values]`` the address and the row's length are given, of ``half``, n0 *
+    n1 vectors for what is under way, the address. ``x`` is the images' address and shape. The tiles are ``span[0]`` to
     ``span[1]``, counted from ``first``, which lies first in ``values``. A pixel is ``runs[0]`` rows of ``runs[1]``
     neighbouring values. Each row fills up vectors with what lies behind it, which counts for nothing.
     """
@@ -86,20 +115,36 @@ def _enter(  # type: ignore[no-untyped-def]
     beyond = x[0] + x[1] * x[2] * x[3] * pixel
     place = place_of(first + span[0], tiles, dilations)
     for t in range(span[0], span[1]):
-        image, (oh, ow) = place[0], corner(place, m, dilations)
+        image, (oh, ow) = place[0], corner(place, (m0, m1), dilations)
         place = following(place, tiles, dilations)
         for row in range(fold):
             top, left = oh * stride * fold - pads[0] + row, ow * stride * fold - pads[1]
             start = x[0] + ((image * x[2] + top) * x[3] + left) * pixel + channel * itemsize
             down, across = steps[0] * x[3] * pixel, steps[1] * pixel
-            bottom, right = top + (n - 1) * steps[0], left + (n - 1) * steps[1] + fold
-            last = start + (n - 1) * (down + across) + room * itemsize
+            bottom, right = top + (n0 - 1) * steps[0], left + (n1 - 1) * steps[1] + fold
+            last = start + (n0 - 1) * down + (n1 - 1) * across + room * itemsize
             if top < 0 or left < 0 or bottom >= x[2] or right > x[3] or last > beyond:
-                _copy_patch(patch, x, (image, top, left, channel), steps, fold, run // fold, n, itemsize)
-                start, down, across = patch[0], n * room * itemsize, room * itemsize
+                _copy_patch(patch, x, (image, top, left, channel), steps, fold, run // fold, n0, n1, itemsize)
+                start, down, across = patch[0], n1 * room * itemsize, room * itemsize
             for c in range(0, room, lanes):
                 to = values[0] + ((t * fold + row) * room + c) * itemsize
-                _transform(start + c * itemsize, down, across, half, to, between, m, r, stride, n, lanes, itemsize)
+                _transform(
+                    start + c * itemsize,
+                    down,
+                    across,
+                    half,
+                    to,
+                    between,
+                    m0,
+                    r0,
+                    n0,
+                    m1,
+                    r1,
+                    n1,
+                    stride,
+                    lanes,
+                    itemsize,
+                )
 
 
 def is_staged(groups: int, dilations: tuple[int, int]) -> bool:
@@ -108,21 +153,43 @@ def is_staged(groups: int, dilations: tuple[int, int]) -> bool:
 
 
 @compilable
-def stage_shape(tiles: int, shape: tuple[int, int], staged: bool, m: int, stride: int, n: int) -> tuple[int, int]:
+def stage_shape(
+    tiles: int, shape: tuple[int, int], staged: bool, m: tuple[int, int], stride: int, n: tuple[int, int]
+) -> tuple[int, int]:
     """Return most rows, and the columns, of the copy from which so many tiles of an image are read; 0 if there is none.
 
-    ``shape`` is the output's rows and columns.
+    ``shape`` is the output's rows and columns; ``m`` and ``n`` are a tile's outputs and inputs, down and across.
     """
     if not staged:
         return 0, 0
-    down, across = -(-shape[0] // m), -(-shape[1] // m)
+    down, across = -(-shape[0] // m[0]), -(-shape[1] // m[1])
     rows = min(down, (tiles - 1) // across + 2)
-    return (rows - 1) * m * stride + n, (across - 1) * m * stride + n
+    return (rows - 1) * m[0] * stride + n[0], (across - 1) * m[1] * stride + n[1]
 
 
 @compilable
 def _enter_group(  # type: ignore[no-untyped-def]
-    x, stage, tiles, pads, runs, channel, first, count, values, patch, half, m, r, stride, n, share, lanes, itemsize
+    x,
+    stage,
+    tiles,
+    pads,
+    runs,
+    channel,
+    first,
+    count,
+    values,
+    patch,
+    half,
+    m0,
+    r0,
+    n0,
+    m1,
+    r1,
+    n1,
+    stride,
+    share,
+    lanes,
+    itemsize,
 ):
     """Do as ``_enter`` does for the channels of a group, image by image from a copy with zeros around it.
 
@@ -135,14 +202,14 @@ def _enter_group(  # type: ignore[no-untyped-def]
     while begin < count:
         image, _, _, i, _ = place_of(first + begin, tiles, (1, 1))
         end = min(count, (image + 1) * tiles[0] * tiles[1] - first)
-        oh, last = i * m, place_of(first + end - 1, tiles, (1, 1))[3] * m
+        oh, last = i * m0, place_of(first + end - 1, tiles, (1, 1))[3] * m0
         where = image, oh * stride - pads[0], -pads[1]
-        copy_group(stage, x, where, channel, (last - oh) * stride + n, share, lanes, itemsize)
+        copy_group(stage, x, where, channel, (last - oh) * stride + n0, share, lanes, itemsize)
         size = rows * columns * group_c * itemsize
         here = (np.int64(stage.ctypes.data) - image * size, image + 1, rows, columns, group_c)
         _enter(
             here, tiles, (oh * stride, 0), (1, 1), 0, runs, first, (begin, end), values, patch, half,
-            m, r, stride, n, lanes, itemsize,
+            m0, r0, n0, m1, r1, n1, stride, lanes, itemsize,
         )  # fmt: skip
         begin = end
 
@@ -205,11 +272,13 @@ def _finish(sums, out, residual, image, a, b, k0, count, code, slope):  # type: 
 
 
 @inlined
-def _line(half, i, bias, doubts, m, r, stride, n, share, lanes, itemsize):  # type: ignore[no-untyped-def]
-    """Return line ``i`` of a tile, of which ``half`` has the columns, with its bias, and the doubts."""
-    sums = transform_output(
-        load_apart(half + i * n * lanes * itemsize, lanes * itemsize, n, lanes, itemsize), m, r, stride
-    )
+def _line(columns, i, bias, doubts, m, r, n, stride, share, lanes, itemsize):  # type: ignore[no-untyped-def]
+    """Return line ``i`` of a tile, with its bias, and the doubts.
+
+    Of its transformed columns, the address is given and how many bytes these are apart; lines follow one another.
+    """
+    at = columns[0] + i * n * columns[1]
+    sums = transform_output(load_apart(at, columns[1], n, lanes, itemsize), m, r, stride)
     doubts = add_doubts(doubts, sums)
     if bias:
         sums = add_to_all(sums, m, bias)
@@ -218,8 +287,8 @@ def _line(half, i, bias, doubts, m, r, stride, n, share, lanes, itemsize):  # ty
 
 @outlined
 def _leave_one_by_one(  # type: ignore[no-untyped-def]
-    half, bias, where, inside, dilations, few, out, residual, code, slope, doubts, rows, m, r, stride, n, share, lanes,
-    itemsize,
+    columns, bias, where, inside, dilations, few, out, residual, code, slope, doubts, rows, m, r, n, stride, share,
+    lanes, itemsize,
 ):  # fmt: skip
     """Do what ``_leave`` does with a tile of ``few`` filters, or whose activation is no clamp; return the doubts.
 
@@ -227,7 +296,7 @@ def _leave_one_by_one(  # type: ignore[no-untyped-def]
     """
     image, oh, ow, k0 = where
     for i in range(inside[0]):
-        sums, doubts = _line(half, i, bias, doubts, m, r, stride, n, share, lanes, itemsize)
+        sums, doubts = _line(columns, i, bias, doubts, m, r, n, stride, share, lanes, itemsize)
         save_apart(rows.ctypes.data, lanes * itemsize, sums)
         for j in range(inside[1]):
             a, b = oh + i * dilations[0], ow + j * dilations[1]
@@ -238,47 +307,50 @@ def _leave_one_by_one(  # type: ignore[no-untyped-def]
 @compilable
 def _leave(  # type: ignore[no-untyped-def]
     products, bias, tiles, first, count, step, out, residual, k0, valid, dilations, code, slope, doubts, half, rows,
-    m, r, stride, n, share, lanes, itemsize,
+    m0, r0, n0, m1, r1, n1, stride, share, lanes, itemsize,
 ):  # fmt: skip
     """Transform products back, finish them and store ``valid`` filters from ``k0`` on; return the doubts.
 
-    ``bias`` is the address of these filters' bias, or 0. ``half``, the address of n * m vectors, and
-    ``rows [2 * m * lanes]`` are for what is under way.
+    ``bias`` is the address of these filters' bias, or 0. ``half``, the address of m0 * n1 vectors, and
+    ``rows [2 * m1 * lanes]`` are for what is under way.
     """
     lane_bytes, between, room = lanes * itemsize, products[1] * itemsize, -(-valid // lanes) * lanes
     done = np.int64(rows.ctypes.data)
-    beside = done + m * lane_bytes
+    beside = done + m1 * lane_bytes
     more = np.int64(residual.ctypes.data) - np.int64(out.ctypes.data)
     pixel = out.shape[3] * itemsize
     down, across = dilations[0] * out.shape[2] * pixel, dilations[1] * pixel
     place = place_of(first, tiles, dilations)
     for t in range(count):
-        image, (oh, ow) = place[0], corner(place, m, dilations)
+        image, (oh, ow) = place[0], corner(place, (m0, m1), dilations)
         place = following(place, tiles, dilations)
-        inside = outputs_inside(out.shape[1], oh, m, dilations[0]), outputs_inside(out.shape[2], ow, m, dilations[1])
+        inside = outputs_inside(out.shape[1], oh, m0, dilations[0]), outputs_inside(out.shape[2], ow, m1, dilations[1])
         origin = np.int64(out.ctypes.data) + ((image * out.shape[1] + oh) * out.shape[2] + ow) * pixel + k0 * itemsize
         for k in range(0, room, lanes):
             start, added = products[0] + t * step + k * itemsize, bias + k * itemsize if bias else 0
-            leave_columns(start, between, half, m, r, stride, n, lanes, itemsize)
+            columns = (start, between)
+            if n0 > 1:
+                leave_columns(start, between, half, m0, r0, stride, n0, n1, lanes, itemsize)
+                columns = (half, lane_bytes)
             if k + lanes > valid or code > RELU6:
                 doubts = _leave_one_by_one(
-                    half, added, (image, oh, ow, k0 + k), inside, dilations, min(lanes, valid - k), out, residual, code,
-                    slope, doubts, rows, m, r, stride, n, share, lanes, itemsize,
+                    columns, added, (image, oh, ow, k0 + k), inside, dilations, min(lanes, valid - k), out, residual,
+                    code, slope, doubts, rows, m1, r1, n1, stride, share, lanes, itemsize,
                 )  # fmt: skip
                 continue
             for i in range(inside[0]):
-                sums, doubts = _line(half, i, added, doubts, m, r, stride, n, share, lanes, itemsize)
+                sums, doubts = _line(columns, i, added, doubts, m1, r1, n1, stride, share, lanes, itemsize)
                 to = origin + i * down + k * itemsize
-                if inside[1] == m:
+                if inside[1] == m1:
                     if residual.size:
-                        sums = add_to_each(sums, m, (to, across), more)
-                    store(clamped(sums, code), m, (to, across), 0)
+                        sums = add_to_each(sums, m1, (to, across), more)
+                    store(clamped(sums, code), m1, (to, across), 0)
                     continue
                 if residual.size:
                     for j in range(inside[1]):
                         copy(beside + j * lane_bytes, to + more + j * across, lane_bytes)
-                    sums = add_to_each(sums, m, (beside, lane_bytes), 0)
-                store(clamped(sums, code), m, (done, lane_bytes), 0)
+                    sums = add_to_each(sums, m1, (beside, lane_bytes), 0)
+                store(clamped(sums, code), m1, (done, lane_bytes), 0)
                 for j in range(inside[1]):  # the tile reaches beyond the image
                     copy(to + j * across, done + j * lane_bytes, lane_bytes)
     return doubts
@@ -296,14 +368,24 @@ _SPOILED_AT, _DONE_AT = 8 * ARGUMENTS.at["spoiled"], 8 * ARGUMENTS.done_at
 
 @functools.cache
 def compiled(
-    m: int, r: int, stride: int, fold: int, staged: int, share: int, rows: int, vectors: int, lanes: int, itemsize: int
+    m: tuple[int, int],
+    r: tuple[int, int],
+    stride: int,
+    fold: int,
+    staged: int,
+    share: int,
+    rows: int,
+    vectors: int,
+    lanes: int,
+    itemsize: int,
 ) -> CompiledKernel:
-    """Return the kernel for F(m x m, r x r) with register tiles of up to rows x vectors.
+    """Return the kernel for F(m, r), down and across, with register tiles of up to rows x vectors.
 
     If ``staged``, groups are copied; so many groups ``share`` a vector, and are one to this kernel.
     """
-    n, block = stride * (m - 1) + r, vectors * lanes
-    points, step = n * n, block * itemsize
+    (m0, m1), (r0, r1), block = m, r, vectors * lanes
+    n0, n1 = stride * (m0 - 1) + r0, stride * (m1 - 1) + r1
+    points, step = n0 * n1, block * itemsize
     less, least = rows - 1, max(1, rows - 2)
 
     def convolve(arguments, number):  # type: ignore[no-untyped-def]
@@ -315,15 +397,15 @@ def compiled(
         runs, point_bytes = (fold, fold * group_c), u.shape[3] * step
         here = (np.int64(x.ctypes.data), x.shape[0], x.shape[1], x.shape[2], x.shape[3])
         padded = fold * -(-runs[1] // lanes) * lanes
-        count, tiles = last - first, tiles_of_picture(out.shape, m, dilations)
+        count, tiles = last - first, tiles_of_picture(out.shape, (m0, m1), dilations)
         entering, leaving = odd_lines(count * padded, itemsize), odd_lines(count * block, itemsize)
         beyond = -(-least * max(padded, block) // lanes) * lanes  # a register tile may be longer than what is left
-        high, wide = stage_shape(count, out.shape[1:3], staged, m, stride, n)
+        high, wide = stage_shape(count, out.shape[1:3], staged, (m0, m1), stride, (n0, n1))
         room = -(-runs[1] // lanes) * lanes
         # One allocation for all: small layers take no longer than a few of them. What may be stored beyond the
         # products lies behind them and in front of the rest.
         before = points * (entering + leaving) + beyond
-        within = before + points * lanes, before + (points + 2 * m) * lanes
+        within = before + points * lanes, before + (points + 2 * m1) * lanes
         size = within[1] + points * room
         scratch = np.empty(size + high * wide * group_c + lanes, x.dtype)
         start = (-scratch.ctypes.data // itemsize) % lanes  # or every vector lies across two cache lines
@@ -341,12 +423,12 @@ def compiled(
                 if staged:
                     _enter_group(
                         x, stage, tiles, pads, runs, group * group_c, first, count, values, patch, half,
-                        m, r, stride, n, share, lanes, itemsize,
+                        m0, r0, n0, m1, r1, n1, stride, share, lanes, itemsize,
                     )  # fmt: skip
                 else:
                     _enter(
                         here, tiles, pads, dilations, group * group_c, runs, first, (np.int64(0), count), values,
-                        patch, half, m, r, stride, n, lanes, itemsize,
+                        patch, half, m0, r0, n0, m1, r1, n1, stride, lanes, itemsize,
                     )  # fmt: skip
             packed = u.ctypes.data + task * points * point_bytes
             added = bias.ctypes.data + task * step if bias.size else 0
@@ -357,7 +439,8 @@ def compiled(
             valid = min(block, group_k - member * block)
             doubts = _leave(
                 products, added, tiles, first, count, step, out, residual, group * group_k + member * block, valid,
-                dilations, code, slope, doubts, half, done, m, r, stride, n, share, lanes, itemsize,
+                dilations, code, slope, doubts, half, done, m0, r0, n0, m1, r1, n1, stride, share, lanes,
+                itemsize,
             )  # fmt: skip
         report(doubts, lanes, done, arguments + _SPOILED_AT)
         hold(scratch)

@@ -1,9 +1,10 @@
-"""Transforms the filters of ``winograd``: G g G^T for every channel and filter, in float64, rounded once.
+"""Transforms the filters of ``winograd``: G g G'^T for every channel and filter, in float64, rounded once.
 
 A call that packs its filters pays for this, so it is compiled; NumPy's way took ten times as long.
 """
 
 import functools
+import math
 
 import numpy as np
 
@@ -18,7 +19,9 @@ from convdispatch.backends._memory import aligned
 _TOGETHER = 32
 
 #: ``packed`` is ``[groups, blocks of a group, points, C // groups, block]``.
-_ARGUMENTS = Arguments(filters=array_of(4), matrix=array_of(2, "float64"), packed=array_of(5))
+_ARGUMENTS = Arguments(
+    filters=array_of(4), down=array_of(2, "float64"), across=array_of(2, "float64"), packed=array_of(5)
+)
 unpack = _ARGUMENTS.unpack
 _DONE_AT = 8 * _ARGUMENTS.done_at
 
@@ -39,27 +42,29 @@ def _add_products(sums, factors, values, some):  # type: ignore[no-untyped-def]
 def _compiled(block: int, itemsize: int) -> CompiledKernel:
     def transform(arguments, number):  # type: ignore[no-untyped-def]
         """Transform the filters of one block."""
-        w, g, packed = unpack(arguments, itemsize)
+        w, down, across, packed = unpack(arguments, itemsize)
         groups, per_group, _, depth, _ = packed.shape
-        n, r = g.shape
+        (high, taps_down), (wide, taps_across) = down.shape, across.shape
         group, member = divmod(number, per_group)
         group_k = w.shape[3] // groups
         first, count = group * group_k + member * block, min(block, group_k - member * block)
-        taps = np.zeros((r, r, _TOGETHER * block))  # [column, row, ...]: those of a column are summed first
-        columns, sums = np.empty((n, r, _TOGETHER * block)), np.empty(_TOGETHER * block)
+        taps = np.zeros(
+            (taps_across, taps_down, _TOGETHER * block)
+        )  # [column, row, ...]: those of a column are summed first
+        columns, sums = np.empty((high, taps_across, _TOGETHER * block)), np.empty(_TOGETHER * block)
         for c0 in range(0, depth, _TOGETHER):
             some = min(_TOGETHER, depth - c0)
-            for tap in range(r * r):
-                row, column = divmod(tap, r)
+            for tap in range(taps_down * taps_across):
+                row, column = divmod(tap, taps_across)
                 for c in range(some):
                     for k in range(count):
                         taps[column, row, c * block + k] = w[row, column, c0 + c, first + k]
-            for i in range(n):
-                for column in range(r):
-                    _add_products(columns[i, column], g[i], taps[column], some * block)
-                for j in range(n):
-                    _add_products(sums, g[j], columns[i], some * block)
-                    target = packed[group, member, i * n + j].reshape(-1)[c0 * block :]
+            for i in range(high):
+                for column in range(taps_across):
+                    _add_products(columns[i, column], down[i], taps[column], some * block)
+                for j in range(wide):
+                    _add_products(sums, across[j], columns[i], some * block)
+                    target = packed[group, member, i * wide + j].reshape(-1)[c0 * block :]
                     for place in range(some * block):
                         target[place] = sums[place]
         add(arguments + _DONE_AT, 1)
@@ -67,20 +72,20 @@ def _compiled(block: int, itemsize: int) -> CompiledKernel:
     return CompiledKernel(transform, _ARGUMENTS)
 
 
-def transformed(filters: Array, matrix: Array, groups: int, block: int, threads: int) -> Array:
+def transformed(filters: Array, matrices: tuple[Array, Array], groups: int, block: int, threads: int) -> Array:
     """Return ``[groups, blocks of a group, points, C // groups, block]``, the last block filled up with zeros.
 
     Args:
-        filters: ``[r, r, C // groups, K]``.
-        matrix: G, ``[n, r]``, of float64.
+        filters: ``[KH, KW, C // groups, K]``.
+        matrices: G for a filter's columns, ``[points, KH]``, and for its rows, ``[points, KW]``, of float64.
         groups: of the filters.
         block: how many filters lie side by side.
         threads: most threads to use.
     """
     *_, depth, k = filters.shape
     blocks = -(-(k // groups) // block)
-    packed = aligned((groups, blocks, len(matrix) ** 2, depth, block), filters.dtype, zero=False)
+    packed = aligned((groups, blocks, math.prod(map(len, matrices)), depth, block), filters.dtype, zero=False)
     source = np.ascontiguousarray(filters)
-    arguments = _ARGUMENTS.pack(filters=source, matrix=matrix, packed=packed)
+    arguments = _ARGUMENTS.pack(filters=source, down=matrices[0], across=matrices[1], packed=packed)
     run(_compiled(block, filters.dtype.itemsize), arguments, groups * blocks, threads)
     return packed

@@ -111,7 +111,7 @@ def _growth(problem: Problem, config: Config) -> float:
     """
     m = _size(config)
     terms = problem.group_c * -(-problem.kh // m) * -(-problem.kw // m)
-    return (terms + roundings(m, m)) * amplification(m, m)
+    return (terms + 2 * roundings(m, m) + 1) * amplification(m, m) ** 2
 
 
 class FastFir(PackedBackend):

@@ -38,6 +38,11 @@ from convdispatch.problem import Problem
 
 #: Sides of output tiles by the filters' side and the stride. F(5) suits images of 10, 14, 15 or 20 pixels a side.
 SIZES = {(3, 1): (2, 4, 5, 6), (5, 1): (2, 4), (3, 2): (2, 4), (5, 2): (2,)}
+#: Lengths of tiles for filters of one row or column, by the filter's length, of stride 1.
+LENGTHS = {3: (2, 4, 6), 5: (2, 4, 6), 7: (2, 4, 6), 9: (2, 4)}
+#: Of so many inputs on, tiles are for no more channels than these: errors grow with both, and 512 channels brought
+#: F(6, 7) near the bound of `standard`.
+_LONG, _CHANNELS_OF_LONG = 12, 256
 #: Folded: the side of tiles, the sides of filters that are left, and most channels of what is then a pixel.
 _FOLDED_SIZE, _FOLDED_FILTERS, _FOLDED_CHANNELS = 4, (3, 4), 64
 #: Scratch for the tiles of one job: about what a second-level cache holds. But never fewer than LEAST_TILES, or the
@@ -55,6 +60,8 @@ _WASTE = 1.05
 #: A dilation may make so many pictures, be there pixels for all of them or not.
 _PICTURES = 1 << 10
 
+_WRONG_SIZE = "filters are {}x{}, not 3x3, 5x5, or one row or column of 3, 5, 7 or 9 taps"
+
 # Rates of one core with 64-byte vectors; narrower ones are slower in proportion.
 _FLOPS = 1.1e11  # of the products, float32
 _TRANSFORM_VALUES = 1e10  # values of one-dimensional transforms a second
@@ -67,8 +74,8 @@ class _Form:
     """Which algorithm is used, and on what.
 
     Attributes:
-        m: side of a tile of outputs.
-        r: side of a filter.
+        m: outputs of a tile, down and across.
+        r: taps of a filter, down and across.
         stride: of a tile's outputs among its inputs.
         fold: so many rows and columns of the image are one pixel of the algorithm; 1 where pixels are pixels.
         run: values of such a pixel that are neighbours in memory: the channels of ``fold`` columns, or of a group.
@@ -77,8 +84,8 @@ class _Form:
         share: so many of the problem's groups are one, and fill a vector with channels and one with filters.
     """
 
-    m: int
-    r: int
+    m: tuple[int, int]
+    r: tuple[int, int]
     stride: int
     fold: int
     run: int
@@ -87,9 +94,20 @@ class _Form:
     share: int = 1
 
     @property
-    def n(self) -> int:
-        """Side of a tile's input."""
-        return self.stride * (self.m - 1) + self.r
+    def n(self) -> tuple[int, int]:
+        """A tile's inputs, down and across."""
+        down, across = (self.stride * (m - 1) + r for m, r in zip(self.m, self.r, strict=True))
+        return down, across
+
+    @property
+    def points(self) -> int:
+        """A tile's products of transformed values."""
+        return math.prod(self.n)
+
+    @property
+    def axes(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """Outputs, taps and stride of the transforms, down and across."""
+        return (self.m[0], self.r[0], self.stride), (self.m[1], self.r[1], self.stride)
 
     @property
     def depth(self) -> int:
@@ -110,9 +128,21 @@ def _folds(problem: Problem) -> bool:
     )  # fmt: skip
 
 
+def _known_sizes(problem: Problem) -> tuple[int, ...]:
+    """Return the sides of output tiles, or their lengths, that there are for a filter and stride."""
+    p = problem
+    if p.kh == p.kw:
+        return SIZES.get((p.kh, p.strides[0]), ())
+    if min(p.kh, p.kw) > 1 or p.strides != (1, 1):
+        return ()
+    taps = max(p.kh, p.kw)
+    longest = _LONG if p.group_c > _CHANNELS_OF_LONG else _LONG + 1
+    return tuple(m for m in LENGTHS.get(taps, ()) if m + taps - 1 < longest)
+
+
 def _form(problem: Problem, config: Config) -> _Form:
     p, stride = problem, problem.strides[0]
-    sizes = SIZES.get((p.kh, stride), ())
+    sizes = _known_sizes(p)
     known = [(size, False) for size in sizes] + [(_FOLDED_SIZE, True)] * _folds(p)
     m, folded = config.get("m", 4 if 4 in sizes or not sizes else sizes[0]), config.get("folded", not sizes)
     if not isinstance(m, int) or not isinstance(folded, bool) or (m, folded) not in known:
@@ -120,9 +150,11 @@ def _form(problem: Problem, config: Config) -> _Form:
         given = f"m={m!r}, folded={folded!r}" if "folded" in config else f"m={m!r}"
         raise ArgumentError(f"winograd's config needs {wanted}, the side of an output tile; got {given}")
     if folded:
-        return _Form(m, -(-p.kh // stride), 1, stride, stride * p.c, 1, p.k)
+        taps = -(-p.kh // stride)
+        return _Form((m, m), (taps, taps), 1, stride, stride * p.c, 1, p.k)
     share = _sharing(p)
-    return _Form(m, p.kh, stride, 1, share * p.group_c, p.groups // share, share * p.group_k, share)
+    outputs = m if p.kh > 1 else 1, m if p.kw > 1 else 1
+    return _Form(outputs, (p.kh, p.kw), stride, 1, share * p.group_c, p.groups // share, share * p.group_k, share)
 
 
 def _sharing(problem: Problem) -> int:
@@ -133,11 +165,11 @@ def _sharing(problem: Problem) -> int:
     return share if p.groups % share == 0 else 1
 
 
-def _tiles(problem: Problem, m: int) -> int:
+def _tiles(problem: Problem, m: tuple[int, int]) -> int:
     """Return the tiles of all images: those of each of the pictures that a dilation makes."""
     p = problem
     rows, columns = -(-p.oh // p.dilations[0]), -(-p.ow // p.dilations[1])
-    return p.n * math.prod(p.dilations) * -(-rows // m) * -(-columns // m)
+    return p.n * math.prod(p.dilations) * -(-rows // m[0]) * -(-columns // m[1])
 
 
 @dataclass(frozen=True)
@@ -178,9 +210,9 @@ class _Jobs:
 
 def _sizes(problem: Problem) -> tuple[int, ...]:
     """Return the sides of output tiles to be tried: the odd one where it takes the fewest products."""
-    r, stride = problem.kh, problem.strides[0]
-    sizes = SIZES.get((r, stride), ())
-    products = {m: _tiles(problem, m) * (stride * (m - 1) + r) ** 2 for m in sizes}
+    sizes = _known_sizes(problem)
+    forms = {m: _form(problem, Config(m=m)) for m in sizes}
+    products = {m: _tiles(problem, form.m) * form.points for m, form in forms.items()}
     return tuple(m for m in sizes if m % 2 == 0 or products[m] < min(products[other] for other in sizes if other != m))
 
 
@@ -203,7 +235,7 @@ def _cut(problem: Problem, form: _Form, tile: tuple[int, int], threads: int) -> 
     size = item_bytes(problem.dtype)
     block, tiles = tile[1] * vector_bytes() // size, _tiles(problem, form.m)
     blocks = form.groups * -(-form.filters // block)
-    each = form.n**2 * (form.fold * form.run + block) * size
+    each = form.points * (form.fold * form.run + block) * size
     room, least = (_FOLDED_BYTES, _FOLDED_TILES) if form.fold > 1 else (BLOCK_BYTES, LEAST_TILES)
     most = max(least, room // each)
     most = max(tile[0], most - most % tile[0])
@@ -218,33 +250,39 @@ def _scratch(problem: Problem, form: _Form, jobs: _Jobs) -> int:
     p, size = problem, item_bytes(problem.dtype)
     lanes = vector_bytes() // size
     entered, left = jobs.count * form.padded(lanes), jobs.count * jobs.block
-    copied = form.n**2 * form.padded(lanes) // form.fold + jobs.tile[0] * max(form.padded(lanes), jobs.block)
-    copied += (form.n**2 + 2 * form.m) * lanes
+    copied = form.points * form.padded(lanes) // form.fold + jobs.tile[0] * max(form.padded(lanes), jobs.block)
+    copied += (form.points + 2 * form.m[1]) * lanes
     stage: tuple[int, int] = stage_shape(
         jobs.count, (p.oh, p.ow), is_staged(p.groups, p.dilations), form.m, form.stride, form.n
     )
     a_point: int = odd_lines(entered, size) + odd_lines(left, size)
-    return form.n**2 * a_point + copied + math.prod(stage) * form.run
+    return form.points * a_point + copied + math.prod(stage) * form.run
+
+
+def _transformed_lengths(n: tuple[int, int], m: tuple[int, int] | None = None) -> int:
+    """Return how many values a tile's transforms take, down and then across, from n to n, or to m."""
+    kept = n if m is None else m
+    return (n[0] * n[1] if n[0] > 1 else 0) + (kept[0] * n[1] if n[1] > 1 else 0)
 
 
 @functools.cache
 def _matrix(m: int, r: int, stride: int) -> Array:
-    """Return the matrix that transforms the rows and columns of a filter."""
+    """Return the matrix that transforms the rows, or the columns, of a filter."""
     return np.array(strided(m, r, stride).g, np.float64)
 
 
 def _growth(problem: Problem, config: Config) -> float:
     """Return the bound's factor: roundings along the way (in eps / 2), times what the transforms make of them."""
     form = _form(problem, config)
-    kind = form.m, form.r, form.stride
-    return (form.depth + roundings(*kind)) / 2 * amplification(*kind)
+    along_the_way = sum(roundings(*axis) for axis in form.axes) + 1  # and one as transformed filters are stored
+    return (form.depth + along_the_way) / 2 * math.prod(amplification(*axis) for axis in form.axes)
 
 
 class Winograd(PackedBackend):
-    """Minimal filtering, F(2x2) to F(6x6), for 3x3 and 5x5 filters of stride 1, any dilation, and of stride 2."""
+    """Minimal filtering, for 3x3, 5x5 and one row or column of taps, of stride 1, any dilation; and of stride 2."""
 
     name = "winograd"
-    version = 10
+    version = 11
     packing_cost = (5e-5, 1.6e-9)
     numerics = Numerics("transform", growth=_growth)
 
@@ -252,10 +290,10 @@ class Winograd(PackedBackend):
         """Return the first thing about the problem that the algorithm has no answer to."""
         kh, kw, strides, folds = problem.kh, problem.kw, problem.strides, _folds(problem)
         checks = (
-            (kh != kw or not (folds or (kh, 1) in SIZES), f"filters are {kh}x{kw}, not 3x3 or 5x5"),
+            (not (folds or _known_sizes(problem.replace(strides=(1, 1)))), _WRONG_SIZE.format(kh, kw)),
             (
-                strides[0] != strides[1] or not (folds or (kh, strides[0]) in SIZES),
-                "strides other than 1 and 2 leave out the neighbours whose work is shared",
+                strides[0] != strides[1] or not (folds or _known_sizes(problem)),
+                "strides leave out the neighbours whose work is shared; 1 is done, and 2 of square filters",
             ),
             (strides != (1, 1) and problem.dilations != (1, 1), "its tiles have a stride or a dilation, not both"),
             (
@@ -277,7 +315,7 @@ class Winograd(PackedBackend):
 
     def step(self, problem: Problem, config: Config) -> int:
         """Return the rows of a tile."""
-        return _form(problem, config).m
+        return _form(problem, config).m[0]
 
     def workspace_plain(self, problem: Problem, config: Config) -> int:
         """Return the bytes of the transformed tiles and products of the jobs under way."""
@@ -291,13 +329,15 @@ class Winograd(PackedBackend):
         p, form, size = problem, _form(problem, config), item_bytes(problem.dtype)
         jobs = _jobs(p, form, config.threads)
         n, m, width, filters = form.n, form.m, machine.vector_bytes / 64 * 4 / size, jobs.blocks * jobs.block
-        products = 2 * n * n * form.depth * jobs.tiles * jobs.filters * jobs.waste / (_FLOPS * width)
+        products = 2 * form.points * form.depth * jobs.tiles * jobs.filters * jobs.waste / (_FLOPS * width)
         entered = form.groups * form.padded(machine.vector_bytes // size)
-        values = jobs.tiles * n * (2 * n * entered * jobs.across + (m + n) * filters)
-        pixels = jobs.tiles * (form.groups * n * n * form.fold + m * m * jobs.blocks) * _PIXEL_SECONDS
-        filter_bytes = n * n * form.depth * filters * size
+        lengths = _transformed_lengths(n), _transformed_lengths(n, m)
+        values = jobs.tiles * (lengths[0] * entered * jobs.across + lengths[1] * filters)
+        touched = form.groups * form.points * form.fold + math.prod(m) * jobs.blocks
+        pixels = jobs.tiles * touched * _PIXEL_SECONDS
+        filter_bytes = form.points * form.depth * filters * size
         rate = _FILTER_BYTES if filter_bytes <= machine.caches[2] else _FILTER_BYTES_FROM_MEMORY
-        transforms = values * (n + 1) / 2 / (_TRANSFORM_VALUES * width * 4)
+        transforms = values * (max(n) + 1) / 2 / (_TRANSFORM_VALUES * width * 4)
         used = min(config.threads, machine.cores, jobs.down * jobs.across)
         return _rates.shared(products + transforms + pixels + jobs.down * filter_bytes / rate, used)
 
@@ -307,9 +347,10 @@ class Winograd(PackedBackend):
         jobs, added = _jobs(p, form, config.threads), np.empty(0, p.dtype)
         if form.fold > 1:
             by_pixels = by_phases(filters, form.fold).transpose(0, 2, 1, 3, 4, 5)
-            filters = by_pixels.reshape(form.r, form.r, form.depth, p.k).astype(p.dtype)
+            filters = by_pixels.reshape(*form.r, form.depth, p.k).astype(p.dtype)
         filters = _in_turn(filters, form)
-        packed = transformed(filters, _matrix(form.m, form.r, form.stride), form.groups, jobs.block, config.threads)
+        down, across = (_matrix(*axis) for axis in form.axes)
+        packed = transformed(filters, (down, across), form.groups, jobs.block, config.threads)
         if bias is not None:
             added = by_blocks(_in_turn(bias, form).reshape(form.groups, form.filters), jobs.block)
         parts = grid((jobs.tiles, jobs.down), (jobs.blocks, jobs.across))

@@ -85,7 +85,7 @@ def test_chosen_points_amplify_less_than_the_usual_ones() -> None:
     usual = transforms(4, 3, tuple(map(Fraction, (0, 1, -1, 2, -2))))
     at, g, bt = (np.abs(matrix) for matrix in usual.arrays("float64"))
     forms = np.einsum("ip,ps,pt->ist", at, g, bt)
-    assert 3 * amplification(4, 3) < np.linalg.norm(forms, 2, axis=(1, 2)).max() ** 2
+    assert 3 * amplification(4, 3) ** 2 < np.linalg.norm(forms, 2, axis=(1, 2)).max() ** 2
 
 
 @pytest.mark.parametrize("wrong", [points(4), points(6), (*points(5)[:4], points(5)[0])])
@@ -124,6 +124,38 @@ def test_any_problem_is_within_the_bound(problem: Problem, data: st.DataObject, 
     assert WINOGRAD.rejects(problem) is None
     config = data.draw(st.sampled_from(WINOGRAD.configs(problem, "exhaustive")))
     check(problem, Config(config, threads=threads), seed)
+
+
+@examples(60)
+@given(
+    st.sampled_from([(1, 3, 4), (1, 7, 6), (3, 1, 6), (9, 1, 4)]), st.tuples(st.integers(1, 3), st.integers(1, 30)),
+    st.sampled_from([(1, 1), (1, 1), (2, 3)]), st.tuples(*[st.integers(0, 9)] * 4), st.tuples(st.integers(1, 40),
+    st.integers(1, 70)), st.integers(1, 3),
+)  # fmt: skip
+def test_filters_of_one_row_or_column(
+    kernel: tuple[int, int, int], size: tuple[int, int], dilations: tuple[int, int], pads: tuple[int, int, int, int],
+    channels: tuple[int, int], threads: int,
+) -> None:  # fmt: skip
+    kh, kw, m = kernel
+    across, along = size
+    h, w = (across, along + (kw - 1) * dilations[1]) if kh == 1 else (along + (kh - 1) * dilations[0], across)
+    c, k = channels
+    check(Problem(1, h, w, c, k, kh, kw, pads, (1, 1), dilations), Config(m=m, threads=threads))
+
+
+@pytest.mark.parametrize("text", ["2x5x21x24 * 1x3x8x24 SAME", "2x21x5x24 * 3x1x8x24 SAME"])
+@pytest.mark.parametrize("words", ["", "+bias +residual +relu6", "+bias +residual +silu"])
+def test_lines_of_groups_with_all_that_comes_after(text: str, words: str) -> None:
+    walls.check(WINOGRAD, Problem.parse(f"{text} {words}"), Config(m=4, threads=2))
+
+
+def test_long_tiles_are_for_few_channels() -> None:
+    def sizes(text: str) -> set[int]:
+        return {config.integer("m", 0) for config in WINOGRAD.configs(Problem.parse(text), "exhaustive")}
+
+    assert sizes("1x1x99x256 * 1x7x256x8 SAME") == {2, 4, 6}
+    assert sizes("1x1x99x257 * 1x7x257x8 SAME") == {2, 4}
+    assert sizes("1x99x1x257 * 9x1x257x8 SAME") == {2}
 
 
 @pytest.mark.parametrize("stride", [2, 3])
@@ -314,8 +346,11 @@ def test_workspace_does_not_grow_with_the_image(m: int) -> None:
 
 
 @pytest.mark.parametrize(("text", "reason"), [
-    ("1x9x9x4 * 7x7x4x4 SAME", "7x7, not 3x3 or 5x5"),
-    ("1x9x9x4 * 1x3x4x4 SAME", "1x3, not 3x3"),
+    ("1x9x9x4 * 7x7x4x4 SAME", "7x7, not 3x3, 5x5, or one row"),
+    ("1x9x9x4 * 1x4x4x4 SAME", "1x4, not 3x3"),
+    ("1x9x9x4 * 1x1x4x4 SAME", "1x1, not 3x3"),
+    ("1x9x9x4 * 3x5x4x4 SAME", "3x5, not 3x3"),
+    ("1x9x9x4 * 1x3x4x4 SAME stride=2", "strides"),
     ("1x9x9x4 * 3x3x4x4 SAME stride=2x1", "strides"),
     ("1x9x9x4 * 3x3x4x4 SAME int8", "exact"),
     ("1x9x9x0 * 3x3x0x4 SAME", "no input channels"),
