@@ -358,7 +358,7 @@ def _fits(problem: Problem, config: Config) -> bool:
     """Return whether a problem has tiles of so many rows and columns, all of whose windows lie inside the image."""
     p, rows, columns = problem, config.integer("rows", 1), _tile(config)
     return (
-        p.group_k == 1 and p.dilations == (1, 1) and _done_whole(p, columns)
+        p.group_k == 1 and p.strides[0] == p.strides[1] and p.dilations == (1, 1) and _done_whole(p, columns)
         and (rows - 1) * p.strides[0] + p.kh <= p.h and (columns - 1) * p.strides[1] + p.kw <= p.w
     )  # fmt: skip
 

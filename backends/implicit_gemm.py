@@ -151,7 +151,8 @@ class ImplicitGemm(PackedBackend):
     def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return products, those with padding included, by what a tile loads for each; tables; filters' traffic."""
         p, (rows, vectors) = _flat(problem), _tile(config)
-        whole, lanes = machine.vector_bytes // item_bytes(p.dtype), _lanes(p, config, machine.vector_bytes)
+        whole = machine.vector_bytes // item_bytes(p.dtype)
+        lanes = min(whole, config.integer("lanes", whole))
         block = vectors * lanes
         blocks = p.groups * -(-p.group_k // block)
         tiles, down, across = _cut(p, rows, blocks, config.threads)
@@ -252,9 +253,9 @@ def _narrow_tiles(problem: Problem) -> list[Config]:
     ]
 
 
-def _lanes(problem: Problem, config: Config, widest: int | None = None) -> int:
-    """Return the values of a vector, of so many bytes at most."""
-    whole = (widest or vector_bytes()) // item_bytes(problem.dtype)
+def _lanes(problem: Problem, config: Config) -> int:
+    """Return the values of a vector."""
+    whole = vector_bytes() // item_bytes(problem.dtype)
     lanes = config.integer("lanes", whole)
     if lanes not in {whole, whole // 2}:
         raise ArgumentError(

@@ -1,4 +1,4 @@
-"""``winograd``: 3x3 and 5x5 filters by minimal filtering, F(m x m, r x r).
+"""``winograd``: 3x3 and 5x5 filters, and those of one row or column, by minimal filtering, F(m x m, r x r) or F(m, r).
 
 The output is cut into tiles of m x m pixels. A tile needs n x n input pixels, n = m + r - 1; these and the filters are
 transformed so that convolving becomes n * n independent products of matrices ``[tiles, C] @ [C, K]``, whose results are
@@ -6,8 +6,9 @@ transformed back: n * n multiplications for m * m outputs where the definition t
 that is 2.25 times fewer with m = 2, 4 times with m = 4, 5.06 times with m = 6, and 4.59 times with m = 5, whose tiles
 fit some images. A dilated problem is d * d interleaved problems that are not. With stride 2 the even and the odd rows
 and columns of the input are filtered by the even and the odd taps, each without a stride: with 3x3 filters and m = 4,
-1.8 times fewer multiplications. Tiles are worked on by the block, so that scratch memory does not grow with the image,
-and bias, residual and activation are applied before a result is stored.
+1.8 times fewer multiplications. Filters of one row or column have tiles of m outputs in a line: n multiplications for
+r * m, 2 to 3.5 times fewer. Tiles are worked on by the block, so that scratch memory does not grow with the image, and
+bias, residual and activation are applied before a result is stored.
 
 Source: A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural Networks", 2015 (arXiv:1509.09308); the
 matrices and their errors are in ``_toomcook``, the kernel is in ``_winograd``.

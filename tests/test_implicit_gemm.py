@@ -54,7 +54,10 @@ def test_every_tile_does_every_remainder(text: str, tile: tuple[int, int]) -> No
         check(Problem.parse(text), Config(rows=tile[0], vectors=tile[1], threads=threads))
 
 
-@pytest.mark.parametrize("tile", narrow_tiles(), ids=str)
+NARROW = [pytest.param(tile, marks=pytest.mark.slow) if tile[1] == 5 else tile for tile in narrow_tiles()]
+
+
+@pytest.mark.parametrize("tile", NARROW, ids=str)
 @pytest.mark.parametrize("text", SPECIAL)
 def test_so_does_every_tile_of_half_vectors(text: str, tile: tuple[int, int]) -> None:
     problem = Problem.parse(text)
