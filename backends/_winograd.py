@@ -81,27 +81,9 @@ def _transform(  # type: ignore[no-untyped-def]
 
 @compilable
 def _enter(  # type: ignore[no-untyped-def]
-    x,
-    tiles,
-    pads,
-    dilations,
-    channel,
-    runs,
-    first,
-    span,
-    values,
-    patch,
-    half,
-    m0,
-    r0,
-    n0,
-    m1,
-    r1,
-    n1,
-    stride,
-    lanes,
+    x, tiles, pads, dilations, channel, runs, first, span, values, patch, half, m0, r0, n0, m1, r1, n1, stride, lanes,
     itemsize,
-):
+):  # fmt: skip
     """Transform tiles of channels ``channel`` on into ``values [points, tiles * padded]``.
 
     Of ``values`` and ``patch [n0 * n1, a run's values]`` the address and the row's length are given, of ``half``, n0 *
@@ -129,22 +111,9 @@ def _enter(  # type: ignore[no-untyped-def]
             for c in range(0, room, lanes):
                 to = values[0] + ((t * fold + row) * room + c) * itemsize
                 _transform(
-                    start + c * itemsize,
-                    down,
-                    across,
-                    half,
-                    to,
-                    between,
-                    m0,
-                    r0,
-                    n0,
-                    m1,
-                    r1,
-                    n1,
-                    stride,
-                    lanes,
+                    start + c * itemsize, down, across, half, to, between, m0, r0, n0, m1, r1, n1, stride, lanes,
                     itemsize,
-                )
+                )  # fmt: skip
 
 
 def is_staged(groups: int, dilations: tuple[int, int]) -> bool:
@@ -169,28 +138,9 @@ def stage_shape(
 
 @compilable
 def _enter_group(  # type: ignore[no-untyped-def]
-    x,
-    stage,
-    tiles,
-    pads,
-    runs,
-    channel,
-    first,
-    count,
-    values,
-    patch,
-    half,
-    m0,
-    r0,
-    n0,
-    m1,
-    r1,
-    n1,
-    stride,
-    share,
-    lanes,
-    itemsize,
-):
+    x, stage, tiles, pads, runs, channel, first, count, values, patch, half, m0, r0, n0, m1, r1, n1, stride, share,
+    lanes, itemsize,
+):  # fmt: skip
     """Do as ``_enter`` does for the channels of a group, image by image from a copy with zeros around it.
 
     Of a group's channels, only a few bytes of each pixel are read, more than twice, and pixels may lie apart so that
@@ -368,17 +318,9 @@ _SPOILED_AT, _DONE_AT = 8 * ARGUMENTS.at["spoiled"], 8 * ARGUMENTS.done_at
 
 @functools.cache
 def compiled(
-    m: tuple[int, int],
-    r: tuple[int, int],
-    stride: int,
-    fold: int,
-    staged: int,
-    share: int,
-    rows: int,
-    vectors: int,
-    lanes: int,
-    itemsize: int,
-) -> CompiledKernel:
+    m: tuple[int, int], r: tuple[int, int], stride: int, fold: int, staged: int, share: int, rows: int, vectors: int,
+    lanes: int, itemsize: int,
+) -> CompiledKernel:  # fmt: skip
     """Return the kernel for F(m, r), down and across, with register tiles of up to rows x vectors.
 
     If ``staged``, groups are copied; so many groups ``share`` a vector, and are one to this kernel.
