@@ -1,5 +1,6 @@
 """A window that slides along a row, for ``depthwise``: vectors of channels, and a tile that is a run of outputs."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,19 @@ from convdispatch.backends._vector import (
 
 @dataclass(frozen=True)
 class _Window:
-    """The integers that an intrinsic is compiled for."""
+    """The integers that an intrinsic is compiled for.
 
+    Attributes:
+        high: rows of outputs.
+        down: rows of taps.
+        taps: of a row.
+        stride: of the outputs among the pixels, across, and down where there are several rows of outputs.
+        channels: of a group.
+        filters: of a group.
+    """
+
+    high: int
+    down: int
     taps: int
     stride: int
     channels: int
@@ -30,25 +42,39 @@ class _Window:
         return cls(*(literal.literal_value for literal in literals))
 
     def span(self, outputs: int) -> int:
-        """Return how many pixels so many outputs see."""
+        """Return how many pixels of a row so many outputs of a row see."""
         return (outputs - 1) * self.stride + self.taps
 
+    def height(self) -> int:
+        """Return how many rows of pixels the outputs see."""
+        return (self.high - 1) * self.stride + self.down
 
-def _slide(b: Any, tile: Any, window: _Window, values: Any, places: list[Any], filters: Any, row: int) -> Any:
-    vector, count, taps, channels = tile.dtype, len(tile), window.taps, window.channels
-    size, groups = vector.itemsize, vector.lanes // window.filters
-    sums = parts_of(b, values, count)
-    numbers = range(row * taps * channels, (row + 1) * taps * channels)
-    weights = [load_at(b, vector.ir, filters, number * vector.lanes * size, size) for number in numbers]
+    def met(self, pixel: int, outputs: int, taps: int) -> list[tuple[int, int]]:
+        """Return the outputs, along one axis, that see a pixel, and by which tap."""
+        seen = [(output, pixel - output * self.stride) for output in range(outputs)]
+        return [(output, tap) for output, tap in seen if 0 <= tap < taps]
+
+
+def _slide(b: Any, tile: Any, window: _Window, values: Any, lines: list[list[Any]], filters: Any) -> Any:
+    """Return the sums plus all products of a window's taps and the pixels at these places, row by row."""
+    vector, across, channels = tile.dtype, len(tile) // window.high, window.channels
+    size, groups, row_weights = vector.itemsize, vector.lanes // window.filters, window.taps * channels
+    sums = parts_of(b, values, len(tile))
+    weights: list[Any] = []
     pixel = ir.VectorType(vector.ir.element, groups * channels)
-    for p, place in enumerate(places):
-        users = [o for o in range(count) if 0 <= p - o * window.stride < taps]
-        if users:
-            loaded = load_at(b, pixel, place, 0, size)
-            for c in range(channels):
-                x = _spread(b, loaded, groups, channels, window.filters, c)
-                for o in users:
-                    sums[o] = fused_multiply_add(b, x, weights[(p - o * window.stride) * channels + c], sums[o], vector)
+    for i, places in enumerate(lines):
+        if i < window.down:
+            numbers = range(i * row_weights, (i + 1) * row_weights)
+            weights += [load_at(b, vector.ir, filters, number * vector.lanes * size, size) for number in numbers]
+        for p, place in enumerate(places):
+            users = window.met(p, across, window.taps)
+            if users:
+                loaded = load_at(b, pixel, place, 0, size)
+                for c in range(channels):
+                    x = _spread(b, loaded, groups, channels, window.filters, c)
+                    for (row, down), (o, tap) in itertools.product(window.met(i, window.high, window.down), users):
+                        weight, at = weights[down * row_weights + tap * channels + c], row * across + o
+                        sums[at] = fused_multiply_add(b, x, weight, sums[at], vector)
     return sums
 
 
@@ -73,26 +99,27 @@ def _few_steps(b: Any, first: Any, step: Any, count: int) -> list[Any]:
 
 @intrinsic
 def slide(
-    typing: Any, tile: Any, down: Any, taps: Any, stride: Any, channels: Any, filters: Any,
+    typing: Any, tile: Any, high: Any, down: Any, taps: Any, stride: Any, channels: Any, filters: Any,
     inputs: Any, line: Any, step: Any, weights: Any,
 ) -> tuple[Any, Codegen]:  # fmt: skip
-    """Return a run of outputs plus ``down`` rows of a filter: output ``o`` gains tap ``j`` times ``o * stride + j``.
+    """Return outputs plus ``down`` rows of a filter: output ``o`` of a row gains tap ``j`` times ``o * stride + j``.
 
-    A vector holds the outputs of whole groups of ``filters`` filters each, every group with its own ``channels``
-    channels. Pixels are ``step`` bytes apart from ``inputs`` on, rows of them ``line`` bytes; each is loaded once for
-    all who need it. ``weights`` are ``[down, taps, channels, lanes]``.
+    The tile is ``high`` rows of outputs, ``stride`` apart too. A vector holds the outputs of whole groups of
+    ``filters`` filters each, every group with its own ``channels`` channels. Pixels are ``step`` bytes apart from
+    ``inputs`` on, rows of them ``line`` bytes; each is loaded once for all who need it. ``weights`` are
+    ``[down, taps, channels, lanes]``.
     """
-    window = _Window.of(taps, stride, channels, filters)
+    window = _Window.of(high, down, taps, stride, channels, filters)
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        values, _, _, _, _, _, first, line, step, packed = arguments
-        for row in range(down.literal_value):
-            places = _few_steps(b, first, step, window.span(len(tile)))
-            values = context.make_tuple(b, tile, _slide(b, tile, window, values, places, packed, row))
+        first, line, step, packed = arguments[-4:]
+        lines = []
+        for _ in range(window.height()):
+            lines.append(_few_steps(b, first, step, window.span(len(tile) // window.high)))
             first = b.add(first, line)
-        return values
+        return context.make_tuple(b, tile, _slide(b, tile, window, arguments[0], lines, packed))
 
-    return tile(tile, down, taps, stride, channels, filters, inputs, line, step, weights), codegen
+    return tile(tile, high, down, taps, stride, channels, filters, inputs, line, step, weights), codegen
 
 
 @intrinsic
@@ -100,46 +127,11 @@ def slide_found(
     typing: Any, tile: Any, taps: Any, stride: Any, channels: Any, filters: Any, table: Any, offset: Any, weights: Any
 ) -> tuple[Any, Codegen]:
     """Do as ``slide`` does, for one row, with pixels that lie anywhere: ``offset`` bytes behind a table's addresses."""
-    window = _Window.of(taps, stride, channels, filters)
+    window = _Window(1, 1, *(literal.literal_value for literal in (taps, stride, channels, filters)))
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         starts = [load_at(b, I64, arguments[5], 8 * p, 8) for p in range(window.span(len(tile)))]
         places = [b.add(start, arguments[6]) for start in starts]
-        return context.make_tuple(b, tile, _slide(b, tile, window, arguments[0], places, arguments[7], 0))
+        return context.make_tuple(b, tile, _slide(b, tile, window, arguments[0], [places], arguments[7]))
 
     return tile(tile, taps, stride, channels, filters, table, offset, weights), codegen
-
-
-@intrinsic
-def slide_down(
-    typing: Any, tile: Any, high: Any, down: Any, taps: Any, stride: Any, inputs: Any, line: Any, step: Any,
-    weights: Any,
-) -> tuple[Any, Codegen]:  # fmt: skip
-    """Do as ``slide`` does for ``high`` rows of outputs, ``stride`` apart too: a pixel is loaded once for all of them.
-
-    The tile is ``[high, outputs of a row]``; every channel has one filter.
-    """
-    window = _Window(taps.literal_value, stride.literal_value, 1, 1)
-    filter_rows, vector, across = down.literal_value, tile.dtype, len(tile) // high.literal_value
-
-    def met(pixel: int, outputs: int, size: int) -> list[tuple[int, int]]:
-        """Return the outputs that see a pixel, and by which tap."""
-        taps = [(o, pixel - o * window.stride) for o in range(outputs)]
-        return [(o, tap) for o, tap in taps if 0 <= tap < size]
-
-    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        values, _, _, _, _, first, line, step, packed = arguments
-        sums, size = parts_of(b, values, len(tile)), vector.itemsize
-        numbers = range(filter_rows * window.taps)
-        weights = [load_at(b, vector.ir, packed, number * vector.lanes * size, size) for number in numbers]
-        for i in range((high.literal_value - 1) * window.stride + filter_rows):
-            for p, place in enumerate(_few_steps(b, first, step, window.span(across))):
-                x = load_at(b, vector.ir, place, 0, size)
-                for row, tap_row in met(i, high.literal_value, filter_rows):
-                    for o, tap in met(p, across, window.taps):
-                        weight = weights[tap_row * window.taps + tap]
-                        sums[row * across + o] = fused_multiply_add(b, x, weight, sums[row * across + o], vector)
-            first = b.add(first, line)
-        return context.make_tuple(b, tile, sums)
-
-    return tile(tile, high, down, taps, stride, inputs, line, step, weights), codegen

@@ -28,12 +28,12 @@ from convdispatch.backends import _rates
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
 from convdispatch.backends._epilogue import RELU, RELU6, finish
-from convdispatch.backends._jit import compilable
+from convdispatch.backends._jit import compilable, inlined
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import aligned
 from convdispatch.backends._packed import PackedBackend
-from convdispatch.backends._slide import slide, slide_down, slide_found
-from convdispatch.backends._threads import split
+from convdispatch.backends._slide import slide, slide_found
+from convdispatch.backends._threads import grid
 from convdispatch.backends._tile import add_to_all, add_to_each, clamp, store, zeros
 from convdispatch.backends._vector import hold, registers, vector_bytes
 from convdispatch.backends._windows import taps_inside
@@ -53,7 +53,7 @@ _TAPS = (7, 5, 3)
 #: Filters of so many rows and columns, one a channel, are done whole where they lie inside the image.
 _DOWN = 3
 _MOST_HIGH = 4
-#: A filter up to this width that is no such multiple is done a row at a time; wider ones, and narrow ones, by taps.
+#: A filter up to this width that is no such multiple is done a row at a time, a wider one by taps.
 _WIDEST = 31
 #: Channels of a group, each written out as code.
 _CHANNELS = 16
@@ -87,6 +87,20 @@ def _place(outputs, first, down, across):  # type: ignore[no-untyped-def]
             outputs[i, j] = first + i * down + j * across
 
 
+@inlined
+def _biased(count, bias, lanes, itemsize):  # type: ignore[no-untyped-def]
+    """Return ``count`` sums that begin as the bias at an address."""
+    return add_to_all(zeros(count, 1, lanes, itemsize), count, bias)
+
+
+@inlined
+def _leave(sums, count, outputs, offset, adds, beside, low, most):  # type: ignore[no-untyped-def]
+    """Store sums brought between two limits; with the residual ``beside`` bytes away, if there is one."""
+    if adds:
+        sums = add_to_each(sums, count, outputs, beside + offset)
+    store(clamp(sums, low, most), count, outputs, offset)
+
+
 @compilable
 def _spread(out, residual, bias, scratch, where, k0, member):  # type: ignore[no-untyped-def]
     """Store the sums of one of several filters of each channel, value by value, with bias and residual."""
@@ -114,17 +128,9 @@ _DONE_AT = 8 * _ARGUMENTS.done_at
 
 @functools.cache
 def _compiled(  # noqa: C901, PLR0915
-    tile: int,
-    high: int,
-    down: int,
-    taps: int,
-    stride: int,
-    dilated: bool,
-    group_c: int,
-    group_k: int,
-    lanes: int,
+    tile: int, high: int, down: int, taps: int, stride: int, dilated: bool, group_c: int, group_k: int, lanes: int,
     itemsize: int,
-) -> CompiledKernel:
+) -> CompiledKernel:  # fmt: skip
     """Return the kernel of one tile: ``taps`` of a filter's row at a time, whose outputs are ``stride`` pixels apart.
 
     With one tap at a time any stride and dilation will do, since then outputs share no pixel. A vector holds whole
@@ -137,9 +143,9 @@ def _compiled(  # noqa: C901, PLR0915
     span, all_sums = (tile - 1) * stride + taps, high * tile
 
     def convolve(arguments, job):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
-        """Compute rows ``part[0]`` to ``part[1]`` of all images."""
+        """Compute some rows of all images and some columns of these, as the job says."""
         x, w, bias, residual, out, zero, window, strip, code, slope, parts = unpack(arguments, itemsize)
-        part = parts[job]
+        first_row, last_row, first_column, last_column = parts[job]
         kh, kw, top, left, sh, sw, dh, dw = window
         height, width, channels = x.shape[1:]
         rows, columns, filters = out.shape[1:]
@@ -149,72 +155,66 @@ def _compiled(  # noqa: C901, PLR0915
         jump, phases = apart if taps > 1 else sw, min(apart, columns)
         line, reach = width * pixel, (span - 1) * jump + (kw - taps) * dw
         chunk, filter_bytes = dw * taps * pixel, kh * kw * tap_bytes
-        more = residual.ctypes.data - out.ctypes.data
+        adds, more = residual.size > 0, residual.ctypes.data - out.ctypes.data
         # Without a bias, vectors of zeros: a step of 0 stays with the first.
         start, start_step = (bias.ctypes.data, itemsize) if bias.size else (zero.ctypes.data, 0)
         low, most = (0.0 if RELU <= code <= RELU6 else -math.inf), (6.0 if code == RELU6 else math.inf)
+        finishes = code > RELU6 or (code > 0 and members > 1)
         pixels = np.empty(kh * (kw // taps) * span, np.int64)
         scratch = np.empty((tile, lanes), out.dtype)
         outputs = np.empty((high, tile), np.int64)
-        for begin in range(0, columns, strip):
-            upper, together = part[0], 0
-            for row in range(part[0], part[1]):
+        for begin in range(first_column, last_column, strip):
+            tiles = (min(strip, last_column - begin) + tile * apart - 1) // (tile * apart)
+            row = first_row
+            while row < last_row:
                 n, oh = divmod(row, rows)
                 above = oh * sh - top
-                first, last = taps_inside(above, dh, kh, height)
-                if row == upper + together:
-                    inside = above >= 0 and above + (high - 1) * sh + kh <= height and oh + high <= rows
-                    upper, together = row, high if inside and row + high <= part[1] else 1
-                tiles = (min(strip, columns - begin) + tile * apart - 1) // (tile * apart)
+                fits = above >= 0 and above + (high - 1) * sh + kh <= height and oh + high <= rows
+                together = high if fits and row + high <= last_row else 1
                 for task in range(tiles * phases):
                     number, phase = divmod(task, phases)
-                    o0 = min(begin // apart + number * tile, (columns - phase + apart - 1) // apart - tile)
+                    o0 = min(begin // apart + number * tile, (last_column - phase + apart - 1) // apart - tile)
                     ow = phase + o0 * apart
                     column = ow * sw - left
-                    if together > 1 and column >= 0 and column + reach < width:
-                        if row == upper:
-                            _place(outputs, out.ctypes.data + (row * columns + ow) * result, columns * result, result)
-                            for block in range(blocks):
-                                k0 = min(block * lanes, filters - lanes)
-                                here = x.ctypes.data + ((n * height + above) * width + column) * pixel + k0 * itemsize
-                                packed = w.ctypes.data + block * filter_bytes
-                                sums = add_to_all(
-                                    zeros(all_sums, 1, lanes, itemsize), all_sums, start + k0 * start_step
-                                )
-                                sums = slide_down(sums, high, down, taps, stride, here, line, pixel, packed)
-                                if residual.size:
-                                    sums = add_to_each(sums, all_sums, outputs.ctypes.data, more + k0 * itemsize)
-                                store(clamp(sums, low, most), all_sums, outputs.ctypes.data, k0 * itemsize)
-                            if code > RELU6:
-                                for r in range(high):
-                                    for o in range(tile):
-                                        finish(out[n, oh + r, ow + o], code, slope)
-                        continue
-                    places = (np.int64(out.ctypes.data) + (row * columns + ow) * result, apart * result)
-                    from_row = x.ctypes.data + ((n * height + above + first * dh) * width + column) * pixel
-                    weights = w.ctypes.data + first * kw * tap_bytes
-                    if members == 1 and column >= 0 and column + reach < width:
+                    inside = column >= 0 and column + reach < width
+                    if together > 1 and inside:
+                        _place(outputs, out.ctypes.data + (row * columns + ow) * result, columns * result, result)
+                        to = outputs.ctypes.data
+                        from_row = x.ctypes.data + ((n * height + above) * width + column) * pixel
                         for block in range(blocks):
                             k0 = min(block * lanes, filters - lanes)
-                            here, packed = from_row + k0 // group_k * group_c * itemsize, weights + block * filter_bytes
-                            sums = add_to_all(zeros(tile, 1, lanes, itemsize), tile, start + k0 * start_step)
-                            if last - first == down:
-                                sums = slide(
-                                    sums, down, taps, stride, group_c, group_k, here, dh * line, jump * pixel, packed
-                                )
-                            else:
-                                for _ in range(first, last):
-                                    for j in range(kw // taps):
-                                        at, taps_at = here + j * chunk, packed + j * taps * tap_bytes
-                                        sums = slide(
-                                            sums, 1, taps, stride, group_c, group_k, at, 0, jump * pixel, taps_at
-                                        )
-                                    here += dh * line
-                                    packed += kw * tap_bytes
-                            if residual.size:
-                                sums = add_to_each(sums, tile, places, more + k0 * itemsize)
-                            store(clamp(sums, low, most), tile, places, k0 * itemsize)
-                    else:
+                            here, packed = from_row + k0 * itemsize, w.ctypes.data + block * filter_bytes
+                            sums = _biased(all_sums, start + k0 * start_step, lanes, itemsize)
+                            sums = slide(sums, high, down, taps, stride, 1, 1, here, line, pixel, packed)
+                            _leave(sums, all_sums, to, k0 * itemsize, adds, more, low, most)
+                    for upper in range(0 if together > 1 and inside else together):
+                        from_top = above + upper * sh
+                        first, last = taps_inside(from_top, dh, kh, height)
+                        places = (np.int64(out.ctypes.data) + ((row + upper) * columns + ow) * result, apart * result)
+                        from_row = x.ctypes.data + ((n * height + from_top + first * dh) * width + column) * pixel
+                        weights = w.ctypes.data + first * kw * tap_bytes
+                        if members == 1 and inside:
+                            for block in range(blocks):
+                                k0 = min(block * lanes, filters - lanes)
+                                here = from_row + k0 // group_k * group_c * itemsize
+                                packed = weights + block * filter_bytes
+                                sums = _biased(tile, start + k0 * start_step, lanes, itemsize)
+                                if last - first == down:
+                                    sums = slide(
+                                        sums, 1, down, taps, stride, group_c, group_k, here, dh * line, jump * pixel,
+                                        packed,
+                                    )  # fmt: skip
+                                else:
+                                    for _ in range(first, last):
+                                        for j in range(kw // taps):
+                                            at, taps_at = here + j * chunk, packed + j * taps * tap_bytes
+                                            sums = slide(
+                                                sums, 1, 1, taps, stride, group_c, group_k, at, 0, jump * pixel, taps_at
+                                            )
+                                        here += dh * line
+                                        packed += kw * tap_bytes
+                                _leave(sums, tile, places, k0 * itemsize, adds, more, low, most)
+                            continue
                         found = _find(pixels, from_row, column, width, last - first, zero.ctypes.data, (
                             dh * line, kw // taps, taps * dw, span, jump, pixel))  # fmt: skip
                         for block in range(blocks):
@@ -231,16 +231,18 @@ def _compiled(  # noqa: C901, PLR0915
                                         offset, packed + i * taps * tap_bytes,
                                     )  # fmt: skip
                                 if members == 1:
-                                    if residual.size:
-                                        sums = add_to_each(sums, tile, places, more + k0 * itemsize)
-                                    store(clamp(sums, low, most), tile, places, k0 * itemsize)
+                                    _leave(sums, tile, places, k0 * itemsize, adds, more, low, most)
                                 else:
                                     store(sums, tile, (np.int64(scratch.ctypes.data), lanes * itemsize), 0)
-                                    added = residual[n, oh] if residual.size else residual.reshape(0, 0)
-                                    _spread(out[n, oh], added, bias, scratch, (ow, apart), k0, (members, member))
-                    if code and (members > 1 or code > RELU6):
-                        for o in range(tile):
-                            finish(out[n, oh, ow + o * apart], code, slope)
+                                    added = residual[n, oh + upper] if adds else residual.reshape(0, 0)
+                                    _spread(
+                                        out[n, oh + upper], added, bias, scratch, (ow, apart), k0, (members, member)
+                                    )
+                    if finishes:
+                        for upper in range(together):
+                            for o in range(tile):
+                                finish(out[n, oh + upper, ow + o * apart], code, slope)
+                row += together
         hold(pixels), hold(outputs)
         add(arguments + _DONE_AT, 1)
 
@@ -251,7 +253,7 @@ class Depthwise(PackedBackend):
     """Vectors along the channels, each of a group of few or of its own; any filter, stride, dilation and padding."""
 
     name = "depthwise"
-    version = 6
+    version = 7
 
     def rejects_plain(self, problem: Problem) -> str | None:
         """Return None, or why the problem is not depthwise, or that integers are missing."""
@@ -296,7 +298,7 @@ class Depthwise(PackedBackend):
         seconds = tiles * (row * _rows_inside(p) + _TILE_SECONDS / high)
         if not _shares_vectors(p) or p.epilogue.code > RELU6:
             seconds += tiles * tile * lanes * (_VALUE_SECONDS if p.epilogue.code <= RELU6 else 3 * _VALUE_SECONDS)
-        used = min(config.threads, machine.cores, p.n * p.oh)
+        used = min(config.threads, machine.cores, len(_jobs(p, tile, config.threads)))
         traffic = (math.prod(p.input_shape) + math.prod(p.output_shape)) * size
         missed = max(0, traffic - machine.caches[2] // 2) / _MEMORY_BYTES_PER_SECOND
         return _rates.shared(seconds + missed, used, call=3e-6)
@@ -314,11 +316,11 @@ class Depthwise(PackedBackend):
             k0 = min(block * lanes, p.k // members - lanes)
             vectors[...] = by_member[..., k0 : k0 + lanes]
         kept = np.empty(0, dtype_of(p.dtype)) if bias is None else np.array(bias)
-        parts = split(p.n * p.oh, 1 if config.threads == 1 else _PARTS * config.threads)
+        parts = _jobs(p, tile, config.threads)
         values = {
             "filters": packed, "bias": kept, "zero": aligned((p.c + 2 * lanes,), p.dtype),
             "window": (p.kh, p.kw, p.pads[0], p.pads[2], *p.strides, *p.dilations), "strip": _strip(p, tile),
-            "code": p.epilogue.code, "slope": p.epilogue.slope, "parts": np.array(parts, np.int64),
+            "code": p.epilogue.code, "slope": p.epilogue.slope, "parts": parts,
         }  # fmt: skip
         return PackedKernel(
             functools.partial(_kernel_of, p, tile, _high(p, config), lanes), p, values, len(parts), config.threads
@@ -326,6 +328,7 @@ class Depthwise(PackedBackend):
 
 
 _PARTS = 2  # jobs a thread, so that one that comes late finds work left
+_ROWS = 2  # of a job at least, or jobs are too uneven
 _FMA_SECONDS_PER_BYTE = 4.3e-12  # of a vector
 _LOAD_SECONDS = 2e-10
 _SPILLED = 1.6  # a tile and the filters of several channels do not all stay in registers, as a shorter tile's do
@@ -377,7 +380,7 @@ def _taps(problem: Problem, tile: int) -> tuple[int, int]:
     p, stride = problem, problem.strides[1]
     if tile == 1 or stride > 2 or (stride == 2 and p.dilations[1] > 1):
         return 1, 1
-    wide = p.kw if _TAPS[0] < p.kw <= _WIDEST else 1
+    wide = p.kw if p.kw <= _WIDEST else 1
     taps = next((taps for taps in _TAPS if p.kw % taps == 0), wide)
     return taps, stride if taps > 1 else 1
 
@@ -415,6 +418,21 @@ def _rows_inside(problem: Problem) -> float:
         above = p.pads[0] - i * p.dilations[0]
         total += max(0, min(p.oh, -(-(above + p.h) // p.strides[0])) - max(0, -(-above // p.strides[0])))
     return total / p.oh
+
+
+def _jobs(problem: Problem, tile: int, threads: int) -> Array:
+    """Return jobs, each some rows of all images and some columns of these: where they begin and end.
+
+    Rows are shared out; or columns, by whole tiles, if there are too few rows. Channels are not: every pixel would have
+    a line of cache that two threads write.
+    """
+    p, jobs = problem, 1 if threads == 1 else _PARTS * threads
+    rows, whole = p.n * p.oh, tile * p.dilations[1]
+    tiles = max(1, p.ow // whole)
+    by_columns = rows < _ROWS * jobs and tiles > rows
+    parts = grid((rows, 1 if by_columns else jobs), (tiles, jobs if by_columns else 1)) * np.array((1, 1, whole, whole))
+    parts[parts[:, 3] == tiles * whole, 3] = p.ow  # what is less than a tile is moved back, but not into another job
+    return parts
 
 
 def _strip(problem: Problem, tile: int) -> int:

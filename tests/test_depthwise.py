@@ -10,7 +10,7 @@ from strategies import Case, examples, numbers
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort
 from convdispatch.backends._vector import registers, vector_bytes
-from convdispatch.backends.depthwise import Depthwise
+from convdispatch.backends.depthwise import Depthwise, _jobs
 from convdispatch.epilogue import ACTIVATIONS, Epilogue
 from convdispatch.errors import ArgumentError
 from convdispatch.problem import Problem
@@ -135,10 +135,21 @@ def depthwise_problems(draw: st.DrawFn) -> Problem:
     )  # fmt: skip
 
 
-@given(problem=depthwise_problems(), seed=st.integers(0, 99))
+@given(problem=depthwise_problems(), seed=st.integers(0, 99), threads=st.integers(1, 3))
 @examples(40)
-def test_any_depthwise_problem_is_right(problem: Problem, seed: int) -> None:
-    check(problem, seed=seed)
+def test_any_depthwise_problem_is_right(problem: Problem, seed: int, threads: int) -> None:
+    check(problem, Config(PLAIN, threads=threads), seed)
+
+
+@pytest.mark.parametrize("text", [
+    "1x1x100x32 * 1x4x1x32 VALID +bias +relu", "1x1x61x8 * 1x5x1x24 SAME +residual +gelu",
+    "1x2x90x20 * 3x3x1x20 SAME dilation=1x3 +bias +residual +silu", "2x1x70x19 * 1x31x1x19 SAME stride=2",
+])  # fmt: skip
+def test_threads_share_the_columns_of_lines(text: str) -> None:
+    problem = Problem.parse(text)
+    assert len(_jobs(problem, 7, 3)) > problem.n * problem.oh
+    for threads in (1, 2, 3):
+        check(problem, Config(PLAIN, threads=threads))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
