@@ -7,11 +7,18 @@ from convdispatch.machine import Machine, current
 
 #: FLOP/s of one core for each byte of vector width, in float32.
 _PEAK_PER_BYTE = 1.8e9
+#: Bytes a second that a thread reads from caches beyond its own, or from memory, if it reads on and on.
+_CACHED_BYTES, _MEMORY_BYTES = 6.4e10, 2e10
 
 
 def peak(machine: Machine, itemsize: int) -> float:
     """Return the FLOP/s of one core in vectors of floats of so many bytes."""
     return _PEAK_PER_BYTE * machine.vector_bytes * 4 / itemsize
+
+
+def filter_seconds(filter_bytes: int, machine: Machine) -> float:
+    """Return how long one thread waits for so many bytes of filters, once, from where they stay between calls."""
+    return filter_bytes / (_CACHED_BYTES if filter_bytes <= machine.caches[2] else _MEMORY_BYTES)
 
 
 def ranked(

@@ -42,8 +42,11 @@ from convdispatch.errors import ArgumentError
 #: Tiles, rows x vectors, by the number of vector registers: sums, one input and the filters' vectors fit in them.
 _TILES = {32: ((6, 4), (5, 4), (14, 2), (8, 2), (8, 3), (10, 1)), 16: ((6, 2), (4, 3), (5, 2), (12, 1), (7, 1))}
 
-#: The same of half vectors, for filters that do not fill whole ones.
-_NARROW_TILES = {32: ((8, 3), (5, 5), (14, 1)), 16: ()}
+#: The same for so few pixels that the others would do most of their rows for nothing.
+_FEW_TILES = {32: ((1, 8), (1, 4), (2, 8), (2, 4)), 16: ((1, 8), (1, 4), (2, 6), (2, 4))}
+
+#: Tiles of half vectors, with 32 registers, for filters that do not fill whole ones.
+_NARROW_TILES = ((8, 3), (5, 5), (14, 1))
 
 _MOST_ROWS, _MOST_VECTORS = 28, 8
 
@@ -53,9 +56,15 @@ def register_tiles() -> tuple[tuple[int, int], ...]:
     return _TILES[registers()]
 
 
+def few_tiles(pixels: int) -> list[tuple[int, int]]:
+    """Return the tiles, rows x vectors, for fewer pixels than the others have rows; none where there are more."""
+    enough = [tile for tile in _FEW_TILES[registers()] if tile[0] >= pixels]
+    return [tile for tile in enough if tile[0] == enough[0][0]]
+
+
 def narrow_tiles() -> tuple[tuple[int, int], ...]:
-    """Return the tiles, rows x half vectors, that suit the registers."""
-    return _NARROW_TILES[registers()] if vector_bytes() == WIDEST else ()
+    """Return the tiles, rows x half vectors, where vectors are the widest that there are."""
+    return _NARROW_TILES if vector_bytes() == WIDEST else ()
 
 
 def register_tile(config: Config, backend: str, tiles: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -430,7 +430,8 @@ def _jobs(problem: Problem, tile: int, threads: int) -> Array:
     rows, whole = p.n * p.oh, tile * p.dilations[1]
     tiles = max(1, p.ow // whole)
     by_columns = rows < _ROWS * jobs and tiles > rows
-    parts = grid((rows, 1 if by_columns else jobs), (tiles, jobs if by_columns else 1)) * np.array((1, 1, whole, whole))
+    parts = grid((rows, 1 if by_columns else jobs), (tiles, jobs if by_columns else 1)).copy()
+    parts[:, 2:] *= whole
     parts[parts[:, 3] == tiles * whole, 3] = p.ow  # what is less than a tile is moved back, but not into another job
     return parts
 

@@ -20,7 +20,7 @@ from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import aligned, by_blocks, streams
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._threads import grid
-from convdispatch.backends._tile import narrow_tiles, register_tile, register_tiles
+from convdispatch.backends._tile import few_tiles, narrow_tiles, register_tile, register_tiles
 from convdispatch.backends._vector import halves_are_free, vector_bytes
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine
@@ -99,7 +99,7 @@ class ImplicitGemm(PackedBackend):
     """Tiles of outputs summed in registers, the input read where it lies; any filter, stride and padding."""
 
     name = "implicit_gemm"
-    version = 10
+    version = 11
 
     def configs(self, problem: Problem, effort: Effort) -> Sequence[Config]:
         """Return tiles, the one with the smallest estimate first."""
@@ -166,8 +166,8 @@ class ImplicitGemm(PackedBackend):
             each = tiles * blocks * 8e-9 + copied / _STAGED_BYTES_PER_SECOND
         else:
             each = tiles * (blocks * 15e-9 + rows * (4e-9 + _border(p) * p.kh * p.kw * 2e-9))
-        traffic = blocks * block * p.taps * item_bytes(p.dtype) / _FILTER_BYTES_PER_SECOND
-        traffic *= down if blocks * block * p.taps * item_bytes(p.dtype) > 1 << 19 else 1
+        filters = blocks * block * p.taps * item_bytes(p.dtype)
+        traffic = _rates.filter_seconds(filters, machine) * (down if filters > 1 << 19 else 1)
         used = min(config.threads, machine.cores, down * across)
         return _rates.shared(compute + each + traffic, used, efficiency=0.98)
 
@@ -219,7 +219,6 @@ _NARROW = 1.1  # measured: there are more loads and instructions for as many pro
 _L1_PERIOD = 4096
 _CROWDED = 0.65  # measured: 14 pixels in 8 places take 1.25 to 1.55 times as long, 10 no longer
 
-_FILTER_BYTES_PER_SECOND = 3e10
 _STAGED_BYTES_PER_SECOND = 1.2e10
 
 
@@ -239,7 +238,10 @@ def _whole_tiles(problem: Problem) -> list[Config]:
     least = min(vectors for _, vectors in all_of_them)
     wide = -(-problem.group_k // lanes)
     usual = [tile for tile in all_of_them if tile[1] <= max(least, wide)]
-    return [Config(rows=rows, vectors=vectors) for rows, vectors in usual if wide == 1 or rows * vectors >= _LEAST_SUMS]
+    usual = [(rows, vectors) for rows, vectors in usual if wide == 1 or rows * vectors >= _LEAST_SUMS]
+    few = few_tiles(problem.n * problem.oh * problem.ow)
+    few = [tile for tile in few if tile[1] <= max(wide, few[-1][1])]
+    return [Config(rows=rows, vectors=vectors) for rows, vectors in few + usual]
 
 
 def _narrow_tiles(problem: Problem) -> list[Config]:

@@ -222,7 +222,8 @@ class Numba(Backend):
         products = p.n * p.oh * p.ow * p.k * p.taps / rate
         outputs = p.n * p.oh * p.ow * p.k * (2e-9 if not p.epilogue.code else 6e-9)
         used = min(threads, p.n * p.oh)
-        return _rates.shared(products + outputs, used, efficiency=0.9, call=10e-6, launch=_LAUNCH_SECONDS)
+        coming = _rates.filter_seconds(p.k * p.taps * item_bytes(p.dtype), machine)
+        return _rates.shared(products + outputs + coming, used, efficiency=0.9, call=10e-6, launch=_LAUNCH_SECONDS)
 
     def prepare(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> Kernel:
         """Copy the filters; compile for the dtype if that has not been done."""

@@ -67,7 +67,6 @@ _WRONG_SIZE = "filters are {}x{}, not 3x3, 5x5, or one row or column of 3, 5, 7 
 _FLOPS = 1.1e11  # of the products, float32
 _TRANSFORM_VALUES = 1e10  # values of one-dimensional transforms a second
 _PIXEL_SECONDS = 1.5e-9  # finding one pixel of a tile
-_FILTER_BYTES, _FILTER_BYTES_FROM_MEMORY = 6.4e10, 2e10  # transformed filters on their way from far caches
 
 
 @dataclass(frozen=True)
@@ -337,10 +336,10 @@ class Winograd(PackedBackend):
         touched = form.groups * form.points * form.fold + math.prod(m) * jobs.blocks
         pixels = jobs.tiles * touched * _PIXEL_SECONDS
         filter_bytes = form.points * form.depth * filters * size
-        rate = _FILTER_BYTES if filter_bytes <= machine.caches[2] else _FILTER_BYTES_FROM_MEMORY
+        coming = jobs.down * _rates.filter_seconds(filter_bytes, machine)
         transforms = values * (max(n) + 1) / 2 / (_TRANSFORM_VALUES * width * 4)
         used = min(config.threads, machine.cores, jobs.down * jobs.across)
-        return _rates.shared(products + transforms + pixels + jobs.down * filter_bytes / rate, used)
+        return _rates.shared(products + transforms + pixels + coming, used)
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Transform the filters in float64 and round them once."""

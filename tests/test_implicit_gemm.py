@@ -17,7 +17,7 @@ from strategies import judge
 from convdispatch import registry
 from convdispatch.backend import Config
 from convdispatch.backends import _indirect, _memory, implicit_gemm
-from convdispatch.backends._tile import narrow_tiles, register_tiles
+from convdispatch.backends._tile import few_tiles, narrow_tiles, register_tiles
 from convdispatch.backends._vector import vector_bytes
 from convdispatch.backends.implicit_gemm import ImplicitGemm
 from convdispatch.errors import ArgumentError
@@ -64,6 +64,28 @@ def test_so_does_every_tile_of_half_vectors(text: str, tile: tuple[int, int]) ->
     half = vector_bytes() // np.dtype(problem.dtype).itemsize // 2
     for threads in (1, 3):
         check(problem, Config(rows=tile[0], vectors=tile[1], lanes=half, threads=threads))
+
+
+@pytest.mark.parametrize("text", [
+    "1x1x1x40 * 1x1x40x150 VALID +bias +gelu", "2x1x1x33 * 1x1x33x20 VALID +residual", "1x3x3x8 * 3x3x8x70 VALID +relu",
+    "1x1x1x6 * 3x3x6x9 SAME", "2x1x1x48 * 1x1x16x48 VALID +bias", "1x1x1x40 * 1x1x40x150 VALID float64",
+])  # fmt: skip
+def test_few_pixels_have_tiles_of_their_own(text: str) -> None:
+    problem = Problem.parse(text)
+    pixels = problem.n * problem.oh * problem.ow
+    configs = GEMM.configs(problem, "exhaustive")
+    few = [config for config in configs if config.integer("rows", 0) == pixels]
+    assert few
+    assert {(pixels, config.integer("vectors", 0)) for config in few} <= set(few_tiles(pixels))
+    assert problem.group_k < vector_bytes() // 4 * 2 or configs[0] in few
+    for config in few:
+        for threads in (1, 3):
+            check(problem, Config(config, threads=threads))
+
+
+def test_more_pixels_have_none() -> None:
+    for text in ("3x1x1x64 * 1x1x64x64 VALID", "1x2x2x64 * 3x3x64x64 SAME"):
+        assert min(config.integer("rows", 0) for config in GEMM.configs(Problem.parse(text), "exhaustive")) >= 4
 
 
 @pytest.mark.skipif(not narrow_tiles(), reason="half vectors are for AVX-512")
