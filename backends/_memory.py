@@ -11,8 +11,8 @@ from convdispatch.machine import current
 
 CACHE_LINE = 64
 
-#: Of the last cache, this part is left to an output: others use it, too.
-_CACHED_OUTPUT = 0.4
+#: Of the last cache, this part is left to an output, as a rule: others use it, too.
+CACHED_OUTPUT = 0.4
 
 _HEAD = object.__basicsize__
 _word_at = ctypes.c_size_t.from_address
@@ -84,7 +84,7 @@ def by_phases(filters: Array, period: int) -> Array:
     return whole.reshape(rows, period, columns, period, *rest)
 
 
-def streams(shape: tuple[int, ...], itemsize: int, run: int, row: int) -> bool:
+def streams(shape: tuple[int, ...], itemsize: int, run: int, row: int, part: float = CACHED_OUTPUT) -> bool:
     """Return whether outputs are better written past the caches, which hold the input and other things too.
 
     Args:
@@ -92,6 +92,7 @@ def streams(shape: tuple[int, ...], itemsize: int, run: int, row: int) -> bool:
         itemsize: bytes of a value.
         run: values that are written at a time; they must be whole cache lines.
         row: values from one run's beginning to the next's; they must be so too, or lines would begin elsewhere.
+        part: of the last cache, which is left to the output.
     """
     whole = run * itemsize % CACHE_LINE == row * itemsize % CACHE_LINE == 0
-    return whole and math.prod(shape) * itemsize > _CACHED_OUTPUT * current().caches[2]
+    return whole and math.prod(shape) * itemsize > part * current().caches[2]

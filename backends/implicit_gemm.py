@@ -37,6 +37,9 @@ _MOST_RANGES = 1 << 16
 _WASTE, _MOST_COPIED = 1.08, 16 << 10
 #: With groups, whose channels lie side by side in lines' copies, more waste is worth it.
 _WASTE_BY_GROUPS = 1.15
+#: An output is written past the caches only if it is as large as the last of them. One of half that size takes 1.3 to
+#: 1.5 times as long that way, however it is with what is written in other orders; a larger one as long either way.
+_CACHED_OUTPUT = 1.0
 #: Fewer sums than these wait for one another, unless a wider tile would waste more: with a single vector of filters.
 _LEAST_SUMS = 8
 
@@ -187,8 +190,8 @@ class ImplicitGemm(PackedBackend):
             parts = np.ascontiguousarray(np.roll(grid((blocks, across), (tiles, down)), 2, axis=1))
         values = {
             "filters": packed, "bias": added.reshape(-1),
-            "streamed": streams(p.output_shape, item_bytes(p.dtype), block, p.group_k), "code": p.epilogue.code,
-            "slope": p.epilogue.slope, "parts": parts,
+            "streamed": streams(p.output_shape, item_bytes(p.dtype), block, p.group_k, _CACHED_OUTPUT),
+            "code": p.epilogue.code, "slope": p.epilogue.slope, "parts": parts,
         }  # fmt: skip
         if _is_in_line(p, tile[0]):
             values |= {"pads": p.pads[::2], "strides": p.strides, "dilations": p.dilations}
