@@ -81,8 +81,8 @@ def _transform(  # type: ignore[no-untyped-def]
 
 @compilable
 def _enter(  # type: ignore[no-untyped-def]
-    x, tiles, pads, dilations, channel, runs, first, span, values, patch, half, m0, r0, n0, m1, r1, n1, stride, lanes,
-    itemsize,
+    x, tiles, pads, strides, dilations, channel, runs, first, span, values, patch, half, m0, r0, n0, m1, r1, n1, stride,
+    lanes, itemsize,
 ):  # fmt: skip
     """Transform tiles of channels ``channel`` on into ``values [points, tiles * padded]``.
 
@@ -100,7 +100,7 @@ def _enter(  # type: ignore[no-untyped-def]
         image, (oh, ow) = place[0], corner(place, (m0, m1), dilations)
         place = following(place, tiles, dilations)
         for row in range(fold):
-            top, left = oh * stride * fold - pads[0] + row, ow * stride * fold - pads[1]
+            top, left = oh * strides[0] - pads[0] + row, ow * strides[1] - pads[1]
             start = x[0] + ((image * x[2] + top) * x[3] + left) * pixel + channel * itemsize
             down, across = steps[0] * x[3] * pixel, steps[1] * pixel
             bottom, right = top + (n0 - 1) * steps[0], left + (n1 - 1) * steps[1] + fold
@@ -123,7 +123,7 @@ def is_staged(groups: int, dilations: tuple[int, int]) -> bool:
 
 @compilable
 def stage_shape(
-    tiles: int, shape: tuple[int, int], staged: bool, m: tuple[int, int], stride: int, n: tuple[int, int]
+    tiles: int, shape: tuple[int, int], staged: bool, m: tuple[int, int], strides: tuple[int, int], n: tuple[int, int]
 ) -> tuple[int, int]:
     """Return most rows, and the columns, of the copy from which so many tiles of an image are read; 0 if there is none.
 
@@ -133,13 +133,13 @@ def stage_shape(
         return 0, 0
     down, across = -(-shape[0] // m[0]), -(-shape[1] // m[1])
     rows = min(down, (tiles - 1) // across + 2)
-    return (rows - 1) * m[0] * stride + n[0], (across - 1) * m[1] * stride + n[1]
+    return (rows - 1) * m[0] * strides[0] + n[0], (across - 1) * m[1] * strides[1] + n[1]
 
 
 @compilable
 def _enter_group(  # type: ignore[no-untyped-def]
-    x, stage, tiles, pads, runs, channel, first, count, values, patch, half, m0, r0, n0, m1, r1, n1, stride, share,
-    lanes, itemsize,
+    x, stage, tiles, pads, strides, runs, channel, first, count, values, patch, half, m0, r0, n0, m1, r1, n1, stride,
+    share, lanes, itemsize,
 ):  # fmt: skip
     """Do as ``_enter`` does for the channels of a group, image by image from a copy with zeros around it.
 
@@ -153,12 +153,12 @@ def _enter_group(  # type: ignore[no-untyped-def]
         image, _, _, i, _ = place_of(first + begin, tiles, (1, 1))
         end = min(count, (image + 1) * tiles[0] * tiles[1] - first)
         oh, last = i * m0, place_of(first + end - 1, tiles, (1, 1))[3] * m0
-        where = image, oh * stride - pads[0], -pads[1]
-        copy_group(stage, x, where, channel, (last - oh) * stride + n0, share, lanes, itemsize)
+        where = image, oh * strides[0] - pads[0], -pads[1]
+        copy_group(stage, x, where, channel, (last - oh) * strides[0] + n0, share, lanes, itemsize)
         size = rows * columns * group_c * itemsize
         here = (np.int64(stage.ctypes.data) - image * size, image + 1, rows, columns, group_c)
         _enter(
-            here, tiles, (oh * stride, 0), (1, 1), 0, runs, first, (begin, end), values, patch, half,
+            here, tiles, (oh * strides[0], 0), strides, (1, 1), 0, runs, first, (begin, end), values, patch, half,
             m0, r0, n0, m1, r1, n1, stride, lanes, itemsize,
         )  # fmt: skip
         begin = end
@@ -309,7 +309,7 @@ def _leave(  # type: ignore[no-untyped-def]
 #: ``filters`` is ``[groups, blocks of a group, points, values summed, block]``, its ends zeros; so is ``bias``.
 ARGUMENTS = Arguments(
     input=array_of(4), filters=array_of(5), bias=array_of(1), residual=array_of(4), out=array_of(4),
-    pads=integers_of(2), dilations=integers_of(2), groups=INTEGER, code=INTEGER, slope=FLOAT,
+    pads=integers_of(2), strides=integers_of(2), dilations=integers_of(2), groups=INTEGER, code=INTEGER, slope=FLOAT,
     parts=array_of(2, "int64"), spoiled=INTEGER,
 )  # fmt: skip
 unpack = ARGUMENTS.unpack
@@ -332,7 +332,7 @@ def compiled(
 
     def convolve(arguments, number):  # type: ignore[no-untyped-def]
         """Compute the tiles ``part[0:2]`` for the blocks of filters ``part[2:4]``."""
-        x, u, bias, residual, out, pads, dilations, groups, code, slope, parts, _ = unpack(arguments, itemsize)
+        x, u, bias, residual, out, pads, strides, dilations, groups, code, slope, parts, _ = unpack(arguments, itemsize)
         first, last, first_block, last_block = parts[number]
         group_k, per_group = out.shape[3] // groups, u.shape[1]
         group_c = x.shape[3] // groups
@@ -342,7 +342,7 @@ def compiled(
         count, tiles = last - first, tiles_of_picture(out.shape, (m0, m1), dilations)
         entering, leaving = odd_lines(count * padded, itemsize), odd_lines(count * block, itemsize)
         beyond = -(-least * max(padded, block) // lanes) * lanes  # a register tile may be longer than what is left
-        high, wide = stage_shape(count, out.shape[1:3], staged, (m0, m1), stride, (n0, n1))
+        high, wide = stage_shape(count, out.shape[1:3], staged, (m0, m1), strides, (n0, n1))
         room = -(-runs[1] // lanes) * lanes
         # One allocation for all: small layers take no longer than a few of them. What may be stored beyond the
         # products lies behind them and in front of the rest.
@@ -364,13 +364,13 @@ def compiled(
                 entered = group
                 if staged:
                     _enter_group(
-                        x, stage, tiles, pads, runs, group * group_c, first, count, values, patch, half,
+                        x, stage, tiles, pads, strides, runs, group * group_c, first, count, values, patch, half,
                         m0, r0, n0, m1, r1, n1, stride, share, lanes, itemsize,
                     )  # fmt: skip
                 else:
                     _enter(
-                        here, tiles, pads, dilations, group * group_c, runs, first, (np.int64(0), count), values,
-                        patch, half, m0, r0, n0, m1, r1, n1, stride, lanes, itemsize,
+                        here, tiles, pads, strides, dilations, group * group_c, runs, first, (np.int64(0), count),
+                        values, patch, half, m0, r0, n0, m1, r1, n1, stride, lanes, itemsize,
                     )  # fmt: skip
             packed = u.ctypes.data + task * points * point_bytes
             added = bias.ctypes.data + task * step if bias.size else 0

@@ -1,4 +1,4 @@
-"""``winograd``: 3x3 and 5x5 filters, and those of one row or column, by minimal filtering, F(m x m, r x r) or F(m, r).
+"""``winograd``: filters of 2 to 5 or 7 rows and columns, or of one of both, by minimal filtering, F(m x m, r x r).
 
 The output is cut into tiles of m x m pixels. A tile needs n x n input pixels, n = m + r - 1; these and the filters are
 transformed so that convolving becomes n * n independent products of matrices ``[tiles, C] @ [C, K]``, whose results are
@@ -37,15 +37,21 @@ from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine, current
 from convdispatch.problem import Problem
 
-#: Sides of output tiles by the filters' side and the stride. F(5) suits images of 10, 14, 15 or 20 pixels a side.
-SIZES = {(3, 1): (2, 4, 5, 6), (5, 1): (2, 4), (3, 2): (2, 4), (5, 2): (2,)}
-#: Lengths of tiles for filters of one row or column, by the filter's length, of stride 1.
-LENGTHS = {3: (2, 4, 6), 5: (2, 4, 6), 7: (2, 4, 6), 9: (2, 4)}
-#: Of so many inputs on, tiles are for no more channels than these: errors grow with both, and 512 channels brought
-#: F(6, 7) near the bound of `standard`.
-_LONG, _CHANNELS_OF_LONG = 12, 256
-#: Folded: the side of tiles, the sides of filters that are left, and most channels of what is then a pixel.
-_FOLDED_SIZE, _FOLDED_FILTERS, _FOLDED_CHANNELS = 4, (3, 4), 64
+#: Sides of output tiles by the taps along an axis and the stride. F(5) suits images of 10, 14, 15 or 20 pixels a side.
+SIZES = {
+    (2, 1): (2, 4), (3, 1): (2, 4, 5, 6), (4, 1): (2, 3, 4), (5, 1): (2, 4), (7, 1): (2,),
+    (3, 2): (2, 4), (4, 2): (2, 4), (5, 2): (2,),
+}  # fmt: skip
+#: Lengths of tiles, likewise, for filters of one row or column.
+LENGTHS = {
+    (2, 1): (2, 4), (3, 1): (2, 4, 6), (4, 1): (2, 4, 6), (5, 1): (2, 4, 6), (7, 1): (2, 4, 6), (9, 1): (2, 4),
+    (3, 2): (4, 6), (4, 2): (4, 6), (5, 2): (4, 6), (7, 2): (4,),
+}  # fmt: skip
+#: Transforms that enlarge errors more than this are for no more channels than these: errors grow with both, and 512
+#: channels brought F(6, 7) near the bound of `standard`.
+_ROUGH, _CHANNELS_OF_ROUGH = 300, 256
+#: Folded: the side of tiles, least and most taps that are left, and most channels of what is then a pixel.
+_FOLDED_SIZE, _FOLDED_TAPS, _FOLDED_CHANNELS = 4, (2, 4), 64
 #: Scratch for the tiles of one job: about what a second-level cache holds. But never fewer than LEAST_TILES, or the
 #: filters, read again for every job, would be most of the traffic.
 BLOCK_BYTES = 768 << 10
@@ -61,7 +67,7 @@ _WASTE = 1.05
 #: A dilation may make so many pictures, be there pixels for all of them or not.
 _PICTURES = 1 << 10
 
-_WRONG_SIZE = "filters are {}x{}, not 3x3, 5x5, or one row or column of 3, 5, 7 or 9 taps"
+_WRONG_SIZE = "filters are {}x{}; it does sides of 2, 3, 4, 5 and 7 taps, and a single row or column of these or 9"
 
 # Rates of one core with 64-byte vectors; narrower ones are slower in proportion.
 _FLOPS = 1.1e11  # of the products, float32
@@ -124,20 +130,29 @@ def _folds(problem: Problem) -> bool:
     p, stride = problem, problem.strides[0]
     return (
         p.groups == 1 and stride > 1 and p.strides == (stride, stride) and p.dilations == (1, 1) and p.kh == p.kw
-        and -(-p.kh // stride) in _FOLDED_FILTERS and stride * stride * p.c <= _FOLDED_CHANNELS
+        and _FOLDED_TAPS[0] <= p.kh / stride <= _FOLDED_TAPS[1] and stride * stride * p.c <= _FOLDED_CHANNELS
     )  # fmt: skip
 
 
+def _axes(problem: Problem) -> list[tuple[int, int]]:
+    """Return the taps and the stride of the axes along which there is more than one tap."""
+    p = problem
+    return [(taps, stride) for taps, stride in zip((p.kh, p.kw), p.strides, strict=True) if taps > 1]
+
+
+@functools.lru_cache(maxsize=1024)
 def _known_sizes(problem: Problem) -> tuple[int, ...]:
     """Return the sides of output tiles, or their lengths, that there are for a filter and stride."""
-    p = problem
-    if p.kh == p.kw:
-        return SIZES.get((p.kh, p.strides[0]), ())
-    if min(p.kh, p.kw) > 1 or p.strides != (1, 1):
+    axes = _axes(problem)
+    if len(axes) == 1:
+        ((taps, stride),) = axes
+        rough = problem.group_c > _CHANNELS_OF_ROUGH
+        lengths = LENGTHS.get((taps, stride), ())
+        return tuple(m for m in lengths if not (rough and amplification(m, taps, stride) > _ROUGH))
+    if not axes or axes[0][1] != axes[1][1]:
         return ()
-    taps = max(p.kh, p.kw)
-    longest = _LONG if p.group_c > _CHANNELS_OF_LONG else _LONG + 1
-    return tuple(m for m in LENGTHS.get(taps, ()) if m + taps - 1 < longest)
+    down, across = (SIZES.get(axis, ()) for axis in axes)
+    return tuple(m for m in down if m in across)
 
 
 def _form(problem: Problem, config: Config) -> _Form:
@@ -154,7 +169,9 @@ def _form(problem: Problem, config: Config) -> _Form:
         return _Form((m, m), (taps, taps), 1, stride, stride * p.c, 1, p.k)
     share = _sharing(p)
     outputs = m if p.kh > 1 else 1, m if p.kw > 1 else 1
-    return _Form(outputs, (p.kh, p.kw), stride, 1, share * p.group_c, p.groups // share, share * p.group_k, share)
+    return _Form(
+        outputs, (p.kh, p.kw), _axes(p)[0][1], 1, share * p.group_c, p.groups // share, share * p.group_k, share
+    )
 
 
 def _sharing(problem: Problem) -> int:
@@ -253,7 +270,7 @@ def _scratch(problem: Problem, form: _Form, jobs: _Jobs) -> int:
     copied = form.points * form.padded(lanes) // form.fold + jobs.tile[0] * max(form.padded(lanes), jobs.block)
     copied += (form.points + 2 * form.m[1]) * lanes
     stage: tuple[int, int] = stage_shape(
-        jobs.count, (p.oh, p.ow), is_staged(p.groups, p.dilations), form.m, form.stride, form.n
+        jobs.count, (p.oh, p.ow), is_staged(p.groups, p.dilations), form.m, p.strides, form.n
     )
     a_point: int = odd_lines(entered, size) + odd_lines(left, size)
     return form.points * a_point + copied + math.prod(stage) * form.run
@@ -279,22 +296,19 @@ def _growth(problem: Problem, config: Config) -> float:
 
 
 class Winograd(PackedBackend):
-    """Minimal filtering, for 3x3, 5x5 and one row or column of taps, of stride 1, any dilation; and of stride 2."""
+    """Minimal filtering: small filters and lines of taps, of stride 1 and any dilation, or of stride 2."""
 
     name = "winograd"
-    version = 11
+    version = 12
     packing_cost = (5e-5, 1.6e-9)
     numerics = Numerics("transform", growth=_growth)
 
     def rejects_plain(self, problem: Problem) -> str | None:
         """Return the first thing about the problem that the algorithm has no answer to."""
-        kh, kw, strides, folds = problem.kh, problem.kw, problem.strides, _folds(problem)
+        kh, kw, strides, known = problem.kh, problem.kw, problem.strides, _folds(problem) or bool(_known_sizes(problem))
         checks = (
-            (not (folds or _known_sizes(problem.replace(strides=(1, 1)))), _WRONG_SIZE.format(kh, kw)),
-            (
-                strides[0] != strides[1] or not (folds or _known_sizes(problem)),
-                "strides leave out the neighbours whose work is shared; 1 is done, and 2 of square filters",
-            ),
+            (not (known or _known_sizes(problem.replace(strides=(1, 1)))), _WRONG_SIZE.format(kh, kw)),
+            (not known, "strides leave out the neighbours whose work is shared; 1 is done, and 2 for some filters"),
             (strides != (1, 1) and problem.dilations != (1, 1), "its tiles have a stride or a dilation, not both"),
             (
                 math.prod(problem.dilations) > max(_PICTURES, problem.oh * problem.ow),
@@ -337,7 +351,7 @@ class Winograd(PackedBackend):
         pixels = jobs.tiles * touched * _PIXEL_SECONDS
         filter_bytes = form.points * form.depth * filters * size
         coming = jobs.down * _rates.filter_seconds(filter_bytes, machine)
-        transforms = values * (max(n) + 1) / 2 / (_TRANSFORM_VALUES * width * 4)
+        transforms = values * (max(n) / form.stride + 1) / 2 / (_TRANSFORM_VALUES * width * 4)
         used = min(config.threads, machine.cores, jobs.down * jobs.across)
         return _rates.shared(products + transforms + pixels + coming, used)
 
@@ -355,7 +369,7 @@ class Winograd(PackedBackend):
             added = by_blocks(_in_turn(bias, form).reshape(form.groups, form.filters), jobs.block)
         parts = grid((jobs.tiles, jobs.down), (jobs.blocks, jobs.across))
         values = {
-            "filters": packed, "bias": added.reshape(-1), "pads": p.pads[::2],
+            "filters": packed, "bias": added.reshape(-1), "pads": p.pads[::2], "strides": p.strides,
             "dilations": p.dilations, "groups": form.groups, "code": p.epilogue.code, "slope": p.epilogue.slope,
             "parts": parts,
         }  # fmt: skip

@@ -54,7 +54,7 @@ def test_photograph(tmp_path: Path) -> None:
         ratios = [float(row["ratio"]) for row in table]
         assert ratios[0] == 1
         assert ratios == sorted(ratios)
-    assert "winograd     cannot: filters are 31x31, not 3x3" in done.stdout
+    assert "winograd     cannot: filters are 31x31; it does sides" in done.stdout
     assert figure.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     pixels = np.asarray(image.imread(figure))[..., :3]
     height, width = pixels.shape[:2]

@@ -12,7 +12,7 @@ from convdispatch.backends._linear import Arithmetic, product
 from convdispatch.backends._toomcook import strided
 
 ALGORITHMS = sorted(
-    {(m, r, stride) for (r, stride), sizes in winograd.SIZES.items() for m in sizes}
+    {(m, *axis) for known in (winograd.SIZES, winograd.LENGTHS) for axis, sizes in known.items() for m in sizes}
     | {(m, m, 1) for m in fast_fir.SIZES}
 )
 Matrix = list[list[Fraction]]
