@@ -13,6 +13,7 @@ import importlib
 import os
 import platform
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -49,16 +50,22 @@ def _target() -> Any:
 def _name(signature: Any, function: Callable[..., Any]) -> str:
     """Return the name of the file for a function compiled for a signature; TypeError as ``compiled_address``."""
     settings: Any = numba.config
-    constants = [cell.cell_contents for cell in function.__closure__ or ()]
-    if strange := [value for value in constants if not isinstance(value, int)]:
-        raise TypeError(f"a kernel's constants must be whole numbers; {function.__qualname__} closes over {strange}")
     module = importlib.import_module(function.__module__)
     described = (
-        function.__qualname__, constants, str(signature), _target().codegen().magic_tuple(), numba.__version__,
+        _described(function), str(signature), _target().codegen().magic_tuple(), numba.__version__,
         llvmlite.__version__, platform.python_implementation(), sys.version_info[:2], settings.OPT,
     )  # fmt: skip
     key = digest(repr(described).encode(), Path(module.__file__ or "").read_bytes())
     return f"{function.__module__.rpartition('.')[2]}-{sources()}-{key.hex()}{_SUFFIX}"
+
+
+def _described(function: Callable[..., Any]) -> tuple[str, list[Any]]:
+    """Return a function's name and the constants it closes over; of functions of its module among these, the same."""
+    values: list[Any] = [cell.cell_contents for cell in function.__closure__ or ()]
+    near = [isinstance(value, types.FunctionType) and value.__module__ == function.__module__ for value in values]
+    if strange := [v for v, is_near in zip(values, near, strict=True) if not (is_near or isinstance(v, int))]:
+        raise TypeError(f"a kernel's constants must be whole numbers; {function.__qualname__} closes over {strange}")
+    return function.__qualname__, [_described(v) if is_near else v for v, is_near in zip(values, near, strict=True)]
 
 
 def _folders() -> Iterator[Path]:

@@ -9,6 +9,8 @@ next block's are made.
 """
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -182,33 +184,60 @@ def _pass(inputs, weights, ahead, runs, outputs, rows, vectors, share, lanes, it
     store(sums, rows, outputs, 0)
 
 
-@compilable
-def _multiply(  # type: ignore[no-untyped-def]
-    values, count, packed, point_bytes, runs, products, points, rows, less, least, vectors, share, lanes, itemsize
-):
-    """Store ``values [points, count * padded] @ packed [points, values that are summed, block]``.
+def _passes(heights: Sequence[int], vectors: int, share: int, lanes: int, itemsize: int) -> Any:
+    """Return what makes a pass for so many tiles by the lowest register tile that holds them.
 
-    A pixel is ``runs[0]`` times ``runs[1]`` values. The tiles are shared out evenly among passes of at most ``rows``,
-    each by the register tile that wastes least: what that is too long is products of the next tiles, or of what lies
-    behind the last.
+    Args:
+        heights: rows of the register tiles, the highest first.
+        vectors: of a row.
+        share: groups that share a vector.
+        lanes: values of a vector.
+        itemsize: bytes of a value.
     """
-    step = vectors * lanes * itemsize
-    padded = runs[0] * -(-runs[1] // lanes) * lanes
-    passes = -(-count // rows)
-    for point in range(points):  # the filters of a point come from a far cache once, and stay for the other passes
-        weights = packed + point * point_bytes
-        entered = values[0] + point * values[1] * itemsize
-        left = products[0] + point * products[1] * itemsize
-        for number in range(passes):
-            first = number * count // passes
-            now = (number + 1) * count // passes - first
-            x, y = (entered + first * padded * itemsize, padded * itemsize), (left + first * step, step)
-            if now > less:
-                _pass(x, weights, point_bytes, runs, y, rows, vectors, share, lanes, itemsize)
-            elif now > least:
-                _pass(x, weights, point_bytes, runs, y, less, vectors, share, lanes, itemsize)
-            else:
-                _pass(x, weights, point_bytes, runs, y, least, vectors, share, lanes, itemsize)
+    rows, *lower = heights
+    if not lower:
+
+        @inlined
+        def make_lowest(_, inputs, weights, ahead, runs, outputs):  # type: ignore[no-untyped-def]
+            _pass(inputs, weights, ahead, runs, outputs, rows, vectors, share, lanes, itemsize)
+
+        return make_lowest
+    less, make_lower = lower[0], _passes(lower, vectors, share, lanes, itemsize)
+
+    @inlined
+    def make(count, inputs, weights, ahead, runs, outputs):  # type: ignore[no-untyped-def]
+        if count > less:
+            _pass(inputs, weights, ahead, runs, outputs, rows, vectors, share, lanes, itemsize)
+        else:
+            make_lower(count, inputs, weights, ahead, runs, outputs)
+
+    return make
+
+
+@functools.cache
+def _multiplier(heights: Sequence[int], vectors: int, share: int, lanes: int, itemsize: int) -> Any:
+    """Return what multiplies by such register tiles; see ``_passes``."""
+    most, step, make = heights[0], vectors * lanes * itemsize, _passes(heights, vectors, share, lanes, itemsize)
+
+    @compilable
+    def multiply(values, count, packed, point_bytes, runs, products, points):  # type: ignore[no-untyped-def]
+        """Store ``values [points, count * padded] @ packed [points, values that are summed, block]``.
+
+        A pixel is ``runs[0]`` times ``runs[1]`` values. The tiles are shared out evenly among passes. What a register
+        tile is too high is products of the next tiles, or of what lies behind the last.
+        """
+        padded = runs[0] * -(-runs[1] // lanes) * lanes * itemsize
+        passes = -(-count // most)
+        for point in range(points):  # a point's filters come from a far cache once, and stay for the other passes
+            weights = packed + point * point_bytes
+            entered = values[0] + point * values[1] * itemsize
+            left = products[0] + point * products[1] * itemsize
+            for number in range(passes):
+                first = number * count // passes
+                now = (number + 1) * count // passes - first
+                make(now, (entered + first * padded, padded), weights, point_bytes, runs, (left + first * step, step))
+
+    return multiply
 
 
 @compilable
@@ -318,17 +347,17 @@ _SPOILED_AT, _DONE_AT = 8 * ARGUMENTS.at["spoiled"], 8 * ARGUMENTS.done_at
 
 @functools.cache
 def compiled(
-    m: tuple[int, int], r: tuple[int, int], stride: int, fold: int, staged: int, share: int, rows: int, vectors: int,
-    lanes: int, itemsize: int,
+    m: tuple[int, int], r: tuple[int, int], stride: int, fold: int, staged: int, share: int, heights: tuple[int, ...],
+    vectors: int, lanes: int, itemsize: int,
 ) -> CompiledKernel:  # fmt: skip
-    """Return the kernel for F(m, r), down and across, with register tiles of up to rows x vectors.
+    """Return the kernel for F(m, r), down and across, with register tiles of so many rows, the highest first.
 
     If ``staged``, groups are copied; so many groups ``share`` a vector, and are one to this kernel.
     """
     (m0, m1), (r0, r1), block = m, r, vectors * lanes
     n0, n1 = stride * (m0 - 1) + r0, stride * (m1 - 1) + r1
     points, step = n0 * n1, block * itemsize
-    less, least = rows - 1, max(1, rows - 2)
+    least, multiply = heights[-1], _multiplier(heights, vectors, share, lanes, itemsize)
 
     def convolve(arguments, number):  # type: ignore[no-untyped-def]
         """Compute the tiles ``part[0:2]`` for the blocks of filters ``part[2:4]``."""
@@ -374,10 +403,7 @@ def compiled(
                     )  # fmt: skip
             packed = u.ctypes.data + task * points * point_bytes
             added = bias.ctypes.data + task * step if bias.size else 0
-            _multiply(
-                values, count, packed, point_bytes, runs, products, points, rows, less, least, vectors, share, lanes,
-                itemsize,
-            )  # fmt: skip
+            multiply(values, count, packed, point_bytes, runs, products, points)
             valid = min(block, group_k - member * block)
             doubts = _leave(
                 products, added, tiles, first, count, step, out, residual, group * group_k + member * block, valid,

@@ -59,9 +59,13 @@ LEAST_TILES = 24
 #: Of a folded image, with few products a point, transforms are most of the work, and go faster nearer to L1.
 _FOLDED_BYTES, _FOLDED_TILES = 192 << 10, 12
 
-#: Register tiles, rows x vectors, by the number of vector registers. Rows are shared out evenly among passes, which may
-#: have one or two rows fewer. Of tiles that waste no more products than so many times the least, the first is used.
-_TILES = {32: ((6, 4), (4, 4), (8, 3), (14, 2), (6, 2), (10, 1), (6, 1)), 16: ((6, 2), (4, 3), (12, 1), (6, 1))}
+#: Rows of register tiles, by their vectors and by the number of vector registers: a kernel has all heights of a width.
+#: Tiles of the image are shared out evenly among passes, each by the lowest that holds them. Of widths that waste no
+#: more products than so many times the least, the first is used.
+_HEIGHTS = {
+    32: {4: (6, 5, 4, 3, 2), 3: (8, 7, 6, 5, 4), 2: (14, 12, 10, 8, 6, 4), 1: (10, 9, 8, 6, 4)},
+    16: {2: (6, 5, 4, 3, 2), 3: (4, 3, 2), 1: (12, 11, 10, 8, 6, 4)},
+}
 _WASTE = 1.05
 
 #: A dilation may make so many pictures, be there pixels for all of them or not.
@@ -194,7 +198,7 @@ class _Jobs:
     """How the work is cut.
 
     Attributes:
-        tile: the register tile, rows x vectors.
+        vectors: of a register tile.
         filters: of all groups.
         block: filters that are multiplied with together.
         blocks: of all groups.
@@ -203,7 +207,7 @@ class _Jobs:
         across: ranges of blocks.
     """
 
-    tile: tuple[int, int]
+    vectors: int
     filters: int
     block: int
     blocks: int
@@ -219,9 +223,13 @@ class _Jobs:
     @property
     def waste(self) -> float:
         """How many times the products that are needed are made."""
-        least, passes = max(1, self.tile[0] - 2), -(-self.count // self.tile[0])
+        heights = _HEIGHTS[registers()][self.vectors]
+        passes = -(-self.count // heights[0])
         rows, longer = divmod(self.count, passes)
-        made = passes * max(rows, least) + longer * (rows >= least)
+        lower, higher = (
+            min(height for height in heights if height >= now) for now in (rows, min(rows + 1, heights[0]))
+        )
+        made = (passes - longer) * lower + longer * higher
         return made * self.blocks * self.block / (self.count * self.filters)
 
 
@@ -235,31 +243,31 @@ def _sizes(problem: Problem) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=4096)
 def _jobs(problem: Problem, form: _Form, threads: int) -> _Jobs:
-    """Return how the work is cut, by the first register tile that wastes little, or little more than others."""
+    """Return how the work is cut, by the first register tiles that waste little, or little more than others."""
     lanes = vector_bytes() // item_bytes(problem.dtype)
     wide = -(-form.filters // lanes)
     ways: list[_Jobs] = []
-    for tile in _TILES[registers()]:
-        if tile[1] <= wide:
-            ways.append(_cut(problem, form, tile, threads))
+    for vectors in _HEIGHTS[registers()]:
+        if vectors <= wide:
+            ways.append(_cut(problem, form, vectors, threads))
             if ways[-1].waste <= _WASTE:
                 return ways[-1]
     least = min(jobs.waste for jobs in ways)
     return next(jobs for jobs in ways if jobs.waste <= _WASTE * least)
 
 
-def _cut(problem: Problem, form: _Form, tile: tuple[int, int], threads: int) -> _Jobs:
-    size = item_bytes(problem.dtype)
-    block, tiles = tile[1] * vector_bytes() // size, _tiles(problem, form.m)
+def _cut(problem: Problem, form: _Form, vectors: int, threads: int) -> _Jobs:
+    size, rows = item_bytes(problem.dtype), _HEIGHTS[registers()][vectors][0]
+    block, tiles = vectors * vector_bytes() // size, _tiles(problem, form.m)
     blocks = form.groups * -(-form.filters // block)
     each = form.points * (form.fold * form.run + block) * size
     room, least = (_FOLDED_BYTES, _FOLDED_TILES) if form.fold > 1 else (BLOCK_BYTES, LEAST_TILES)
     most = max(least, room // each)
-    most = max(tile[0], most - most % tile[0])
+    most = max(rows, most - most % rows)
     down = -(-tiles // most)
     if tiles >= threads * least // 2:
         down = min(tiles, -(-down // threads) * threads)
-    return _Jobs(tile, problem.k, block, blocks, tiles, down, min(blocks, -(-threads // down)))
+    return _Jobs(vectors, problem.k, block, blocks, tiles, down, min(blocks, -(-threads // down)))
 
 
 def _scratch(problem: Problem, form: _Form, jobs: _Jobs) -> int:
@@ -267,7 +275,8 @@ def _scratch(problem: Problem, form: _Form, jobs: _Jobs) -> int:
     p, size = problem, item_bytes(problem.dtype)
     lanes = vector_bytes() // size
     entered, left = jobs.count * form.padded(lanes), jobs.count * jobs.block
-    copied = form.points * form.padded(lanes) // form.fold + jobs.tile[0] * max(form.padded(lanes), jobs.block)
+    beyond = _HEIGHTS[registers()][jobs.vectors][-1] * max(form.padded(lanes), jobs.block)
+    copied = form.points * form.padded(lanes) // form.fold + beyond
     copied += (form.points + 2 * form.m[1]) * lanes
     stage: tuple[int, int] = stage_shape(
         jobs.count, (p.oh, p.ow), is_staged(p.groups, p.dilations), form.m, p.strides, form.n
@@ -375,7 +384,8 @@ class Winograd(PackedBackend):
         }  # fmt: skip
         size, staged = item_bytes(p.dtype), int(is_staged(p.groups, p.dilations))
         algorithm = form.m, form.r, form.stride, form.fold, staged, form.share
-        make = functools.partial(compiled, *algorithm, *jobs.tile, vector_bytes() // size, size)
+        tiles = _HEIGHTS[registers()][jobs.vectors], jobs.vectors
+        make = functools.partial(compiled, *algorithm, *tiles, vector_bytes() // size, size)
         return PackedKernel(make, p, values, len(parts), config.threads)
 
 

@@ -13,7 +13,7 @@ import pytest
 from numba import types
 
 from convdispatch.backends import _machine_code as machine_code
-from convdispatch.backends._jit import NotCompiledError, compiling_only, njit
+from convdispatch.backends._jit import NotCompiledError, compiling_only, inlined, njit
 from convdispatch.backends._vector import load, save
 
 WORD = types.int64(types.int64)
@@ -66,6 +66,19 @@ def test_what_was_compiled_is_loaded_and_constants_are_told_apart(folders: list[
     assert len(kernels(folders[0])) == 2
     assert not folders[1].exists()
     assert not list(folders[0].glob("*.tmp"))
+
+
+def test_so_are_those_of_functions_that_are_called(folders: list[Path], compilations: list[str]) -> None:
+    def twice(factor: int) -> Callable[[int], int]:
+        inner = inlined(times(factor))
+
+        def doubled(value):  # type: ignore[no-untyped-def]
+            return 2 * inner(value)
+
+        return doubled
+
+    assert [called(twice(3)), called(twice(4)), called(twice(3))] == [42, 56, 42]
+    assert len(compilations) == len(kernels(folders[0])) == 2
 
 
 def test_code_of_other_sources_or_for_another_cpu_is_not_run(
