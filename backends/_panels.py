@@ -14,6 +14,8 @@ from convdispatch.problem import Problem
 
 #: Bytes of a panel's input, and of its staged results.
 _PANEL, _STAGE = 192 << 10, 48 << 10
+#: Where rows make fewer panels than these, they are cut across, so that threads share them.
+_FEW = 16
 
 
 def _pieces(length: int, unit: int, least: int) -> int:
@@ -75,7 +77,8 @@ def panels_of(
     """
     p, size = problem, item_bytes(problem.dtype)
     own_rows, around = -(-p.oh // p.dilations[0]), p.extent[1] - 1
-    most = min(widest, -(-p.ow // across))
+    beside, below = -(-p.ow // across), p.n * max(1, p.oh // rows)
+    most = min(widest, beside, max(1, beside * below // _FEW))
     staged = woven or p.ow < across or p.oh // p.dilations[0] < rows
     wide = min(most, max(1, _STAGE // (p.k * rows * across * size))) if staged else most
     high = 1

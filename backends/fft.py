@@ -30,7 +30,9 @@ from convdispatch.machine import Machine
 from convdispatch.problem import Problem
 
 _TILES = (4, 6, 8, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-_EFFORTS = {"measure": 4, "patient": 8, "exhaustive": len(_TILES) + 1}
+#: Lines, which have one row or one column, are cut longer.
+_LONG_TILES = (*_TILES, 1024, 2048, 4096, 8192, 16384, 32768)
+_EFFORTS = {"measure": 4, "patient": 8, "exhaustive": len(_LONG_TILES) + 1}
 _MIB = 1 << 20
 _MOST_WORKSPACE, _MOST_SPECTRA = 64 * _MIB, 256 * _MIB
 
@@ -226,7 +228,7 @@ class FftKernel:
         tiles = windows.shape[:3]
         # Transforming along the first axes of a transposed view leaves the spectra frequency-major.
         windows = windows.reshape(*windows.shape[:6], p.groups, p.group_c).transpose(4, 5, 6, 0, 1, 2, 3, 7)
-        x = _transforms().rfft2(windows, axes=(0, 1), workers=workers)
+        x = self._spectra(windows, 0, workers)
         del windows
         x = x.reshape(self.cut.spectrum, p.groups, math.prod(tiles), -1)
         sums = np.empty((*x.shape[:-1], p.group_k), x.dtype)
@@ -242,7 +244,7 @@ class FftKernel:
     def _products(self, input: Array, out: Array, corner: tuple[slice, slice, slice], workers: int) -> None:
         """Multiply each channel's spectrum with each of its filters'; only phases are summed."""
         windows = self._windows(input, corner)
-        x = _transforms().rfft2(windows, axes=(4, 5), workers=workers)
+        x = self._spectra(windows, 4, workers)
         del windows
         group_k = self.problem.group_k
         for j in range(group_k):
@@ -276,9 +278,17 @@ class FftKernel:
             writeable=False,
         )
 
+    def _spectra(self, windows: Array, axis: int, workers: int) -> Array:
+        """Return the spectra of tiles, rows along ``axis``."""
+        if self.cut.lengths[0] == 1:
+            return np.asarray(_transforms().rfft(windows, axis=axis + 1, workers=workers))
+        return np.asarray(_transforms().rfft2(windows, axes=(axis, axis + 1), workers=workers))
+
     def _inverse(self, sums: Array, axis: int, workers: int) -> Array:
         """Return the outputs of tiles, rows along ``axis``: a pass in place, and one over the rows kept."""
-        y = _transforms().ifft(sums, axis=axis, overwrite_x=True, workers=workers)
+        y = sums
+        if self.cut.lengths[0] > 1:
+            y = _transforms().ifft(y, axis=axis, overwrite_x=True, workers=workers)
         kept = y[(slice(None),) * axis + (slice(self.cut.steps[0]),)]
         return np.asarray(_transforms().irfft(kept, self.cut.lengths[1], axis=axis + 1, workers=workers))
 
@@ -322,7 +332,10 @@ def _sizes(problem: Problem) -> list[int]:
     """Return the lengths of transforms worth trying."""
     fixed = _geometry(problem)
     least, whole = max(fixed.reach), max(fixed.whole)
-    return [tile for tile in _TILES if least <= tile < whole] + [whole]
+    tiles = _LONG_TILES if min(fixed.whole) == 1 else _TILES
+    fitting = [tile for tile in tiles if least <= tile < whole]
+    far_longer = fitting and whole > 2 * _LONG_TILES[-1] and min(fixed.whole) == 1  # than any cache
+    return fitting if far_longer else [*fitting, whole]
 
 
 def _order(problem: Problem, config: Config) -> tuple[bool, float]:
@@ -375,7 +388,7 @@ def _busy_seconds(
     p, (rows, columns), phases = problem, lengths, len(_geometry(problem).phases)
     tiles, spectrum, depth = p.n * tiling[0] * tiling[1], rows * (columns // 2 + 1), max(1, phases * p.group_c)
     point = 2.5 * math.log2(rows * columns) / _FFT_FLOPS_PER_SECOND
-    point += _SECONDS_PER_POINT + _SECONDS_PER_LINE * (1 / rows + 1 / columns)
+    point += _SECONDS_PER_POINT + _SECONDS_PER_LINE * ((1 / rows if rows > 1 else 0) + 1 / columns)
     transforms = tiles * (phases * p.c + p.k) * rows * columns * point
     copies = (tiles * rows * columns * phases * p.c + p.n * p.oh * p.ow * p.k) * 4 / _COPY_BYTES_PER_SECOND
     if p.group_c == 1:

@@ -3,7 +3,9 @@
 A tile of outputs, some rows times some vectors of columns, is summed in registers. For each column of the filter the
 kernel goes down the rows of the input under the tile: a vector of input is loaded once, shifted by its unaligned
 address, and multiplied with every filter value that meets it in some row of the tile. Tall filters are taken a few
-taps at a time, so that those stay in registers too. (Georganas et al.: Anatomy of High-Performance Deep Learning
+taps at a time, so that those stay in registers too. Filters of one row meet no input twice that way. For them a tile is
+a run of vectors along one row, and taps that are as many apart as a vector has lanes do what those of neighbouring rows
+do elsewhere. (Georganas et al.: Anatomy of High-Performance Deep Learning
 Convolutions on SIMD Architectures, 2018, has such register tiles with vectors of channels; vectors along the columns
 are as old as image processing.)
 
@@ -19,6 +21,7 @@ smaller than a tile, or has to be interleaved with other filters' results, is st
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -38,8 +41,9 @@ from convdispatch.backends._put import put_tile
 from convdispatch.backends._taps import by_chunks, chunks, taps_together
 from convdispatch.backends._threads import split
 from convdispatch.backends._tile import add_to_all, register_tile, store, zeros
-from convdispatch.backends._vector import registers, vector_bytes
+from convdispatch.backends._vector import halves_are_free, registers, vector_bytes
 from convdispatch.backends._weave import add_rows
+from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem
 
@@ -47,12 +51,16 @@ from convdispatch.problem import Problem
 _CHANNELS, _FILTERS = 16, 16
 #: Tiles, rows x vectors, by the number of vector registers: sums, one row of input and some taps fit in them.
 _TILES = {32: ((8, 2), (12, 1), (4, 4), (4, 2)), 16: ((4, 2), (8, 1), (4, 1))}
+#: Vectors of a tile along one row, likewise, and their bytes. Of unaligned vectors of 64 bytes nearly all lie across
+#: two cache lines, which takes as long as two; of those of 32 bytes half do.
+_RUNS, _RUN_BYTES = {32: 16, 16: 8}, 32
 #: A filter of up to this many values is not worth a copy of what it reads.
 _IN_PLACE = 100
 
 
-#: ``filters`` is ``[K, C // groups, KH * KW]``, in the order of ``_packed``, and ``chunks [rows that meet, 2]`` tells
-#: how its rows are taken. ``shifts [KW]`` are bytes to the input of each column, ``reach`` the columns beside a tile.
+#: ``filters`` is ``[K, C // groups, KH * KW]``, in the order of ``_packed``, and ``chunks [parts, 4]`` tells of each
+#: part of its values how they are taken: in so many chunks of ``taps``, of one fewer, and from which column to which.
+#: ``shifts [KW]`` are bytes to the input of each column, ``reach`` the columns beside a tile.
 #: ``bias`` is ``[K, across]`` or empty.
 _ARGUMENTS = Arguments(
     input=array_of(4), filters=array_of(3), bias=array_of(2), residual=array_of(4), out=array_of(4),
@@ -71,20 +79,20 @@ def _sums(  # type: ignore[no-untyped-def]
 ):
     """Return a tile's sums of one filter, whose values lie at ``packed``.
 
-    The tile's rows of input are ``step`` bytes apart from ``source`` on, channels ``apart``; where there are strides,
-    the rows that the filter's second row meets are ``between`` bytes from those of the first, and so on.
+    The tile's rows of input are ``step`` bytes apart from ``source`` on, channels ``apart``, and what the parts of the
+    filter meet ``between``.
     """
     sums = zeros(rows, vectors, lanes, itemsize)
     for c in range(channels):
         for a in range(chunks.shape[0]):
             taken = source + a * between + c * apart
             for _ in range(chunks[a, 0]):
-                for j in range(shifts.size):
+                for j in range(chunks[a, 2], chunks[a, 3]):
                     sums = add_rows(sums, rows, taken + shifts[j], step, packed, taps)
                     packed += taps * itemsize
                 taken += taps * step
             for _ in range(chunks[a, 1]):
-                for j in range(shifts.size):
+                for j in range(chunks[a, 2], chunks[a, 3]):
                     sums = add_rows(sums, rows, taken + shifts[j], step, packed, fewer)
                     packed += fewer * itemsize
                 taken += fewer * step
@@ -92,13 +100,19 @@ def _sums(  # type: ignore[no-untyped-def]
 
 
 @functools.cache
-def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> CompiledKernel:  # noqa: C901, PLR0915
-    """Return the kernel of one tile that takes a filter's rows ``taps`` at a time, or one fewer."""
-    across = vectors * lanes
+def _compiled(  # noqa: C901, PLR0915
+    rows: int, vectors: int, taps: int, along: bool, lanes: int, itemsize: int
+) -> CompiledKernel:  # fmt: skip
+    """Return the kernel of one tile that takes a filter's rows ``taps`` at a time, or one fewer.
+
+    If it lies ``along`` a row, what are rows of sums elsewhere are neighbouring vectors, and so on.
+    """
+    run = vectors * lanes
+    high, across = (1, rows * run) if along else (rows, run)
     fewer = max(1, taps - 1)
 
     def convolve(arguments, number):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
-        """Compute the panels from ``part[0]`` to ``part[1]``: ``rows * shape[0]`` by ``across * shape[1]`` outputs."""
+        """Compute the panels from ``part[0]`` to ``part[1]``: ``high * shape[0]`` by ``across * shape[1]`` outputs."""
         (
             x, w, bias, residual, out, chunks, shifts, reach, strides, pads, dilations, shape, counts, window,
             stage_width, planar, in_place, streamed, code, slope, parts, filler, putter,
@@ -108,10 +122,11 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
         group_k = filters // (channels // group_c)
         _, all_rows, columns, _ = out.shape
         (sh, sw), dh = strides, dilations[0]
-        down, along = rows * shape[0], across * shape[1]
-        kh = chunks[0, 0] * taps + chunks[0, 1] * fewer  # rows of the filter that meet every ``sh``-th of the image
+        parted = 1 if along else chunks.shape[0]  # parts of the filter that meet planes of their own
+        # Rows of the filter that meet every ``sh``-th of the image.
+        kh = 1 if along else chunks[0, 0] * taps + chunks[0, 1] * fewer
         together = sw * channels  # planes that are filled from one row of the image
-        planes = np.empty((chunks.shape[0] * together, window[0], window[1]), x.dtype)
+        planes = np.empty((parted * together, window[0], window[1]), x.dtype)
         plane_step, line_step = planes.shape[1] * planes.shape[2] * itemsize, planes.shape[2] * itemsize
         # Images are of pixels, or planes of one channel each; so are results.
         sources, copies = (channels, filters) if planar else (1, 1)
@@ -119,7 +134,7 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
         image_step = height * width * image_shape[2] * itemsize
         results = out.reshape((out.shape[0] * copies, all_rows, columns, filters // copies))
         added = residual.reshape((residual.shape[0] * copies, all_rows, columns, filters // copies))
-        stage = np.empty((filters, rows, stage_width), x.dtype)
+        stage = np.empty((filters, high, stage_width), x.dtype)
         places = np.empty(rows, np.int64)
         # As whole numbers of one kind: an unsigned one and a signed one would make a float.
         here, there = np.int64(x.ctypes.data), np.int64(out.ctypes.data)
@@ -128,27 +143,30 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
         planes_at, stage_at = np.int64(planes.ctypes.data), np.int64(stage.ctypes.data)
         table = places.ctypes.data
         for task in range(part[0], part[1]):
-            n, phase, top, bottom, left, right = place(task, counts, all_rows, columns, dh, down, along)
-            staged = filters > copies or right - left < across or bottom - top < rows
+            n, phase, top, bottom, left, right = place(
+                task, counts, all_rows, columns, dh, high * shape[0], across * shape[1]
+            )
+            staged = filters > copies or right - left < across or bottom - top < high
             if not in_place:
                 first_row, first_column = (phase + top * dh) * sh - pads[0], left * sw - pads[2]
-                for a in range(chunks.shape[0]):
+                for a in range(parted):
                     for c in range(sources):
                         fill(
                             filler, planes_at + (a * together + c * sw) * plane_step, planes.shape,
                             here + (n * sources + c) * image_step, image_shape, first_row + a, dh * sh, first_column,
-                            sw, max(bottom - top, rows) + kh - 1, max(right - left, across) + reach,
+                            sw, max(bottom - top, high) + kh - 1, max(right - left, across) + reach,
                         )  # fmt: skip
-            for tile_row in range((bottom - top + rows - 1) // rows):
-                oh = top if staged and bottom - top < rows else min(top + tile_row * rows, bottom - rows)
+            for tile_row in range((bottom - top + high - 1) // high):
+                oh = top if staged and bottom - top < high else min(top + tile_row * high, bottom - high)
                 ih = phase - pads[0] + oh * dh
-                rows_inside = ih >= 0 and ih + (rows + kh - 2) * dh < height
-                count = min(rows, bottom - oh)
+                rows_inside = ih >= 0 and ih + (high + kh - 2) * dh < height
+                count = min(high, bottom - oh)
                 for r in range(rows):
+                    below, beside = (0, r * run) if along else (r, 0)
                     if staged:
-                        places[r] = stage_at + r * stage.shape[2] * itemsize
+                        places[r] = stage_at + (below * stage.shape[2] + beside) * itemsize
                     else:
-                        line = (n * copies * all_rows + phase + (oh + r) * dh) * columns + left
+                        line = (n * copies * all_rows + phase + (oh + below) * dh) * columns + left + beside
                         places[r] = there + line * itemsize
                 for tile in range((right - left + across - 1) // across):
                     ow = max(0, min(tile * across, right - left - across))
@@ -163,26 +181,28 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
                         for c in range(sources):
                             fill(
                                 filler, planes_at + c * plane_step, planes.shape,
-                                here + (n * sources + c) * image_step, image_shape, ih, dh, iw, 1, rows + kh - 1,
+                                here + (n * sources + c) * image_step, image_shape, ih, dh, iw, 1, high + kh - 1,
                                 across + reach,
                             )  # fmt: skip
+                    if along:
+                        step = run * itemsize
                     for k in range(filters):
                         sums = _sums(
-                            source + k // group_k * group_c * apart, step, apart, together * plane_step,
+                            source + k // group_k * group_c * apart, step, apart, 0 if along else together * plane_step,
                             filters_at + k * group_c * values * itemsize, group_c, chunks, shifts,
                             rows, vectors, taps, fewer, lanes, itemsize,
                         )  # fmt: skip
                         if bias.size:
-                            sums = add_to_all(sums, rows, bias_at + k * across * itemsize)
+                            sums = add_to_all(sums, rows, bias_at + k * run * itemsize)
                         offset = ow * itemsize
                         if staged:
-                            store(sums, rows, table, offset + k * rows * stage.shape[2] * itemsize)
+                            store(sums, rows, table, offset + k * high * stage.shape[2] * itemsize)
                             continue
                         offset += k * all_rows * columns * itemsize  # of whom there are several only in planes
                         past = streamed and (there + left * itemsize + offset) % CACHE_LINE == 0
                         put_tile(sums, rows, table, offset, residual.size, more, code, past)
                         if code > RELU6:
-                            for r in range(rows):
+                            for r in range(high):
                                 row = phase + (oh + r) * dh
                                 finish(results[n * copies + k, row, left + ow : left + ow + across, 0], code, slope)
                 if staged:
@@ -198,6 +218,64 @@ def _compiled(rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> 
     return CompiledKernel(convolve, _ARGUMENTS, callees(lanes, itemsize))
 
 
+@dataclass(frozen=True)
+class _Tile:
+    """A tile, and how it takes a filter.
+
+    Attributes:
+        rows: of outputs; or vectors of one row.
+        vectors: side by side in each row; or 1.
+        lanes: of a vector.
+        along: whether the tile lies along one row.
+        turns: of a filter of one row, values that are so many apart are taken together; 0 for other tiles.
+        height: most rows of a filter that share what is loaded; or values of its row.
+        taps: of these, so many are taken at a time, or one fewer.
+    """
+
+    rows: int
+    vectors: int
+    lanes: int
+    along: bool
+    turns: int
+    height: int
+
+    @property
+    def taps(self) -> int:
+        return taps_together(self.height)
+
+    @property
+    def run(self) -> int:
+        """Neighbouring outputs of a row of sums."""
+        return self.vectors * self.lanes
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of outputs."""
+        return (1, self.rows * self.run) if self.along else (self.rows, self.run)
+
+
+def _tile(problem: Problem, config: Config, vector: int) -> _Tile:
+    """Return the tile that a config asks for, of vectors of so many bytes.
+
+    Raises:
+        ArgumentError: if registers cannot hold its sums, or it cannot lie along a row.
+    """
+    p, along, size = problem, config.get("along", False), item_bytes(problem.dtype)
+    if not isinstance(along, bool) or (along and not _has_lines(p)):
+        raise ArgumentError(f"config along of image_rows is for filters of one row without strides; got {along!r}")
+    rows, vectors = register_tile(config, "image_rows", _TILES[registers()])
+    if not along:
+        return _Tile(rows, vectors, vector // size, along=False, turns=0, height=_without_strides(p).kh)
+    lanes = min(vector, _RUN_BYTES) // size
+    turns = min(p.kw, lanes if p.dilations[1] == 1 else p.kw)  # dilated, no two values meet the same vectors
+    return _Tile(rows * vectors, 1, lanes, along=True, turns=turns, height=-(-p.kw // turns))
+
+
+def _has_lines(problem: Problem) -> bool:
+    """Return whether filters have one row, and neighbouring outputs neighbouring inputs."""
+    return problem.kh == 1 and problem.strides == (1, 1)
+
+
 @functools.lru_cache(maxsize=1024)
 def _without_strides(problem: Problem) -> Problem:
     """Return the problem of every stride-th row and column: more channels under smaller filters, without strides."""
@@ -209,16 +287,34 @@ def _without_strides(problem: Problem) -> Problem:
     return p.replace(h=h, w=w, c=channels, kh=kh, kw=kw, groups=1, pads=(0, 0, 0, 0), strides=(1, 1))
 
 
-def _packed(filters: Array, strides: tuple[int, int], taps: int) -> Array:
+def _packed(filters: Array, strides: tuple[int, int], tile: _Tile) -> Array:
     """Return filters as ``[K, C, KH * KW]``, in the order in which they are taken, ``by_chunks``.
 
     First come the rows that meet every stride-th row of an image from the first on, then those that meet the next; and
-    so do the columns of each.
+    so do the columns of each. For a tile along a row, first come the columns ``tile.turns`` apart that are one more.
     """
     kh, kw, *_ = filters.shape
+    if tile.along:
+        turns = [filters[0, b :: tile.turns].transpose(2, 1, 0) for b in range(tile.turns)]
+        alike = ([turn for turn in turns if turn.shape[-1] == height] for height in (tile.height, tile.height - 1))
+        return np.concatenate([by_chunks(np.stack(part, -1), tile.taps) for part in alike if part], axis=-1)
     columns = np.concatenate([filters[:, b :: strides[1]] for b in range(min(strides[1], kw))], axis=1)
-    parts = [by_chunks(columns[a :: strides[0]].transpose(3, 2, 0, 1), taps) for a in range(min(strides[0], kh))]
+    parts = [by_chunks(columns[a :: strides[0]].transpose(3, 2, 0, 1), tile.taps) for a in range(min(strides[0], kh))]
     return np.concatenate(parts, axis=-1)
+
+
+def _chunks(problem: Problem, tile: _Tile) -> Array:
+    """Return of each part of a filter into how many chunks it is cut, and which columns those are of."""
+    p = problem
+    if tile.along:
+        longer = p.kw - tile.turns * (tile.height - 1)  # so many turns have one value more than the others
+        parts = [(*chunks(tile.height, tile.taps), 0, longer)]
+        if longer < tile.turns:
+            parts.append((*chunks(tile.height - 1, tile.taps), longer, tile.turns))
+    else:
+        rows = [-(-(p.kh - a) // p.strides[0]) for a in range(min(p.strides[0], p.kh))]
+        parts = [(*chunks(each, tile.taps), 0, p.kw) for each in rows]
+    return np.array(parts, np.int64)
 
 
 def _shifts(problem: Problem, window: tuple[int, int]) -> Array:
@@ -229,11 +325,11 @@ def _shifts(problem: Problem, window: tuple[int, int]) -> Array:
     return np.array([(b * between + i * p.dilations[1]) * size for b, i in places], np.int64)
 
 
-def _panels(problem: Problem, tile: tuple[int, int], lanes: int) -> Panels:
-    """Return how a problem is cut: planes, or one channel, under a small filter are read where they lie."""
+def _panels(problem: Problem, tile: _Tile) -> Panels:
+    """Return how a problem is cut: planes, or one channel, under a small filter or lines are read where they lie."""
     p = problem
-    in_place = (p.c == 1 or _planar(p)) and p.strides == (1, 1) and p.kh * p.kw <= _IN_PLACE
-    return panels_of(_without_strides(p), tile[0], tile[1] * lanes, in_place, woven=_woven(p) > 1)
+    in_place = (p.c == 1 or _planar(p)) and p.strides == (1, 1) and (tile.along or p.kh * p.kw <= _IN_PLACE)
+    return panels_of(_without_strides(p), *tile.shape, in_place, woven=_woven(p) > 1)
 
 
 def _planar(problem: Problem) -> bool:
@@ -250,7 +346,7 @@ class ImageRows(PackedBackend):
     """Vectors of neighbouring columns, for images of few channels and filters of any size."""
 
     name = "image_rows"
-    version = 6
+    version = 7
     packing_cost = (5e-5, 1e-8)
     takes_planes = True
 
@@ -270,36 +366,40 @@ class ImageRows(PackedBackend):
     def configs_plain(self, problem: Problem, effort: Effort) -> Sequence[Config]:
         """Return tiles, the one with the smallest estimate first."""
         choices = [Config(rows=rows, vectors=vectors) for rows, vectors in _TILES[registers()]]
+        if _has_lines(problem):
+            choices.append(Config(rows=_RUNS[registers()], vectors=1, along=True))
         return _rates.ranked(choices, functools.partial(self.estimate_plain, problem), effort, 2)
 
     def workspace_plain(self, problem: Problem, config: Config) -> int:
         """Return the bytes of each thread's copy of the input and staged results."""
-        size, (rows, vectors) = item_bytes(problem.dtype), _tile(config)
-        panels = _panels(problem, (rows, vectors), vector_bytes() // size)
+        tile = _tile(problem, config, vector_bytes())
+        panels = _panels(problem, tile)
         planes = _without_strides(problem).c
-        values = planes * math.prod(panels.window) + problem.k * rows * panels.width * panels.staged
-        return config.threads * (values * size + 8 * rows)
+        values = planes * math.prod(panels.window) + problem.k * tile.shape[0] * panels.width * panels.staged
+        return config.threads * (values * item_bytes(problem.dtype) + 8 * tile.rows)
 
     def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return products of whole tiles by what is loaded for them; copies in and out of scratch; memory."""
-        p, tile, size = problem, _tile(config), item_bytes(problem.dtype)
-        lanes = machine.vector_bytes // size
-        panels = _panels(p, tile, lanes)
-        rows, across = tile[0], tile[1] * lanes
+        p, tile, size = problem, _tile(problem, config, machine.vector_bytes), item_bytes(problem.dtype)
+        panels, (high, across) = _panels(p, tile), tile.shape
         inner, phases = _without_strides(p), min(p.dilations[0], p.oh)
-        taps = taps_together(inner.kh)
-        tiles = p.n * phases * -(-p.oh // (phases * rows)) * -(-p.ow // across)
-        steps = tiles * p.k * p.group_c * p.kw
+        tiles = p.n * phases * -(-p.oh // (phases * high)) * -(-p.ow // across)
         # A vector of input that lies across two cache lines takes as long as two products.
-        loads = p.strides[0] * (rows + taps - 1) * -(-inner.kh // taps)
-        products = 0.8 * max(rows * p.kh, 2 * loads) * tile[1] + 4
-        compute = steps * products * lanes * 2 / _rates.peak(machine, size) + tiles * 20e-9
+        if tile.along:
+            loads = 1.5 * tile.turns * (tile.rows * -(-tile.height // tile.taps) + tile.height)
+            products = max(tile.rows * p.kw, loads)
+        else:
+            rows_loaded = p.strides[0] * (tile.rows + tile.taps - 1) * -(-inner.kh // tile.taps)
+            products = p.kw * (0.8 * max(tile.rows * p.kh, 2 * rows_loaded) * tile.vectors + 4)
+        peak = _rates.peak(machine, size)
+        if tile.lanes * size < machine.vector_bytes and not halves_are_free():
+            peak /= 2
+        compute = tiles * p.k * p.group_c * products * tile.lanes * 2 / peak + tiles * 20e-9
         pixels, outputs = p.n * p.h * p.w * p.c, p.n * p.oh * p.ow * p.k
         copies = 0.0
         if not panels.in_place:
-            high = panels.shape[0] * rows
             woven = (1 if _planar(p) else p.c) * p.strides[1] in UNWOVEN
-            copies += pixels * (1 + (inner.kh - 1) / high) * (0.1e-9 if woven else 0.4e-9)
+            copies += pixels * (1 + (inner.kh - 1) / (panels.shape[0] * high)) * (0.1e-9 if woven else 0.4e-9)
         if panels.staged:
             copies += outputs * (0.25e-9 if _woven(p) <= WOVEN else 1e-9)
         copies += outputs * 3e-9 * (p.epilogue.code > RELU6)
@@ -309,29 +409,22 @@ class ImageRows(PackedBackend):
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Reorder the filters; compile for the tile and the filter's height if that has not been done."""
-        p, tile = problem, _tile(config)
-        lanes, inner = vector_bytes() // item_bytes(p.dtype), _without_strides(p)
-        taps = taps_together(inner.kh)
+        p, tile, size = problem, _tile(problem, config, vector_bytes()), item_bytes(problem.dtype)
         packed = aligned((p.k, p.group_c, p.kh * p.kw), p.dtype)
-        packed[...] = _packed(filters, p.strides, taps)
-        added = for_columns(bias, p.dtype, tile[1] * lanes)
-        panels = _panels(p, tile, lanes)
+        packed[...] = _packed(filters, p.strides, tile)
+        panels = _panels(p, tile)
         parts = split(panels.total, 4 * config.threads if config.threads > 1 else 1)
         values = {
-            "filters": packed, "bias": added, "strides": p.strides, "pads": p.pads,
-            "chunks": np.array([chunks(-(-(p.kh - a) // p.strides[0]), taps) for a in range(min(p.strides[0], p.kh))]),
-            "shifts": _shifts(p, panels.window), "reach": inner.extent[1] - 1,
+            "filters": packed, "bias": for_columns(bias, p.dtype, tile.run), "strides": p.strides, "pads": p.pads,
+            "chunks": _chunks(p, tile), "shifts": _shifts(p, panels.window),
+            "reach": _without_strides(p).extent[1] - 1,
             "dilations": p.dilations, "shape": panels.shape, "counts": panels.counts, "window": panels.window,
             "stage_width": panels.width * panels.staged, "planar": _planar(p), "in_place": panels.in_place,
-            "streamed": streams(p.output_shape, item_bytes(p.dtype), tile[1] * lanes, p.ow * _woven(p)),
+            "streamed": streams(p.output_shape, size, tile.run, p.ow * _woven(p)),
             "code": p.epilogue.code, "slope": p.epilogue.slope, "parts": np.array(parts, np.int64),
         }  # fmt: skip
-        compiled = functools.partial(_compiled, *tile, taps, lanes, item_bytes(p.dtype))
-        return PackedKernel(compiled, p, values, len(parts), config.threads)
+        constants = tile.rows, tile.vectors, tile.taps, tile.along, tile.lanes, size
+        return PackedKernel(functools.partial(_compiled, *constants), p, values, len(parts), config.threads)
 
 
 _BYTES_PER_SECOND = 4e10
-
-
-def _tile(config: Config) -> tuple[int, int]:
-    return register_tile(config, "image_rows", _TILES[registers()])

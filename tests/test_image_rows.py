@@ -10,9 +10,10 @@ from strategies import examples, numbers
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort
 from convdispatch.backends import _panels, image_rows
+from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import streams
 from convdispatch.backends._panels import panels_of
-from convdispatch.backends._vector import vector_bytes
+from convdispatch.backends._vector import registers, vector_bytes
 from convdispatch.backends.image_rows import ImageRows
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import current
@@ -120,6 +121,49 @@ def test_any_shape_with_any_tile(
     problem = problem.replace(data_format="NCHW" if planar else "NHWC")
     configs = BACKEND.configs(problem, EFFORT)
     check(problem, configs[which % len(configs)], seed)
+
+
+ALONG = Config(rows=16, vectors=1, along=True)
+
+
+@given(
+    size=st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 700)),
+    taps=st.one_of(st.integers(1, 40), st.sampled_from((71, 72, 73, 80, 145))),
+    dilation=st.sampled_from((1, 1, 2, 5)),
+    pads=st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 150), st.integers(0, 150)),
+    channels=st.sampled_from(((1, 1, 1), (1, 1, 3), (1, 2, 1), (1, 3, 4), (2, 2, 2))),
+    planar=st.booleans(),
+    words=st.sampled_from(["", "+bias +relu", "+residual +bias", "+residual +gelu"]),
+    threads=st.integers(1, 3),
+)
+@examples(60)
+def test_lines(
+    size: tuple[int, int, int], taps: int, dilation: int, pads: tuple[int, int, int, int],
+    channels: tuple[int, int, int], planar: bool, words: str, threads: int,
+) -> None:  # fmt: skip
+    (n, h, w), (groups, c, k) = size, channels
+    w = max(w, (taps - 1) * dilation + 1 - pads[2] - pads[3])
+    epilogue = Problem.parse(f"1x1x1x1 * 1x1x1x1 VALID {words}").epilogue
+    problem = Problem(
+        n, h, w, groups * c, groups * k, 1, taps, pads, dilations=(1, dilation), groups=groups, epilogue=epilogue
+    ).replace(data_format="NCHW" if planar else "NHWC")  # fmt: skip
+    assert Config(ALONG, rows=image_rows._RUNS[registers()]) in BACKEND.configs(problem, EFFORT)
+    check(problem, Config(ALONG, threads=threads))
+
+
+@pytest.mark.parametrize("text", ["1x9x90x1 * 3x3x1x1 SAME", "1x1x90x1 * 1x3x1x1 SAME stride=2"])
+def test_what_is_no_line_has_no_tile_along_it(text: str) -> None:
+    problem = Problem.parse(text)
+    assert not any("along" in config for config in BACKEND.configs(problem, EFFORT))
+    with pytest.raises(ArgumentError, match="along of image_rows is for filters of one row without strides; got True"):
+        BACKEND.workspace(problem, ALONG)
+
+
+def test_threads_share_a_single_line() -> None:
+    problem = Problem.parse("1x1x100000x1 * 1x31x1x1 SAME")
+    kernel = BACKEND.prepare(problem, np.ones(problem.filter_shape, "f4"), None, Config(ALONG, threads=2))
+    assert isinstance(kernel, PackedKernel)
+    assert kernel.count >= 8
 
 
 @pytest.mark.parametrize(
