@@ -15,7 +15,7 @@ from convdispatch.problem import Problem
 #: Bytes of a panel's input, and of its staged results.
 _PANEL, _STAGE = 192 << 10, 48 << 10
 #: Where rows make fewer panels than these, they are cut across, so that threads share them.
-_FEW = 16
+_FEW = 8
 
 
 def _pieces(length: int, unit: int, least: int) -> int:
