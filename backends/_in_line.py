@@ -6,7 +6,7 @@ image is copied, with zeros around it. With 1x1 filters of stride 1, all pixels 
 
 Of a group's channels, only a few bytes of each pixel are read, and pixels may lie apart so that all of these want the
 same places of L1. So each group's channels are first copied to where they lie side by side, with zeros around the
-image.
+image; but not for a single tap, which reads each pixel once for all filters of a block.
 """
 
 import functools
@@ -16,6 +16,7 @@ import numpy as np
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
 from convdispatch.backends._epilogue import RELU6, finish
+from convdispatch.backends._jit import compilable
 from convdispatch.backends._memory import CACHE_LINE
 from convdispatch.backends._put import finished, put
 from convdispatch.backends._tile import (
@@ -37,6 +38,12 @@ unpack = ARGUMENTS.unpack
 _DONE_AT = 8 * ARGUMENTS.done_at
 
 
+@compilable
+def is_staged(groups: int, taps: int) -> bool:
+    """Return whether groups' channels are copied, under filters of so many pixels."""
+    return groups > 1 and taps > 1
+
+
 @functools.cache
 def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKernel:  # noqa: C901, PLR0915
     """Return the kernel of one tile, which is no longer than a line."""
@@ -50,7 +57,7 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
         height, width, channels = x.shape[1:]
         lines, columns, filters = out.shape[1:]
         group_k, across = filters // groups, (columns + rows - 1) // rows
-        staged = groups > 1
+        staged = is_staged(groups, kh * kw)
         span = (kw - 1) * dilations[1] + 1
         wide = (columns - 1) * strides[1] + span if staged else width
         pixel, result = (group_c if staged else channels) * itemsize, filters * itemsize
@@ -82,11 +89,12 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
                         until = min(lines - oh, (last_tile - 1) // across - line + 1)
                         taken = (until - 1) * strides[0] + (kh - 1) * dilations[0] + 1
                         copy_group(stage, x, (image, top, -pads[1]), group * group_c, taken, 1, lanes, itemsize)
-                    low, high = 0, kh
+                    low, high, behind = 0, kh, 0
                     from_line = np.int64(stage.ctypes.data) + (oh - begun) * strides[0] * line_bytes
                 else:
                     low, high = taps_inside(top, dilations[0], kh, height)
                     from_line = here + ((image * height + top) * width - pads[1]) * pixel
+                    behind = group * group_c * itemsize
                 to_line = there + line * columns * result + k0 * itemsize
                 stop = min(across, tile + last_tile - now)
                 now += stop - tile
@@ -104,7 +112,7 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
                     packed = weights + low * tap_bytes
                     for i in range(low, high):
                         for j in range(segments):
-                            tap = at + i * down + j * dilations[1] * pixel
+                            tap = at + behind + i * down + j * dilations[1] * pixel
                             for _ in range(run):
                                 sums = multiply_add(sums, rows, (tap, apart), 0, packed, 1)
                                 tap += itemsize

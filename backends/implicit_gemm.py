@@ -54,7 +54,7 @@ def _is_in_line(problem: Problem, rows: int) -> bool:
     """Return whether tiles are cut from lines of output: where that wastes little, and little is copied at borders."""
     p = problem
     wasted = -(-p.ow // rows) * rows / max(1, p.ow)
-    if p.groups > 1:
+    if _is_staged(p):
         return rows <= p.ow and wasted <= _WASTE_BY_GROUPS
     copied = _window(p, rows) if any(p.pads[2:]) else 0
     return rows <= p.ow and wasted <= _WASTE and copied <= _MOST_COPIED
@@ -64,6 +64,11 @@ def _window(problem: Problem, rows: int) -> int:
     """Return the bytes of the input under a tile of pixels."""
     p = problem
     return p.kh * ((rows - 1) * p.strides[1] + (p.kw - 1) * p.dilations[1] + 1) * p.c * item_bytes(p.dtype)
+
+
+def _is_staged(problem: Problem) -> bool:
+    """Return whether each group's channels are copied to where they lie side by side."""
+    return bool(_in_line.is_staged(problem.groups, problem.kh * problem.kw))
 
 
 def _staged(problem: Problem, tiles: int, rows: int) -> int:
@@ -148,7 +153,7 @@ class ImplicitGemm(PackedBackend):
             each += -(-tiles // down) * rows * block_bytes
         if _is_in_line(p, rows):
             each = rows * block_bytes
-            each += _staged(p, -(-tiles // down), rows) if p.groups > 1 else _window(p, rows)
+            each += _staged(p, -(-tiles // down), rows) if _is_staged(p) else _window(p, rows)
         return min(config.threads, down * across) * each
 
     def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
@@ -165,7 +170,7 @@ class ImplicitGemm(PackedBackend):
             loads *= _NARROW if halves_are_free() else whole / lanes
         compute = 2 * tiles * rows * blocks * block * p.taps / peak * loads
         if _is_in_line(p, rows):
-            copied = 0 if p.groups == 1 else _staged(p, -(-tiles // down), rows) * p.groups * down * across
+            copied = _staged(p, -(-tiles // down), rows) * p.groups * down * across if _is_staged(p) else 0
             each = tiles * blocks * 8e-9 + copied / _STAGED_BYTES_PER_SECOND
         else:
             each = tiles * (blocks * 15e-9 + rows * (4e-9 + _border(p) * p.kh * p.kw * 2e-9))
@@ -209,7 +214,7 @@ class ImplicitGemm(PackedBackend):
 def _crowding(problem: Problem, rows: int, machine: Machine) -> float:
     """Return how many times longer a tile takes whose pixels want the same places of L1, as those 4 KiB apart do."""
     p = problem
-    if p.groups > 1:
+    if _is_staged(p):
         return 1.0  # they are copied, side by side
     apart = p.strides[1] * p.c * item_bytes(p.dtype)
     together, ways = rows * math.gcd(apart, _L1_PERIOD) / _L1_PERIOD, machine.caches[0] / _L1_PERIOD

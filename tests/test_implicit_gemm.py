@@ -34,6 +34,8 @@ SPECIAL = (
     "1x12x10x64 * 3x3x16x128 SAME dilation=2",  # groups as wide as a vector
     "1x12x10x24 * 3x3x4x36 SAME stride=2x1",  # groups narrower than one
     "1x40x40x16 * 1x1x16x64 VALID",
+    "2x11x9x48 * 1x1x12x80 VALID",  # groups that are read where they lie
+    "1x19x30x24 * 1x1x8x24 pad=1,0,2,3 stride=2",
     pytest.param("1x11x9x5 * 2x5x5x7 pad=0,1,2,4 float64", marks=pytest.mark.slow),
 )
 
