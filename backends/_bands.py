@@ -3,7 +3,8 @@
 A band of output rows and the input rows it needs are small enough for a core's own cache: a thread copies the input's
 rows into the kernel's layout and dtype, runs the kernel on them as on a small image, and copies the result out. Rows
 outside the image become rows of zeros. The last band is moved back until it fits. An image too small to be cut is
-converted whole, by all threads, before and after the kernel.
+converted whole, by all threads, before and after the kernel. An image of one row is cut as if it had one column, which
+is the same in memory.
 """
 
 import functools
@@ -34,6 +35,8 @@ _BAND_BYTES, _LARGEST_BAND = 768 << 10, 4 << 20
 #: Rows that are computed twice or in vain by bands cost time; with more than this part, the image is converted whole,
 #: unless its copies would take more than so many bytes.
 _WASTE, _WHOLE_BYTES = 0.08, 32 << 20
+#: Most numbers of bands that are thought of: with many rows, a few more bands or less make no difference.
+_MOST_COUNTS = 256
 #: Parts of a whole image's conversion for each thread, so that one that comes late leaves its parts to the others.
 _PARTS = 2
 #: Pixels that are copied and multiplied together, about.
@@ -166,23 +169,43 @@ def plain(problem: Problem) -> Problem:
     return problem if as_computed else problem.replace(data_format="NHWC", dtype=dtype)
 
 
+def _is_line(problem: Problem) -> bool:
+    """Return whether all there is is one row."""
+    p = problem
+    return p.h == p.kh == p.oh == 1 < p.ow
+
+
+@functools.lru_cache(maxsize=1024)
+def _upright(problem: Problem) -> Problem:
+    """Return the problem, of one row as of one column."""
+    p = problem
+    if not _is_line(p):
+        return p
+    return p.replace(
+        h=p.w, w=1, kh=p.kw, kw=1, pads=(*p.pads[2:], *p.pads[:2]), strides=p.strides[::-1], dilations=p.dilations[::-1]
+    )
+
+
 @functools.lru_cache(maxsize=1024)
 def band_rows(problem: Problem, step: int, threads: int) -> int | None:
     """Return how many output rows a band has, a multiple of ``step`` where it can; None to convert the image whole."""
+    p = _upright(problem)
     for most in (_BAND_BYTES, _LARGEST_BAND):
-        if (rows := _least_wasteful(problem, step, threads, most, 1 + _WASTE)) is not None:
+        if (rows := _least_wasteful(p, step, threads, most, 1 + _WASTE)) is not None:
             return rows
-    whole = scratch_bytes(problem, None) <= _WHOLE_BYTES
-    return None if whole else _least_wasteful(problem, step, threads, _LARGEST_BAND, math.inf)
+    whole = scratch_bytes(p, None) <= _WHOLE_BYTES
+    return None if whole else _least_wasteful(p, step, threads, _LARGEST_BAND, math.inf)
 
 
 def _least_wasteful(problem: Problem, step: int, threads: int, most: int, least: float) -> int | None:
     """Return the rows of the bands that make least work more than once, and less than ``least`` of the work."""
     p, best = problem, None
-    for rows in range(1, p.oh + 1):
+    beyond = scratch_bytes(p, 1)
+    fitting = 1 + max(0, most - beyond) // max(1, scratch_bytes(p, 2) - beyond)
+    fewest = max(-(-p.oh // fitting), -(-(2 * threads - (threads == 1)) // max(1, p.n)), 1)
+    for count in range(fewest, min(p.oh, fewest + _MOST_COUNTS) + 1):
+        rows = -(-p.oh // count)
         bands = -(-p.oh // rows)
-        if scratch_bytes(p, rows) > most and rows > 1:
-            break
         if p.n * bands < 2 * threads - (threads == 1):
             continue
         again = bands * _taken(p, rows) * p.w * p.c / max(1, p.h * p.w * p.c) - 1
@@ -190,7 +213,7 @@ def _least_wasteful(problem: Problem, step: int, threads: int, most: int, least:
         waste *= -(-p.n * bands // threads) * threads / (p.n * bands)  # some threads have one band more
         waste *= -(-rows * p.ow // _PIXELS) * _PIXELS / (rows * p.ow)
         waste += 0.03 * max(0.0, again)
-        if waste <= least:
+        if waste < least:
             best, least = rows, waste
     return best
 
@@ -202,12 +225,15 @@ def _taken(problem: Problem, rows: int) -> int:
 
 def band(problem: Problem, rows: int) -> Problem:
     """Return the problem of one band."""
-    return plain(problem).replace(n=1, h=_taken(problem, rows), pads=(0, 0, *problem.pads[2:]))
+    taken = _taken(_upright(problem), rows)
+    if _is_line(problem):
+        return plain(problem).replace(n=1, w=taken, pads=(0, 0, 0, 0))
+    return plain(problem).replace(n=1, h=taken, pads=(0, 0, *problem.pads[2:]))
 
 
 def scratch_bytes(problem: Problem, rows: int | None) -> int:
     """Return the bytes of the copies: of one thread's band, or of the whole images."""
-    p, size = problem, item_bytes(computed_dtype(problem))
+    p, size = _upright(problem), item_bytes(computed_dtype(problem))
     made = p.ow * p.k * (2 if p.epilogue.residual else 1)
     if rows is None:
         return p.n * (p.h * p.w * p.c + p.oh * made) * size
@@ -219,7 +245,7 @@ class BandedKernel(WrappedKernel):
 
     def __init__(self, inner: PackedKernel, problem: Problem, rows: int, threads: int) -> None:
         """Tell the kernel of the bands about the one inside, whose problem is ``band(problem, rows)``."""
-        p, form = problem, _Storage.of(problem)
+        p, form = _upright(problem), _Storage.of(problem)
         values = {
             "template": inner.block, "places": inner.places, "kernel": inner.kernel.address,
             "parts": inner.count, "done_at": inner.kernel.arguments.done_at,
@@ -237,7 +263,7 @@ class ConvertedKernel(WrappedKernel):
 
     def __init__(self, inner: PackedKernel, problem: Problem, threads: int) -> None:
         """Wrap the kernel of ``plain(problem)``."""
-        p, form = problem, _Storage.of(problem)
+        p, form = _upright(problem), _Storage.of(problem)
         size, surplus = form.itemsize, 2 * CACHE_LINE * form.itemsize  # vectors may reach behind the images
         taken, made = (
             whole_lines(p.n * math.prod(shape) * size + surplus) for shape in ((p.h, p.w, p.c), (p.oh, p.ow, p.k))

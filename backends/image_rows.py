@@ -10,12 +10,13 @@ Convolutions on SIMD Architectures, 2018, has such register tiles with vectors o
 are as old as image processing.)
 
 Where an image has one channel, a small filter reads it where it lies, and only tiles at the border read a copy of
-their window with zeros around it. Otherwise a panel of rows is copied, so that its channels lie apart in planes and
-the border is no special case. NCHW images are planes already: small filters read all of them where they lie, and each
-filter's results are a plane of their own. Rows dilated by d are d images, each of every d-th row. With strides, every
-s-th row and every s-th column get planes of their own, and each plane meets its own part of the filter without strides.
-Nothing is ever written outside the output: the last tile of a row or column moves back over its neighbour, and what is
-smaller than a tile, or has to be interleaved with other filters' results, is staged in scratch memory.
+their window with zeros around it. Otherwise a panel of rows is copied, so that its channels lie apart in planes and the
+border is no special case. NCHW images are planes already: small filters read all of them where they lie, each filter's
+results are a plane of their own, and groups are images, each with its own filters. Rows dilated by d are d images, each
+of every d-th row. With strides, every s-th row and every s-th column get planes of their own, and each plane meets its
+own part of the filter without strides. Nothing is ever written outside the output: the last tile of a row or column
+moves back over its neighbour, and what is smaller than a tile, or has to be interleaved with other filters' results, is
+staged in scratch memory.
 """
 
 import functools
@@ -47,8 +48,9 @@ from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem
 
-#: Beyond these, vectors of filters do better, which need neither planes nor interleaving.
-_CHANNELS, _FILTERS = 16, 16
+#: Beyond these, vectors of filters do better, which need neither planes nor interleaving. A single plane under filters
+#: that make planes needs no interleaving either.
+_CHANNELS, _FILTERS, _FILTERS_OF_PLANE = 16, 16, 128
 #: Tiles, rows x vectors, by the number of vector registers: sums, one row of input and some taps fit in them.
 _TILES = {32: ((8, 2), (12, 1), (4, 4), (4, 2)), 16: ((4, 2), (8, 1), (4, 1))}
 #: Vectors of a tile along one row, likewise, and their bytes. Of unaligned vectors of 64 bytes nearly all lie across
@@ -61,7 +63,7 @@ _IN_PLACE = 100
 #: ``filters`` is ``[K, C // groups, KH * KW]``, in the order of ``_packed``, and ``chunks [parts, 4]`` tells of each
 #: part of its values how they are taken: in so many chunks of ``taps``, of one fewer, and from which column to which.
 #: ``shifts [KW]`` are bytes to the input of each column, ``reach`` the columns beside a tile.
-#: ``bias`` is ``[K, across]`` or empty.
+#: ``bias`` is ``[K, a tile's columns]`` or empty.
 _ARGUMENTS = Arguments(
     input=array_of(4), filters=array_of(3), bias=array_of(2), residual=array_of(4), out=array_of(4),
     chunks=array_of(2, "int64"), shifts=array_of(1, "int64"), reach=INTEGER, strides=integers_of(2),
@@ -118,9 +120,9 @@ def _compiled(  # noqa: C901, PLR0915
             stage_width, planar, in_place, streamed, code, slope, parts, filler, putter,
         ) = unpack(arguments, itemsize)  # fmt: skip
         part = parts[number]
-        (filters, group_c, values), height, width, channels = w.shape, x.shape[1], x.shape[2], x.shape[3]
-        group_k = filters // (channels // group_c)
-        _, all_rows, columns, _ = out.shape
+        (known, group_c, values), height, width, channels = w.shape, x.shape[1], x.shape[2], x.shape[3]
+        _, all_rows, columns, filters = out.shape
+        group_k, sets = filters // (channels // group_c), known // filters  # images in turn have these
         (sh, sw), dh = strides, dilations[0]
         parted = 1 if along else chunks.shape[0]  # parts of the filter that meet planes of their own
         # Rows of the filter that meet every ``sh``-th of the image.
@@ -187,13 +189,14 @@ def _compiled(  # noqa: C901, PLR0915
                     if along:
                         step = run * itemsize
                     for k in range(filters):
+                        which = n % sets * filters + k
                         sums = _sums(
                             source + k // group_k * group_c * apart, step, apart, 0 if along else together * plane_step,
-                            filters_at + k * group_c * values * itemsize, group_c, chunks, shifts,
+                            filters_at + which * group_c * values * itemsize, group_c, chunks, shifts,
                             rows, vectors, taps, fewer, lanes, itemsize,
                         )  # fmt: skip
                         if bias.size:
-                            sums = add_to_all(sums, rows, bias_at + k * run * itemsize)
+                            sums = add_to_all(sums, rows, bias_at + which * run * itemsize)
                         offset = ow * itemsize
                         if staged:
                             store(sums, rows, table, offset + k * high * stage.shape[2] * itemsize)
@@ -332,6 +335,15 @@ def _panels(problem: Problem, tile: _Tile) -> Panels:
     return panels_of(_without_strides(p), *tile.shape, in_place, woven=_woven(p) > 1)
 
 
+@functools.lru_cache(maxsize=1024)
+def _by_groups(problem: Problem) -> Problem:
+    """Return the problem with groups of planes as so many images."""
+    p = problem
+    if p.groups == 1 or not _planar(p):
+        return p
+    return p.replace(n=p.n * p.groups, c=p.group_c, k=p.group_k, groups=1)
+
+
 def _planar(problem: Problem) -> bool:
     """Return whether channels and filters lie in planes of their own."""
     return problem.data_format == "NCHW"
@@ -352,9 +364,10 @@ class ImageRows(PackedBackend):
 
     def rejects_plain(self, problem: Problem) -> str | None:
         """Return None, or what about the dtype, the channels or the strides stands against it."""
-        p = problem
-        if p.c > _CHANNELS or p.k > _FILTERS:
-            return f"it is for up to {_CHANNELS} channels and {_FILTERS} filters; here are {p.c} and {p.k}"
+        p = _by_groups(problem) if _has_lines(problem) else problem  # in vectors of channels, groups go faster
+        most = _FILTERS_OF_PLANE if _planar(p) and p.c == 1 else _FILTERS
+        if p.c > _CHANNELS or p.k > most:
+            return f"it is for up to {_CHANNELS} channels and {most} filters; here are {p.c} and {p.k}"
         if p.strides != (1, 1) and p.dilations != (1, 1):
             return "strides take every so many rows and columns of an image, and so does dilation; it does either"
         if p.strides[0] > p.kh or p.strides[1] > p.kw:
@@ -372,15 +385,14 @@ class ImageRows(PackedBackend):
 
     def workspace_plain(self, problem: Problem, config: Config) -> int:
         """Return the bytes of each thread's copy of the input and staged results."""
-        tile = _tile(problem, config, vector_bytes())
-        panels = _panels(problem, tile)
-        planes = _without_strides(problem).c
-        values = planes * math.prod(panels.window) + problem.k * tile.shape[0] * panels.width * panels.staged
-        return config.threads * (values * item_bytes(problem.dtype) + 8 * tile.rows)
+        p, tile = _by_groups(problem), _tile(problem, config, vector_bytes())
+        panels = _panels(p, tile)
+        values = _without_strides(p).c * math.prod(panels.window) + p.k * tile.shape[0] * panels.width * panels.staged
+        return config.threads * (values * item_bytes(p.dtype) + 8 * tile.rows)
 
     def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return products of whole tiles by what is loaded for them; copies in and out of scratch; memory."""
-        p, tile, size = problem, _tile(problem, config, machine.vector_bytes), item_bytes(problem.dtype)
+        tile, p, size = _tile(problem, config, machine.vector_bytes), _by_groups(problem), item_bytes(problem.dtype)
         panels, (high, across) = _panels(p, tile), tile.shape
         inner, phases = _without_strides(p), min(p.dilations[0], p.oh)
         tiles = p.n * phases * -(-p.oh // (phases * high)) * -(-p.ow // across)
@@ -409,8 +421,8 @@ class ImageRows(PackedBackend):
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Reorder the filters; compile for the tile and the filter's height if that has not been done."""
-        p, tile, size = problem, _tile(problem, config, vector_bytes()), item_bytes(problem.dtype)
-        packed = aligned((p.k, p.group_c, p.kh * p.kw), p.dtype)
+        p, tile, size = _by_groups(problem), _tile(problem, config, vector_bytes()), item_bytes(problem.dtype)
+        packed = aligned((problem.k, p.group_c, p.kh * p.kw), p.dtype)
         packed[...] = _packed(filters, p.strides, tile)
         panels = _panels(p, tile)
         parts = split(panels.total, 4 * config.threads if config.threads > 1 else 1)

@@ -45,6 +45,7 @@ SIZES = {
 #: Lengths of tiles, likewise, for filters of one row or column.
 LENGTHS = {
     (2, 1): (2, 4), (3, 1): (2, 4, 6), (4, 1): (2, 4, 6), (5, 1): (2, 4, 6), (7, 1): (2, 4, 6), (9, 1): (2, 4),
+    (11, 1): (2,),
     (3, 2): (4, 6), (4, 2): (4, 6), (5, 2): (4, 6), (7, 2): (4,),
 }  # fmt: skip
 #: Transforms that enlarge errors more than this are for no more channels than these: errors grow with both, and 512
@@ -71,7 +72,7 @@ _WASTE = 1.05
 #: A dilation may make so many pictures, be there pixels for all of them or not.
 _PICTURES = 1 << 10
 
-_WRONG_SIZE = "filters are {}x{}; it does sides of 2, 3, 4, 5 and 7 taps, and a single row or column of these or 9"
+_WRONG_SIZE = "filters are {}x{}; it does sides of 2, 3, 4, 5 and 7 taps, and a single row or column of these, 9 or 11"
 
 # Rates of one core with 64-byte vectors; narrower ones are slower in proportion.
 _FLOPS = 1.1e11  # of the products, float32
@@ -337,8 +338,9 @@ class Winograd(PackedBackend):
         return sorted(choices, key=lambda config: self.estimate_plain(problem, config, here))
 
     def step(self, problem: Problem, config: Config) -> int:
-        """Return the rows of a tile."""
-        return _form(problem, config).m[0]
+        """Return the rows of a tile, or the columns where there is one row of output."""
+        down, across = _form(problem, config).m
+        return across if problem.oh == 1 else down
 
     def workspace_plain(self, problem: Problem, config: Config) -> int:
         """Return the bytes of the transformed tiles and products of the jobs under way."""

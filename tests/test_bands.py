@@ -8,6 +8,7 @@ from typing import Any
 import numba
 import numpy as np
 import pytest
+import walls
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import FLOAT_DTYPES, USABLE_DTYPES, judge, numbers
@@ -19,6 +20,7 @@ from convdispatch.backends._exact import exact_floats
 from convdispatch.backends._layout import SAME, STORAGES, stage, unstage
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._vector import vector_bytes
+from convdispatch.backends.implicit_gemm import ImplicitGemm
 from convdispatch.problem import Problem, dtype_of
 
 DTYPES = [
@@ -218,3 +220,28 @@ def test_bands_fit_and_are_enough(h: int, w: int, c: int, stride: int, step: int
     assert 1 <= rows <= problem.oh
     assert _bands.scratch_bytes(problem, rows) <= _bands._LARGEST_BAND or rows == 1
     assert -(-problem.oh // rows) >= threads
+
+
+@given(
+    w=st.integers(1, 3000), kw=st.integers(1, 9), c=st.integers(1, 40), stride=st.integers(1, 3),
+    dilation=st.integers(1, 3), pads=st.tuples(st.integers(0, 9), st.integers(0, 9)), threads=st.integers(1, 3),
+    words=st.sampled_from(["", "float16 +relu", "+bias +residual"]),
+)  # fmt: skip
+def test_lines_are_cut_into_bands(
+    w: int, kw: int, c: int, stride: int, dilation: int, pads: tuple[int, int], threads: int, words: str
+) -> None:
+    w = max(w, (kw - 1) * dilation + 1)
+    text = (
+        f"2x{c}x1x{w} NCHW * 1x{kw}x{c}x7 pad=0,0,{pads[0]},{pads[1]} stride=2x{stride} dilation=1x{dilation} {words}"
+    )
+    problem = Problem.parse(text)
+    walls.check(ImplicitGemm(), problem, Config(rows=14, vectors=1, threads=threads), 0)
+
+
+def test_a_line_is_cut_where_one_thread_would_convert_it() -> None:
+    problem = Problem.parse("1x64x1x9000 NCHW * 1x3x64x64 SAME")
+    rows = _bands.band_rows(problem, 4, 2)
+    assert rows is not None
+    assert -(-9000 // rows) >= 4
+    assert (part := _bands.band(problem, rows)).oh == 1
+    assert part.ow == rows

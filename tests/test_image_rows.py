@@ -131,7 +131,7 @@ ALONG = Config(rows=16, vectors=1, along=True)
     taps=st.one_of(st.integers(1, 40), st.sampled_from((71, 72, 73, 80, 145))),
     dilation=st.sampled_from((1, 1, 2, 5)),
     pads=st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 150), st.integers(0, 150)),
-    channels=st.sampled_from(((1, 1, 1), (1, 1, 3), (1, 2, 1), (1, 3, 4), (2, 2, 2))),
+    channels=st.sampled_from(((1, 1, 1), (1, 1, 3), (1, 2, 1), (1, 3, 4), (2, 2, 2), (5, 1, 2))),
     planar=st.booleans(),
     words=st.sampled_from(["", "+bias +relu", "+residual +bias", "+residual +gelu"]),
     threads=st.integers(1, 3),
@@ -149,6 +149,23 @@ def test_lines(
     ).replace(data_format="NCHW" if planar else "NHWC")  # fmt: skip
     assert Config(ALONG, rows=image_rows._RUNS[registers()]) in BACKEND.configs(problem, EFFORT)
     check(problem, Config(ALONG, threads=threads))
+
+
+def test_planes_of_many_groups_are_for_lines() -> None:
+    assert BACKEND.rejects(Problem.parse("1x64x1x90 NCHW * 1x9x1x64 SAME")) is None
+    for text in ("1x64x9x90 NCHW * 3x3x1x64 SAME", "1x1x90x64 * 1x9x1x64 SAME", "1x64x1x90 NCHW * 1x9x32x64 SAME"):
+        assert "up to 16 channels" in (BACKEND.rejects(Problem.parse(text)) or "")
+
+
+@pytest.mark.parametrize("text", ["2x48x1x70 NCHW * 1x7x1x48 SAME +bias", "2x12x3x70 NCHW * 1x4x3x20 SAME +bias +relu"])
+def test_groups_of_planes(text: str) -> None:
+    for config in BACKEND.configs(Problem.parse(text), EFFORT):
+        check(Problem.parse(text), Config(config, threads=2))
+
+
+def test_a_plane_may_have_many_filters() -> None:
+    check(Problem.parse("2x1x20x50 NCHW * 3x3x1x70 SAME +bias +residual"))
+    assert "up to 16 channels and 16 filters" in (BACKEND.rejects(Problem.parse("2x20x50x1 * 3x3x1x70 SAME")) or "")
 
 
 @pytest.mark.parametrize("text", ["1x9x90x1 * 3x3x1x1 SAME", "1x1x90x1 * 1x3x1x1 SAME stride=2"])
