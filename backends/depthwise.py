@@ -177,7 +177,8 @@ def _compiled(  # noqa: C901, PLR0915
                     ow = phase + o0 * apart
                     column = ow * sw - left
                     inside = column >= 0 and column + reach < width
-                    if together > 1 and inside:
+                    shared = inside and together > 1
+                    if shared:
                         _place(outputs, out.ctypes.data + (row * columns + ow) * result, columns * result, result)
                         to = outputs.ctypes.data
                         from_row = x.ctypes.data + ((n * height + above) * width + column) * pixel
@@ -187,7 +188,7 @@ def _compiled(  # noqa: C901, PLR0915
                             sums = _biased(all_sums, start + k0 * start_step, lanes, itemsize)
                             sums = slide(sums, high, down, taps, stride, 1, 1, here, line, pixel, packed)
                             _leave(sums, all_sums, to, k0 * itemsize, adds, more, low, most)
-                    for upper in range(0 if together > 1 and inside else together):
+                    for upper in range(0 if shared else together):
                         from_top = above + upper * sh
                         first, last = taps_inside(from_top, dh, kh, height)
                         places = (np.int64(out.ctypes.data) + ((row + upper) * columns + ow) * result, apart * result)
