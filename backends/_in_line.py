@@ -1,8 +1,9 @@
 """The kernel of ``implicit_gemm`` for lines of output that are long enough: a tile's pixels are neighbours in one.
 
 So they are equally far apart, in the input as in the output, and need no table of addresses. (To fill one takes a third
-of the time where sums are short.) Rows of taps above or below the image are left out. A window that reaches beside the
-image is copied, with zeros around it. With 1x1 filters of stride 1, all pixels of all images are one line.
+of the time where sums are short.) Rows of taps above or below the image are left out, and taps that all of a tile's
+pixels have beside it. A window that reaches beside the image is copied, with zeros around it. With 1x1 filters of
+stride 1, all pixels of all images are one line.
 
 Of a group's channels, only a few bytes of each pixel are read, and pixels may lie apart so that all of these want the
 same places of L1. So each group's channels are first copied to where they lie side by side, with zeros around the
@@ -62,8 +63,6 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
         wide = (columns - 1) * strides[1] + span if staged else width
         pixel, result = (group_c if staged else channels) * itemsize, filters * itemsize
         apart, line_bytes, tap_bytes = strides[1] * pixel, wide * pixel, kw * group_c * step
-        # Taps of one row are one run through memory, if nothing lies between them.
-        segments, run = (1, kw * group_c) if dilations[1] == 1 else (kw, group_c)
         first_tile, last_tile, first_block, last_block = parts[job]
         reach, most = (rows - 1) * strides[1] + span, min(lines, (last_tile - first_tile) // across + 2)
         window = np.empty((0 if staged else kh, reach, channels), x.dtype)
@@ -83,16 +82,16 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
                 line, tile = divmod(now, across)
                 image, oh = divmod(line, lines)
                 top = oh * strides[0] - pads[0]
+                low, high = taps_inside(top, dilations[0], kh, height)
                 if staged:
                     if kept != (group, image):
                         kept, begun = (group, image), oh
                         until = min(lines - oh, (last_tile - 1) // across - line + 1)
                         taken = (until - 1) * strides[0] + (kh - 1) * dilations[0] + 1
                         copy_group(stage, x, (image, top, -pads[1]), group * group_c, taken, 1, lanes, itemsize)
-                    low, high, behind = 0, kh, 0
+                    behind = 0
                     from_line = np.int64(stage.ctypes.data) + (oh - begun) * strides[0] * line_bytes
                 else:
-                    low, high = taps_inside(top, dilations[0], kh, height)
                     from_line = here + ((image * height + top) * width - pads[1]) * pixel
                     behind = group * group_c * itemsize
                 to_line = there + line * columns * result + k0 * itemsize
@@ -101,6 +100,10 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
                 for place in range(tile, stop):
                     ow = min(place * rows, columns - rows)
                     left, to = ow * strides[1] - pads[1], to_line + ow * result
+                    # Taps that all pixels of the tile have beside the image are left out.
+                    nearest = left + (rows - 1) * strides[1]
+                    begin = taps_inside(nearest, dilations[1], kw, width)[0]
+                    end = taps_inside(left, dilations[1], kw, width)[1]
                     at, down = from_line + ow * apart, dilations[0] * line_bytes
                     if not staged and (left < 0 or left + reach > width):
                         for i in range(low, high):
@@ -109,10 +112,12 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
                     sums = zeros(rows, vectors, lanes, itemsize)
                     if bias.size:
                         sums = add_to_all(sums, rows, np.int64(bias.ctypes.data) + number * step)
-                    packed = weights + low * tap_bytes
+                    # Taps of one row are one run through memory, if nothing lies between them.
+                    segments, run = (1, (end - begin) * group_c) if dilations[1] == 1 else (end - begin, group_c)
                     for i in range(low, high):
+                        packed = weights + i * tap_bytes + begin * group_c * step
                         for j in range(segments):
-                            tap = at + behind + i * down + j * dilations[1] * pixel
+                            tap = at + behind + i * down + (begin + j) * dilations[1] * pixel
                             for _ in range(run):
                                 sums = multiply_add(sums, rows, (tap, apart), 0, packed, 1)
                                 tap += itemsize

@@ -36,6 +36,9 @@ SPECIAL = (
     "1x40x40x16 * 1x1x16x64 VALID",
     "2x11x9x48 * 1x1x12x80 VALID",  # groups that are read where they lie
     "1x19x30x24 * 1x1x8x24 pad=1,0,2,3 stride=2",
+    "1x3x28x8 * 3x41x8x20 SAME",  # tiles with taps beside the image
+    "1x1x30x24 * 1x40x8x24 pad=0,0,50,61 stride=1x2",
+    "1x2x28x8 * 1x3x8x16 SAME dilation=1x20",
     pytest.param("1x11x9x5 * 2x5x5x7 pad=0,1,2,4 float64", marks=pytest.mark.slow),
 )
 
