@@ -35,8 +35,8 @@ def _locate(place, x, size, out, zero, window, table):  # type: ignore[no-untype
     """Fill the table for the tile of pixels from ``place`` on: (image, row, column) of the output.
 
     The first row of the table is the outputs' addresses, the second the windows' (meaningful if all lie inside), the
-    rest, filled if they do not, the address of each tap. Return whether all windows lie inside the image, and the place
-    behind the tile.
+    rest, filled if they do not, the address of each tap; a row of a tap that no pixel has inside begins with 0. Return
+    whether all windows lie inside the image, and the place behind the tile.
     """
     (_, height, width, channels), (images, rows, columns, filters) = x[1:], out[1:]
     kh, kw, top, left, sh, sw, dh, dw = window
@@ -69,6 +69,7 @@ def _locate(place, x, size, out, zero, window, table):  # type: ignore[no-untype
                     is_seen = 0 <= ih < height and 0 <= iw < width
                     table[2 + i * kw + j, r] = table[1, r] + behind if is_seen else zero
             image, oh, ow = _next((image, oh, ow), (images, rows, columns))
+        _leave_out(table[2:], zero)
     image, oh, ow = place
     if ow + pixels < columns:
         return inside, (image, oh, ow + pixels)
@@ -80,6 +81,17 @@ def _locate(place, x, size, out, zero, window, table):  # type: ignore[no-untype
             oh = 0
             image += 1
     return inside, (image, oh, ow)
+
+
+@compilable
+def _leave_out(taps, zero):  # type: ignore[no-untyped-def]
+    """Mark, by 0 in front, the taps that all pixels of a tile have outside the image."""
+    for tap in range(taps.shape[0]):
+        is_met = False
+        for r in range(taps.shape[1]):
+            is_met |= taps[tap, r] != zero
+        if not is_met:
+            taps[tap, 0] = 0
 
 
 @compilable
@@ -106,12 +118,12 @@ def is_far(filter_bytes, tiles):  # type: ignore[no-untyped-def]
 
 @inlined
 def _add_products(  # type: ignore[no-untyped-def]
-    sums, rows, inputs, inside, behind, walk, part, weights, step, coming, lines, stretch, itemsize
+    sums, rows, table, inside, behind, walk, part, weights, step, coming, lines, stretch, itemsize
 ):
     """Return a tile's sums with the products of its inputs and ``part`` of the filters, from and to which value.
 
     Args:
-        inputs: address of the windows' addresses, behind which those of each tap are.
+        table: what ``_locate`` has filled.
         inside: whether all windows lie inside the image, and taps are found from the windows' addresses.
         behind: bytes from those addresses to the values.
         walk: taps of a row, bytes from a row of taps to the next and from a tap to the next, taps that are one run
@@ -121,7 +133,7 @@ def _add_products(  # type: ignore[no-untyped-def]
     """
     kw, down, across, together, depth = walk
     c, i, j, left, packed = part[0], 0, 0, part[1] - part[0], weights + part[0] * step
-    run = together * depth
+    run, inputs = together * depth, np.int64(table.ctypes.data) + rows * 8
     if c:
         first, c = divmod(c, run)
         i, j = divmod(first * together, kw)
@@ -129,15 +141,19 @@ def _add_products(  # type: ignore[no-untyped-def]
         for _ in range(lines):
             prefetch(coming)
             coming += CACHE_LINE
+        now, is_met = min(run - c, left, stretch), True
         if inside:
             places, offset = inputs, behind + i * down + j * across + c * itemsize
         else:
             places, offset = inputs + (1 + i * kw + j) * rows * 8, behind + c * itemsize
-        now = min(run - c, left, stretch)
-        for _ in range(now):
-            sums = multiply_add(sums, rows, places, offset, packed, 1)
-            offset += itemsize
-            packed += step
+            is_met = table[2 + i * kw + j, 0] != 0
+        if is_met:
+            for _ in range(now):
+                sums = multiply_add(sums, rows, places, offset, packed, 1)
+                offset += itemsize
+                packed += step
+        else:
+            packed += now * step
         left -= now
         c += now
         if c == run:
@@ -197,7 +213,7 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
                 begin, end = turn * depth // turns, (turn + 1) * depth // turns
                 share = (end - begin) // tiles
                 for t in range(tiles):
-                    outputs, inputs = table_at + t * table_step, table_at + t * table_step + rows * 8
+                    outputs = table_at + t * table_step
                     if turn:
                         sums = load_apart(partial[t].ctypes.data, vector_bytes, sums_of_tile, lanes, itemsize)
                     else:
@@ -206,7 +222,7 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
                             sums = add_to_all(sums, rows, bias.ctypes.data + number * step)
                     walk = (kw, dh * here[3] * pixel, dw * pixel, kw if joined and inside[t] else 1, group_c)
                     sums = _add_products(
-                        sums, rows, inputs, inside[t], behind, walk, (begin, end), weights, step,
+                        sums, rows, table[t], inside[t], behind, walk, (begin, end), weights, step,
                         weights + (end + t * share) * step, lines, stretch, itemsize,
                     )  # fmt: skip
                     if turn + 1 < turns:

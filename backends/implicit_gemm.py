@@ -107,7 +107,7 @@ class ImplicitGemm(PackedBackend):
     """Tiles of outputs summed in registers, the input read where it lies; any filter, stride and padding."""
 
     name = "implicit_gemm"
-    version = 11
+    version = 12
 
     def configs(self, problem: Problem, effort: Effort) -> Sequence[Config]:
         """Return tiles, the one with the smallest estimate first."""
@@ -168,7 +168,7 @@ class ImplicitGemm(PackedBackend):
         loads = (1 + 0.1 * whole / lanes * (rows + vectors) / (rows * vectors)) * _crowding(p, rows, machine)
         if lanes < whole:
             loads *= _NARROW if halves_are_free() else whole / lanes
-        compute = 2 * tiles * rows * blocks * block * p.taps / peak * loads
+        compute = 2 * tiles * rows * blocks * block * p.taps * _met(p, rows) / peak * loads
         if _is_in_line(p, rows):
             copied = _staged(p, -(-tiles // down), rows) * p.groups * down * across if _is_staged(p) else 0
             each = tiles * blocks * 8e-9 + copied / _STAGED_BYTES_PER_SECOND
@@ -209,6 +209,34 @@ class ImplicitGemm(PackedBackend):
             compiled = _indirect.compiled
         make = functools.partial(compiled, *tile, lanes, item_bytes(p.dtype))
         return PackedKernel(make, p, values, len(parts), config.threads)
+
+
+@functools.lru_cache(maxsize=4096)
+def _met(problem: Problem, rows: int) -> float:
+    """Return which part of the taps the tiles meet: those that all of a tile's pixels have outside are left out."""
+    p = problem
+    if p.n * p.oh * p.ow == 0:
+        return 1.0
+    high = min(p.oh, 1 + (rows - 1) // p.ow)
+    return _met_along(p, 0, high) * _met_along(p, 1, min(rows, p.ow))
+
+
+def _met_along(problem: Problem, axis: int, run: int) -> float:
+    """Return which part of the taps along an axis meet some of so many neighbouring outputs."""
+    p = problem
+    size, out, taps = (p.h, p.w)[axis], (p.oh, p.ow)[axis], (p.kh, p.kw)[axis]
+    stride, dilation, pads = p.strides[axis], p.dilations[axis], p.pads[2 * axis : 2 * axis + 2]
+    runs = -(-out // run)
+    before, after = (min(runs, -(-pad // (stride * run))) for pad in pads)  # runs with some outside
+    if before + after == 0:
+        return 1.0
+    left_out = 0
+    for number in {*range(before), *range(runs - after, runs)}:
+        first = min(number * run, out - run) * stride - pads[0]
+        last = first + (run - 1) * stride
+        inside = min(taps, -(-(size - first) // dilation)) - max(0, -(last // dilation))
+        left_out += taps - max(0, inside)
+    return 1 - left_out / (runs * taps)
 
 
 def _crowding(problem: Problem, rows: int, machine: Machine) -> float:

@@ -39,6 +39,8 @@ SPECIAL = (
     "1x3x28x8 * 3x41x8x20 SAME",  # tiles with taps beside the image
     "1x1x30x24 * 1x40x8x24 pad=0,0,50,61 stride=1x2",
     "1x2x28x8 * 1x3x8x16 SAME dilation=1x20",
+    "1x11x13x8 * 3x3x8x20 SAME dilation=7",
+    "2x5x4x6 * 5x5x6x16 pad=9,8,7,9",  # some pixels have no tap inside
     pytest.param("1x11x9x5 * 2x5x5x7 pad=0,1,2,4 float64", marks=pytest.mark.slow),
 )
 
@@ -106,6 +108,28 @@ def test_half_vectors_are_for_filters_that_fit_them_better() -> None:
     for filters in (16, 25, 32, 48, 56, 96):
         assert not narrow(f"1x14x14x64 * 1x1x64x{filters} VALID")
     assert not narrow("1x64x7x7 * 1x1x64x24 VALID NCHW")  # where pixels lie in vectors
+
+
+@given(
+    size=st.integers(1, 60), taps=st.integers(1, 30), stride=st.integers(1, 3), dilation=st.integers(1, 4),
+    pads=st.tuples(st.integers(0, 50), st.integers(0, 50)), run=st.integers(1, 14),
+)  # fmt: skip
+def test_estimates_know_the_taps_that_are_left_out(
+    size: int, taps: int, stride: int, dilation: int, pads: tuple[int, int], run: int
+) -> None:
+    size = max(size, (taps - 1) * dilation + 1 - sum(pads))
+    problem = Problem(1, 1, size, 1, 1, 1, taps, (0, 0, *pads), (1, stride), (1, dilation))
+    run = min(run, problem.ow)
+    starts = [min(at, problem.ow - run) * stride - pads[0] for at in range(0, problem.ow, run)]
+    met = [
+        any(0 <= start + o * stride + j * dilation < size for o in range(run)) for start in starts for j in range(taps)
+    ]
+    told = implicit_gemm._met_along(problem, 1, run)
+    # Between the first pixel's last tap and the last pixel's first, none is left out, be there a pixel for it or not.
+    assert sum(met) / len(met) <= told + 1e-9
+    assert told <= 1
+    if stride == 1 == dilation:
+        assert told == pytest.approx(sum(met) / len(met))
 
 
 @pytest.mark.parametrize("lanes", [0, 3, 64])
