@@ -57,6 +57,8 @@ _FOLDED_SIZE, _FOLDED_TAPS, _FOLDED_CHANNELS = 4, (2, 4), 64
 #: filters, read again for every job, would be most of the traffic.
 BLOCK_BYTES = 768 << 10
 LEAST_TILES = 24
+#: The same of groups, since the pixels of these tiles, all their channels, are to stay there from group to group.
+_GROUPS_BYTES = 192 << 10
 #: Of a folded image, with few products a point, transforms are most of the work, and go faster nearer to L1.
 _FOLDED_BYTES, _FOLDED_TILES = 192 << 10, 12
 
@@ -262,7 +264,9 @@ def _cut(problem: Problem, form: _Form, vectors: int, threads: int) -> _Jobs:
     block, tiles = vectors * vector_bytes() // size, _tiles(problem, form.m)
     blocks = form.groups * -(-form.filters // block)
     each = form.points * (form.fold * form.run + block) * size
-    room, least = (_FOLDED_BYTES, _FOLDED_TILES) if form.fold > 1 else (BLOCK_BYTES, LEAST_TILES)
+    room, least = BLOCK_BYTES if form.groups == 1 else _GROUPS_BYTES, LEAST_TILES
+    if form.fold > 1:
+        room, least = _FOLDED_BYTES, _FOLDED_TILES
     most = max(least, room // each)
     most = max(rows, most - most % rows)
     down = -(-tiles // most)
@@ -309,7 +313,7 @@ class Winograd(PackedBackend):
     """Minimal filtering: small filters and lines of taps, of stride 1 and any dilation, or of stride 2."""
 
     name = "winograd"
-    version = 12
+    version = 13
     packing_cost = (5e-5, 1.6e-9)
     numerics = Numerics("transform", growth=_growth)
 
