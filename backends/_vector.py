@@ -5,6 +5,7 @@ float32, 8: float64) make the vector's type, and are compile-time constants: lit
 kernel closes over. What kernels do with tuples of vectors is in ``_tile``.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -46,9 +47,15 @@ def halves_are_free() -> bool:
     So it is where whole ones are made of halves, or of the two units that do halves: with AVX-512 on Zen 4, and on what
     Intel makes for desks and laps.
     """
+    return _processor() in _HALVES
+
+
+@functools.cache
+def _processor() -> str:
+    """Return LLVM's name of what Numba compiles for."""
     settings: Any = numba.config
     name: str = settings.CPU_NAME or binding.get_host_cpu_name()
-    return name in _HALVES
+    return name
 
 
 def is_x86() -> bool:

@@ -215,12 +215,13 @@ class ImplicitGemm(PackedBackend):
 def _met(problem: Problem, rows: int) -> float:
     """Return which part of the taps the tiles meet: those that all of a tile's pixels have outside are left out."""
     p = problem
-    if p.n * p.oh * p.ow == 0:
+    if not any(p.pads) or p.n * p.oh * p.ow == 0:
         return 1.0
     high = min(p.oh, 1 + (rows - 1) // p.ow)
     return _met_along(p, 0, high) * _met_along(p, 1, min(rows, p.ow))
 
 
+@functools.lru_cache(maxsize=4096)
 def _met_along(problem: Problem, axis: int, run: int) -> float:
     """Return which part of the taps along an axis meet some of so many neighbouring outputs."""
     p = problem

@@ -106,13 +106,13 @@ class _Form:
     filters: int
     share: int = 1
 
-    @property
+    @functools.cached_property
     def n(self) -> tuple[int, int]:
         """A tile's inputs, down and across."""
         down, across = (self.stride * (m - 1) + r for m, r in zip(self.m, self.r, strict=True))
         return down, across
 
-    @property
+    @functools.cached_property
     def points(self) -> int:
         """A tile's products of transformed values."""
         return math.prod(self.n)
@@ -223,7 +223,7 @@ class _Jobs:
         """Tiles of outputs of the largest job."""
         return -(-self.tiles // self.down)
 
-    @property
+    @functools.cached_property
     def waste(self) -> float:
         """How many times the products that are needed are made."""
         heights = _HEIGHTS[registers()][self.vectors]
