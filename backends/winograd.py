@@ -314,7 +314,7 @@ class Winograd(PackedBackend):
 
     name = "winograd"
     version = 13
-    packing_cost = (5e-5, 1.6e-9)
+    packing_cost = (5e-5, 1e-9)
     numerics = Numerics("transform", growth=_growth)
 
     def rejects_plain(self, problem: Problem) -> str | None:
