@@ -170,9 +170,9 @@ def plain(problem: Problem) -> Problem:
 
 
 def _is_line(problem: Problem) -> bool:
-    """Return whether all there is is one row."""
+    """Return whether there is one row, and nothing above or below it."""
     p = problem
-    return p.h == p.kh == p.oh == 1 < p.ow
+    return p.h == p.kh == p.oh == 1 < p.ow and not any(p.pads[:2])
 
 
 @functools.lru_cache(maxsize=1024)

@@ -406,7 +406,6 @@ class Fft(Backend):
     """Products of spectra, on tiles; its time hardly depends on the size of the filters."""
 
     name = "fft"
-    version = 2
     packing_cost = (1e-4, 6e-8)
     numerics = Numerics("transform", growth=_growth)
     parallel = True

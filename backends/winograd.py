@@ -1,4 +1,4 @@
-"""``winograd``: filters of 2 to 5 or 7 rows and columns, or of one of both, by minimal filtering, F(m x m, r x r).
+"""``winograd``: small filters, and those of one row or column, by minimal filtering, F(m x m, r x r) or F(m, r).
 
 The output is cut into tiles of m x m pixels. A tile needs n x n input pixels, n = m + r - 1; these and the filters are
 transformed so that convolving becomes n * n independent products of matrices ``[tiles, C] @ [C, K]``, whose results are

@@ -238,6 +238,13 @@ def test_lines_are_cut_into_bands(
     walls.check(ImplicitGemm(), problem, Config(rows=14, vectors=1, threads=threads), 0)
 
 
+@pytest.mark.parametrize("pads", ["1,0", "0,1"])
+def test_a_row_beside_the_image_is_no_line(pads: str) -> None:
+    problem = Problem.parse(f"2x5x1x400 NCHW * 1x3x5x7 pad={pads},1,1 stride=2x1 +bias")
+    assert problem.oh == 1
+    walls.check(ImplicitGemm(), problem, Config(rows=14, vectors=1, threads=2), 0)
+
+
 def test_a_line_is_cut_where_one_thread_would_convert_it() -> None:
     problem = Problem.parse("1x64x1x9000 NCHW * 1x3x64x64 SAME")
     rows = _bands.band_rows(problem, 4, 2)
