@@ -299,7 +299,7 @@ class Depthwise(PackedBackend):
         seconds = tiles * (row * _rows_inside(p) + _TILE_SECONDS / high)
         if not _shares_vectors(p) or p.epilogue.code > RELU6:
             seconds += tiles * tile * lanes * (_VALUE_SECONDS if p.epilogue.code <= RELU6 else 3 * _VALUE_SECONDS)
-        used = min(config.threads, machine.cores, len(_jobs(p, tile, config.threads)))
+        used = min(config.threads, machine.cores, math.prod(_cut(p, tile, config.threads)))
         traffic = (math.prod(p.input_shape) + math.prod(p.output_shape)) * size
         missed = max(0, traffic - machine.caches[2] // 2) / _MEMORY_BYTES_PER_SECOND
         return _rates.shared(seconds + missed, used, call=3e-6)
@@ -421,17 +421,28 @@ def _rows_inside(problem: Problem) -> float:
     return total / p.oh
 
 
-def _jobs(problem: Problem, tile: int, threads: int) -> Array:
-    """Return jobs, each some rows of all images and some columns of these: where they begin and end.
+def _whole_tiles(problem: Problem, tile: int) -> int:
+    """Return how many tiles of all phases a row has, at least one; what is less than a tile is moved back."""
+    return max(1, problem.ow // (tile * problem.dilations[1]))
+
+
+def _cut(problem: Problem, tile: int, threads: int) -> tuple[int, int]:
+    """Return into how many pieces rows, of all images, and columns are cut.
 
     Rows are shared out; or columns, by whole tiles, if there are too few rows. Channels are not: every pixel would have
     a line of cache that two threads write.
     """
-    p, jobs = problem, 1 if threads == 1 else _PARTS * threads
-    rows, whole = p.n * p.oh, tile * p.dilations[1]
-    tiles = max(1, p.ow // whole)
+    rows, tiles = problem.n * problem.oh, _whole_tiles(problem, tile)
+    jobs = 1 if threads == 1 else _PARTS * threads
     by_columns = rows < _ROWS * jobs and tiles > rows
-    parts = grid((rows, 1 if by_columns else jobs), (tiles, jobs if by_columns else 1)).copy()
+    return (1, min(jobs, tiles)) if by_columns else (max(1, min(jobs, rows)), 1)
+
+
+def _jobs(problem: Problem, tile: int, threads: int) -> Array:
+    """Return jobs, each some rows of all images and some columns of these: where they begin and end."""
+    p, whole, tiles = problem, tile * problem.dilations[1], _whole_tiles(problem, tile)
+    down, across = _cut(p, tile, threads)
+    parts = grid((p.n * p.oh, down), (tiles, across)).copy()
     parts[:, 2:] *= whole
     parts[parts[:, 3] == tiles * whole, 3] = p.ow  # what is less than a tile is moved back, but not into another job
     return parts

@@ -332,10 +332,10 @@ def _sizes(problem: Problem) -> list[int]:
     """Return the lengths of transforms worth trying."""
     fixed = _geometry(problem)
     least, whole = max(fixed.reach), max(fixed.whole)
-    tiles = _LONG_TILES if min(fixed.whole) == 1 else _TILES
-    fitting = [tile for tile in tiles if least <= tile < whole]
-    far_longer = fitting and whole > 2 * _LONG_TILES[-1] and min(fixed.whole) == 1  # than any cache
-    return fitting if far_longer else [*fitting, whole]
+    is_line = min(fixed.whole) == 1
+    fitting = [tile for tile in (_LONG_TILES if is_line else _TILES) if least <= tile < whole]
+    far_longer = is_line and whole > 2 * _LONG_TILES[-1]  # than any cache
+    return fitting if fitting and far_longer else [*fitting, whole]
 
 
 def _order(problem: Problem, config: Config) -> tuple[bool, float]:

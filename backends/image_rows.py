@@ -270,7 +270,7 @@ def _tile(problem: Problem, config: Config, vector: int) -> _Tile:
     if not along:
         return _Tile(rows, vectors, vector // size, along=False, turns=0, height=_without_strides(p).kh)
     lanes = min(vector, _RUN_BYTES) // size
-    turns = min(p.kw, lanes if p.dilations[1] == 1 else p.kw)  # dilated, no two values meet the same vectors
+    turns = min(p.kw, lanes) if p.dilations[1] == 1 else p.kw  # dilated, no two values meet the same vectors
     return _Tile(rows * vectors, 1, lanes, along=True, turns=turns, height=-(-p.kw // turns))
 
 
