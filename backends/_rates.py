@@ -1,5 +1,6 @@
 """What the backends' estimates have in common: a core's rate of products, what sharing work out costs, and ranking."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from convdispatch.backend import Config, Effort
@@ -9,6 +10,8 @@ from convdispatch.machine import Machine, current
 _PEAK_PER_BYTE = 1.8e9
 #: Bytes a second that a thread reads from caches beyond its own, or from memory, if it reads on and on.
 _CACHED_BYTES, _MEMORY_BYTES = 6.4e10, 2e10
+#: Lines of cache so many bytes apart want the same places of L1: it is looked up by what a page keeps.
+_L1_PERIOD = 4096
 
 
 def peak(machine: Machine, itemsize: int) -> float:
@@ -19,6 +22,11 @@ def peak(machine: Machine, itemsize: int) -> float:
 def filter_seconds(filter_bytes: int, machine: Machine) -> float:
     """Return how long one thread waits for so many bytes of filters, once, from where they stay between calls."""
     return filter_bytes / (_CACHED_BYTES if filter_bytes <= machine.caches[2] else _MEMORY_BYTES)
+
+
+def lines_a_place(lines: int, apart: int, machine: Machine) -> float:
+    """Return how many of some cache lines, so many bytes apart, want each place of L1: more than one, and they wait."""
+    return lines * math.gcd(apart, _L1_PERIOD) / machine.caches[0]
 
 
 def ranked(

@@ -8,7 +8,6 @@ are applied before a sum leaves its register.
 """
 
 import functools
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -246,14 +245,11 @@ def _crowding(problem: Problem, rows: int, machine: Machine) -> float:
     if _is_staged(p):
         return 1.0  # they are copied, side by side
     apart = p.strides[1] * p.c * item_bytes(p.dtype)
-    together, ways = rows * math.gcd(apart, _L1_PERIOD) / _L1_PERIOD, machine.caches[0] / _L1_PERIOD
-    return 1 + _CROWDED * (max(0.0, together - ways) / ways) ** 2
+    return 1 + _CROWDED * max(0.0, _rates.lines_a_place(rows, apart, machine) - 1) ** 2
 
 
 _NARROW = 1.1  # measured: there are more loads and instructions for as many products
 
-#: L1 has as many places for each address as its bytes are times this many: it is looked up by what a page keeps.
-_L1_PERIOD = 4096
 _CROWDED = 0.65  # measured: 14 pixels in 8 places take 1.25 to 1.55 times as long, 10 no longer
 
 _STAGED_BYTES_PER_SECOND = 1.2e10

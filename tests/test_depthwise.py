@@ -112,6 +112,43 @@ def test_only_what_is_done_whole_shares_rows() -> None:
         assert most(f"1x{shapes} SAME") == 1
 
 
+@given(
+    images=st.integers(1, 2), height=st.integers(1, 19), width=st.integers(1, 40), channels=st.sampled_from((16, 21)),
+    kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)), stride=st.sampled_from(("1", "2", "3", "2x1", "1x2")),
+    pads=st.tuples(*[st.integers(0, 3)] * 4), config=st.sampled_from(({"columns": 14}, {"columns": 7, "rows": 2}, {})),
+    threads=st.integers(1, 3), words=st.sampled_from(["", "+bias +relu6", "+bias +residual", "+residual +silu"]),
+)  # fmt: skip
+@examples(60)
+def test_rows_that_are_staged_first(
+    images: int, height: int, width: int, channels: int, kernel: tuple[int, int], stride: str, pads: tuple[int, ...],
+    config: dict[str, int], threads: int, words: str,
+) -> None:  # fmt: skip
+    height, width = max(height, kernel[0]), max(width, kernel[1])
+    shapes = f"{images}x{height}x{width}x{channels} * {kernel[0]}x{kernel[1]}x1x{channels}"
+    text = f"{shapes} pad={','.join(map(str, pads))} stride={stride} {words}"
+    check(Problem.parse(text), Config(config, threads=threads, staged=True))
+
+
+def test_large_images_are_staged_in_parts() -> None:
+    for text in ("1x40x300x256 * 3x5x1x256 SAME", "2x30x20x512 * 3x3x1x512 SAME stride=2 +bias"):
+        check(Problem.parse(text), Config(columns=7, threads=2, staged=True))
+    problem = Problem.parse("1x40x3000x512 * 3x3x1x512 SAME")
+    assert DEPTHWISE.workspace(problem, Config(columns=7, threads=2, staged=True)) < 4 << 20
+
+
+def test_only_pixels_that_want_the_same_places_of_l1_are_staged() -> None:
+    def stages(text: str) -> bool:
+        return any("staged" in config for config in DEPTHWISE.configs(Problem.parse(text), "exhaustive"))
+
+    assert stages("1x14x14x512 * 3x3x1x512 SAME")
+    assert stages("1x7x7x512 * 3x3x1x512 SAME stride=2 float64")
+    for text in ("14x14x528 * 3x3x1x528 SAME", "1x900x512 * 1x31x1x512 SAME", "14x14x512 * 3x3x1x512 SAME dilation=2"):
+        assert not stages(f"1x{text}")
+    for text in ("1x9x9x16 * 3x3x1x16 SAME dilation=2", "1x9x9x16 * 3x3x4x16 SAME"):
+        with pytest.raises(ArgumentError, match="one filter a channel, without dilation; got True"):
+            check(Problem.parse(text), Config(columns=7, staged=True))
+
+
 @st.composite
 def depthwise_problems(draw: st.DrawFn) -> Problem:
     groups, group_c, group_k = draw(
@@ -199,6 +236,8 @@ def test_configs_are_tiles_and_others_are_refused() -> None:
     assert DEPTHWISE.configs(problem, effort)[0]["columns"] == 7
     with pytest.raises(ArgumentError, match="columns"):
         DEPTHWISE.prepare(problem, np.ones(problem.filter_shape, np.float32), None, Config(columns=0))
+    with pytest.raises(ArgumentError, match="config staged of depthwise is for one filter"):
+        DEPTHWISE.prepare(problem, np.ones(problem.filter_shape, np.float32), None, Config(columns=7, staged=1))
     with pytest.raises(ArgumentError, match="rows of depthwise must be 1 to 4; got 5"):
         DEPTHWISE.prepare(problem, np.ones(problem.filter_shape, np.float32), None, Config(columns=7, rows=5))
 
