@@ -14,7 +14,8 @@ from convdispatch.backends._vector import Codegen, fused_multiply_add, intrinsic
 
 #: Sums under way at once: enough to hide the latency of a product, few enough for 16 registers.
 _SUMS = 12
-_TURNS = 20_000
+#: Turns of a sample: some milliseconds, in which the beginning of threads does not count.
+_TURNS = 400_000
 _SAMPLES = 5
 
 _ARGUMENTS = Arguments(turns=INTEGER, factors=array_of(1), sums=array_of(3))
