@@ -13,8 +13,8 @@ a tile want the same few places of L1, what a tile sees may be staged. Bias, res
 registers.
 
 Ends overlap: the last tile of a row and the last vector of a pixel are moved back until they fit, and do some outputs
-again. A row shorter than a tile gets a shorter tile. So nothing outside the arrays is touched, and every vector is
-whole.
+again; one of the tiles tried is as long as makes that least. So nothing outside the arrays is touched, and every vector
+is whole.
 """
 
 import functools
@@ -78,9 +78,11 @@ class Depthwise(PackedBackend):
     def configs_plain(self, problem: Problem, effort: Effort) -> Sequence[Config]:  # noqa: ARG002  # they are few
         """Return tiles, the one with the smallest estimate first."""
         here = current()
-        tiles = _TILES[registers()]
-        fit = [columns for columns in tiles if columns == _fitting(problem, columns)] or tiles[-1:]
-        choices = [Config(columns=columns) for columns in fit]
+        even = _even(problem)
+        choices = [
+            Config(columns=even),
+            *(Config(columns=columns) for columns in _TILES[registers()] if columns < even),
+        ]
         high = [Config(columns=columns, rows=rows) for rows, columns in _HIGH_TILES[registers()]]
         choices += [config for config in high if _fits(problem, config)]
         if _may_stage(problem):
@@ -249,6 +251,12 @@ def _fitting(problem: Problem, tile: int) -> int:
     """Return the tile, or a shorter one, so that it is no longer than the shortest run of outputs that share pixels."""
     least = max(1, problem.ow // problem.dilations[1])
     return next(length for length in (tile, *_SHORTER) if length <= least)
+
+
+def _even(problem: Problem) -> int:
+    """Return the longest tile, or what is enough for as many tiles of a row: these overlap least."""
+    longest, least = _TILES[registers()][0], max(1, problem.ow // problem.dilations[1])
+    return -(-least // -(-least // longest))
 
 
 def _taps(problem: Problem, tile: int) -> tuple[int, int]:

@@ -230,6 +230,15 @@ def test_what_it_cannot_do_it_says(text: str, words: str) -> None:
         DEPTHWISE.prepare(problem, np.ones(problem.filter_shape, problem.dtype), None, PLAIN)
 
 
+@pytest.mark.parametrize(("columns", "tiles"), [(3, 1), (10, 1), (20, 2), (33, 3)])
+def test_one_tile_of_a_row_overlaps_least(columns: int, tiles: int) -> None:
+    configs = DEPTHWISE.configs(Problem.parse(f"1x9x{columns}x16 * 5x5x1x16 SAME"), "measure")
+    tiles = tiles if registers() == 32 else -(-columns // 7)
+    assert -(-columns // tiles) in {config["columns"] for config in configs}
+    for config in configs:
+        check(Problem.parse(f"1x9x{columns}x16 * 5x5x1x16 SAME"), config)
+
+
 def test_configs_are_tiles_and_others_are_refused() -> None:
     problem = Problem.parse("1x7x7x32 * 3x3x1x32 SAME")
     effort: Effort = "measure"
