@@ -182,7 +182,7 @@ def in_place(  # noqa: C901, PLR0915
                                 )  # fmt: skip
                                 leave(sums, tile, places, k0 * itemsize, adds, more, low, most)
                             continue
-                        found = _find(pixels, from_row, column, width, last - first, zero.ctypes.data, (
+                        found = _find(pixels, from_row, column, width, last - first, np.int64(zero.ctypes.data), (
                             dh * line, kw // taps, taps * dw, span, jump, pixel))  # fmt: skip
                         for block in range(blocks):
                             k0 = min(block * lanes, filters // members - lanes)
