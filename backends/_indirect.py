@@ -196,7 +196,7 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
         image, rest = divmod(first_tile * rows, out.shape[1] * out.shape[2])
         place = (image, rest // out.shape[2], rest % out.shape[2])
         for t in range(tiles):
-            inside[t], place = _locate(place, here, itemsize, there, zero.ctypes.data, window, table[t])
+            inside[t], place = _locate(place, here, itemsize, there, np.int64(zero.ctypes.data), window, table[t])
         # Taps of one row are one run through memory, if nothing lies between them.
         joined, pixel = dw == 1 and groups == 1, channels * itemsize
         table_at, table_step = table.ctypes.data, (2 + kh * kw) * rows * 8

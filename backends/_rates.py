@@ -24,9 +24,9 @@ def filter_seconds(filter_bytes: int, machine: Machine) -> float:
     return filter_bytes / (_CACHED_BYTES if filter_bytes <= machine.caches[2] else _MEMORY_BYTES)
 
 
-def lines_a_place(lines: int, apart: int, machine: Machine) -> float:
-    """Return how many of some cache lines, so many bytes apart, want each place of L1: more than one, and they wait."""
-    return lines * math.gcd(apart, _L1_PERIOD) / machine.caches[0]
+def places(apart: int, machine: Machine) -> float:
+    """Return how many cache lines, so many bytes apart, L1 has places for; those of more wait for one another."""
+    return machine.caches[0] / math.gcd(apart, _L1_PERIOD)
 
 
 def ranked(

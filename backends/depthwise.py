@@ -86,9 +86,7 @@ class Depthwise(PackedBackend):
         high = [Config(columns=columns, rows=rows) for rows, columns in _HIGH_TILES[registers()]]
         choices += [config for config in high if _fits(problem, config)]
         if _may_stage(problem):
-            choices += [
-                Config(config, staged=True) for config in choices if _crowding(problem, config, here) > _MUCH_CROWDED
-            ]
+            choices += [Config(config, staged=True) for config in choices if _waits(problem, config, here)]
         return sorted(choices, key=lambda config: self.estimate_plain(problem, config, here))
 
     def workspace_plain(self, problem: Problem, config: Config) -> int:
@@ -120,15 +118,16 @@ class Depthwise(PackedBackend):
             row *= _SPILLED
         elif p.group_c > 3 and tile > _TILES[registers()][1]:
             row *= _CROWDED
-        seconds = tiles * (row * _rows_inside(p) + _TILE_SECONDS / high)
+        a_tile = row * _rows_inside(p) + _TILE_SECONDS / high
+        pixels, places = _pixels(p, config), _places(p, machine)
+        if pixels > places and p.group_c == 1 and not _is_staged(problem, config):
+            a_tile = max(a_tile, pixels / high * _WAITING_SECONDS / math.sqrt(places))
+        seconds = tiles * a_tile
         if not _shares_vectors(p) or p.epilogue.code > RELU6:
             seconds += tiles * tile * lanes * (_VALUE_SECONDS if p.epilogue.code <= RELU6 else 3 * _VALUE_SECONDS)
         if _is_staged(problem, config):
             rows = _stage(p, tile)[0]
             seconds += math.prod(p.input_shape) * size * (1 + (p.kh - 1) / (rows * p.strides[0])) / _STAGED_BYTES
-        elif p.group_c == 1:
-            waiting = 1 - 1 / max(1.0, _crowding(p, config, machine))
-            seconds += tiles / high * _pixels(p, config) * waiting * _WAITING_SECONDS
         used = min(config.threads, machine.cores, math.prod(_cut(p, tile, config.threads)))
         traffic = (math.prod(problem.input_shape) + math.prod(p.output_shape)) * size
         missed = max(0, traffic - machine.caches[2] // 2) / _MEMORY_BYTES_PER_SECOND
@@ -166,9 +165,9 @@ _LOAD_SECONDS = 2e-10
 _SPILLED = 1.6  # a tile and the filters of several channels do not all stay in registers, as a shorter tile's do
 _CROWDED = 1.3  # they do, but nothing else does
 _TILE_SECONDS = 15e-9
-_MUCH_CROWDED = 1.5  # pixels want a place of L1 on average, from where on staging them may pay
-_WAITING_SECONDS = 2.2e-9  # of a pixel that finds no place in L1
-_STAGED_BYTES = 5e10  # a second
+_WAITING_SECONDS = 9e-9  # of a pixel for which L1 has a single place; measured with 8, 16 and 32
+_FEW_PLACES = 32  # with so many it does not pay to stage pixels
+_STAGED_BYTES = 8e10  # a second
 _VALUE_SECONDS = 1.5e-9  # of an output that is finished by itself
 _MEMORY_BYTES_PER_SECOND = 8e9
 
@@ -204,12 +203,14 @@ def _pixels(problem: Problem, config: Config) -> int:
     return ((_high(p, config) - 1) * p.strides[0] + p.kh) * ((tile - 1) * p.strides[1] + p.kw)
 
 
-def _crowding(problem: Problem, config: Config, machine: Machine) -> float:
-    """Return how many pixels under a tile want each place of L1; of a single row, they come in time."""
-    if problem.kh == 1:
-        return 1.0
-    pitch = problem.c * item_bytes(problem.dtype)
-    return _rates.lines_a_place(_pixels(problem, config), pitch, machine)
+def _places(problem: Problem, machine: Machine) -> float:
+    """Return how many pixels L1 has places for; those of a single row come in time anyway."""
+    return math.inf if problem.kh == 1 else _rates.places(problem.c * item_bytes(problem.dtype), machine)
+
+
+def _waits(problem: Problem, config: Config, machine: Machine) -> bool:
+    """Return whether a tile's pixels want so few places of L1 that staging them may pay."""
+    return _pixels(problem, config) > (places := _places(problem, machine)) and places < _FEW_PLACES
 
 
 def _seen(problem: Problem, config: Config) -> Problem:

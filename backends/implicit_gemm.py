@@ -245,7 +245,7 @@ def _crowding(problem: Problem, rows: int, machine: Machine) -> float:
     if _is_staged(p):
         return 1.0  # they are copied, side by side
     apart = p.strides[1] * p.c * item_bytes(p.dtype)
-    return 1 + _CROWDED * max(0.0, _rates.lines_a_place(rows, apart, machine) - 1) ** 2
+    return 1 + _CROWDED * max(0.0, rows / _rates.places(apart, machine) - 1) ** 2
 
 
 _NARROW = 1.1  # measured: there are more loads and instructions for as many products
