@@ -4,6 +4,7 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -29,13 +30,19 @@ def _twins(n: int) -> list[int]:
     return [0, *map(int, between), 1] if n > 1 else [0] * n
 
 
+def _room(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Return memory such as a plan's output has."""
+    return room_for(shape, dtype, math.prod(shape) * dtype.itemsize)
+
+
 @dataclass(frozen=True)
 class Trial:
     """Arrays of a problem: what candidates are tried and timed on.
 
     ``input``, ``residual`` are in the problem's data format; ``filters`` is ``[KH, KW, C // groups, K]``. The first and
     the last image of a batch are drawn, and compared with the reference. Each in between is a twin of one of them, so
-    that it can be judged without working out what is right for it.
+    that it can be judged without working out what is right for it. All of these lie in memory as a plan's output does,
+    which is what the next plan is given.
     """
 
     problem: Problem
@@ -61,8 +68,11 @@ class Trial:
             return rng.standard_normal(shape).astype(kind)
 
         def batch(shape: tuple[int, ...], dtype: str) -> Array:
-            drawn = draw((len(compared_images(problem.n)), *shape[1:]), dtype)
-            return drawn[_twins(problem.n)]
+            images = draw((len(compared_images(problem.n)), *shape[1:]), dtype)
+            whole = _room(shape, images.dtype)
+            for image, twin in enumerate(_twins(problem.n)):
+                whole[image] = images[twin]
+            return whole
 
         result = problem.result_dtype
         try:
@@ -78,8 +88,7 @@ class Trial:
 
     def spoiled_output(self) -> Array:
         """Return an output full of what no kernel stores: fresh memory may hold another candidate's right result."""
-        shape, dtype = self.problem.output_shape, dtype_of(self.problem.result_dtype)
-        array = room_for(shape, dtype, math.prod(shape) * dtype.itemsize)  # as a plan's own is
+        array = _room(self.problem.output_shape, dtype_of(self.problem.result_dtype))
         array.fill(-0x5A5A if self.problem.is_integer else np.nan)
         return array
 
