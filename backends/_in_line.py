@@ -7,7 +7,8 @@ stride 1, all pixels of all images are one line.
 
 Of a group's channels, only a few bytes of each pixel are read, and pixels may lie apart so that all of these want the
 same places of L1. So each group's channels are first copied to where they lie side by side, with zeros around the
-image; but not for a single tap, which reads each pixel once for all filters of a block.
+image; but not for a single tap, which reads each pixel once for all filters of a block. So is a small image of few
+channels that has padding, since every other window would reach beside it.
 """
 
 import functools
@@ -17,7 +18,6 @@ import numpy as np
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
 from convdispatch.backends._epilogue import RELU6, finish
-from convdispatch.backends._jit import compilable
 from convdispatch.backends._memory import CACHE_LINE
 from convdispatch.backends._put import finished, put
 from convdispatch.backends._tile import (
@@ -32,17 +32,11 @@ from convdispatch.backends._windows import copy_columns, copy_group, taps_inside
 #: ``filters`` is ``[groups, blocks of a group, KH, KW, C // groups, block]``, filled up with zeros, ``bias`` alike.
 ARGUMENTS = Arguments(
     input=array_of(4), filters=array_of(6), bias=array_of(1), residual=array_of(4), out=array_of(4),
-    pads=integers_of(2), strides=integers_of(2), dilations=integers_of(2), streamed=INTEGER,
+    pads=integers_of(2), strides=integers_of(2), dilations=integers_of(2), staged=INTEGER, streamed=INTEGER,
     code=INTEGER, slope=FLOAT, parts=array_of(2, "int64"),
 )  # fmt: skip
 unpack = ARGUMENTS.unpack
 _DONE_AT = 8 * ARGUMENTS.done_at
-
-
-@compilable
-def is_staged(groups: int, taps: int) -> bool:
-    """Return whether groups' channels are copied, under filters of so many pixels."""
-    return groups > 1 and taps > 1
 
 
 @functools.cache
@@ -53,12 +47,13 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
 
     def convolve(arguments, job):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
         """Compute the tiles ``part[0:2]``, line by line, for the blocks of filters ``part[2:4]``."""
-        x, w, bias, residual, out, pads, strides, dilations, streamed, code, slope, parts = unpack(arguments, itemsize)
+        x, w, bias, residual, out, pads, strides, dilations, staged, streamed, code, slope, parts = unpack(
+            arguments, itemsize
+        )
         groups, per_group, kh, kw, group_c, _ = w.shape
         height, width, channels = x.shape[1:]
         lines, columns, filters = out.shape[1:]
         group_k, across = filters // groups, (columns + rows - 1) // rows
-        staged = is_staged(groups, kh * kw)
         span = (kw - 1) * dilations[1] + 1
         wide = (columns - 1) * strides[1] + span if staged else width
         pixel, result = (group_c if staged else channels) * itemsize, filters * itemsize

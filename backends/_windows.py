@@ -60,6 +60,10 @@ def copy_group(stage, x, where, first_channel, rows, share, lanes, itemsize):  #
             continue
         clear(target, low * pixel)
         clear(target + high * pixel, (columns - high) * pixel)
+        if group_c == channels and share == 1:
+            source = x.ctypes.data + ((image * height + ih) * width + left + low) * pixel
+            copy(target + low * pixel, source, (high - low) * pixel)
+            continue
         if group_c < lanes:
             for column in range(low, high):
                 for c in range(group_c):

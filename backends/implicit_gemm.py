@@ -34,8 +34,10 @@ _MOST_RANGES = 1 << 16
 #: Tiles cut from a line overlap at its end. If they have more than so many times its pixels together, tiles are cut
 #: from the list of all pixels; and also if windows at the border, copied for every block of filters, have more bytes.
 _WASTE, _MOST_COPIED = 1.08, 16 << 10
-#: With groups, whose channels lie side by side in lines' copies, more waste is worth it.
-_WASTE_BY_GROUPS = 1.15
+#: In copies of lines, where a group's channels lie side by side, more waste is worth it.
+_WASTE_OF_COPIED = 1.15
+#: A padded image of so few channels and bytes is copied with zeros around it, not window by window.
+_FEW_CHANNELS, _SMALL_IMAGE = 8, 64 << 10
 #: An output is written past the caches only if it is as large as the last of them. One of half that size takes 1.3 to
 #: 1.5 times as long that way, however it is with what is written in other orders; a larger one as long either way.
 _CACHED_OUTPUT = 1.0
@@ -54,7 +56,7 @@ def _is_in_line(problem: Problem, rows: int) -> bool:
     p = problem
     wasted = -(-p.ow // rows) * rows / max(1, p.ow)
     if _is_staged(p):
-        return rows <= p.ow and wasted <= _WASTE_BY_GROUPS
+        return rows <= p.ow and wasted <= _WASTE_OF_COPIED
     copied = _window(p, rows) if any(p.pads[2:]) else 0
     return rows <= p.ow and wasted <= _WASTE and copied <= _MOST_COPIED
 
@@ -66,8 +68,10 @@ def _window(problem: Problem, rows: int) -> int:
 
 
 def _is_staged(problem: Problem) -> bool:
-    """Return whether each group's channels are copied to where they lie side by side."""
-    return bool(_in_line.is_staged(problem.groups, problem.kh * problem.kw))
+    """Return whether each group's channels are copied to where they lie side by side; or a small image, with zeros."""
+    p = problem
+    is_small = any(p.pads) and p.c <= _FEW_CHANNELS and p.h * p.w * p.c * item_bytes(p.dtype) <= _SMALL_IMAGE
+    return not p.is_pointwise and (p.groups > 1 or is_small)
 
 
 def _staged(problem: Problem, tiles: int, rows: int) -> int:
@@ -106,7 +110,7 @@ class ImplicitGemm(PackedBackend):
     """Tiles of outputs summed in registers, the input read where it lies; any filter, stride and padding."""
 
     name = "implicit_gemm"
-    version = 12
+    version = 13
 
     def configs(self, problem: Problem, effort: Effort) -> Sequence[Config]:
         """Return tiles, the one with the smallest estimate first."""
@@ -199,6 +203,7 @@ class ImplicitGemm(PackedBackend):
         }  # fmt: skip
         if _is_in_line(p, tile[0]):
             values |= {"pads": p.pads[::2], "strides": p.strides, "dilations": p.dilations}
+            values["staged"] = int(_is_staged(p))
             compiled = _in_line.compiled
         else:
             values |= {
