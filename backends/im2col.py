@@ -26,7 +26,6 @@ _BLOCKS_KIB = (2048, 512, 128, 8192)
 # Rates of one core, for estimates.
 _PEAK_PER_BYTE = 1.5e9  # FLOP/s of a float32 GEMM for each byte of vector width
 _INTEGER_RATE = 0.8e9
-_FILTER_BYTES_PER_SECOND = 4e10
 _BLOCK_SECONDS = 12e-6
 _COPY_SECONDS = 2.5e-6  # of a block's copy of one tap; these hold the interpreter, and threads do not help
 _LAUNCH_SECONDS = 100e-6
@@ -139,7 +138,7 @@ class Im2col(Backend):
         # A GEMM reaches peak as its sides grow; half of it at these lengths.
         peak = _INTEGER_RATE if dtype == "int64" else _PEAK_PER_BYTE * machine.vector_bytes * 4 / item_bytes(dtype)
         fill = p.group_k / (p.group_k + 8) * p.taps / (p.taps + 24) * pixels / (pixels + 16)
-        work = p.flops / (peak * fill) + blocks * p.taps * p.k * item_bytes(dtype) / _FILTER_BYTES_PER_SECOND
+        work = p.flops / (peak * fill) + blocks * _rates.filter_seconds(p.taps * p.k * item_bytes(dtype), machine)
         calls = blocks * (_BLOCK_SECONDS + 0.6e-6 * p.groups)
         if not in_place:
             # One channel's pixels lie side by side; more make a run of their own for each pixel.
