@@ -10,6 +10,7 @@ next block's are made.
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,27 @@ from convdispatch.backends._vector import clear, copy, hold
 from convdispatch.backends._windows import copy_columns, copy_group
 
 
+@dataclass(frozen=True)
+class Algorithm:
+    """F(m, r), down and across.
+
+    Attributes:
+        m: outputs of a tile.
+        r: taps of a filter.
+        stride: of a tile's outputs among its inputs.
+    """
+
+    m: tuple[int, int]
+    r: tuple[int, int]
+    stride: int
+
+    @functools.cached_property
+    def n(self) -> tuple[int, int]:
+        """A tile's inputs."""
+        down, across = (self.stride * (m - 1) + r for m, r in zip(self.m, self.r, strict=True))
+        return down, across
+
+
 @outlined
 def _copy_patch(patch, x, where, steps, fold, group_c, high, wide, itemsize):  # type: ignore[no-untyped-def]
     """Copy a tile's high x wide pixels to a patch, zeros where they lie outside the image.
@@ -61,63 +83,6 @@ def _copy_patch(patch, x, where, steps, fold, group_c, high, wide, itemsize):  #
                 clear(target, span * group_c * itemsize)
 
 
-@inlined
-def _transform(  # type: ignore[no-untyped-def]
-    tile, down, across, half, to, between, m0, r0, n0, m1, r1, n1, stride, lanes, itemsize
-):
-    """Transform one vector of a tile's pixels, ``down`` and ``across`` bytes apart, to points ``between`` apart."""
-    if n0 == 1:
-        save_apart(to, between, transform_input(load_apart(tile, across, n1, lanes, itemsize), m1, r1, stride))
-        return
-    if n1 == 1:
-        save_apart(to, between, transform_input(load_apart(tile, down, n0, lanes, itemsize), m0, r0, stride))
-        return
-    lane_bytes = lanes * itemsize
-    for j in range(n1):
-        column = load_apart(tile + j * across, down, n0, lanes, itemsize)
-        save_apart(half + j * lane_bytes, n1 * lane_bytes, transform_input(column, m0, r0, stride))
-    for i in range(n0):
-        line = load_apart(half + i * n1 * lane_bytes, lane_bytes, n1, lanes, itemsize)
-        save_apart(to + i * n1 * between, between, transform_input(line, m1, r1, stride))
-
-
-@compilable
-def _enter(  # type: ignore[no-untyped-def]
-    x, tiles, pads, strides, dilations, channel, runs, first, span, values, patch, half, m0, r0, n0, m1, r1, n1, stride,
-    lanes, itemsize,
-):  # fmt: skip
-    """Transform tiles of channels ``channel`` on into ``values [points, tiles * padded]``.
-
-    Of ``values`` and ``patch [n0 * n1, a run's values]`` the address and the row's length are given, of ``half``, n0 *
-    n1 vectors for what is under way, the address. ``x`` is the images' address and shape. The tiles are ``span[0]`` to
-    ``span[1]``, counted from ``first``, which lies first in ``values``. A pixel is ``runs[0]`` rows of ``runs[1]``
-    neighbouring values. Each row fills up vectors with what lies behind it, which counts for nothing.
-    """
-    fold, run = runs
-    room, pixel = patch[1], x[4] * itemsize
-    steps, between = (fold * dilations[0], fold * dilations[1]), values[1] * itemsize
-    beyond = x[0] + x[1] * x[2] * x[3] * pixel
-    place = place_of(first + span[0], tiles, dilations)
-    for t in range(span[0], span[1]):
-        image, (oh, ow) = place[0], corner(place, (m0, m1), dilations)
-        place = following(place, tiles, dilations)
-        for row in range(fold):
-            top, left = oh * strides[0] - pads[0] + row, ow * strides[1] - pads[1]
-            start = x[0] + ((image * x[2] + top) * x[3] + left) * pixel + channel * itemsize
-            down, across = steps[0] * x[3] * pixel, steps[1] * pixel
-            bottom, right = top + (n0 - 1) * steps[0], left + (n1 - 1) * steps[1] + fold
-            last = start + (n0 - 1) * down + (n1 - 1) * across + room * itemsize
-            if top < 0 or left < 0 or bottom >= x[2] or right > x[3] or last > beyond:
-                _copy_patch(patch, x, (image, top, left, channel), steps, fold, run // fold, n0, n1, itemsize)
-                start, down, across = patch[0], n1 * room * itemsize, room * itemsize
-            for c in range(0, room, lanes):
-                to = values[0] + ((t * fold + row) * room + c) * itemsize
-                _transform(
-                    start + c * itemsize, down, across, half, to, between, m0, r0, n0, m1, r1, n1, stride, lanes,
-                    itemsize,
-                )  # fmt: skip
-
-
 def is_staged(groups: int, dilations: tuple[int, int]) -> bool:
     """Return whether tiles are read from a copy of a group's channels."""
     return groups > 1 and dilations == (1, 1)
@@ -138,32 +103,100 @@ def stage_shape(
     return (rows - 1) * m[0] * strides[0] + n[0], (across - 1) * m[1] * strides[1] + n[1]
 
 
-@compilable
-def _enter_group(  # type: ignore[no-untyped-def]
-    x, stage, tiles, pads, strides, runs, channel, first, count, values, patch, half, m0, r0, n0, m1, r1, n1, stride,
-    share, lanes, itemsize,
-):  # fmt: skip
-    """Do as ``_enter`` does for the channels of a group, image by image from a copy with zeros around it.
+def _transforming(algorithm: Algorithm, lanes: int, itemsize: int) -> Any:
+    """Return what transforms one vector of a tile's pixels."""
+    (m0, m1), (r0, r1), (n0, n1) = algorithm.m, algorithm.r, algorithm.n
+    stride, lane_bytes = algorithm.stride, lanes * itemsize
 
-    Of a group's channels, only a few bytes of each pixel are read, more than twice, and pixels may lie apart so that
-    all of these want the same places of L1. In ``stage [rows, columns, C // groups]`` they lie side by side, those of
-    ``share`` groups that fill a vector in turn.
-    """
-    rows, columns, group_c = stage.shape
-    begin = np.int64(0)  # a literal would make for another `_enter`; those below make for one that is a tenth faster
-    while begin < count:
-        image, _, _, i, _ = place_of(first + begin, tiles, (1, 1))
-        end = min(count, (image + 1) * tiles[0] * tiles[1] - first)
-        oh, last = i * m0, place_of(first + end - 1, tiles, (1, 1))[3] * m0
-        where = image, oh * strides[0] - pads[0], -pads[1]
-        copy_group(stage, x, where, channel, (last - oh) * strides[0] + n0, share, lanes, itemsize)
-        size = rows * columns * group_c * itemsize
-        here = (np.int64(stage.ctypes.data) - image * size, image + 1, rows, columns, group_c)
-        _enter(
-            here, tiles, (oh * strides[0], 0), strides, (1, 1), 0, runs, first, (begin, end), values, patch, half,
-            m0, r0, n0, m1, r1, n1, stride, lanes, itemsize,
-        )  # fmt: skip
-        begin = end
+    @inlined
+    def transform(tile, down, across, half, to, between):  # type: ignore[no-untyped-def]
+        """Transform one vector of a tile's pixels, ``down`` and ``across`` bytes apart, to points ``between`` apart."""
+        if n0 == 1:
+            save_apart(to, between, transform_input(load_apart(tile, across, n1, lanes, itemsize), m1, r1, stride))
+        elif n1 == 1:
+            save_apart(to, between, transform_input(load_apart(tile, down, n0, lanes, itemsize), m0, r0, stride))
+        else:
+            for j in range(n1):
+                column = load_apart(tile + j * across, down, n0, lanes, itemsize)
+                save_apart(half + j * lane_bytes, n1 * lane_bytes, transform_input(column, m0, r0, stride))
+            for i in range(n0):
+                line = load_apart(half + i * n1 * lane_bytes, lane_bytes, n1, lanes, itemsize)
+                save_apart(to + i * n1 * between, between, transform_input(line, m1, r1, stride))
+
+    return transform
+
+
+@functools.cache
+def _entering(algorithm: Algorithm, lanes: int, itemsize: int) -> Any:
+    """Return what transforms the tiles of images."""
+    (m0, m1), (n0, n1), transform = algorithm.m, algorithm.n, _transforming(algorithm, lanes, itemsize)
+
+    @compilable
+    def enter(  # type: ignore[no-untyped-def]
+        x, tiles, pads, strides, dilations, channel, runs, first, span, values, patch, half
+    ):  # fmt: skip
+        """Transform tiles of channels ``channel`` on into ``values [points, tiles * padded]``.
+
+        Of ``values`` and ``patch [n0 * n1, a run's values]`` the address and the row's length are given, of ``half``,
+        n0 * n1 vectors for what is under way, the address. ``x`` is the images' address and shape. The tiles are
+        ``span[0]`` to ``span[1]``, counted from ``first``, which lies first in ``values``. A pixel is ``runs[0]`` rows
+        of ``runs[1]`` neighbouring values. Each fills up vectors with what lies behind it, which counts for nothing.
+        """
+        fold, run = runs
+        room, pixel = patch[1], x[4] * itemsize
+        steps, between = (fold * dilations[0], fold * dilations[1]), values[1] * itemsize
+        beyond = x[0] + x[1] * x[2] * x[3] * pixel
+        place = place_of(first + span[0], tiles, dilations)
+        for t in range(span[0], span[1]):
+            image, (oh, ow) = place[0], corner(place, (m0, m1), dilations)
+            place = following(place, tiles, dilations)
+            for row in range(fold):
+                top, left = oh * strides[0] - pads[0] + row, ow * strides[1] - pads[1]
+                start = x[0] + ((image * x[2] + top) * x[3] + left) * pixel + channel * itemsize
+                down, across = steps[0] * x[3] * pixel, steps[1] * pixel
+                bottom, right = top + (n0 - 1) * steps[0], left + (n1 - 1) * steps[1] + fold
+                last = start + (n0 - 1) * down + (n1 - 1) * across + room * itemsize
+                if top < 0 or left < 0 or bottom >= x[2] or right > x[3] or last > beyond:
+                    _copy_patch(patch, x, (image, top, left, channel), steps, fold, run // fold, n0, n1, itemsize)
+                    start, down, across = patch[0], n1 * room * itemsize, room * itemsize
+                for c in range(0, room, lanes):
+                    to = values[0] + ((t * fold + row) * room + c) * itemsize
+                    transform(start + c * itemsize, down, across, half, to, between)
+
+    return enter
+
+
+@functools.cache
+def _entering_groups(algorithm: Algorithm, share: int, lanes: int, itemsize: int) -> Any:
+    """Return what transforms the tiles of some channels, of a group or of ``share`` groups that fill a vector."""
+    m0, n0, enter = algorithm.m[0], algorithm.n[0], _entering(algorithm, lanes, itemsize)
+
+    @compilable
+    def enter_group(  # type: ignore[no-untyped-def]
+        x, stage, tiles, pads, strides, runs, channel, first, count, values, patch, half
+    ):  # fmt: skip
+        """Do as ``enter`` does for the channels of a group, image by image from a copy with zeros around it.
+
+        Of a group's channels, only a few bytes of each pixel are read, more than twice, and pixels may lie apart so
+        that all of these want the same places of L1. In ``stage [rows, columns, C // groups]`` they lie side by side,
+        those of ``share`` groups that fill a vector in turn.
+        """
+        rows, columns, group_c = stage.shape
+        begin = np.int64(0)  # a literal would make for another `enter`; those below make for one that is a tenth faster
+        while begin < count:
+            image, _, _, i, _ = place_of(first + begin, tiles, (1, 1))
+            end = min(count, (image + 1) * tiles[0] * tiles[1] - first)
+            oh, last = i * m0, place_of(first + end - 1, tiles, (1, 1))[3] * m0
+            where = image, oh * strides[0] - pads[0], -pads[1]
+            copy_group(stage, x, where, channel, (last - oh) * strides[0] + n0, share, lanes, itemsize)
+            size = rows * columns * group_c * itemsize
+            here = (np.int64(stage.ctypes.data) - image * size, image + 1, rows, columns, group_c)
+            enter(
+                here, tiles, (oh * strides[0], 0), strides, (1, 1), 0, runs, first, (begin, end), values, patch, half
+            )  # fmt: skip
+            begin = end
+
+    return enter_group
 
 
 @inlined
@@ -250,89 +283,115 @@ def _finish(sums, out, residual, image, a, b, k0, count, code, slope):  # type: 
         out[image, a, b, k0 + lane] = activate(total, code, slope)
 
 
-@inlined
-def _line(columns, i, bias, doubts, m, r, n, stride, share, lanes, itemsize):  # type: ignore[no-untyped-def]
-    """Return line ``i`` of a tile, with its bias, and the doubts.
+@functools.cache
+def _finishing(algorithm: Algorithm, share: int, lanes: int, itemsize: int) -> Any:
+    """Return what makes a line of a tile of transformed products."""
+    m, r, n, stride = algorithm.m[1], algorithm.r[1], algorithm.n[1], algorithm.stride
 
-    Of its transformed columns, the address is given and how many bytes these are apart; lines follow one another.
-    """
-    at = columns[0] + i * n * columns[1]
-    sums = transform_output(load_apart(at, columns[1], n, lanes, itemsize), m, r, stride)
-    doubts = add_doubts(doubts, sums)
-    if bias:
-        sums = add_to_all(sums, m, bias)
-    return separate(sums, share), doubts
+    @inlined
+    def line(columns, i, bias, doubts):  # type: ignore[no-untyped-def]
+        """Return line ``i`` of a tile, with its bias, and the doubts.
 
+        Of its transformed columns, the address is given and how many bytes these are apart; lines follow one another.
+        """
+        at = columns[0] + i * n * columns[1]
+        sums = transform_output(load_apart(at, columns[1], n, lanes, itemsize), m, r, stride)
+        doubts = add_doubts(doubts, sums)
+        if bias:
+            sums = add_to_all(sums, m, bias)
+        return separate(sums, share), doubts
 
-@outlined
-def _leave_one_by_one(  # type: ignore[no-untyped-def]
-    columns, bias, where, inside, dilations, few, out, residual, code, slope, doubts, rows, m, r, n, stride, share,
-    lanes, itemsize,
-):  # fmt: skip
-    """Do what ``_leave`` does with a tile of ``few`` filters, or whose activation is no clamp; return the doubts.
-
-    ``where`` is the image, the first row and column, and the first filter; ``inside`` counts real rows and columns.
-    """
-    image, oh, ow, k0 = where
-    for i in range(inside[0]):
-        sums, doubts = _line(columns, i, bias, doubts, m, r, n, stride, share, lanes, itemsize)
-        save_apart(rows.ctypes.data, lanes * itemsize, sums)
-        for j in range(inside[1]):
-            a, b = oh + i * dilations[0], ow + j * dilations[1]
-            _finish(rows[j * lanes :], out, residual, image, a, b, k0, few, code, slope)
-    return doubts
+    return line
 
 
-@compilable
-def _leave(  # type: ignore[no-untyped-def]
-    products, bias, tiles, first, count, step, out, residual, k0, valid, dilations, code, slope, doubts, half, rows,
-    m0, r0, n0, m1, r1, n1, stride, share, lanes, itemsize,
-):  # fmt: skip
-    """Transform products back, finish them and store ``valid`` filters from ``k0`` on; return the doubts.
+@functools.cache
+def _leaving_one_by_one(algorithm: Algorithm, share: int, lanes: int, itemsize: int) -> Any:
+    """Return what finishes and stores a tile's values one by one."""
+    line = _finishing(algorithm, share, lanes, itemsize)
 
-    ``bias`` is the address of these filters' bias, or 0. ``half``, the address of m0 * n1 vectors, and
-    ``rows [2 * m1 * lanes]`` are for what is under way.
-    """
-    lane_bytes, between, room = lanes * itemsize, products[1] * itemsize, -(-valid // lanes) * lanes
-    done = np.int64(rows.ctypes.data)
-    beside = done + m1 * lane_bytes
-    more = np.int64(residual.ctypes.data) - np.int64(out.ctypes.data)
-    pixel = out.shape[3] * itemsize
-    down, across = dilations[0] * out.shape[2] * pixel, dilations[1] * pixel
-    place = place_of(first, tiles, dilations)
-    for t in range(count):
-        image, (oh, ow) = place[0], corner(place, (m0, m1), dilations)
-        place = following(place, tiles, dilations)
-        inside = outputs_inside(out.shape[1], oh, m0, dilations[0]), outputs_inside(out.shape[2], ow, m1, dilations[1])
-        origin = np.int64(out.ctypes.data) + ((image * out.shape[1] + oh) * out.shape[2] + ow) * pixel + k0 * itemsize
-        for k in range(0, room, lanes):
-            start, added = products[0] + t * step + k * itemsize, bias + k * itemsize if bias else 0
-            columns = (start, between)
-            if n0 > 1:
-                leave_columns(start, between, half, m0, r0, stride, n0, n1, lanes, itemsize)
-                columns = (half, lane_bytes)
-            if k + lanes > valid or code > RELU6:
-                doubts = _leave_one_by_one(
-                    columns, added, (image, oh, ow, k0 + k), inside, dilations, min(lanes, valid - k), out, residual,
-                    code, slope, doubts, rows, m1, r1, n1, stride, share, lanes, itemsize,
-                )  # fmt: skip
-                continue
-            for i in range(inside[0]):
-                sums, doubts = _line(columns, i, added, doubts, m1, r1, n1, stride, share, lanes, itemsize)
-                to = origin + i * down + k * itemsize
-                if inside[1] == m1:
-                    if residual.size:
-                        sums = add_to_each(sums, m1, (to, across), more)
-                    store(clamped(sums, code), m1, (to, across), 0)
+    @outlined
+    def leave_one_by_one(  # type: ignore[no-untyped-def]
+        columns, bias, where, inside, dilations, few, out, residual, code, slope, doubts, rows
+    ):  # fmt: skip
+        """Do what ``leave`` does with a tile of ``few`` filters, or whose activation is no clamp; return the doubts.
+
+        ``where`` is the image, the first row and column, and the first filter; ``inside`` counts real rows and columns.
+        """
+        image, oh, ow, k0 = where
+        for i in range(inside[0]):
+            sums, doubts = line(columns, i, bias, doubts)
+            save_apart(rows.ctypes.data, lanes * itemsize, sums)
+            for j in range(inside[1]):
+                a, b = oh + i * dilations[0], ow + j * dilations[1]
+                _finish(rows[j * lanes :], out, residual, image, a, b, k0, few, code, slope)
+        return doubts
+
+    return leave_one_by_one
+
+
+@functools.cache
+def _leaving(algorithm: Algorithm, share: int, lanes: int, itemsize: int) -> Any:
+    """Return what transforms tiles of products back, finishes and stores them; ``share`` groups fill a vector."""
+    (m0, m1), (n0, n1), r0, stride = algorithm.m, algorithm.n, algorithm.r[0], algorithm.stride
+    lane_bytes, line = lanes * itemsize, _finishing(algorithm, share, lanes, itemsize)
+    leave_one_by_one = _leaving_one_by_one(algorithm, share, lanes, itemsize)
+
+    @compilable
+    def leave(  # type: ignore[no-untyped-def]
+        products, bias, tiles, first, count, step, out, residual, k0, valid, dilations, code, slope, doubts, half, rows
+    ):  # fmt: skip
+        """Transform products back, finish them and store ``valid`` filters from ``k0`` on; return the doubts.
+
+        ``bias`` is the address of these filters' bias, or 0. ``half``, the address of m0 * n1 vectors, and
+        ``rows [2 * m1 * lanes]`` are for what is under way.
+        """
+        between, room = products[1] * itemsize, -(-valid // lanes) * lanes
+        done = np.int64(rows.ctypes.data)
+        beside = done + m1 * lane_bytes
+        more = np.int64(residual.ctypes.data) - np.int64(out.ctypes.data)
+        pixel = out.shape[3] * itemsize
+        down, across = dilations[0] * out.shape[2] * pixel, dilations[1] * pixel
+        place = place_of(first, tiles, dilations)
+        for t in range(count):
+            image, (oh, ow) = place[0], corner(place, (m0, m1), dilations)
+            place = following(place, tiles, dilations)
+            inside = (
+                outputs_inside(out.shape[1], oh, m0, dilations[0]),
+                outputs_inside(out.shape[2], ow, m1, dilations[1]),
+            )
+            origin = (
+                np.int64(out.ctypes.data) + ((image * out.shape[1] + oh) * out.shape[2] + ow) * pixel + k0 * itemsize
+            )
+            for k in range(0, room, lanes):
+                start, added = products[0] + t * step + k * itemsize, bias + k * itemsize if bias else 0
+                columns = (start, between)
+                if n0 > 1:
+                    leave_columns(start, between, half, m0, r0, stride, n0, n1, lanes, itemsize)
+                    columns = (half, lane_bytes)
+                if k + lanes > valid or code > RELU6:
+                    doubts = leave_one_by_one(
+                        columns, added, (image, oh, ow, k0 + k), inside, dilations, min(lanes, valid - k), out,
+                        residual, code, slope, doubts, rows,
+                    )  # fmt: skip
                     continue
-                if residual.size:
-                    for j in range(inside[1]):
-                        copy(beside + j * lane_bytes, to + more + j * across, lane_bytes)
-                    sums = add_to_each(sums, m1, (beside, lane_bytes), 0)
-                store(clamped(sums, code), m1, (done, lane_bytes), 0)
-                for j in range(inside[1]):  # the tile reaches beyond the image
-                    copy(to + j * across, done + j * lane_bytes, lane_bytes)
-    return doubts
+                for i in range(inside[0]):
+                    sums, doubts = line(columns, i, added, doubts)
+                    to = origin + i * down + k * itemsize
+                    if inside[1] == m1:
+                        if residual.size:
+                            sums = add_to_each(sums, m1, (to, across), more)
+                        store(clamped(sums, code), m1, (to, across), 0)
+                        continue
+                    if residual.size:
+                        for j in range(inside[1]):
+                            copy(beside + j * lane_bytes, to + more + j * across, lane_bytes)
+                        sums = add_to_each(sums, m1, (beside, lane_bytes), 0)
+                    store(clamped(sums, code), m1, (done, lane_bytes), 0)
+                    for j in range(inside[1]):  # the tile reaches beyond the image
+                        copy(to + j * across, done + j * lane_bytes, lane_bytes)
+        return doubts
+
+    return leave
 
 
 #: ``filters`` is ``[groups, blocks of a group, points, values summed, block]``, its ends zeros; so is ``bias``.
@@ -347,16 +406,17 @@ _SPOILED_AT, _DONE_AT = 8 * ARGUMENTS.at["spoiled"], 8 * ARGUMENTS.done_at
 
 @functools.cache
 def compiled(
-    m: tuple[int, int], r: tuple[int, int], stride: int, fold: int, staged: int, share: int, heights: tuple[int, ...],
-    vectors: int, lanes: int, itemsize: int,
+    algorithm: Algorithm, fold: int, staged: int, share: int, heights: tuple[int, ...], vectors: int, lanes: int,
+    itemsize: int,
 ) -> CompiledKernel:  # fmt: skip
-    """Return the kernel for F(m, r), down and across, with register tiles of so many rows, the highest first.
+    """Return the kernel of an algorithm, with register tiles of so many rows, the highest first.
 
     If ``staged``, groups are copied; so many groups ``share`` a vector, and are one to this kernel.
     """
-    (m0, m1), (r0, r1), block = m, r, vectors * lanes
-    n0, n1 = stride * (m0 - 1) + r0, stride * (m1 - 1) + r1
+    (m0, m1), (n0, n1), block = algorithm.m, algorithm.n, vectors * lanes
     points, step = n0 * n1, block * itemsize
+    enter, leave = _entering(algorithm, lanes, itemsize), _leaving(algorithm, share, lanes, itemsize)
+    enter_group = _entering_groups(algorithm, share, lanes, itemsize)
     least, multiply = heights[-1], _multiplier(heights, vectors, share, lanes, itemsize)
 
     def convolve(arguments, number):  # type: ignore[no-untyped-def]
@@ -392,23 +452,21 @@ def compiled(
             if group != entered:
                 entered = group
                 if staged:
-                    _enter_group(
-                        x, stage, tiles, pads, strides, runs, group * group_c, first, count, values, patch, half,
-                        m0, r0, n0, m1, r1, n1, stride, share, lanes, itemsize,
+                    enter_group(
+                        x, stage, tiles, pads, strides, runs, group * group_c, first, count, values, patch, half
                     )  # fmt: skip
                 else:
-                    _enter(
+                    enter(
                         here, tiles, pads, strides, dilations, group * group_c, runs, first, (np.int64(0), count),
-                        values, patch, half, m0, r0, n0, m1, r1, n1, stride, lanes, itemsize,
+                        values, patch, half,
                     )  # fmt: skip
             packed = u.ctypes.data + task * points * point_bytes
             added = bias.ctypes.data + task * step if bias.size else 0
             multiply(values, count, packed, point_bytes, runs, products, points)
             valid = min(block, group_k - member * block)
-            doubts = _leave(
+            doubts = leave(
                 products, added, tiles, first, count, step, out, residual, group * group_k + member * block, valid,
-                dilations, code, slope, doubts, half, done, m0, r0, n0, m1, r1, n1, stride, share, lanes,
-                itemsize,
+                dilations, code, slope, doubts, half, done,
             )  # fmt: skip
         report(doubts, lanes, done, arguments + _SPOILED_AT)
         hold(scratch)

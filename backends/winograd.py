@@ -31,7 +31,7 @@ from convdispatch.backends._threads import grid, too_many
 from convdispatch.backends._toomcook import amplification, roundings, strided
 from convdispatch.backends._transforms import odd_lines
 from convdispatch.backends._vector import registers, vector_bytes
-from convdispatch.backends._winograd import compiled, is_staged, stage_shape
+from convdispatch.backends._winograd import Algorithm, compiled, is_staged, stage_shape
 from convdispatch.backends._winograd_filters import transformed
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine, current
@@ -83,13 +83,10 @@ _PIXEL_SECONDS = 1.5e-9  # finding one pixel of a tile
 
 
 @dataclass(frozen=True)
-class _Form:
+class _Form(Algorithm):
     """Which algorithm is used, and on what.
 
     Attributes:
-        m: outputs of a tile, down and across.
-        r: taps of a filter, down and across.
-        stride: of a tile's outputs among its inputs.
         fold: so many rows and columns of the image are one pixel of the algorithm; 1 where pixels are pixels.
         run: values of such a pixel that are neighbours in memory: the channels of ``fold`` columns, or of a group.
         groups: the problem's, or as many as there are when ``share`` of them are taken for one.
@@ -97,20 +94,11 @@ class _Form:
         share: so many of the problem's groups are one, and fill a vector with channels and one with filters.
     """
 
-    m: tuple[int, int]
-    r: tuple[int, int]
-    stride: int
     fold: int
     run: int
     groups: int
     filters: int
     share: int = 1
-
-    @functools.cached_property
-    def n(self) -> tuple[int, int]:
-        """A tile's inputs, down and across."""
-        down, across = (self.stride * (m - 1) + r for m, r in zip(self.m, self.r, strict=True))
-        return down, across
 
     @functools.cached_property
     def points(self) -> int:
@@ -389,9 +377,10 @@ class Winograd(PackedBackend):
             "parts": parts,
         }  # fmt: skip
         size, staged = item_bytes(p.dtype), int(is_staged(p.groups, p.dilations))
-        algorithm = form.m, form.r, form.stride, form.fold, staged, form.share
-        tiles = _HEIGHTS[registers()][jobs.vectors], jobs.vectors
-        make = functools.partial(compiled, *algorithm, *tiles, vector_bytes() // size, size)
+        algorithm, tiles = Algorithm(form.m, form.r, form.stride), (_HEIGHTS[registers()][jobs.vectors], jobs.vectors)
+        make = functools.partial(
+            compiled, algorithm, form.fold, staged, form.share, *tiles, vector_bytes() // size, size
+        )
         return PackedKernel(make, p, values, len(parts), config.threads)
 
 
