@@ -43,7 +43,10 @@ from convdispatch.errors import ArgumentError
 _TILES = {32: ((6, 4), (5, 4), (14, 2), (8, 2), (8, 3), (10, 1)), 16: ((6, 2), (4, 3), (5, 2), (12, 1), (7, 1))}
 
 #: The same for so few pixels that the others would do most of their rows for nothing.
-_FEW_TILES = {32: ((1, 8), (1, 4), (2, 8), (2, 4)), 16: ((1, 8), (1, 4), (2, 6), (2, 4))}
+_FEW_TILES = {
+    32: ((1, 8), (1, 4), (1, 2), (2, 8), (2, 4), (2, 2)),
+    16: ((1, 8), (1, 4), (1, 2), (2, 6), (2, 4), (2, 2)),
+}
 
 #: Tiles of half vectors, with 32 registers, for filters that do not fill whole ones.
 _NARROW_TILES = ((8, 3), (5, 5), (14, 1))

@@ -43,6 +43,8 @@ _FEW_CHANNELS, _SMALL_IMAGE = 8, 64 << 10
 _CACHED_OUTPUT = 1.0
 #: Fewer sums than these wait for one another, unless a wider tile would waste more: with a single vector of filters.
 _LEAST_SUMS = 8
+#: With one pixel or two, these are enough: reading filters takes as long.
+_FEW_SUMS = 4
 
 
 def _is_turned(problem: Problem, config: Config) -> bool:
@@ -278,7 +280,7 @@ def _whole_tiles(problem: Problem) -> list[Config]:
     usual = [tile for tile in all_of_them if tile[1] <= max(least, wide)]
     usual = [(rows, vectors) for rows, vectors in usual if wide == 1 or rows * vectors >= _LEAST_SUMS]
     few = few_tiles(problem.n * problem.oh * problem.ow)
-    few = [tile for tile in few if tile[1] <= max(wide, few[-1][1])]
+    few = [tile for tile in few if min(wide, _FEW_SUMS) <= tile[1] <= max(2, 2 * wide - 1)]
     return [Config(rows=rows, vectors=vectors) for rows, vectors in few + usual]
 
 
