@@ -207,7 +207,7 @@ def _lines(found: Validation) -> list[str]:
     """Return what is said below the table."""
     count, flipped = len(found.cases), found.flipped
     reached = "reached" if found.agrees else "missed"
-    said = f"two tunes: {flipped} of {count} problems have another winner, by {found.apart - 1:.1%} of its time at most"
+    said = f"two tunes: another winner for {flipped} of {count} problems, by {found.apart - 1:.1%} of its time at most"
     lines = [f"{said} (target {FLIPS:.0%}, {APART - 1:.0%}: {reached})"]
     drift = found.drift
     apart = f"; times are {found.median_drift:.3f} of those stored, 95 % within {drift.p95:.3f}x" if drift else ""
@@ -239,7 +239,7 @@ def _without_doubt(rest: Validation) -> list[str]:
         return []
     by_way = (f"{_WORDS[way]} {mean}, {p95}" for way in TARGETS for mean, p95, _ in [_figures(rest.regret(way))])
     apart = f", by {rest.apart - 1:.1%} of its time at most" if rest.flipped else ""
-    return [f"  the {len(rest.cases)} others: {'; '.join(by_way)}; {rest.flipped} have another winner{apart}"]
+    return [f"  in quiet, {len(rest.cases)}: {'; '.join(by_way)}; another winner for {rest.flipped}{apart}"]
 
 
 def _cost(cost: Cost) -> str:

@@ -285,7 +285,7 @@ def test_validate_prints_figures_and_targets(clock: FakeClock, monkeypatch: pyte
     assert "3.000" in lines["estimate, as the backends make it"]
     assert "1.01, 1.03: reached" in lines["tuned"]
     assert "1.10, 1.35: missed" in lines["estimate, with the other problems tuned"]
-    assert "two tunes: 0 of 1 problems have another winner" in done.stdout
+    assert "two tunes: another winner for 0 of 1 problems" in done.stdout
     assert "replay: 1 of 1 problems got the stored winner" in done.stdout
     data = json.loads(CliRunner().invoke(main, [*arguments, "--json"]).stdout)
     assert data["regret"]["bare"]["mean"] == pytest.approx(3.0)
@@ -308,10 +308,10 @@ def test_a_report_of_a_busy_machine_says_so(capsys: pytest.CaptureFixture[str]) 
     print_validation(dataclasses.replace(noisy, failed={"some problem": "some reason"}, calibrating=Cost(3.0, 0.0)))
     said = capsys.readouterr().out
     assert "the machine was busy for 1 of 2 problems" in said
-    assert "1 of 2 problems have another winner, by 50.0% of its time at most (target 2%, 1%: missed)" in said
-    assert "the 1 others: " in said
-    assert "tuned 1.500, 1.500" not in said.partition("the 1 others")[0]
-    assert "1 have another winner, by 50.0% of its time at most" in said.partition("the 1 others")[2]
+    assert "another winner for 1 of 2 problems, by 50.0% of its time at most (target 2%, 1%: missed)" in said
+    assert "in quiet, 1: " in said
+    assert "tuned 1.500, 1.500" not in said.partition("in quiet, 1")[0]
+    assert "another winner for 1, by 50.0% of its time at most" in said.partition("in quiet, 1:")[2]
     assert "failed: some problem: some reason" in said
     assert "cost of calibrating: 3.0 s, nothing had to be compiled" in said
 
