@@ -6,14 +6,15 @@ A sum is a vector of the same width as floats are, and is handled as their bits.
 import functools
 from typing import Any
 
-import numba
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from convdispatch import machine
 from convdispatch.backends._vector import (
     I32,
     I64,
+    WIDEST,
     Codegen,
     Vector,
     broadcast,
@@ -30,10 +31,7 @@ LANES = 16
 @functools.cache
 def available() -> bool:
     """Return whether compiled code may use 512-bit VNNI here."""
-    told: Any = numba.config
-    if told.CPU_NAME or told.CPU_FEATURES:
-        return "+avx512vnni" in (told.CPU_FEATURES or "")
-    return bool(binding.get_host_cpu_features().get("avx512vnni")) and vector_bytes() == 64
+    return "avx512_vnni" in machine.current().isa and vector_bytes() == WIDEST
 
 
 def _multiply_add(b: Any, total: Any, unsigned: Any, signed: Any) -> Any:

@@ -34,10 +34,6 @@ _HALVES = ("znver4", "cannonlake", "icelake-client", "tigerlake", "rocketlake")
 
 def vector_bytes() -> int:
     """Return the width of the vectors that Numba compiles for: this CPU's, unless Numba was told of another."""
-    settings: Any = numba.config
-    if settings.CPU_NAME or settings.CPU_FEATURES:
-        told = settings.CPU_FEATURES or ""
-        return WIDEST if "+avx512f" in told else 32 if "+avx2" in told else 16
     return machine.current().vector_bytes
 
 

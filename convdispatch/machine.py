@@ -21,7 +21,7 @@ class Machine:
 
     Attributes:
         cpu: brand and microarchitecture, e.g. ``"AMD EPYC (zen4)"``.
-        isa: the deciding instruction sets, strongest first.
+        isa: the deciding instruction sets that compiled code may use, strongest first.
         cores: cores this process may use (affinity and container quota respected).
         caches: bytes of L1 data, L2 and L3 cache; per core for the first two.
         system: operating system and architecture, e.g. ``"Linux x86_64"``.
@@ -65,7 +65,7 @@ def current() -> Machine:
 
     host = archspec.cpu.host()
     brand = archspec.cpu.brand_string() or host.vendor
-    features = set(host.features)
+    features = _allowed(set(host.features))
     if host.name in {"aarch64", "arm64"} or "asimd" in features or platform.machine() in {"arm64", "aarch64"}:
         features.add("asimd")
     return Machine(
@@ -76,6 +76,17 @@ def current() -> Machine:
         system=f"{platform.system()} {platform.machine()}",
         libraries=tuple(f"{name} {_version(name)}" for name in _LIBRARIES),
     )
+
+
+def _allowed(features: set[str]) -> set[str]:
+    """Return those of a processor's features that Numba was told to compile for; all if it was told nothing.
+
+    LLVM spells them without underscores.
+    """
+    told = os.environ.get("NUMBA_CPU_FEATURES", "")
+    if not (told or os.environ.get("NUMBA_CPU_NAME")):
+        return features
+    return {feature for feature in features if f"+{feature.replace('_', '')}" in told.split(",")}
 
 
 @functools.cache
