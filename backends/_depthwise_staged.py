@@ -1,4 +1,4 @@
-"""The kernel of ``depthwise`` for pixels that are 1 KiB or a multiple of it apart, as those of 512 channels are.
+"""The kernel of ``depthwise`` for pixels that are 2 KiB or a multiple of it apart, as those of 512 channels are.
 
 The same channels of such pixels want the same few places of L1, fewer than a tile has pixels, and wait for each other.
 So the rows that some outputs see are copied first, with pixels an odd number of cache lines apart, and with the padding

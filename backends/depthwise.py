@@ -13,8 +13,8 @@ a tile want the same few places of L1, what a tile sees may be staged. Bias, res
 registers.
 
 Ends overlap: the last tile of a row and the last vector of a pixel are moved back until they fit, and do some outputs
-again; one of the tiles tried is as long as makes that least. So nothing outside the arrays is touched, and every vector
-is whole.
+again; there are tiles of several lengths, so that this is little. So nothing outside the arrays is touched, and every
+vector is whole.
 """
 
 import functools
@@ -41,8 +41,10 @@ from convdispatch.problem import Problem, dtype_of
 
 #: Outputs of a tile, by the number of vector registers: sums, one row of taps and an input fit in them.
 _TILES = {32: (14, 7, 4), 16: (7, 4)}
-#: Tiles for rows that are shorter than those.
-_SHORTER = (7, 4, 1)
+#: All lengths of tiles: enough that those of a row overlap little, and few enough that kernels serve many shapes.
+_LENGTHS = (14, 12, 10, 9, 7, 5, 4, 3, 1)
+#: Of those whose tiles overlap least, or a little more, so many are tried; shorter ones only where no other fits.
+_OVERLAP, _TRIED, _SHORT = 1.04, 3, 4
 #: Rows of outputs that share the pixels they see, and the columns of such a tile, by the number of vector registers:
 #: sums, all taps of a filter and an input fit in them.
 _HIGH_TILES = {32: ((2, 7),), 16: ()}
@@ -78,16 +80,16 @@ class Depthwise(PackedBackend):
     def configs_plain(self, problem: Problem, effort: Effort) -> Sequence[Config]:  # noqa: ARG002  # they are few
         """Return tiles, the one with the smallest estimate first."""
         here = current()
-        even = _even(problem)
-        choices = [
-            Config(columns=even),
-            *(Config(columns=columns) for columns in _TILES[registers()] if columns < even),
-        ]
+
+        def estimate(config: Config) -> float:
+            return self.estimate_plain(problem, config, here)
+
+        choices = sorted((Config(columns=length) for length in _lengths(problem)), key=estimate)[:_TRIED]
         high = [Config(columns=columns, rows=rows) for rows, columns in _HIGH_TILES[registers()]]
         choices += [config for config in high if _fits(problem, config)]
         if _may_stage(problem):
             choices += [Config(config, staged=True) for config in choices if _waits(problem, config, here)]
-        return sorted(choices, key=lambda config: self.estimate_plain(problem, config, here))
+        return sorted(choices, key=estimate)
 
     def workspace_plain(self, problem: Problem, config: Config) -> int:
         """Return the bytes of each thread's stage, or its tile and an address for each pixel under it, by taps."""
@@ -251,13 +253,15 @@ def _fits(problem: Problem, config: Config) -> bool:
 def _fitting(problem: Problem, tile: int) -> int:
     """Return the tile, or a shorter one, so that it is no longer than the shortest run of outputs that share pixels."""
     least = max(1, problem.ow // problem.dilations[1])
-    return next(length for length in (tile, *_SHORTER) if length <= least)
+    return next(length for length in (tile, *_LENGTHS) if length <= least)
 
 
-def _even(problem: Problem) -> int:
-    """Return the longest tile, or what is enough for as many tiles of a row: these overlap least."""
+def _lengths(problem: Problem) -> list[int]:
+    """Return the lengths of tiles that registers hold and that overlap little."""
     longest, least = _TILES[registers()][0], max(1, problem.ow // problem.dilations[1])
-    return -(-least // -(-least // longest))
+    fitting = [length for length in _LENGTHS if length <= min(longest, least)]
+    done = {length: -(-least // length) * length for length in fitting if length >= _SHORT or length == fitting[0]}
+    return [length for length, outputs in done.items() if outputs <= _OVERLAP * min(done.values())]
 
 
 def _taps(problem: Problem, tile: int) -> tuple[int, int]:
