@@ -42,7 +42,7 @@ from convdispatch.problem import Problem, dtype_of
 #: Outputs of a tile, by the number of vector registers: sums, one row of taps and an input fit in them.
 _TILES = {32: (14, 7, 4), 16: (7, 4)}
 #: All lengths of tiles: enough that those of a row overlap little, and few enough that kernels serve many shapes.
-_LENGTHS = (14, 12, 10, 9, 7, 5, 4, 3, 1)
+_LENGTHS = (14, 12, 10, 9, 7, 5, 4, 1)
 #: Of those whose tiles overlap least, or a little more, so many are tried; shorter ones only where no other fits.
 _OVERLAP, _TRIED, _SHORT = 1.04, 3, 4
 #: Rows of outputs that share the pixels they see, and the columns of such a tile, by the number of vector registers:

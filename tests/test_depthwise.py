@@ -118,7 +118,7 @@ def test_only_what_is_done_whole_shares_rows() -> None:
     pads=st.tuples(*[st.integers(0, 3)] * 4), config=st.sampled_from(({"columns": 7}, {"columns": 7, "rows": 2})),
     threads=st.integers(1, 3), words=st.sampled_from(["", "+bias +relu6", "+bias +residual", "+residual +silu"]),
 )  # fmt: skip
-@examples(25)
+@examples(15)
 def test_rows_that_are_staged_first(
     images: int, height: int, width: int, channels: int, kernel: tuple[int, int], stride: str, pads: tuple[int, ...],
     config: dict[str, int], threads: int, words: str,
@@ -173,7 +173,7 @@ def depthwise_problems(draw: st.DrawFn) -> Problem:
 
 
 @given(problem=depthwise_problems(), seed=st.integers(0, 99), threads=st.integers(1, 3))
-@examples(40)
+@examples(25)
 def test_any_depthwise_problem_is_right(problem: Problem, seed: int, threads: int) -> None:
     check(problem, Config(PLAIN, threads=threads), seed)
 
@@ -230,11 +230,11 @@ def test_what_it_cannot_do_it_says(text: str, words: str) -> None:
         DEPTHWISE.prepare(problem, np.ones(problem.filter_shape, problem.dtype), None, PLAIN)
 
 
-@pytest.mark.parametrize(("columns", "tile"), [(3, 3), (5, 5), (10, 10), (17, 9), (20, 10), (24, 12)])
+@pytest.mark.parametrize(("columns", "tile"), [(5, 5), (10, 10), (17, 9), (20, 10), (24, 12)])
 def test_tiles_of_a_row_overlap_little(columns: int, tile: int) -> None:
     problem = Problem.parse(f"1x9x{columns}x16 * 3x3x1x16 SAME")
     lengths = {config.integer("columns") for config in DEPTHWISE.configs(problem, "measure")}
-    assert lengths <= {7, tile, tile // 2, 4, 3}
+    assert lengths <= {7, tile, tile // 2, 4}
     assert tile in lengths or registers() == 16
     check(problem, Config(columns=min(max(lengths), tile)))
 
