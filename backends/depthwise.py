@@ -212,7 +212,8 @@ def _places(problem: Problem, machine: Machine) -> float:
 
 def _waits(problem: Problem, config: Config, machine: Machine) -> bool:
     """Return whether a tile's pixels want so few places of L1 that staging them may pay."""
-    return _pixels(problem, config) > (places := _places(problem, machine)) and places < _FEW_PLACES
+    places = _places(problem, machine)
+    return places < _FEW_PLACES and places < _pixels(problem, config)
 
 
 def _seen(problem: Problem, config: Config) -> Problem:
@@ -285,12 +286,11 @@ def _done_whole(problem: Problem, tile: int) -> bool:
 
 def _kernel_of(problem: Problem, tile: int, high: int, lanes: int, *, is_staged: bool) -> CompiledKernel:
     taps, stride = _taps(problem, tile)
+    down = _DOWN if _done_whole(problem, tile) else 0
     if is_staged:
-        down = _DOWN if _done_whole(problem, tile) else 0
         return staged(tile, high, down, taps, stride, lanes, item_bytes(problem.dtype))
     dilated = taps > 1 and problem.dilations[1] > 1
     group = (problem.group_c, problem.group_k) if _shares_vectors(problem) else (1, 1)
-    down = _DOWN if _done_whole(problem, tile) else 0
     return in_place(tile, high, down, taps, stride, dilated, *group, lanes, item_bytes(problem.dtype))
 
 
