@@ -122,6 +122,33 @@ def multiply_add(
     return tile(tile, rows, inputs, offset, filters, share), codegen
 
 
+@intrinsic
+def multiply_points(
+    typing: Any, tile: Any, points: Any, inputs: Any, offset: Any, between: Any, filters: Any
+) -> tuple[Any, Codegen]:
+    """Return the tile plus products point by point: each row's value at each of its ``points`` times that's vector.
+
+    A row's values are ``between`` bytes apart, the first ``offset`` bytes behind where ``inputs`` tells that the rows
+    lie; the vectors of filters follow one another.
+    """
+    count, vector = points.literal_value, tile.dtype
+    size = vector.itemsize
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        values, _, where, behind, _, packed = arguments
+        sums = parts_of(b, values, len(tile))
+        starts = [b.add(start, behind) for start in _starts(b, len(tile) // count, inputs, where)]
+        for point in range(count):
+            weights = load_at(b, vector.ir, packed, point * vector.lanes * size, size)
+            for row, start in enumerate(starts):
+                value = load_at(b, SCALARS[size][1], start, point * between.literal_value, size)
+                at = row * count + point
+                sums[at] = fused_multiply_add(b, broadcast(b, value, vector.lanes), weights, sums[at], vector)
+        return context.make_tuple(b, signature.return_type, sums)
+
+    return tile(tile, points, inputs, offset, between, filters), codegen
+
+
 def _for_all_lanes(b: Any, address: Any, share: int, vector: Vector) -> Any:
     """Return a vector that repeats so many values from memory."""
     scalar = SCALARS[vector.itemsize][1]
@@ -358,6 +385,19 @@ def add_doubts(typing: Any, doubts: Any, tile: Any) -> tuple[Any, Codegen]:
         return fused_multiply_add(b, values[0], ir.Constant(doubts.ir, None), arguments[0], doubts)
 
     return doubts(doubts, tile), codegen
+
+
+@intrinsic
+def part(typing: Any, tile: Any, number: Any, count: Any) -> tuple[Any, Codegen]:
+    """Return part ``number`` of a tile, each of ``count`` vectors."""
+    length = count.literal_value
+    first = number.literal_value * length
+    kind = types.UniTuple(tile.dtype, length)  # type: ignore[no-untyped-call]
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        return context.make_tuple(b, kind, parts_of(b, arguments[0], len(tile))[first : first + length])
+
+    return kind(tile, number, count), codegen
 
 
 @intrinsic

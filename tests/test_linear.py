@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convdispatch.backends import fast_fir, winograd
+from convdispatch.backends import fast_fir, winograd, winograd_rows
 from convdispatch.backends._linear import Arithmetic, product
 from convdispatch.backends._toomcook import strided
 
 ALGORITHMS = sorted(
     {(m, *axis) for known in (winograd.SIZES, winograd.LENGTHS) for axis, sizes in known.items() for m in sizes}
     | {(m, m, 1) for m in fast_fir.SIZES}
+    | {(m, 5, stride) for m in winograd_rows.SIZES for stride in (1, 2)}
 )
 Matrix = list[list[Fraction]]
 WEIGHTS = st.sampled_from([Fraction(x) for x in (0, 0, 0, 1, -1, 2, -2, 3, -3)] + [Fraction(1, 2), Fraction(-5, 4)])

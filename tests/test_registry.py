@@ -28,7 +28,7 @@ from convdispatch.tuning import tuner
 
 BUILT_IN = (
     "depthwise", "direct", "fast_fir", "fft", "im2col", "image_rows", "implicit_gemm", "int8_dot", "numba",
-    "pointwise", "separable", "winograd",
+    "pointwise", "separable", "winograd", "winograd_rows",
 )  # fmt: skip
 INPUT = np.ones(PROBLEM.input_shape, "f4")
 FILTERS = np.ones(PROBLEM.filter_shape, "f4")

@@ -1,0 +1,174 @@
+"""Minimal filtering along rows: right for all that tiles and strips leave over, honest about scratch and errors."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+import walls
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import examples, numbers
+
+from convdispatch.arguments import Array
+from convdispatch.backend import Config
+from convdispatch.backends import winograd_rows
+from convdispatch.backends._memory import aligned
+from convdispatch.backends._vector import vector_bytes
+from convdispatch.backends.winograd_rows import SIZES, WinogradRows
+from convdispatch.errors import ArgumentError
+from convdispatch.problem import Problem
+
+BACKEND = WinogradRows()
+LANES = vector_bytes() // 4
+
+
+def check(problem: Problem, config: Config, seed: int = 0) -> Array:
+    return walls.check(BACKEND, problem, config, seed)
+
+
+@given(
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 20), st.integers(1, 45), st.sampled_from([3, 4, 2, 1])),
+    kh=st.integers(1, 5),
+    filters=st.integers(LANES, 3 * LANES),
+    down=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    across=st.sampled_from([(3, 1, 4), (3, 1, 4), (5, 2, 2)]),  # taps, stride and m: each compiles kernels
+    pads=st.tuples(*[st.integers(0, 9)] * 4),
+    words=st.sampled_from(["", "", "+bias", "+bias +residual +relu", "+residual +gelu"]),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+@examples(60)
+def test_any_shape_is_right(
+    shape: tuple[int, int, int, int], kh: int, filters: int, down: tuple[int, int], across: tuple[int, int, int],
+    pads: tuple[int, int, int, int], words: str, threads: int, seed: int,
+) -> None:  # fmt: skip
+    n, h, w, c = shape
+    (stride, dilation), (taps, stride_across, m) = down, across
+    h = max(h, (kh - 1) * dilation + 1 - pads[0] - pads[1])
+    w = max(w, (m - 1) * stride_across + taps - pads[2] - pads[3])
+    epilogue = Problem.parse(f"1x1x1x1 * 1x1x1x1 SAME {words}").epilogue
+    problem = Problem(
+        n, h, w, c, filters, kh, taps, pads=pads, strides=(stride, stride_across), dilations=(dilation, 1),
+        epilogue=epilogue,
+    )  # fmt: skip
+    assert BACKEND.rejects(problem) is None
+    check(problem, Config(m=m, threads=threads), seed)
+
+
+@pytest.mark.parametrize("width", [*range(4, 14), 61])
+def test_widths_around_tiles_and_passes(width: int) -> None:
+    check(Problem.parse(f"1x5x{width}x3 * 3x3x3x{LANES} SAME +residual"), Config(m=4))
+
+
+@pytest.mark.parametrize(
+    ("text", "m"),
+    [
+        ("1x9x30x1 * 2x2x1x16 SAME", 3),
+        ("1x9x30x8 * 4x9x8x16 SAME", 4),
+        ("1x3x30x24 * 3x10x24x16 SAME", 3),
+        ("1x9x30x17 * 1x11x17x20 SAME", 2),  # channels that fill vectors, and some beyond
+        ("1x9x40x3 * 7x7x3x8 SAME stride=2 +bias", 4),
+        ("2x9x40x2 * 3x3x2x40 SAME float64 +bias +silu", 4),
+        ("1x1x300x4 * 1x3x4x16 SAME", 4),  # a single row, whose tiles are shared out
+        ("1x60x3x1 * 10x2x1x16 pad=20,30,4,0", 2),  # rows of outputs that see nothing of the image
+        ("2x3x12x11 NCHW * 3x3x3x16 SAME +residual +relu", 4),
+        ("1x12x11x3 * 3x3x3x16 SAME float16", 4),
+    ],
+)
+def test_special_shapes(text: str, m: int) -> None:
+    for threads in (1, 2):
+        check(Problem.parse(text), Config(m=m, threads=threads))
+
+
+@pytest.mark.parametrize("words", ["", "+bias +residual +tanh"])
+def test_threads_strips_and_pickling_do_not_change_a_bit(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem.parse(f"1x23x47x3 * 3x3x3x24 SAME {words}")
+    expected = check(problem, Config(m=4)).tobytes()
+    for stage in (1, 20_000):
+        winograd_rows._cut.cache_clear()
+        monkeypatch.setattr(winograd_rows, "_STAGE_BYTES", stage)
+        walls.check_bits(BACKEND, problem, Config(m=4), expected)
+    winograd_rows._cut.cache_clear()
+
+
+def test_what_goes_past_the_caches_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem.parse(f"1x9x21x3 * 3x3x3x{2 * LANES} SAME +bias")
+    expected = check(problem, Config(m=4))
+    monkeypatch.setattr(winograd_rows, "streams", lambda *_: True)
+    case, out = numbers(problem), aligned(problem.output_shape, "float32")
+    BACKEND.prepare(problem, case.w, case.bias, Config(m=4))(case.x, out, None)
+    np.testing.assert_array_equal(out, expected)
+    assert check(problem, Config(m=4)).tobytes() == expected.tobytes()  # an output that begins anywhere
+
+
+@pytest.mark.parametrize("text", ["1x60x61x3 * 3x3x3x16 SAME", "1x60x61x3 * 5x5x3x16 SAME stride=2"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_workspace_is_what_a_call_allocates(text: str, threads: int) -> None:
+    problem, config = Problem.parse(text), Config(m=4, threads=threads)
+    case = numbers(problem)
+    out, kernel = np.empty(problem.output_shape, np.float32), BACKEND.prepare(problem, case.w, None, config)
+    kernel(case.x, out, None)
+    tracemalloc.start()
+    try:
+        kernel(case.x, out, None)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    most, slack = BACKEND.workspace(problem, config), 16 << 10  # of Python's own objects
+    # A thread that comes late may find its jobs done by another, in memory already given back.
+    assert most / threads - slack < peak < most + slack
+
+
+def test_scratch_does_not_grow_with_the_image() -> None:
+    problem = Problem.parse("8x4000x4000x3 * 7x7x3x64 SAME")
+    for config in BACKEND.configs(problem, "exhaustive"):
+        assert 0 < BACKEND.workspace(problem, Config(config, threads=2)) < 2 * 400 << 10
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_it_says_when_a_sum_is_not_finite(value: float) -> None:
+    problem = Problem.parse(f"1x9x30x3 * 3x3x3x{LANES} SAME +relu6")
+    case = numbers(problem)
+    kernel = BACKEND.prepare(problem, case.w, None, Config(m=4))
+    out = np.empty(problem.output_shape, np.float32)
+    assert not kernel(case.x, out, None)
+    case.x[0, 8, 29, 2] = value
+    assert kernel(case.x, out, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("1x9x9x3 * 3x3x3x16 SAME int8", "exact"),
+        ("1x9x9x8 * 3x3x4x16 SAME", "groups"),
+        ("1x9x9x0 * 3x3x0x16 SAME", "no input channels"),
+        ("1x9x9x3 * 3x3x3x7 SAME", "at least 8; here are 7"),
+        ("1x9x9x33 * 3x3x33x16 SAME", "few channels, up to 96 of all rows of a filter; here are 3 rows of 33"),
+        ("1x9x9x3 * 3x3x3x16 SAME dilation=1x2", "dilated"),
+        ("1x9x9x3 * 3x1x3x16 SAME", "rows of 1 taps"),
+        ("1x9x30x3 * 3x12x3x16 SAME", "rows of 12 taps"),
+        ("1x9x9x3 * 3x3x3x16 SAME stride=3", "with stride 3"),
+        ("1x9x9x3 * 2x2x3x16 SAME stride=2", "with stride 2"),
+        ("1x9x3x3 * 3x3x3x16 VALID", "for 1 columns"),
+    ],
+)
+def test_what_it_cannot_do_has_a_reason(text: str, reason: str) -> None:
+    assert reason in (BACKEND.rejects(Problem.parse(text)) or "")
+
+
+@pytest.mark.parametrize("m", [1, 5, 7])
+def test_a_wrong_size_says_what_would_do(m: int) -> None:
+    problem = Problem.parse("1x9x9x3 * 3x3x3x16 SAME")
+    with pytest.raises(ArgumentError, match=rf"m=4 or m=3 or m=2.*got m={m}"):
+        BACKEND.prepare(problem, numbers(problem).w, None, Config(m=m))
+
+
+def test_all_sizes_that_there_are_have_points() -> None:
+    for taps in range(2, 12):
+        for stride in (1, 2):
+            if stride < taps:
+                problem = Problem(1, 9, 64, 1, 16, 1, taps, strides=(1, stride))
+                sizes = [int(str(config["m"])) for config in BACKEND.configs(problem, "exhaustive")]
+                assert sizes
+                assert set(sizes) <= set(SIZES)
+                assert all(BACKEND.numerics.growth(problem, Config(m=m)) > 0 for m in sizes)
