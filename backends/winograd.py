@@ -39,13 +39,13 @@ from convdispatch.problem import Problem
 
 #: Sides of output tiles by the taps along an axis and the stride. F(5) suits images of 10, 14, 15 or 20 pixels a side.
 SIZES = {
-    (2, 1): (2, 4), (3, 1): (2, 4, 5, 6), (4, 1): (2, 3, 4), (5, 1): (2, 4), (7, 1): (2,),
+    (2, 1): (2, 4), (3, 1): (2, 4, 5, 6), (4, 1): (2, 3, 4), (5, 1): (2, 4), (6, 1): (2, 3), (7, 1): (2,),
     (3, 2): (2, 4), (4, 2): (2, 4), (5, 2): (2,),
 }  # fmt: skip
 #: Lengths of tiles, likewise, for filters of one row or column.
 LENGTHS = {
-    (2, 1): (2, 4), (3, 1): (2, 4, 6), (4, 1): (2, 4, 6), (5, 1): (2, 4, 6), (7, 1): (2, 4, 6), (9, 1): (2, 4),
-    (11, 1): (2,),
+    (2, 1): (2, 4), (3, 1): (2, 4, 6), (4, 1): (2, 4, 6), (5, 1): (2, 4, 6), (6, 1): (2, 4, 6), (7, 1): (2, 4, 6), (8, 1): (2, 4),
+    (9, 1): (2, 4), (10, 1): (2,), (11, 1): (2,),
     (3, 2): (4, 6), (4, 2): (4, 6), (5, 2): (4, 6), (7, 2): (4,),
 }  # fmt: skip
 #: Transforms that enlarge errors more than this are for no more channels than these: errors grow with both, and 512
@@ -74,7 +74,7 @@ _WASTE = 1.05
 #: A dilation may make so many pictures, be there pixels for all of them or not.
 _PICTURES = 1 << 10
 
-_WRONG_SIZE = "filters are {}x{}; it does sides of 2, 3, 4, 5 and 7 taps, and a single row or column of these, 9 or 11"
+_WRONG_SIZE = "filters are {}x{}; it does sides of 2 to 7 taps, and a single row or column of 2 to 11"
 
 # Rates of one core with 64-byte vectors; narrower ones are slower in proportion.
 _FLOPS = 1.1e11  # of the products, float32
