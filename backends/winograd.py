@@ -44,8 +44,8 @@ SIZES = {
 }  # fmt: skip
 #: Lengths of tiles, likewise, for filters of one row or column.
 LENGTHS = {
-    (2, 1): (2, 4), (3, 1): (2, 4, 6), (4, 1): (2, 4, 6), (5, 1): (2, 4, 6), (6, 1): (2, 4, 6), (7, 1): (2, 4, 6), (8, 1): (2, 4),
-    (9, 1): (2, 4), (10, 1): (2,), (11, 1): (2,),
+    (2, 1): (2, 4), (3, 1): (2, 4, 6), (4, 1): (2, 4, 6), (5, 1): (2, 4, 6), (6, 1): (2, 4, 6), (7, 1): (2, 4, 6),
+    (8, 1): (2, 4), (9, 1): (2, 4), (10, 1): (2,), (11, 1): (2,),
     (3, 2): (4, 6), (4, 2): (4, 6), (5, 2): (4, 6), (7, 2): (4,),
 }  # fmt: skip
 #: Transforms that enlarge errors more than this are for no more channels than these: errors grow with both, and 512

@@ -13,6 +13,7 @@ matrices and their errors are in ``_toomcook``, the kernel is in ``_winograd_row
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,12 +35,14 @@ from convdispatch.problem import Problem
 
 #: Outputs of a tile, the best first; more gain nothing, since transforms take longer then.
 SIZES = (4, 3, 2)
-#: Taps of a row at most, and those and a tile's outputs together: good points are known for so many.
+#: Taps of a row at most that are one chunk, and those and a tile's outputs together: so many good points are known.
 _MOST_TAPS, _MOST_TOGETHER = 11, 13
+#: Outputs of a tile where there are several chunks, with as many taps as a tile is inputs long.
+SIZES_OF_CHUNKS = (5, 4)
 #: Strides along rows.
 _STRIDES = (1, 2)
-#: Rows of a filter times channels, above which ``winograd`` has the better way, and filters do not stay in L1.
-_MOST_DEPTH = 96
+#: Rows of a filter times channels, times chunks: with more, filters do not stay in L2.
+_MOST_DEPTH = 512
 _LEAST_FILTERS = 8
 #: Several channels have room for four at least, so that one kernel serves two to four of them.
 _FEW_CHANNELS = 4
@@ -57,52 +60,65 @@ class _Cut:
 
     Attributes:
         m: outputs of a tile.
-        n: its points.
+        r: taps of a chunk.
+        chunks: of a filter's row.
+        n: points of a tile.
         lanes: filters of a vector.
         room: values of a point: channels, as they fill vectors up.
         tiles: of a row of outputs.
         together: tiles whose sums are held in registers.
         strip: tiles of a row that are worked on together.
+        seen: tiles that are transformed for them: those that only later chunks see, too.
         at_once: rows of outputs that are.
     """
 
     m: int
+    r: int
+    chunks: int
     n: int
     lanes: int
     room: int
     tiles: int
     together: int
     strip: int
+    seen: int
     at_once: int
 
 
 @functools.lru_cache(maxsize=4096)
 def _cut(problem: Problem, m: int) -> _Cut:
     p, size = problem, item_bytes(problem.dtype)
-    n, tiles = p.strides[1] * (m - 1) + p.kw, -(-p.ow // m)
+    r = p.kw if p.kw <= _MOST_TAPS else m * p.strides[1]
+    chunks, n, tiles = -(-p.kw // r), p.strides[1] * (m - 1) + r, -(-p.ow // m)
     lanes = min(vector_bytes() // size, 1 << (p.k.bit_length() - 1))
     room = min(max(_FEW_CHANNELS, 1 << (p.c - 1).bit_length()), -(-p.c // lanes) * lanes) if p.c > 1 else 1
     fitting = range(1, min(tiles, (registers() - _OTHER_REGISTERS) // n) + 1)
     together = min(fitting, key=lambda count: -(-tiles // count) * _pass(1, n, m, count))
-    window = (p.kh - 1) * p.dilations[0] + 1
+    window, beside = (p.kh - 1) * p.dilations[0] + 1, chunks - 1
     least = row_bytes(1, n, room, size) * (window + (_LEAST_ROWS - 1) * p.strides[0])
-    strips = -(-tiles // max(together, min(tiles, _STAGE_BYTES // least)))
-    strip = max(together, -(-tiles // strips))
-    rows = (_STAGE_BYTES // row_bytes(strip, n, room, size) - window) // p.strides[0] + 1
-    return _Cut(m, n, lanes, room, tiles, together, strip, max(1, min(p.oh, rows)))
+    most = max(together, beside, min(tiles, _STAGE_BYTES // least - beside))
+    strip = max(together, -(-tiles // -(-tiles // most)))
+    rows = (_STAGE_BYTES // row_bytes(strip + beside, n, room, size) - window) // p.strides[0] + 1
+    return _Cut(m, r, chunks, n, lanes, room, tiles, together, strip, strip + beside, max(1, min(p.oh, rows)))
+
+
+def _depth(problem: Problem) -> int:
+    """Return the values over which products are summed, by the fewest chunks."""
+    p, most = problem, SIZES_OF_CHUNKS[0] * problem.strides[1]
+    return p.kh * p.c * (1 if p.kw <= _MOST_TAPS else -(-p.kw // most))
 
 
 def _sizes(problem: Problem) -> tuple[int, ...]:
     """Return the tiles' outputs that there are for a problem."""
-    p = problem
-    if not 1 < p.kw <= _MOST_TAPS or p.strides[1] not in _STRIDES or p.strides[1] >= p.kw:
+    p, stride = problem, problem.strides[1]
+    if stride not in _STRIDES or stride >= p.kw:
         return ()
+    if p.kw > _MOST_TAPS:
+        sizes = [(m, stride * m) for m in SIZES_OF_CHUNKS]
+    else:
+        sizes = [(m, p.kw) for m in SIZES if m + -(-p.kw // stride) <= _MOST_TOGETHER]
     most = registers() - _OTHER_REGISTERS
-    return tuple(
-        m
-        for m in SIZES
-        if m <= p.ow and p.strides[1] * (m - 1) + p.kw <= most and m + -(-p.kw // p.strides[1]) <= _MOST_TOGETHER
-    )
+    return tuple(m for m, r in sizes if m <= p.ow and stride * (m - 1) + r <= most)
 
 
 def _size(problem: Problem, config: Config) -> int:
@@ -124,16 +140,19 @@ def _parts(problem: Problem, cut: _Cut, threads: int) -> Array:
 
 def _growth(problem: Problem, config: Config) -> float:
     """Return the bound's factor: roundings along the way (in eps / 2), times what the transforms make of them."""
-    axis = (_size(problem, config), problem.kw, problem.strides[1])
+    cut = _cut(problem, _size(problem, config))
+    axis = (cut.m, cut.r, problem.strides[1])
     along_the_way = roundings(*axis) + 1  # and one as transformed filters are stored
-    return (problem.kh * problem.c + along_the_way) / 2 * amplification(*axis)
+    # With several chunks, inputs are part of two tiles at most: the squares of all tiles' norms are twice the image's.
+    overlap = 1 if cut.chunks == 1 else math.sqrt(2)
+    return (problem.kh * cut.chunks * problem.c + along_the_way) / 2 * overlap * amplification(*axis)
 
 
 class WinogradRows(PackedBackend):
     """Minimal filtering along rows: up to 11 columns of taps, stride 1 or 2 along rows, any down, few channels."""
 
     name = "winograd_rows"
-    packing_cost = (6e-5, 2e-9)
+    packing_cost = (4e-5, 6e-10)
     numerics = Numerics("transform", growth=_growth)
 
     def rejects_plain(self, problem: Problem) -> str | None:
@@ -144,8 +163,9 @@ class WinogradRows(PackedBackend):
             (p.c == 0, "there are no input channels"),
             (p.k < _LEAST_FILTERS, f"vectors are of filters, at least {_LEAST_FILTERS}; here are {p.k}"),
             (
-                p.kh * p.c > _MOST_DEPTH,
-                f"it is for few channels, up to {_MOST_DEPTH} of all rows of a filter; here are {p.kh} rows of {p.c}",
+                _depth(p) > _MOST_DEPTH,
+                f"it is for few channels and rows, {_MOST_DEPTH} of both at most; here are {p.kh} rows of {p.c}"
+                + f", of more than {_MOST_TAPS} taps" * (p.kw > _MOST_TAPS),
             ),
             (p.dilations[1] > 1, "its tiles are neighbours along rows, where filters are dilated"),
             (
@@ -168,8 +188,9 @@ class WinogradRows(PackedBackend):
         """Return the bytes of each thread's transformed rows, and of the line that is copied for them."""
         p, cut, size = problem, _cut(problem, _size(problem, config)), item_bytes(problem.dtype)
         reach = (cut.at_once - 1) * p.strides[0] + (p.kh - 1) * p.dilations[0] + 1
-        line = ((cut.strip * cut.m - 1) * p.strides[1] + p.kw) * p.c * size + cut.room * size
-        each: int = reach * row_bytes(cut.strip, cut.n, cut.room, size) + line + CACHE_LINE + 8 * cut.strip
+        line = ((cut.seen - 1) * cut.m * p.strides[1] + cut.n) * p.c + cut.room
+        each: int = reach * row_bytes(cut.seen, cut.n, cut.room, size) + (line + 2 * cut.m * p.k) * size
+        each += 2 * CACHE_LINE + 16 * cut.strip
         return min(config.threads, len(_parts(p, cut, config.threads))) * each
 
     def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
@@ -177,20 +198,25 @@ class WinogradRows(PackedBackend):
         p, cut, size = problem, _cut(problem, _size(problem, config)), item_bytes(problem.dtype)
         instruction = 2 * machine.vector_bytes / size / _rates.peak(machine, size)
         passes = p.n * p.oh * -(-cut.tiles // cut.together) * -(-p.k // cut.lanes)
-        work = passes * _pass(p.kh * p.c, cut.n, cut.m, cut.together)
+        depth = p.kh * cut.chunks * p.c
+        work = passes * _pass(depth, cut.n, cut.m, cut.together)
+        if (filter_bytes := depth * cut.n * machine.vector_bytes) > machine.caches[0]:
+            work = max(work, passes * filter_bytes / _L2_BYTES / instruction)
         parts = len(_parts(p, cut, config.threads))
         window = (p.kh - 1) * p.dilations[0] + 1
         blocks = max(parts, p.n * -(-p.oh // cut.at_once))
         rows = p.n * p.oh * p.strides[0] + blocks * max(0, window - p.strides[0])
-        work += rows * cut.tiles * _ENTERING * cut.n * -(-cut.room // cut.lanes)
+        work += rows * cut.tiles * (cut.seen / cut.strip) * _ENTERING * cut.n * -(-cut.room // cut.lanes)
         return _rates.shared(work * instruction, min(config.threads, machine.cores, parts))
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Transform the filters in float64 and round them once."""
         p, cut, size = problem, _cut(problem, _size(problem, config)), item_bytes(problem.dtype)
-        g = np.array(strided(cut.m, p.kw, p.strides[1]).g, np.float64)
-        transformed = np.matmul(g, filters.astype(np.float64).transpose(0, 2, 1, 3))
-        packed = aligned((-(-p.k // cut.lanes), p.kh, p.c, cut.n, cut.lanes), p.dtype)
+        g = np.array(strided(cut.m, cut.r, p.strides[1]).g, np.float64)
+        chunks = np.zeros((p.kh, cut.chunks * cut.r, p.c, p.k))
+        chunks[:, : p.kw] = filters
+        transformed = np.matmul(g, chunks.reshape(p.kh, cut.chunks, cut.r, p.c, p.k).swapaxes(2, 3))
+        packed = aligned((-(-p.k // cut.lanes), p.kh, cut.chunks, p.c, cut.n, cut.lanes), p.dtype)
         for block, values in enumerate(packed):
             k0 = min(block * cut.lanes, p.k - cut.lanes)
             values[...] = transformed[..., k0 : k0 + cut.lanes]
@@ -201,12 +227,13 @@ class WinogradRows(PackedBackend):
             "streamed": streams(p.output_shape, size, cut.lanes, p.k, _CACHED_OUTPUT),
             "code": p.epilogue.code, "slope": p.epilogue.slope, "parts": parts,
         }  # fmt: skip
-        make = functools.partial(compiled, cut.m, p.kw, p.strides[1], cut.together, cut.room, cut.lanes, size)
+        make = functools.partial(compiled, cut.m, cut.r, p.strides[1], cut.together, cut.room, cut.lanes, size)
         return PackedKernel(make, p, values, len(parts), config.threads)
 
 
 #: An output is written past the caches only if it is as large as the last of them, as ``implicit_gemm`` does.
 _CACHED_OUTPUT = 1.0
+_L2_BYTES = 8e10  # a second
 _ENTERING = 2.2  # instructions of a vector for a point of a tile, its load and store included
 
 

@@ -15,6 +15,7 @@ ALGORITHMS = sorted(
     {(m, *axis) for known in (winograd.SIZES, winograd.LENGTHS) for axis, sizes in known.items() for m in sizes}
     | {(m, m, 1) for m in fast_fir.SIZES}
     | {(m, 5, stride) for m in winograd_rows.SIZES for stride in (1, 2)}
+    | {(m, m * stride, stride) for m in winograd_rows.SIZES_OF_CHUNKS for stride in (1, 2)}
 )
 Matrix = list[list[Fraction]]
 WEIGHTS = st.sampled_from([Fraction(x) for x in (0, 0, 0, 1, -1, 2, -2, 3, -3)] + [Fraction(1, 2), Fraction(-5, 4)])

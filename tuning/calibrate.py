@@ -32,6 +32,7 @@ PROBLEMS = tuple(
         "1x56x56x64 * 1x1x64x256 VALID",
         "1x14x14x512 * 1x1x512x512 VALID",
         "1x224x224x3 * 7x7x3x64 pad=3 stride=2",
+        "1x128x128x3 * 5x5x3x64 SAME",
         "1x56x56x128 * 3x3x1x128 SAME",
         "1x14x14x384 * 5x5x1x384 SAME stride=2",
         "1x28x28x128 * 3x3x32x128 SAME",
