@@ -72,6 +72,7 @@ def test_widths_around_tiles_and_passes(width: int) -> None:
         ("1x9x43x3 * 3x13x3x16 SAME +bias", 5),  # taps by chunks
         ("1x9x43x1 * 2x31x1x16 SAME +residual +gelu", 4),
         ("1x9x71x2 * 3x23x2x16 SAME stride=2 +residual", 4),
+        ("1x2x201x1 * 1x38x1x16 SAME stride=4", 4),
         ("1x4x14x3 * 3x300x3x16 pad=1,1,200,250", 5),  # most of the taps beside the image
         ("1x1x300x4 * 1x3x4x16 SAME", 4),  # a single row, whose tiles are shared out
         ("1x60x3x1 * 10x2x1x16 pad=20,30,4,0", 2),  # rows of outputs that see nothing of the image
@@ -153,6 +154,7 @@ def test_it_says_when_a_sum_is_not_finite(value: float) -> None:
         ("1x9x9x3 * 3x1x3x16 SAME", "rows of 1 taps"),
         ("1x9x3x3 * 3x12x3x16 SAME", "rows of 12 taps"),
         ("1x9x9x3 * 3x3x3x16 SAME stride=3", "with stride 3"),
+        ("1x9x99x3 * 3x33x3x16 SAME stride=5", "with stride 5"),
         ("1x9x9x3 * 2x2x3x16 SAME stride=2", "with stride 2"),
         ("1x9x3x3 * 3x3x3x16 VALID", "for 1 columns"),
     ],
