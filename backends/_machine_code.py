@@ -59,13 +59,18 @@ def _name(signature: Any, function: Callable[..., Any]) -> str:
     return f"{function.__module__.rpartition('.')[2]}-{sources()}-{key.hex()}{_SUFFIX}"
 
 
-def _described(function: Callable[..., Any]) -> tuple[str, list[Any]]:
-    """Return a function's name and the constants it closes over; of functions of its module among these, the same."""
+def _described(function: Callable[..., Any]) -> tuple[str, str, list[Any]]:
+    """Return a function's module, its name and the constants it closes over; of functions among these, the same.
+
+    These are of its module or of this package: what they are made of is known by ``sources``.
+    """
     values: list[Any] = [cell.cell_contents for cell in function.__closure__ or ()]
-    near = [isinstance(value, types.FunctionType) and value.__module__ == function.__module__ for value in values]
+    known = function.__module__, __package__
+    near = [isinstance(v, types.FunctionType) and v.__module__.startswith(known) for v in values]
     if strange := [v for v, is_near in zip(values, near, strict=True) if not (is_near or isinstance(v, int))]:
         raise TypeError(f"a kernel's constants must be whole numbers; {function.__qualname__} closes over {strange}")
-    return function.__qualname__, [_described(v) if is_near else v for v, is_near in zip(values, near, strict=True)]
+    constants = [_described(v) if is_near else v for v, is_near in zip(values, near, strict=True)]
+    return function.__module__, function.__qualname__, constants
 
 
 def _folders() -> Iterator[Path]:

@@ -40,7 +40,7 @@ from convdispatch.problem import Problem
 #: Sides of output tiles by the taps along an axis and the stride. F(5) suits images of 10, 14, 15 or 20 pixels a side.
 SIZES = {
     (2, 1): (2, 4), (3, 1): (2, 4, 5, 6), (4, 1): (2, 3, 4), (5, 1): (2, 4), (6, 1): (2, 3), (7, 1): (2,),
-    (3, 2): (2, 4), (4, 2): (2, 4), (5, 2): (2,),
+    (3, 2): (2, 4), (4, 2): (2, 4), (5, 2): (2, 4), (6, 2): (2, 4), (7, 2): (2, 4),
 }  # fmt: skip
 #: Lengths of tiles, likewise, for filters of one row or column.
 LENGTHS = {

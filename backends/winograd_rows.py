@@ -16,6 +16,7 @@ Source: A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural Networks
 matrices and their errors are in ``_toomcook``, the kernel is in ``_winograd_rows``.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -29,10 +30,11 @@ from convdispatch.backends import _rates
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import CACHE_LINE, aligned, streams
 from convdispatch.backends._packed import PackedBackend
+from convdispatch.backends._row_passes import RowForm
 from convdispatch.backends._threads import grid, too_many
 from convdispatch.backends._toomcook import amplification, roundings, strided
 from convdispatch.backends._vector import registers, vector_bytes
-from convdispatch.backends._winograd_rows import compiled, row_bytes
+from convdispatch.backends._winograd_rows import compiled
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem
@@ -45,13 +47,17 @@ _MOST_TAPS, _MOST_TOGETHER = 11, 13
 SIZES_OF_CHUNKS = (5, 4)
 #: Strides along rows at most: of phases of few taps, little is saved.
 _MOST_STRIDE, _MOST_STRIDE_OF_CHUNKS = 2, 4
-#: Rows of a filter times channels, times chunks: with more, filters do not stay in L2.
-_MOST_DEPTH = 512
+#: Rows of a filter times channels, times chunks.
+_MOST_DEPTH = 1024
+#: Filters of so many rows and columns, of the same stride, are better transformed down, too, with more channels.
+_SQUARE_SIDES, _SQUARE_CHANNELS = (3, 7), 32
 _LEAST_FILTERS = 8
 #: Several channels have room for four at least, so that one kernel serves two to four of them.
 _FEW_CHANNELS = 4
-#: Registers that hold no sums.
-_OTHER_REGISTERS = 2
+#: Points of a tile at most, and registers that hold no sums.
+_MOST_POINTS, _OTHER_REGISTERS = 30, 2
+#: Tiles of a pass that takes points in turn, by the number of vector registers.
+_TOGETHER_IN_TURN = {32: (14, 12, 10, 8, 6, 5, 4), 16: (12, 10, 8, 6, 5, 4)}
 #: Transformed rows that are worked on together, so that they stay in L2; a strip has the rows of some outputs at least.
 _STAGE_BYTES, _LEAST_ROWS = 256 << 10, 4
 _PARTS = 2  # jobs a thread, so that one that comes late finds work left
@@ -63,47 +69,58 @@ class _Cut:
     """How a problem is cut.
 
     Attributes:
-        m: outputs of a tile.
-        r: taps of a chunk.
+        form: what the kernel is compiled for.
         chunks: of a filter's row.
-        n: points of a tile.
-        lanes: filters of a vector.
-        room: values of a point: channels, as they fill vectors up.
         tiles: of a row of outputs.
-        together: tiles whose sums are held in registers.
         strip: tiles of a row that are worked on together.
         seen: tiles that are transformed for them: those that only later chunks see, too.
         at_once: rows of outputs that are.
     """
 
-    m: int
-    r: int
+    form: RowForm
     chunks: int
-    n: int
-    lanes: int
-    room: int
     tiles: int
-    together: int
     strip: int
     seen: int
     at_once: int
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a transformed row of a strip."""
+        return self.form.row_bytes(self.seen)
+
 
 @functools.lru_cache(maxsize=4096)
-def _cut(problem: Problem, m: int) -> _Cut:
-    p, size = problem, item_bytes(problem.dtype)
-    r = p.kw if p.kw <= _MOST_TAPS else m * p.strides[1]
-    chunks, n, tiles = -(-p.kw // r), p.strides[1] * (m - 1) + r, -(-p.ow // m)
+def _cut(problem: Problem, config: Config) -> _Cut:
+    p, m, in_turn = problem, *_choice(problem, config)
+    form = _form(p, m, in_turn=in_turn)
+    tiles, window, beside = -(-p.ow // m), (p.kh - 1) * p.dilations[0] + 1, (-(-p.kw // form.r) - 1) * form.ahead
+    least = form.row_bytes(1) * (window + (_LEAST_ROWS - 1) * p.strides[0])
+    most = max(form.together, beside, min(tiles, _STAGE_BYTES // least - beside))
+    strip = max(form.together, -(-tiles // -(-tiles // most)))
+    rows = (_STAGE_BYTES // form.row_bytes(strip + beside) - window) // p.strides[0] + 1
+    return _Cut(form, -(-p.kw // form.r), tiles, strip, strip + beside, max(1, min(p.oh, rows)))
+
+
+def _form(problem: Problem, m: int, *, in_turn: bool) -> RowForm:
+    """Return the form whose passes take the least time for a row of tiles."""
+    p, size, tiles = problem, item_bytes(problem.dtype), -(-problem.ow // m)
     lanes = min(vector_bytes() // size, 1 << (p.k.bit_length() - 1))
     room = min(max(_FEW_CHANNELS, 1 << (p.c - 1).bit_length()), -(-p.c // lanes) * lanes) if p.c > 1 else 1
-    fitting = range(1, min(tiles, (registers() - _OTHER_REGISTERS) // n) + 1)
-    together = min(fitting, key=lambda count: -(-tiles // count) * _pass(1, n, m, count))
-    window, beside = (p.kh - 1) * p.dilations[0] + 1, chunks - 1
-    least = row_bytes(1, n, room, size) * (window + (_LEAST_ROWS - 1) * p.strides[0])
-    most = max(together, beside, min(tiles, _STAGE_BYTES // least - beside))
-    strip = max(together, -(-tiles // -(-tiles // most)))
-    rows = (_STAGE_BYTES // row_bytes(strip + beside, n, room, size) - window) // p.strides[0] + 1
-    return _Cut(m, r, chunks, n, lanes, room, tiles, together, strip, strip + beside, max(1, min(p.oh, rows)))
+    r = p.kw if p.kw <= _MOST_TAPS else m * p.strides[1]
+    one = RowForm(m, r, p.strides[1], 1, in_turn, room, lanes, size)
+    fitting = _together_in_turn(tiles) if in_turn else range(1, min(tiles, _registers() // one.n) + 1)
+    forms = [dataclasses.replace(one, together=together) for together in fitting]
+    return min(forms, key=lambda form: -(-tiles // form.together) * _pass(p.kh, form))
+
+
+def _registers() -> int:
+    """Return how many registers may hold sums."""
+    return registers() - _OTHER_REGISTERS
+
+
+def _together_in_turn(tiles: int) -> list[int]:
+    return [together for together in _TOGETHER_IN_TURN[registers()] if together <= tiles]
 
 
 def _depth(problem: Problem) -> int:
@@ -112,27 +129,36 @@ def _depth(problem: Problem) -> int:
     return p.kh * p.c * (1 if p.kw <= _MOST_TAPS else -(-p.kw // most))
 
 
-def _sizes(problem: Problem) -> tuple[int, ...]:
-    """Return the tiles' outputs that there are for a problem."""
+def _is_for_two_dimensions(problem: Problem) -> bool:
+    """Return whether filters are better transformed down, too."""
+    p, (least, most) = problem, _SQUARE_SIDES
+    sides = least <= min(p.kh, p.kw) <= max(p.kh, p.kw) <= most
+    return sides and p.strides[0] == p.strides[1] and p.c > _SQUARE_CHANNELS
+
+
+def _choices(problem: Problem) -> list[tuple[int, bool]]:
+    """Return the tiles' outputs that there are for a problem, at once and in turn."""
     p, stride = problem, problem.strides[1]
     chunked = p.kw > _MOST_TAPS
     if stride > (_MOST_STRIDE_OF_CHUNKS if chunked else _MOST_STRIDE) or stride >= p.kw:
-        return ()
+        return []
     if chunked:
         sizes = [(m, stride * m) for m in SIZES_OF_CHUNKS]
     else:
         sizes = [(m, p.kw) for m in SIZES if m + -(-p.kw // stride) <= _MOST_TOGETHER]
-    most = registers() - _OTHER_REGISTERS
-    return tuple(m for m, r in sizes if m <= p.ow and stride * (m - 1) + r <= most)
+    points = {m: stride * (m - 1) + r for m, r in sizes if m <= p.ow}
+    choices = [(m, False) for m, n in points.items() if n <= _registers()]
+    return choices + [(m, True) for m, n in points.items() if n <= _MOST_POINTS and _together_in_turn(-(-p.ow // m))]
 
 
-def _size(problem: Problem, config: Config) -> int:
-    sizes = _sizes(problem)
-    m = config.integer("m", sizes[0] if sizes else SIZES[0])
-    if m not in sizes:
-        known = " or ".join(f"m={size}" for size in sizes) or "another problem"
-        raise ArgumentError(f"winograd_rows' config needs {known}, the outputs of a tile; got m={m!r}")
-    return m
+def _choice(problem: Problem, config: Config) -> tuple[int, bool]:
+    choices = _choices(problem)
+    m, in_turn = config.get("m", choices[0][0] if choices else SIZES[0]), config.get("in_turn", False)
+    if isinstance(m, bool) or not isinstance(in_turn, bool) or (m, in_turn) not in choices:
+        wanted = " or ".join(f"m={size}" + ", in_turn=True" * turn for size, turn in choices) or "another problem"
+        given = f"m={m!r}, in_turn={in_turn!r}" if "in_turn" in config else f"m={m!r}"
+        raise ArgumentError(f"winograd_rows' config needs {wanted}, the outputs of a tile; got {given}")
+    return int(m), in_turn
 
 
 def _parts(problem: Problem, cut: _Cut, threads: int) -> Array:
@@ -140,13 +166,14 @@ def _parts(problem: Problem, cut: _Cut, threads: int) -> Array:
     rows, jobs = problem.n * problem.oh, 1 if threads == 1 else _PARTS * threads
     if rows >= jobs:
         return grid((rows, jobs), (cut.tiles, 1))
-    return grid((rows, 1), (cut.tiles, max(1, min(jobs, cut.tiles // max(_LEAST_TILES, cut.together)))))
+    least = max(_LEAST_TILES, cut.form.together)
+    return grid((rows, 1), (cut.tiles, max(1, min(jobs, cut.tiles // least))))
 
 
 def _growth(problem: Problem, config: Config) -> float:
     """Return the bound's factor: roundings along the way (in eps / 2), times what the transforms make of them."""
-    cut = _cut(problem, _size(problem, config))
-    axis = (cut.m, cut.r, problem.strides[1])
+    cut = _cut(problem, config)
+    axis = (cut.form.m, cut.form.r, cut.form.stride)
     along_the_way = roundings(*axis) + 1  # and one as transformed filters are stored
     # With several chunks, inputs are part of two tiles at most: the squares of all tiles' norms are twice the image's.
     overlap = 1 if cut.chunks == 1 else math.sqrt(2)
@@ -172,9 +199,13 @@ class WinogradRows(PackedBackend):
                 f"it is for few channels and rows, {_MOST_DEPTH} of both at most; here are {p.kh} rows of {p.c}"
                 + f", of more than {_MOST_TAPS} taps" * (p.kw > _MOST_TAPS),
             ),
+            (
+                _is_for_two_dimensions(p),
+                f"with more than {_SQUARE_CHANNELS} channels, {p.kh}x{p.kw} filters are better transformed down, too",
+            ),
             (p.dilations[1] > 1, "its tiles are neighbours along rows, where filters are dilated"),
             (
-                not _sizes(p),
+                not _choices(p),
                 f"rows of {p.kw} taps with stride {p.strides[1]} for {p.ow} columns save nothing, or lack good points",
             ),
         )
@@ -182,58 +213,62 @@ class WinogradRows(PackedBackend):
 
     def configs_plain(self, problem: Problem, effort: Effort) -> Sequence[Config]:
         """Return sizes of tiles, the one with the smallest estimate first."""
-        choices = [Config(m=m) for m in _sizes(problem)]
+        choices = [Config(m=m, in_turn=True) if in_turn else Config(m=m) for m, in_turn in _choices(problem)]
         return _rates.ranked(choices, functools.partial(self.estimate_plain, problem), effort, 2)
 
     def step(self, problem: Problem, config: Config) -> int:
         """Return 1, or a tile's outputs where there is one row of output."""
-        return _size(problem, config) if problem.oh == 1 else 1
+        return _choice(problem, config)[0] if problem.oh == 1 else 1
 
     def workspace_plain(self, problem: Problem, config: Config) -> int:
-        """Return the bytes of each thread's transformed rows, and of the line that is copied for them."""
-        p, cut, size = problem, _cut(problem, _size(problem, config)), item_bytes(problem.dtype)
+        """Return the bytes of each thread's transformed rows, the line that is copied for them, and a pass's sums."""
+        p, cut = problem, _cut(problem, config)
+        form = cut.form
         reach = (cut.at_once - 1) * p.strides[0] + (p.kh - 1) * p.dilations[0] + 1
-        line = ((cut.seen - 1) * cut.m * p.strides[1] + cut.n) * p.c + cut.room
-        each: int = reach * row_bytes(cut.seen, cut.n, cut.room, size) + (line + 2 * cut.m * p.k) * size
+        line = ((cut.seen - 1) * form.m * form.stride + form.n) * p.c + form.room
+        each = reach * cut.row_bytes + (line + 2 * form.m * p.k) * form.itemsize + form.sums_bytes
         each += 2 * CACHE_LINE + 16 * cut.strip
         return min(config.threads, len(_parts(p, cut, config.threads))) * each
 
     def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return the time of the passes over tiles, and of transforming rows of the image, more than once at edges."""
-        p, cut, size = problem, _cut(problem, _size(problem, config)), item_bytes(problem.dtype)
-        instruction = 2 * machine.vector_bytes / size / _rates.peak(machine, size)
-        passes = p.n * p.oh * -(-cut.tiles // cut.together) * -(-p.k // cut.lanes)
+        p, cut = problem, _cut(problem, config)
+        form = cut.form
+        instruction = 2 * machine.vector_bytes / form.itemsize / _rates.peak(machine, form.itemsize)
+        passes = p.n * p.oh * -(-cut.tiles // form.together) * -(-p.k // form.lanes)
         depth = p.kh * cut.chunks * p.c
-        work = passes * _pass(depth, cut.n, cut.m, cut.together)
-        if (filter_bytes := depth * cut.n * machine.vector_bytes) > machine.caches[0]:
+        work = passes * _pass(depth, form)
+        if not form.in_turn and (filter_bytes := depth * form.n * machine.vector_bytes) > machine.caches[0]:
             work = max(work, passes * filter_bytes / _L2_BYTES / instruction)
         parts = len(_parts(p, cut, config.threads))
         window = (p.kh - 1) * p.dilations[0] + 1
         blocks = max(parts, p.n * -(-p.oh // cut.at_once))
         rows = p.n * p.oh * p.strides[0] + blocks * max(0, window - p.strides[0])
-        work += rows * cut.tiles * (cut.seen / cut.strip) * _ENTERING * cut.n * -(-cut.room // cut.lanes)
+        work += rows * cut.tiles * (cut.seen / cut.strip) * _ENTERING * form.n * -(-form.room // form.lanes)
         return _rates.shared(work * instruction, min(config.threads, machine.cores, parts))
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Transform the filters in float64 and round them once."""
-        p, cut, size = problem, _cut(problem, _size(problem, config)), item_bytes(problem.dtype)
-        g = np.array(strided(cut.m, cut.r, p.strides[1]).g, np.float64)
-        chunks = np.zeros((p.kh, cut.chunks * cut.r, p.c, p.k))
+        p, cut = problem, _cut(problem, config)
+        form, lanes = cut.form, cut.form.lanes
+        g = np.array(strided(form.m, form.r, form.stride).g, np.float64)
+        chunks = np.zeros((p.kh, cut.chunks * form.r, p.c, p.k))
         chunks[:, : p.kw] = filters
-        transformed = np.matmul(g, chunks.reshape(p.kh, cut.chunks, cut.r, p.c, p.k).swapaxes(2, 3))
-        packed = aligned((-(-p.k // cut.lanes), p.kh, cut.chunks, p.c, cut.n, cut.lanes), p.dtype)
+        transformed = np.matmul(g, chunks.reshape(p.kh, cut.chunks, form.r, p.c, p.k).swapaxes(2, 3))
+        by_turns = transformed.reshape(*transformed.shape[:3], *((form.n, 1) if form.in_turn else (1, form.n)), p.k)
+        by_turns = np.moveaxis(by_turns, 3, 0)
+        packed = aligned((-(-p.k // lanes), *by_turns.shape[:-1], lanes), p.dtype)
         for block, values in enumerate(packed):
-            k0 = min(block * cut.lanes, p.k - cut.lanes)
-            values[...] = transformed[..., k0 : k0 + cut.lanes]
+            k0 = min(block * lanes, p.k - lanes)
+            values[...] = by_turns[..., k0 : k0 + lanes]
         parts = _parts(p, cut, config.threads)
         values = {
             "filters": packed, "bias": np.empty(0, p.dtype) if bias is None else np.array(bias), "pads": p.pads[::2],
-            "strides": p.strides, "dilation": p.dilations[0], "stage": (cut.at_once, cut.strip),
-            "streamed": streams(p.output_shape, size, cut.lanes, p.k, _CACHED_OUTPUT),
+            "strides": p.strides, "dilation": p.dilations[0], "stage": (cut.at_once, cut.strip, cut.row_bytes),
+            "streamed": streams(p.output_shape, form.itemsize, lanes, p.k, _CACHED_OUTPUT),
             "code": p.epilogue.code, "slope": p.epilogue.slope, "parts": parts,
         }  # fmt: skip
-        make = functools.partial(compiled, cut.m, cut.r, p.strides[1], cut.together, cut.room, cut.lanes, size)
-        return PackedKernel(make, p, values, len(parts), config.threads)
+        return PackedKernel(functools.partial(compiled, form), p, values, len(parts), config.threads)
 
 
 #: An output is written past the caches only if it is as large as the last of them, as ``implicit_gemm`` does.
@@ -242,10 +277,14 @@ _L2_BYTES = 8e10  # a second
 _ENTERING = 2.2  # instructions of a vector for a point of a tile, its load and store included
 
 
-def _pass(depth: int, n: int, m: int, together: int) -> float:
-    """Return how many products' time a pass over so many tiles takes, for a vector of filters.
+def _pass(depth: int, form: RowForm) -> float:
+    """Return how many products' time a pass takes.
 
     Every point's filters are loaded once for all tiles, and a value for each of these: with AVX-512, in half the time.
+    Points in turn have their sums stored, and loaded again.
     """
-    loads = 1 + (together if registers() == 16 else together / 2)
-    return depth * n * (max(together, loads) + 0.1) + together * (0.8 * n + 2 * m) + 5
+    tiles, n = form.together, form.n
+    loads = 1.1 + (tiles if registers() == 16 else 0.6 * tiles)
+    products = depth * (max(tiles, loads) + 0.1)
+    turn = 1.5 * tiles + 5 if form.in_turn else 0
+    return n * (products + turn) + tiles * (0.8 * n + 2 * form.m) + 5

@@ -27,20 +27,23 @@ def check(problem: Problem, config: Config, seed: int = 0) -> Array:
 
 
 @given(
-    shape=st.tuples(st.integers(1, 2), st.integers(1, 20), st.integers(1, 45), st.sampled_from([3, 4, 2, 1])),
+    shape=st.tuples(
+        st.integers(1, 2), st.integers(1, 20), st.sampled_from([4, 11, 29, 43]), st.sampled_from([3, 4, 2, 1])
+    ),
     kh=st.integers(1, 5),
     filters=st.integers(LANES, 3 * LANES),
     down=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     across=st.sampled_from([(3, 1, 4), (3, 1, 4), (5, 2, 2)]),  # taps, stride and m: each compiles kernels
-    pads=st.tuples(*[st.integers(0, 9)] * 4),
+    pads=st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 2), st.integers(0, 2)),
     words=st.sampled_from(["", "", "+bias", "+bias +residual +relu", "+residual +gelu"]),
+    in_turn=st.booleans(),
     threads=st.integers(1, 3),
     seed=st.integers(0, 99),
 )
-@examples(60)
+@examples(50)
 def test_any_shape_is_right(
     shape: tuple[int, int, int, int], kh: int, filters: int, down: tuple[int, int], across: tuple[int, int, int],
-    pads: tuple[int, int, int, int], words: str, threads: int, seed: int,
+    pads: tuple[int, int, int, int], words: str, in_turn: bool, threads: int, seed: int,
 ) -> None:  # fmt: skip
     n, h, w, c = shape
     (stride, dilation), (taps, stride_across, m) = down, across
@@ -52,7 +55,8 @@ def test_any_shape_is_right(
         epilogue=epilogue,
     )  # fmt: skip
     assert BACKEND.rejects(problem) is None
-    check(problem, Config(m=m, threads=threads), seed)
+    many = problem.ow > 3 * m  # tiles, four and more
+    check(problem, Config(m=m, in_turn=in_turn and many, threads=threads), seed)
 
 
 @pytest.mark.parametrize("width", [*range(4, 14), 61])
@@ -85,14 +89,31 @@ def test_special_shapes(text: str, m: int) -> None:
         check(Problem.parse(text), Config(m=m, threads=threads))
 
 
+@pytest.mark.parametrize(
+    ("text", "m"),
+    [
+        ("1x9x61x3 * 7x7x3x16 SAME +bias +relu", 4),
+        ("1x9x43x40 * 2x9x40x16 SAME +residual", 4),  # tiles of more than a kibibyte
+        ("1x9x73x2 * 2x31x2x24 SAME +residual +silu", 5),
+        ("1x9x60x3 * 3x13x3x8 SAME stride=2 float64", 4),
+    ],
+)
+def test_points_in_turn(text: str, m: int) -> None:
+    for threads in (1, 2):
+        check(Problem.parse(text), Config(m=m, in_turn=True, threads=threads))
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
 @pytest.mark.parametrize("rest", ["3x3x24 SAME", "3x3x24 SAME +bias +residual +tanh", "17x3x24 SAME"])
-def test_threads_strips_and_pickling_do_not_change_a_bit(rest: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = Problem.parse(f"1x23x47x3 * 3x{rest}")
-    expected = check(problem, Config(m=4)).tobytes()
+def test_threads_strips_and_pickling_do_not_change_a_bit(
+    rest: str, in_turn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem, config = Problem.parse(f"1x23x47x3 * 3x{rest}"), Config(m=4, in_turn=in_turn)
+    expected = check(problem, config).tobytes()
     for stage in (1, 20_000):
         winograd_rows._cut.cache_clear()
         monkeypatch.setattr(winograd_rows, "_STAGE_BYTES", stage)
-        walls.check_bits(BACKEND, problem, Config(m=4), expected)
+        walls.check_bits(BACKEND, problem, config, expected)
     winograd_rows._cut.cache_clear()
 
 
@@ -107,9 +128,10 @@ def test_what_goes_past_the_caches_arrives(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("text", ["1x60x61x3 * 3x3x3x16 SAME", "1x60x61x3 * 5x5x3x16 SAME stride=2"])
+@pytest.mark.parametrize("in_turn", [False, True])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_workspace_is_what_a_call_allocates(text: str, threads: int) -> None:
-    problem, config = Problem.parse(text), Config(m=4, threads=threads)
+def test_workspace_is_what_a_call_allocates(text: str, in_turn: bool, threads: int) -> None:
+    problem, config = Problem.parse(text), Config(m=4, in_turn=in_turn, threads=threads)
     case = numbers(problem)
     out, kernel = np.empty(problem.output_shape, np.float32), BACKEND.prepare(problem, case.w, None, config)
     kernel(case.x, out, None)
@@ -148,8 +170,9 @@ def test_it_says_when_a_sum_is_not_finite(value: float) -> None:
         ("1x9x9x8 * 3x3x4x16 SAME", "groups"),
         ("1x9x9x0 * 3x3x0x16 SAME", "no input channels"),
         ("1x9x9x3 * 3x3x3x7 SAME", "at least 8; here are 7"),
-        ("1x9x9x171 * 3x3x171x16 SAME", "few channels and rows, 512 of both at most; here are 3 rows of 171"),
-        ("1x9x90x32 * 3x51x32x16 SAME", "here are 3 rows of 32, of more than 11 taps"),
+        ("1x9x9x342 * 3x9x342x16 SAME", "few channels and rows, 1024 of both at most; here are 3 rows of 342"),
+        ("1x9x90x32 * 3x151x32x16 SAME", "here are 3 rows of 32, of more than 11 taps"),
+        ("1x9x9x33 * 3x3x33x16 SAME", "with more than 32 channels, 3x3 filters are better transformed down"),
         ("1x9x9x3 * 3x3x3x16 SAME dilation=1x2", "dilated"),
         ("1x9x9x3 * 3x1x3x16 SAME", "rows of 1 taps"),
         ("1x9x3x3 * 3x12x3x16 SAME", "rows of 12 taps"),
@@ -163,10 +186,10 @@ def test_what_it_cannot_do_has_a_reason(text: str, reason: str) -> None:
     assert reason in (BACKEND.rejects(Problem.parse(text)) or "")
 
 
-@pytest.mark.parametrize("m", [1, 5, 7])
-def test_a_wrong_size_says_what_would_do(m: int) -> None:
+@pytest.mark.parametrize("m", [1, 5, True, "4"])
+def test_a_wrong_size_says_what_would_do(m: int | str) -> None:
     problem = Problem.parse("1x9x9x3 * 3x3x3x16 SAME")
-    with pytest.raises(ArgumentError, match=rf"m=4 or m=3 or m=2.*got m={m}"):
+    with pytest.raises(ArgumentError, match=r"m=4 or m=3 or m=2 or m=2, in_turn=True, the outputs.*got m="):
         BACKEND.prepare(problem, numbers(problem).w, None, Config(m=m))
 
 
@@ -175,7 +198,7 @@ def test_all_sizes_that_there_are_have_points() -> None:
         for stride in (1, 2):
             if stride < taps:
                 problem = Problem(1, 9, 64, 1, 16, 1, taps, strides=(1, stride))
-                sizes = [int(str(config["m"])) for config in BACKEND.configs(problem, "exhaustive")]
-                assert sizes
-                assert set(sizes) <= set(SIZES if taps <= 11 else SIZES_OF_CHUNKS)
-                assert all(BACKEND.numerics.growth(problem, Config(m=m)) > 0 for m in sizes)
+                configs = BACKEND.configs(problem, "exhaustive")
+                assert configs
+                assert {config["m"] for config in configs} <= set(SIZES if taps <= 11 else SIZES_OF_CHUNKS)
+                assert all(BACKEND.numerics.growth(problem, config) > 0 for config in configs)
