@@ -1,16 +1,16 @@
 """The kernel of ``depthwise`` that reads the image where it lies; see ``depthwise.py`` for what it does."""
 
 import functools
-import math
 
 import numpy as np
 
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
-from convdispatch.backends._epilogue import RELU, RELU6, finish
-from convdispatch.backends._jit import compilable, inlined
-from convdispatch.backends._slide import slide, slide_found
-from convdispatch.backends._tile import add_to_all, add_to_each, clamp, store, zeros
+from convdispatch.backends._depthwise_tile import DepthwiseForm, begun, ending, flat_tile, high_tile, leave, place
+from convdispatch.backends._epilogue import RELU6, finish
+from convdispatch.backends._jit import compilable
+from convdispatch.backends._slide import slide_found
+from convdispatch.backends._tile import store, zeros
 from convdispatch.backends._vector import hold
 from convdispatch.backends._windows import taps_inside
 
@@ -31,50 +31,6 @@ def _find(pixels, first, column, width, rows, zero, steps):  # type: ignore[no-u
                 at += 1
         first += row_step
     return rows * chunks
-
-
-@compilable
-def place(outputs, first, down, across):  # type: ignore[no-untyped-def]
-    """Fill a table with the addresses of a tile's outputs, ``down`` and ``across`` bytes apart."""
-    for i in range(outputs.shape[0]):
-        for j in range(outputs.shape[1]):
-            outputs[i, j] = first + i * down + j * across
-
-
-@inlined
-def biased(count, bias, lanes, itemsize):  # type: ignore[no-untyped-def]
-    """Return ``count`` sums that begin as the bias at an address."""
-    return add_to_all(zeros(count, 1, lanes, itemsize), count, bias)
-
-
-@inlined
-def slide_down(  # type: ignore[no-untyped-def]
-    sums, down, taps, stride, group_c, group_k, size, inputs, steps, weights, chunk_bytes
-):
-    """Return a tile's sums plus some rows of a filter, all at once if they are ``down``, else by chunks of taps.
-
-    ``size`` is the rows and each row's chunks; ``steps`` are the bytes of the image from row to row, from chunk to
-    chunk, and from pixel to pixel.
-    """
-    row_step, chunk_step, step = steps
-    if size[0] == down:
-        sums = slide(sums, 1, down, taps, stride, group_c, group_k, inputs, row_step, step, weights)
-    else:
-        at, packed = inputs, weights
-        for _ in range(size[0]):
-            for j in range(size[1]):
-                sums = slide(sums, 1, 1, taps, stride, group_c, group_k, at + j * chunk_step, 0, step, packed)
-                packed += chunk_bytes
-            at += row_step
-    return sums
-
-
-@inlined
-def leave(sums, count, outputs, offset, adds, beside, low, most):  # type: ignore[no-untyped-def]
-    """Store sums brought between two limits; with the residual ``beside`` bytes away, if there is one."""
-    if adds:
-        sums = add_to_each(sums, count, outputs, beside + offset)
-    store(clamp(sums, low, most), count, outputs, offset)
 
 
 @compilable
@@ -103,20 +59,18 @@ _DONE_AT = 8 * _ARGUMENTS.done_at
 
 
 @functools.cache
-def in_place(  # noqa: C901, PLR0915
-    tile: int, high: int, down: int, taps: int, stride: int, dilated: bool, group_c: int, group_k: int, lanes: int,
-    itemsize: int,
-) -> CompiledKernel:  # fmt: skip
-    """Return the kernel of one tile: ``taps`` of a filter's row at a time, whose outputs are ``stride`` pixels apart.
+def in_place(form: DepthwiseForm) -> CompiledKernel:  # noqa: C901, PLR0915
+    """Return the kernel of a form.
 
-    With one tap at a time any stride and dilation will do, since then outputs share no pixel. A vector holds whole
-    groups of ``group_k`` filters, each group with ``group_c`` channels; or, if both are 1, one filter each of
-    neighbouring channels. If ``down`` is not 0, that many rows of a filter are done together where all lie inside, and
-    for ``high`` rows of outputs, where these are a stride apart in the image.
-    What is no dilation is compiled apart: with pixels a variable number of columns apart, the compiler keeps more
-    differences of addresses than there are registers, and the kernel takes half as long again.
+    With one tap at a time any stride and dilation will do, since then outputs share no pixel. What is no dilation is
+    compiled apart: with pixels a variable number of columns apart, the compiler keeps more differences of addresses
+    than there are registers, and the kernel takes half as long again.
     """
-    span, all_sums = (tile - 1) * stride + taps, high * tile
+    tile, high, taps, stride, span, dilated = (
+        form.tile, form.high, form.taps, form.stride, form.span, int(form.is_dilated)
+    )  # fmt: skip
+    group_c, group_k, lanes, itemsize = form.group_c, form.group_k, form.lanes, form.itemsize
+    sum_flat, sum_high = flat_tile(form), high_tile(form)
 
     def convolve(arguments, job):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
         """Compute some rows of all images and some columns of these, as the job says."""
@@ -130,11 +84,8 @@ def in_place(  # noqa: C901, PLR0915
         apart = dw if dilated else 1
         jump, phases = apart if taps > 1 else sw, min(apart, columns)
         line, reach = width * pixel, (span - 1) * jump + (kw - taps) * dw
-        chunk, filter_bytes = dw * taps * pixel, kh * kw * tap_bytes
-        adds, more = residual.size > 0, residual.ctypes.data - out.ctypes.data
-        # Without a bias, vectors of zeros: a step of 0 stays with the first.
-        start, start_step = (bias.ctypes.data, itemsize) if bias.size else (zero.ctypes.data, 0)
-        low, most = (0.0 if RELU <= code <= RELU6 else -math.inf), (6.0 if code == RELU6 else math.inf)
+        filter_bytes = kh * kw * tap_bytes
+        ends = ending(bias, zero, residual, out, code, itemsize)
         finishes = code > RELU6 or (code > 0 and members > 1)
         pixels = np.empty(kh * (kw // taps) * span, np.int64)
         scratch = np.empty((tile, lanes), out.dtype)
@@ -156,14 +107,9 @@ def in_place(  # noqa: C901, PLR0915
                     shared = inside and together > 1
                     if shared:
                         place(outputs, out.ctypes.data + (row * columns + ow) * result, columns * result, result)
-                        to = outputs.ctypes.data
-                        from_row = x.ctypes.data + ((n * height + above) * width + column) * pixel
-                        for block in range(blocks):
-                            k0 = min(block * lanes, filters - lanes)
-                            here, packed = from_row + k0 * itemsize, w.ctypes.data + block * filter_bytes
-                            sums = biased(all_sums, start + k0 * start_step, lanes, itemsize)
-                            sums = slide(sums, high, down, taps, stride, 1, 1, here, line, pixel, packed)
-                            leave(sums, all_sums, to, k0 * itemsize, adds, more, low, most)
+                        seen = x.ctypes.data + ((n * height + above) * width + column) * pixel, line, 0, pixel
+                        packed = np.int64(w.ctypes.data), filter_bytes, blocks, filters
+                        sum_high(seen, packed, outputs.ctypes.data, ends)
                     for upper in range(0 if shared else together):
                         from_top = above + upper * sh
                         first, last = taps_inside(from_top, dh, kh, height)
@@ -171,16 +117,9 @@ def in_place(  # noqa: C901, PLR0915
                         from_row = x.ctypes.data + ((n * height + from_top + first * dh) * width + column) * pixel
                         weights = w.ctypes.data + first * kw * tap_bytes
                         if members == 1 and inside:
-                            for block in range(blocks):
-                                k0 = min(block * lanes, filters - lanes)
-                                here = from_row + k0 // group_k * group_c * itemsize
-                                packed = weights + block * filter_bytes
-                                sums = biased(tile, start + k0 * start_step, lanes, itemsize)
-                                sums = slide_down(
-                                    sums, down, taps, stride, group_c, group_k, (last - first, kw // taps), here,
-                                    (dh * line, chunk, jump * pixel), packed, taps * tap_bytes,
-                                )  # fmt: skip
-                                leave(sums, tile, places, k0 * itemsize, adds, more, low, most)
+                            seen = from_row, dh * line, dw * taps * pixel, jump * pixel
+                            packed, size = (weights, filter_bytes, blocks, filters), (last - first, kw // taps)
+                            sum_flat(seen, packed, size, places, ends)
                             continue
                         found = _find(pixels, from_row, column, width, last - first, np.int64(zero.ctypes.data), (
                             dh * line, kw // taps, taps * dw, span, jump, pixel))  # fmt: skip
@@ -188,20 +127,20 @@ def in_place(  # noqa: C901, PLR0915
                             k0 = min(block * lanes, filters // members - lanes)
                             offset = k0 // group_k * group_c * itemsize
                             for member in range(members):
-                                packed = weights + (block * members + member) * filter_bytes
+                                at = weights + (block * members + member) * filter_bytes
                                 sums = zeros(tile, 1, lanes, itemsize)
                                 if members == 1:
-                                    sums = add_to_all(sums, tile, start + k0 * start_step)
+                                    sums = begun(tile, ends, k0, lanes, itemsize)
                                 for i in range(found):
                                     sums = slide_found(
                                         sums, taps, stride, group_c, group_k, pixels.ctypes.data + i * span * 8,
-                                        offset, packed + i * taps * tap_bytes,
+                                        offset, at + i * taps * tap_bytes,
                                     )  # fmt: skip
                                 if members == 1:
-                                    leave(sums, tile, places, k0 * itemsize, adds, more, low, most)
+                                    leave(sums, tile, places, k0 * itemsize, ends)
                                 else:
                                     store(sums, tile, (np.int64(scratch.ctypes.data), lanes * itemsize), 0)
-                                    added = residual[n, oh + upper] if adds else residual.reshape(0, 0)
+                                    added = residual[n, oh + upper] if residual.size else residual.reshape(0, 0)
                                     _spread(
                                         out[n, oh + upper], added, bias, scratch, (ow, apart), k0, (members, member)
                                     )

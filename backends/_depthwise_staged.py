@@ -6,18 +6,16 @@ around them.
 """
 
 import functools
-import math
 
 import numpy as np
 
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
-from convdispatch.backends._depthwise import biased, leave, place, slide_down
-from convdispatch.backends._epilogue import RELU, RELU6, finish
+from convdispatch.backends._depthwise_tile import DepthwiseForm, ending, flat_tile, high_tile, place
+from convdispatch.backends._epilogue import RELU6, finish
 from convdispatch.backends._jit import compilable
 from convdispatch.backends._layout import whole_lines
 from convdispatch.backends._memory import CACHE_LINE
-from convdispatch.backends._slide import slide
 from convdispatch.backends._vector import clear, copy, hold
 
 #: ``filters`` is ``[blocks, 1, KH, KW, 1, lanes]``; ``stage`` the rows and columns of outputs whose pixels are copied
@@ -45,9 +43,10 @@ def _fill(target, apart, image, corner, columns, itemsize):  # type: ignore[no-u
 
 
 @functools.cache
-def staged(tile: int, high: int, down: int, taps: int, stride: int, lanes: int, itemsize: int) -> CompiledKernel:
-    """Return the kernel of one tile; the arguments are those of ``in_place``."""
-    all_sums = high * tile
+def staged(form: DepthwiseForm) -> CompiledKernel:
+    """Return the kernel of a form, which has no dilation, and filters of neighbouring channels in a vector."""
+    tile, high, taps, lanes, itemsize = form.tile, form.high, form.taps, form.lanes, form.itemsize
+    sum_flat, sum_high = flat_tile(form), high_tile(form)
 
     def convolve(arguments, job):  # type: ignore[no-untyped-def]
         """Compute some rows of all images and some columns of these, as the job says."""
@@ -58,9 +57,8 @@ def staged(tile: int, high: int, down: int, taps: int, stride: int, lanes: int, 
         rows, columns, filters = out.shape[1:]
         vector, result, jump = lanes * itemsize, filters * itemsize, pixel if taps > 1 else sw * pixel
         line = ((strip - 1) * sw + kw) * pixel
-        adds, more = residual.size > 0, residual.ctypes.data - out.ctypes.data
-        start, start_step = (bias.ctypes.data, itemsize) if bias.size else (zero.ctypes.data, 0)
-        low, most = (0.0 if RELU <= code <= RELU6 else -math.inf), (6.0 if code == RELU6 else math.inf)
+        packed = np.int64(w.ctypes.data), kh * kw * vector, w.shape[0], filters
+        ends = ending(bias, zero, residual, out, code, itemsize)
         memory = np.empty(((at_once - 1) * sh + kh) * line + CACHE_LINE, np.uint8)
         pixels = whole_lines(np.int64(memory.ctypes.data))
         outputs = np.empty((high, tile), np.int64)
@@ -80,23 +78,13 @@ def staged(tile: int, high: int, down: int, taps: int, stride: int, lanes: int, 
                     together = high if done + high <= count else 1
                     for from_column in range(begin, end, tile):
                         ow = min(from_column, end - tile)
-                        here = pixels + done * sh * line + (ow - first) * sw * pixel
+                        seen = pixels + done * sh * line + (ow - first) * sw * pixel, line, taps * pixel, jump
                         to = np.int64(out.ctypes.data) + ((row + done) * columns + ow) * result
-                        place(outputs, to, columns * result, result)
-                        for block in range(w.shape[0]):
-                            k0 = min(block * lanes, filters - lanes)
-                            at, packed = here + k0 * itemsize, w.ctypes.data + block * kh * kw * vector
-                            if together > 1:
-                                sums = biased(all_sums, start + k0 * start_step, lanes, itemsize)
-                                sums = slide(sums, high, down, taps, stride, 1, 1, at, line, pixel, packed)
-                                leave(sums, all_sums, outputs.ctypes.data, k0 * itemsize, adds, more, low, most)
-                                continue
-                            sums = biased(tile, start + k0 * start_step, lanes, itemsize)
-                            sums = slide_down(
-                                sums, down, taps, stride, 1, 1, (kh, kw // taps), at, (line, taps * pixel, jump),
-                                packed, taps * vector,
-                            )  # fmt: skip
-                            leave(sums, tile, (to, result), k0 * itemsize, adds, more, low, most)
+                        if together > 1:
+                            place(outputs, to, columns * result, result)
+                            sum_high(seen, packed, outputs.ctypes.data, ends)
+                        else:
+                            sum_flat(seen, packed, (kh, kw // taps), (to, result), ends)
                         if code > RELU6:
                             for i in range(together):
                                 for o in range(tile):

@@ -20,15 +20,16 @@ vector is whole.
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, item_bytes
 from convdispatch.backends import _rates
-from convdispatch.backends._arguments import CompiledKernel
 from convdispatch.backends._depthwise import in_place
 from convdispatch.backends._depthwise_staged import staged
+from convdispatch.backends._depthwise_tile import DepthwiseForm
 from convdispatch.backends._epilogue import RELU6
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import CACHE_LINE, aligned
@@ -63,6 +64,98 @@ _CACHED_ROWS = 256 << 10
 _STAGE_BYTES = 512 << 10
 
 
+@dataclass(frozen=True)
+class _Tiling:
+    """What a config makes of a problem.
+
+    Attributes:
+        seen: the problem as tiles see it: where its rows are staged, the padding is part of the image.
+        columns: outputs of a tile along a row.
+        rows: rows of outputs of a tile, where all that these see lies inside.
+        is_staged: whether the rows that outputs see are copied first.
+    """
+
+    seen: Problem
+    columns: int
+    rows: int
+    is_staged: bool
+
+    @functools.cached_property
+    def chunk(self) -> tuple[int, int]:
+        """The taps done together, and the stride between outputs among the pixels they share."""
+        return _chunk(self.seen, self.columns)
+
+    @functools.cached_property
+    def pixels(self) -> int:
+        """How many pixels a tile sees."""
+        p = self.seen
+        return ((self.rows - 1) * p.strides[0] + p.kh) * ((self.columns - 1) * p.strides[1] + p.kw)
+
+    @functools.cached_property
+    def whole(self) -> int:
+        """Columns of as many outputs as tiles of all phases of a dilation have together."""
+        return self.columns * self.seen.dilations[1]
+
+    @functools.cached_property
+    def strip(self) -> int:
+        """How many columns of output are walked down together: whole tiles."""
+        p = self.seen
+        bytes_of_rows = p.kh * p.strides[1] * p.c * item_bytes(p.dtype) * self.whole
+        return max(1, _CACHED_ROWS // bytes_of_rows) * self.whole
+
+    @functools.cached_property
+    def stage(self) -> tuple[int, int, int]:
+        """The rows and columns of outputs whose pixels are staged at once, and the bytes from pixel to pixel."""
+        p, strip = self.seen, min(self.strip, -(-self.seen.ow // self.columns) * self.columns)
+        pixel = (-(-p.c * item_bytes(p.dtype) // CACHE_LINE) | 1) * CACHE_LINE
+        line = ((strip - 1) * p.strides[1] + p.kw) * pixel
+        rows = max(1, min(p.oh, (_STAGE_BYTES // line - p.kh) // p.strides[0] + 1))
+        return rows, strip, pixel
+
+    def cut(self, threads: int) -> tuple[int, int]:
+        """Return into how many pieces rows, of all images, and columns are cut.
+
+        Rows are shared out; or columns, by whole tiles, if there are too few rows. Channels are not: every pixel would
+        have a line of cache that two threads write.
+        """
+        rows, tiles = self.seen.n * self.seen.oh, max(1, self.seen.ow // self.whole)
+        jobs = 1 if threads == 1 else _PARTS * threads
+        by_columns = rows < _ROWS * jobs and tiles > rows
+        return (1, min(jobs, tiles)) if by_columns else (max(1, min(jobs, rows)), 1)
+
+    def jobs(self, threads: int) -> Array:
+        """Return jobs, each some rows of all images and some columns of these: where they begin and end."""
+        p, tiles, (down, across) = self.seen, max(1, self.seen.ow // self.whole), self.cut(threads)
+        parts = grid((p.n * p.oh, down), (tiles, across)).copy()
+        parts[:, 2:] *= self.whole
+        parts[parts[:, 3] == tiles * self.whole, 3] = p.ow  # less than a tile is moved back, but not into another job
+        return parts
+
+    def form(self) -> DepthwiseForm:
+        """Return what a kernel is compiled for."""
+        p, (taps, stride) = self.seen, self.chunk
+        group = (p.group_c, p.group_k) if _shares_vectors(p) else (1, 1)
+        return DepthwiseForm(
+            self.columns, self.rows, _DOWN if _done_whole(p, self.columns) else 0, taps, stride,
+            taps > 1 and p.dilations[1] > 1, *group, _lanes(p, vector_bytes()), item_bytes(p.dtype),
+        )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def _tiling(problem: Problem, config: Config) -> _Tiling:
+    """Return what a config makes of a problem.
+
+    Raises:
+        ArgumentError: if it makes nothing of it.
+    """
+    p, tile, staged_first = problem, _tile(config), _is_staged(problem, config)
+    if staged_first:
+        ends = zip((p.oh, p.ow), p.strides, (p.kh, p.kw), strict=True)
+        h, w = ((out - 1) * stride + taps if out else 0 for out, stride, taps in ends)
+        p = p.replace(h=h, w=w, pads=(0, 0, 0, 0))
+    return _Tiling(p, _fitting(p, tile), _high(p, config), staged_first)
+
+
 class Depthwise(PackedBackend):
     """Vectors along the channels, each of a group of few or of its own; any filter, stride, dilation and padding."""
 
@@ -93,24 +186,21 @@ class Depthwise(PackedBackend):
 
     def workspace_plain(self, problem: Problem, config: Config) -> int:
         """Return the bytes of each thread's stage, or its tile and an address for each pixel under it, by taps."""
-        p = _seen(problem, config)
-        tile = _fitting(p, _tile(config))
-        taps, stride = _taps(p, tile)
-        outputs = 8 * _high(p, config) * tile
-        if _is_staged(problem, config):
-            rows, strip, pixel = _stage(p, tile)
+        tiling = _tiling(problem, config)
+        p, outputs = tiling.seen, 8 * tiling.rows * tiling.columns
+        if tiling.is_staged:
+            rows, strip, pixel = tiling.stage
             window = ((rows - 1) * p.strides[0] + p.kh) * ((strip - 1) * p.strides[1] + p.kw)
             return config.threads * (window * pixel + CACHE_LINE + outputs)
-        addresses = p.kh * (p.kw // taps) * ((tile - 1) * stride + taps)
-        return config.threads * (8 * addresses + outputs + tile * vector_bytes())
+        addresses = p.kh * (p.kw // tiling.chunk[0]) * tiling.form().span
+        return config.threads * (8 * addresses + outputs + tiling.columns * vector_bytes())
 
     def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return the time of products, loads and stores by tile, or of the traffic if that takes longer."""
-        p = _seen(problem, config)
-        tile, high = _fitting(p, _tile(config)), _high(p, config)
+        tiling = _tiling(problem, config)
+        p, tile, high, (taps, stride) = tiling.seen, tiling.columns, tiling.rows, tiling.chunk
         lanes, size = _lanes(p, machine.vector_bytes), item_bytes(p.dtype)
         tiles = p.n * p.oh * -(-p.ow // tile) * -(-p.k // lanes)
-        taps, stride = _taps(p, tile)
         loads: float = p.kw // taps * ((tile - 1) * stride + 2 * taps)
         loads *= ((high - 1) * p.strides[0] + p.kh) / (high * p.kh)
         row = _FMA_SECONDS_PER_BYTE * lanes * size * tile * p.kw + _LOAD_SECONDS * loads
@@ -121,43 +211,42 @@ class Depthwise(PackedBackend):
         elif p.group_c > 3 and tile > _TILES[registers()][1]:
             row *= _CROWDED
         a_tile = row * _rows_inside(p) + _TILE_SECONDS / high
-        pixels, places = _pixels(p, config), _places(p, machine)
-        if pixels > places and p.group_c == 1 and not _is_staged(problem, config):
-            a_tile = max(a_tile, pixels / high * _WAITING_SECONDS / math.sqrt(places))
+        places = _places(p, machine)
+        if tiling.pixels > places and p.group_c == 1 and not tiling.is_staged:
+            a_tile = max(a_tile, tiling.pixels / high * _WAITING_SECONDS / math.sqrt(places))
         seconds = tiles * a_tile
         if not _shares_vectors(p) or p.epilogue.code > RELU6:
             seconds += tiles * tile * lanes * (_VALUE_SECONDS if p.epilogue.code <= RELU6 else 3 * _VALUE_SECONDS)
-        if _is_staged(problem, config):
-            rows = _stage(p, tile)[0]
-            seconds += math.prod(p.input_shape) * size * (1 + (p.kh - 1) / (rows * p.strides[0])) / _STAGED_BYTES
-        used = min(config.threads, machine.cores, math.prod(_cut(p, tile, config.threads)))
+        if tiling.is_staged:
+            again = (p.kh - 1) / (tiling.stage[0] * p.strides[0])
+            seconds += math.prod(p.input_shape) * size * (1 + again) / _STAGED_BYTES
+        used = min(config.threads, machine.cores, math.prod(tiling.cut(config.threads)))
         traffic = (math.prod(problem.input_shape) + math.prod(p.output_shape)) * size
         missed = max(0, traffic - machine.caches[2] // 2) / _MEMORY_BYTES_PER_SECOND
         return _rates.shared(seconds + missed, used, call=3e-6)
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Pack the filters by vectors of channels; compile for the tile if that has not been done."""
-        p, seen = problem, _seen(problem, config)
-        tile, is_staged = _fitting(seen, _tile(config)), _is_staged(problem, config)
+        p, tiling = problem, _tiling(problem, config)
         if reason := self.rejects_plain(p):  # a kernel that goes by addresses must not be wrong about shapes
             raise ArgumentError(f"depthwise cannot do {p}: {reason}")
-        lanes = _lanes(p, vector_bytes())
-        members = 1 if _shares_vectors(p) else p.group_k
+        form = tiling.form()
+        lanes, members = form.lanes, 1 if _shares_vectors(p) else p.group_k
         by_member = filters.reshape(p.kh, p.kw, p.group_c, p.k // members, members).transpose(4, 0, 1, 2, 3)
         packed = aligned((-(-p.k // (members * lanes)), members, p.kh, p.kw, p.group_c, lanes), p.dtype)
         for block, vectors in enumerate(packed):
             k0 = min(block * lanes, p.k // members - lanes)
             vectors[...] = by_member[..., k0 : k0 + lanes]
         kept = np.empty(0, dtype_of(p.dtype)) if bias is None else np.array(bias)
-        parts = _jobs(p, tile, config.threads)
+        parts = tiling.jobs(config.threads)
         values = {
             "filters": packed, "bias": kept, "zero": aligned((p.c + 2 * lanes,), p.dtype),
             "window": (p.kh, p.kw, p.pads[0], p.pads[2], *p.strides, *p.dilations),
             "code": p.epilogue.code, "slope": p.epilogue.slope, "parts": parts,
-            **({"stage": _stage(p, tile)} if is_staged else {"strip": _strip(p, tile)}),
+            **({"stage": tiling.stage} if tiling.is_staged else {"strip": tiling.strip}),
         }  # fmt: skip
-        compiled = functools.partial(_kernel_of, seen, tile, _high(seen, config), lanes, is_staged=is_staged)
-        return PackedKernel(compiled, p, values, len(parts), config.threads)
+        make = functools.partial(staged if tiling.is_staged else in_place, form)
+        return PackedKernel(make, p, values, len(parts), config.threads)
 
 
 _PARTS = 2  # jobs a thread, so that one that comes late finds work left
@@ -199,12 +288,6 @@ def _may_stage(problem: Problem) -> bool:
     return problem.group_c == problem.group_k == 1 and problem.dilations == (1, 1)
 
 
-def _pixels(problem: Problem, config: Config) -> int:
-    """Return how many pixels a tile sees."""
-    p, tile = problem, _fitting(problem, _tile(config))
-    return ((_high(p, config) - 1) * p.strides[0] + p.kh) * ((tile - 1) * p.strides[1] + p.kw)
-
-
 def _places(problem: Problem, machine: Machine) -> float:
     """Return how many pixels L1 has places for; those of a single row come in time anyway."""
     return math.inf if problem.kh == 1 else _rates.places(problem.c * item_bytes(problem.dtype), machine)
@@ -213,25 +296,7 @@ def _places(problem: Problem, machine: Machine) -> float:
 def _waits(problem: Problem, config: Config, machine: Machine) -> bool:
     """Return whether a tile's pixels want so few places of L1 that staging them may pay."""
     places = _places(problem, machine)
-    return places < _FEW_PLACES and places < _pixels(problem, config)
-
-
-def _seen(problem: Problem, config: Config) -> Problem:
-    """Return the problem as tiles see it: with the padding as part of the image, if it is staged."""
-    p = problem
-    if not _is_staged(p, config):
-        return p
-    h, w = ((out - 1) * s + k if out else 0 for out, s, k in zip((p.oh, p.ow), p.strides, (p.kh, p.kw), strict=True))
-    return p.replace(h=h, w=w, pads=(0, 0, 0, 0))
-
-
-def _stage(problem: Problem, tile: int) -> tuple[int, int, int]:
-    """Return the rows and columns of outputs whose pixels are staged at once, and the bytes from pixel to pixel."""
-    p, strip = problem, min(_strip(problem, tile), -(-problem.ow // tile) * tile)
-    pixel = (-(-p.c * item_bytes(p.dtype) // CACHE_LINE) | 1) * CACHE_LINE
-    line = ((strip - 1) * p.strides[1] + p.kw) * pixel
-    rows = max(1, min(p.oh, (_STAGE_BYTES // line - p.kh) // p.strides[0] + 1))
-    return rows, strip, pixel
+    return places < _FEW_PLACES and places < _tiling(problem, config).pixels
 
 
 def _high(problem: Problem, config: Config) -> int:
@@ -265,7 +330,7 @@ def _lengths(problem: Problem) -> list[int]:
     return [length for length, outputs in done.items() if outputs <= _OVERLAP * min(done.values())]
 
 
-def _taps(problem: Problem, tile: int) -> tuple[int, int]:
+def _chunk(problem: Problem, tile: int) -> tuple[int, int]:
     """Return the taps done together, and the stride between outputs among the pixels they share.
 
     A single output shares none: its sum waits for itself, tap by tap, however its taps are loaded.
@@ -281,17 +346,7 @@ def _taps(problem: Problem, tile: int) -> tuple[int, int]:
 def _done_whole(problem: Problem, tile: int) -> bool:
     """Return whether all rows of a filter are done together, where they lie inside the image."""
     p = problem
-    return p.kh == p.kw == _taps(p, tile)[0] == _DOWN and (p.group_c == p.group_k == 1 or not _shares_vectors(p))
-
-
-def _kernel_of(problem: Problem, tile: int, high: int, lanes: int, *, is_staged: bool) -> CompiledKernel:
-    taps, stride = _taps(problem, tile)
-    down = _DOWN if _done_whole(problem, tile) else 0
-    if is_staged:
-        return staged(tile, high, down, taps, stride, lanes, item_bytes(problem.dtype))
-    dilated = taps > 1 and problem.dilations[1] > 1
-    group = (problem.group_c, problem.group_k) if _shares_vectors(problem) else (1, 1)
-    return in_place(tile, high, down, taps, stride, dilated, *group, lanes, item_bytes(problem.dtype))
+    return p.kh == p.kw == _chunk(p, tile)[0] == _DOWN and (p.group_c == p.group_k == 1 or not _shares_vectors(p))
 
 
 def _shares_vectors(problem: Problem) -> bool:
@@ -313,37 +368,3 @@ def _rows_inside(problem: Problem) -> float:
         above = p.pads[0] - i * p.dilations[0]
         total += max(0, min(p.oh, -(-(above + p.h) // p.strides[0])) - max(0, -(-above // p.strides[0])))
     return total / p.oh
-
-
-def _whole_tiles(problem: Problem, tile: int) -> int:
-    """Return how many tiles of all phases a row has, at least one; what is less than a tile is moved back."""
-    return max(1, problem.ow // (tile * problem.dilations[1]))
-
-
-def _cut(problem: Problem, tile: int, threads: int) -> tuple[int, int]:
-    """Return into how many pieces rows, of all images, and columns are cut.
-
-    Rows are shared out; or columns, by whole tiles, if there are too few rows. Channels are not: every pixel would have
-    a line of cache that two threads write.
-    """
-    rows, tiles = problem.n * problem.oh, _whole_tiles(problem, tile)
-    jobs = 1 if threads == 1 else _PARTS * threads
-    by_columns = rows < _ROWS * jobs and tiles > rows
-    return (1, min(jobs, tiles)) if by_columns else (max(1, min(jobs, rows)), 1)
-
-
-def _jobs(problem: Problem, tile: int, threads: int) -> Array:
-    """Return jobs, each some rows of all images and some columns of these: where they begin and end."""
-    p, whole, tiles = problem, tile * problem.dilations[1], _whole_tiles(problem, tile)
-    down, across = _cut(p, tile, threads)
-    parts = grid((p.n * p.oh, down), (tiles, across)).copy()
-    parts[:, 2:] *= whole
-    parts[parts[:, 3] == tiles * whole, 3] = p.ow  # what is less than a tile is moved back, but not into another job
-    return parts
-
-
-def _strip(problem: Problem, tile: int) -> int:
-    """Return how many columns of output are walked down together: whole tiles."""
-    p = problem
-    whole = tile * p.dilations[1]
-    return max(1, _CACHED_ROWS // (p.kh * p.strides[1] * p.c * item_bytes(p.dtype) * whole)) * whole

@@ -81,7 +81,7 @@ def with_activation(case: Case, activation: str) -> Problem:
 
 
 @given(case=cases())
-@examples(50)
+@examples(30)
 def test_a_plan_is_within_the_bound_of_the_reference_or_says_why_not(backend: Backend, case: Case) -> None:
     p = case.problem
     if reason := Candidate(backend, Config()).rejects(p):
@@ -106,7 +106,7 @@ def test_a_plan_is_within_the_bound_of_the_reference_or_says_why_not(backend: Ba
 
 
 @given(case=cases(empty=False, side=24))
-@examples(20)
+@examples(12)
 @example(case=numbers(Problem.parse("2x33x37x3 * 3x3x3x5 SAME")))
 @example(case=numbers(Problem.parse("1x41x9x6 * 3x3x3x4 pad=2,0,1,3")))
 @example(case=numbers(Problem.parse("1x40x35x1 * 7x11x1x2 SAME_LOWER stride=2")))
@@ -175,7 +175,7 @@ def test_activations_keep_nan_and_saturate_far_out_without_overflow(backend: Bac
 
 @pytest.mark.usefixtures("floats")
 @given(case=cases(dtypes=("float32",), empty=False))
-@examples(15)
+@examples(10)
 def test_the_same_plan_gives_the_same_bits(backend: Backend, case: Case) -> None:
     assume(fits(backend, case.problem))
     plan, again = forced_plan(backend, case), forced_plan(backend, case)
@@ -221,7 +221,7 @@ def check_contained(backend: Backend, case: Case) -> None:
 
 @pytest.mark.usefixtures("floats")
 @given(case=cases(dtypes=FLOAT_DTYPES, empty=False), data=st.data())
-@examples(35)
+@examples(20)
 def test_nan_and_infinity_stay_inside_their_receptive_field(backend: Backend, case: Case, data: st.DataObject) -> None:
     assume(fits(backend, case.problem))
     bad = st.sampled_from((np.nan, np.inf, -np.inf))
@@ -249,7 +249,7 @@ def test_one_bad_pixel_spoils_only_the_windows_over_it(backend: Backend, value: 
 
 @pytest.mark.usefixtures("floats")
 @given(case=cases(dtypes=("float32",), empty=False, plain=True), data=st.data())
-@examples(30)
+@examples(18)
 def test_large_values_that_overflow_a_transform_do_not_spoil_finite_results(
     backend: Backend, case: Case, data: st.DataObject
 ) -> None:

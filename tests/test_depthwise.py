@@ -10,7 +10,7 @@ from strategies import Case, examples, numbers
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort
 from convdispatch.backends._vector import registers, vector_bytes
-from convdispatch.backends.depthwise import Depthwise, _jobs
+from convdispatch.backends.depthwise import Depthwise, _tiling
 from convdispatch.epilogue import ACTIVATIONS, Epilogue
 from convdispatch.errors import ArgumentError
 from convdispatch.problem import Problem
@@ -184,7 +184,7 @@ def test_any_depthwise_problem_is_right(problem: Problem, seed: int, threads: in
 ])  # fmt: skip
 def test_threads_share_the_columns_of_lines(text: str) -> None:
     problem = Problem.parse(text)
-    assert len(_jobs(problem, 7, 3)) > problem.n * problem.oh
+    assert len(_tiling(problem, Config(columns=7)).jobs(3)) > problem.n * problem.oh
     for threads in (1, 2, 3):
         check(problem, Config(PLAIN, threads=threads))
 

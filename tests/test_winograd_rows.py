@@ -27,9 +27,7 @@ def check(problem: Problem, config: Config, seed: int = 0) -> Array:
 
 
 @given(
-    shape=st.tuples(
-        st.integers(1, 2), st.integers(1, 20), st.sampled_from([4, 11, 29, 43]), st.sampled_from([3, 4, 2, 1])
-    ),
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 20), st.sampled_from([4, 11, 43]), st.sampled_from([3, 4, 2, 1])),
     kh=st.integers(1, 5),
     filters=st.integers(LANES, 3 * LANES),
     down=st.tuples(st.integers(1, 3), st.integers(1, 3)),
@@ -40,7 +38,7 @@ def check(problem: Problem, config: Config, seed: int = 0) -> Array:
     threads=st.integers(1, 3),
     seed=st.integers(0, 99),
 )
-@examples(50)
+@examples(35)
 def test_any_shape_is_right(
     shape: tuple[int, int, int, int], kh: int, filters: int, down: tuple[int, int], across: tuple[int, int, int],
     pads: tuple[int, int, int, int], words: str, in_turn: bool, threads: int, seed: int,
