@@ -49,6 +49,9 @@ SIZES_OF_CHUNKS = (5, 4)
 _MOST_STRIDE, _MOST_STRIDE_OF_CHUNKS = 2, 4
 #: Rows of a filter times channels, times chunks.
 _MOST_DEPTH = 1024
+#: Transforms that enlarge errors more than this are for no more of these: errors grow with both, and 1024 brought
+#: F(4, 8) near the bound of `standard`.
+_ROUGH, _DEPTH_OF_ROUGH = 300, 640
 #: Filters of so many rows and columns, of the same stride, are better transformed down, too, with more channels.
 _SQUARE_SIDES, _SQUARE_CHANNELS = (3, 7), 32
 _LEAST_FILTERS = 8
@@ -146,6 +149,8 @@ def _choices(problem: Problem) -> list[tuple[int, bool]]:
         sizes = [(m, stride * m) for m in SIZES_OF_CHUNKS]
     else:
         sizes = [(m, p.kw) for m in SIZES if m + -(-p.kw // stride) <= _MOST_TOGETHER]
+    if _depth(p) > _DEPTH_OF_ROUGH:
+        sizes = [(m, r) for m, r in sizes if amplification(m, r, stride) <= _ROUGH]
     points = {m: stride * (m - 1) + r for m, r in sizes if m <= p.ow}
     choices = [(m, False) for m, n in points.items() if n <= _registers()]
     return choices + [(m, True) for m, n in points.items() if n <= _MOST_POINTS and _together_in_turn(-(-p.ow // m))]

@@ -191,6 +191,14 @@ def test_a_wrong_size_says_what_would_do(m: int | str) -> None:
         BACKEND.prepare(problem, numbers(problem).w, None, Config(m=m))
 
 
+def test_rough_transforms_are_for_few_rows_and_channels() -> None:
+    sizes = {
+        c: {config["m"] for config in BACKEND.configs(Problem.parse(f"1x9x64x{c} * 9x9x{c}x16 SAME"), "exhaustive")}
+        for c in (64, 80)
+    }
+    assert sizes == {64: {4, 3, 2}, 80: {2}}
+
+
 def test_all_sizes_that_there_are_have_points() -> None:
     for taps in range(2, 40):
         for stride in (1, 2):
