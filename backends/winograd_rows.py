@@ -39,7 +39,8 @@ from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem
 
-#: Outputs of a tile, the best first; more gain nothing, since transforms take longer then.
+#: Outputs of a tile, the best first: more gain nothing, since transforms take longer then. Fewer are tried where they
+#: take fewer products, as for few columns.
 SIZES = (4, 3, 2)
 #: Taps of a row at most that are one chunk, and those and a tile's outputs together: so many good points are known.
 _MOST_TAPS, _MOST_TOGETHER = 11, 13
@@ -59,8 +60,10 @@ _LEAST_FILTERS = 8
 _FEW_CHANNELS = 4
 #: Points of a tile at most, and registers that hold no sums.
 _MOST_POINTS, _OTHER_REGISTERS = 30, 2
-#: Tiles of a pass that takes points in turn, by the number of vector registers.
-_TOGETHER_IN_TURN = {32: (14, 12, 10, 8, 6, 5, 4), 16: (12, 10, 8, 6, 5, 4)}
+#: Tiles of a pass: few numbers, so that kernels serve many shapes; and of one that takes points in turn, by the number
+#: of vector registers.
+_TOGETHER = (7, 5, 4, 3, 2, 1)
+_TOGETHER_IN_TURN = {32: (14, 10, 7, 4), 16: (12, 9, 6, 4)}
 #: Transformed rows that are worked on together, so that they stay in L2; a strip has the rows of some outputs at least.
 _STAGE_BYTES, _LEAST_ROWS = 256 << 10, 4
 _PARTS = 2  # jobs a thread, so that one that comes late finds work left
@@ -112,18 +115,14 @@ def _form(problem: Problem, m: int, *, in_turn: bool) -> RowForm:
     room = min(max(_FEW_CHANNELS, 1 << (p.c - 1).bit_length()), -(-p.c // lanes) * lanes) if p.c > 1 else 1
     r = p.kw if p.kw <= _MOST_TAPS else m * p.strides[1]
     one = RowForm(m, r, p.strides[1], 1, in_turn, room, lanes, size)
-    fitting = _together_in_turn(tiles) if in_turn else range(1, min(tiles, _registers() // one.n) + 1)
-    forms = [dataclasses.replace(one, together=together) for together in fitting]
+    most, known = (tiles, _TOGETHER_IN_TURN[registers()]) if in_turn else (min(tiles, _registers() // one.n), _TOGETHER)
+    forms = [dataclasses.replace(one, together=together) for together in known if together <= most]
     return min(forms, key=lambda form: -(-tiles // form.together) * _pass(p.kh, form))
 
 
 def _registers() -> int:
     """Return how many registers may hold sums."""
     return registers() - _OTHER_REGISTERS
-
-
-def _together_in_turn(tiles: int) -> list[int]:
-    return [together for together in _TOGETHER_IN_TURN[registers()] if together <= tiles]
 
 
 def _depth(problem: Problem) -> int:
@@ -153,7 +152,18 @@ def _choices(problem: Problem) -> list[tuple[int, bool]]:
         sizes = [(m, r) for m, r in sizes if amplification(m, r, stride) <= _ROUGH]
     points = {m: stride * (m - 1) + r for m, r in sizes if m <= p.ow}
     choices = [(m, False) for m, n in points.items() if n <= _registers()]
-    return choices + [(m, True) for m, n in points.items() if n <= _MOST_POINTS and _together_in_turn(-(-p.ow // m))]
+    least = min(_TOGETHER_IN_TURN[registers()])
+    return choices + [(m, True) for m, n in points.items() if n <= _MOST_POINTS and -(-p.ow // m) >= least]
+
+
+def _worth_trying(problem: Problem) -> list[tuple[int, bool]]:
+    """Return the choices but for sizes that take no fewer products than one that is better otherwise."""
+    p, choices, fewest = problem, _choices(problem), dict[int, int]()
+    for m in dict.fromkeys(m for m, _ in choices):
+        products = -(-p.ow // m) * (p.strides[1] * (m - 1) + p.kw)
+        if p.kw > _MOST_TAPS or products < min(fewest.values(), default=products + 1):
+            fewest[m] = products
+    return [(m, in_turn) for m, in_turn in choices if m in fewest]
 
 
 def _choice(problem: Problem, config: Config) -> tuple[int, bool]:
@@ -218,7 +228,7 @@ class WinogradRows(PackedBackend):
 
     def configs_plain(self, problem: Problem, effort: Effort) -> Sequence[Config]:
         """Return sizes of tiles, the one with the smallest estimate first."""
-        choices = [Config(m=m, in_turn=True) if in_turn else Config(m=m) for m, in_turn in _choices(problem)]
+        choices = [Config(m=m, in_turn=True) if in_turn else Config(m=m) for m, in_turn in _worth_trying(problem)]
         return _rates.ranked(choices, functools.partial(self.estimate_plain, problem), effort, 2)
 
     def step(self, problem: Problem, config: Config) -> int:

@@ -34,6 +34,8 @@ from convdispatch.errors import BackendRejectedError, BackendUnavailableError
 from convdispatch.machine import Machine, current
 from convdispatch.problem import Problem, dtype_of
 
+pytestmark = pytest.mark.usefixtures("few_kernels")
+
 BACKENDS = convdispatch.backends()
 SMALL_MACHINE = Machine("test (test)", ("sse2",), 1, (16 << 10, 256 << 10, 1 << 20), "Linux x86_64", ())
 

@@ -23,6 +23,8 @@ from convdispatch.backends._vector import vector_bytes
 from convdispatch.backends.implicit_gemm import ImplicitGemm
 from convdispatch.problem import Problem, dtype_of
 
+pytestmark = pytest.mark.usefixtures("few_kernels")
+
 DTYPES = [
     name for name in FLOAT_DTYPES if name in USABLE_DTYPES and name in (*_bands.convertible(), "float32", "float64")
 ]

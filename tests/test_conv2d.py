@@ -20,6 +20,8 @@ from convdispatch import reference, registry
 from convdispatch.arguments import Array
 from convdispatch.problem import Problem, dtype_of
 
+pytestmark = pytest.mark.usefixtures("few_kernels")
+
 RNG = np.random.default_rng(20)
 
 

@@ -20,6 +20,8 @@ from convdispatch.reference import Oracle
 from convdispatch.tuning import hard_inputs, tuner
 from convdispatch.tuning.tuner import tune_problem
 
+pytestmark = pytest.mark.usefixtures("few_kernels")
+
 PROBLEM = Problem.parse("1x9x8x6 * 3x3x6x8 SAME")
 TINY = float(np.finfo(np.float32).tiny)
 VARIED = [

@@ -17,6 +17,8 @@ import pytest
 import convdispatch
 from convdispatch.arguments import Array
 
+pytestmark = pytest.mark.usefixtures("few_kernels")
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what it deprecates in itself is not ours to see to
     onnx = pytest.importorskip("onnx", reason="ONNX's tests come with the onnx package: pip install onnx")
