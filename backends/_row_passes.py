@@ -80,15 +80,20 @@ def _multiplying(form: RowForm, points: int) -> Any:
     point, tile_bytes, step = form.room * itemsize, form.tile_bytes, points * form.vector
 
     @inlined
-    def multiply(values, apart, packed, rows, chunks, channels):  # type: ignore[no-untyped-def]
-        """Return the sums over so many rows of filters, which see rows of values ``apart``."""
+    def multiply(values, apart, packed, row_bytes, size):  # type: ignore[no-untyped-def]
+        """Return the sums over so many rows, chunks and channels of filters.
+
+        Rows of values are ``apart``, those of filters ``row_bytes``.
+        """
+        rows, chunks, channels = size
         sums = zeros(together, points, lanes, itemsize)
-        for _ in range(rows):
+        for row in range(rows):
+            at = packed + row * row_bytes
             for chunk in range(chunks):
                 for c in range(channels):
                     value = chunk * ahead * tile_bytes + c * itemsize
-                    sums = multiply_points(sums, points, (values, tile_bytes), value, point, packed)
-                    packed += step
+                    sums = multiply_points(sums, points, (values, tile_bytes), value, point, at)
+                    at += step
             values += apart
         return sums
 
@@ -142,17 +147,19 @@ def _leaving(form: RowForm, number: int) -> Any:
 def passing(form: RowForm) -> Any:
     """Return what makes a pass.
 
-    Its first argument tells of the values: where the first tile's are, from row to row, how many rows, chunks and
-    channels there are. Then come the filters' address, and the bytes of a point's where points are taken in turn; the
-    address of ``form.sums_bytes``; and what ``_finishing``'s function takes, of all tiles.
+    Its first argument tells of the values: where the first tile's are, the bytes from row to row, and how many rows,
+    chunks and channels there are. The second one tells of the filters: where they are, the bytes from row to row, and
+    from point to point where points are taken in turn. Then come the address of ``form.sums_bytes``, and what
+    ``_finishing``'s function takes, of all tiles.
     """
     if not form.in_turn:
         multiply, leave = _multiplying(form, form.n), _leaving(form, 0)
 
         @inlined
-        def at_once(where, packed, _, __, outputs, step, offset, bias, adds, code, past, doubts):  # type: ignore[no-untyped-def]
+        def at_once(where, filters, _, outputs, step, offset, bias, adds, code, past, doubts):  # type: ignore[no-untyped-def]
             values, apart, rows, chunks, channels = where
-            sums = multiply(values, apart, packed, rows, chunks, channels)
+            packed, row_bytes, _ = filters
+            sums = multiply(values, apart, packed, row_bytes, (rows, chunks, channels))
             return leave(sums, outputs, step, offset, bias, adds, code, past, doubts)
 
         return at_once
@@ -160,10 +167,11 @@ def passing(form: RowForm) -> Any:
     multiply, finish, point = _multiplying(form, 1), _finishing(form), form.room * form.itemsize
 
     @compilable
-    def in_turn(where, packed, turn, memory, outputs, step, offset, bias, adds, code, past, doubts):  # type: ignore[no-untyped-def]
+    def in_turn(where, filters, memory, outputs, step, offset, bias, adds, code, past, doubts):  # type: ignore[no-untyped-def]
         values, apart, rows, chunks, channels = where
+        packed, row_bytes, turn = filters
         for number in range(n):
-            sums = multiply(values + number * point, apart, packed + number * turn, rows, chunks, channels)
+            sums = multiply(values + number * point, apart, packed + number * turn, row_bytes, (rows, chunks, channels))
             store(sums, together, (memory + number * vector, n * vector), 0)
         for number in range(together):
             sums = load_apart(memory + number * n * vector, vector, n, lanes, itemsize)

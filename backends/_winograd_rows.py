@@ -23,10 +23,11 @@ from convdispatch.backends._transforms import report, transform_input
 from convdispatch.backends._vector import copy, hold
 from convdispatch.backends._windows import copy_columns, taps_inside
 
-#: ``filters`` is ``[blocks, turns, KH, chunks, C, points of a turn, lanes]``, the last block moved back until it fits;
-#: ``stage`` the rows of outputs and the tiles of one that are worked on together, and the bytes of a transformed row.
+#: ``filters`` is ``[groups, blocks, turns, KH, chunks, C // groups, points of a turn, lanes]``, a group's last block
+#: moved back until it fits; ``stage`` the rows of outputs and the tiles of one that are worked on together, and the
+#: bytes of a transformed row.
 ARGUMENTS = Arguments(
-    input=array_of(4), filters=array_of(7), bias=array_of(1), residual=array_of(4), out=array_of(4),
+    input=array_of(4), filters=array_of(8), bias=array_of(1), residual=array_of(4), out=array_of(4),
     pads=integers_of(2), strides=integers_of(2), dilation=INTEGER, stage=integers_of(3), code=INTEGER, slope=FLOAT,
     streamed=INTEGER, parts=array_of(2, "int64"), spoiled=INTEGER,
 )  # fmt: skip
@@ -41,16 +42,22 @@ def _entering(form: RowForm) -> Any:
     point, narrow = form.room * itemsize, min(form.room, form.lanes)
 
     @compilable
-    def enter(values, row_bytes, line, x, image, span, left, tiles):  # type: ignore[no-untyped-def]
+    def enter(values, row_bytes, line, x, image, span, left, channels, tiles):  # type: ignore[no-untyped-def]
         """Transform so many tiles of the image's rows ``span[0]`` to ``span[1]``, from column ``left`` on.
 
-        ``values`` is where they go, ``line`` has room for a row's pixels, zeros beside the image among them.
+        ``channels`` are the first and how many. ``values`` is where they go, ``line`` has room for a row's pixels,
+        zeros beside the image among them.
         """
-        height, width, channels = x.shape[1:]
-        pixel = channels * itemsize
+        height, width, all_channels = x.shape[1:]
+        pixel, columns = channels[1] * itemsize, (tiles - 1) * m * stride + n
         for row in range(span[0], span[1]):
-            source = x.ctypes.data + ((image * height + row) * width + left) * pixel
-            copy_columns(line, source, left, (tiles - 1) * m * stride + n, width, pixel)
+            source = x.ctypes.data + (((image * height + row) * width + left) * all_channels + channels[0]) * itemsize
+            if channels[1] == all_channels:
+                copy_columns(line, source, left, columns, width, pixel)
+            else:
+                for column in range(columns):
+                    at = source + column * all_channels * itemsize
+                    copy_columns(line + column * pixel, at, left + column, 1, width, pixel)
             for tile in range(tiles):
                 for c in range(0, point, narrow * itemsize):
                     pixels = load_apart(line + tile * m * stride * pixel + c, pixel, n, narrow, itemsize)
@@ -74,13 +81,25 @@ def _copy_some(target, source, step, count, size):  # type: ignore[no-untyped-de
         copy(target + i * step, source + i * step, size)
 
 
+@compilable
+def _chunks_inside(chunks, r, first, last, width):  # type: ignore[no-untyped-def]
+    """Return the range of chunks of r taps of which some meet one of so many columns.
+
+    ``first`` and ``last`` are columns that the first chunk sees: where a pass begins, and behind its end.
+    """
+    low = -last // r + 1 if last <= 0 else 0
+    return low, max(low, min(chunks, -((first - width) // r)))
+
+
 @functools.cache
-def compiled(form: RowForm) -> CompiledKernel:  # noqa: PLR0915
+def compiled(form: RowForm) -> CompiledKernel:  # noqa: C901, PLR0915
     """Return the kernel of a form."""
     m, stride, together, lanes, itemsize, vector = (
         form.m, form.stride, form.together, form.lanes, form.itemsize, form.vector
     )  # fmt: skip
-    n, ahead, tile_bytes, sums_bytes, room = form.n, form.ahead, form.tile_bytes, form.sums_bytes, form.room
+    n, r, ahead, tile_bytes, sums_bytes, room = (
+        form.n, form.r, form.ahead, form.tile_bytes, form.sums_bytes, form.room
+    )  # fmt: skip
     enter, make_pass = _entering(form), passing(form)
 
     def convolve(arguments, job):  # type: ignore[no-untyped-def]  # noqa: PLR0915
@@ -88,11 +107,11 @@ def compiled(form: RowForm) -> CompiledKernel:  # noqa: PLR0915
         x, u, bias, residual, out, pads, strides, dilation, stage, code, slope, streamed, parts, _ = unpack(
             arguments, itemsize
         )
-        first_row, last_row, first_tile, last_tile = parts[job]
+        first_row, last_row, first_tile, last_tile, first_group, last_group = parts[job]
         at_once, strip, row_bytes = stage
-        blocks, turns, kh, chunks, channels, points, _ = u.shape
+        groups, blocks, turns, kh, chunks, channels, points, _ = u.shape
         rows, columns, filters = out.shape[1:]
-        result, filter_bytes = filters * itemsize, chunks * channels * points * vector
+        group_k, result, filter_bytes = filters // groups, filters * itemsize, chunks * channels * points * vector
         longest = strip + (chunks - 1) * ahead
         rows_bytes = ((at_once - 1) * strides[0] + (kh - 1) * dilation + 1) * row_bytes
         line_bytes = whole_lines((((longest - 1) * m * stride + n) * channels + room) * itemsize)
@@ -113,20 +132,30 @@ def compiled(form: RowForm) -> CompiledKernel:  # noqa: PLR0915
                 image, oh = divmod(row, rows)
                 count, top = min(last_row - row, at_once, rows - oh), oh * strides[0] - pads[0]
                 low, high = max(0, top), min(x.shape[1], top + (count - 1) * strides[0] + (kh - 1) * dilation + 1)
-                left = first * m * strides[1] - pads[1]
-                enter(values, row_bytes, line, x, image, (low, high), left, tiles + (chunks - 1) * ahead)
-                for i in range(count):
-                    above = top + i * strides[0]
-                    from_row, to_row = taps_inside(above, dilation, kh, x.shape[1])
-                    start = values + (above + from_row * dilation - low) * row_bytes
-                    for block in range(blocks):
-                        k0 = min(block * lanes, filters - lanes)
+                left, seen = first * m * strides[1] - pads[1], tiles + (chunks - 1) * ahead
+                for group in range(first_group, last_group):
+                    some = group * channels, channels
+                    enter(values, row_bytes, line, x, image, (low, high), left, some, seen)
+                    for number in range(count * blocks):
+                        i, block = divmod(number, blocks)
+                        above = top + i * strides[0]
+                        from_row, to_row = taps_inside(above, dilation, kh, x.shape[1])
+                        start = values + (above + from_row * dilation - low) * row_bytes
+                        k0 = group * group_k + min(block * lanes, group_k - lanes)
                         offset = (image * rows + oh + i) * columns * result + k0 * itemsize
-                        packed = u.ctypes.data + (block * turns * kh + from_row) * filter_bytes
+                        packed = u.ctypes.data + ((group * blocks + block) * turns * kh + from_row) * filter_bytes
                         added = bias.ctypes.data + k0 * itemsize if bias.size else 0
                         for tile in range(0, tiles, together):
                             now = min(tile, tiles - together)
-                            where = start + now * tile_bytes, dilation * row_bytes, to_row - from_row, chunks, channels
+                            column = left + now * m * stride
+                            from_chunk, to_chunk = _chunks_inside(
+                                chunks, r, column, column + (together - 1) * m * stride + n, x.shape[2]
+                            )
+                            where = (
+                                start + (now + from_chunk * ahead) * tile_bytes, dilation * row_bytes,
+                                to_row - from_row, to_chunk - from_chunk, channels,
+                            )  # fmt: skip
+                            at = packed + from_chunk * channels * points * vector, filter_bytes, kh * filter_bytes
                             place = out.ctypes.data + (end - 1) * m * result + offset
                             spills = inside < m and now + together == tiles
                             if spills:  # beside the image: it goes elsewhere, and what is inside is copied from there
@@ -134,13 +163,14 @@ def compiled(form: RowForm) -> CompiledKernel:  # noqa: PLR0915
                                 if adds:
                                     _copy_some(spill + m * result, place + beside, result, inside, vector)
                             doubts = make_pass(
-                                where, packed, kh * filter_bytes, scratch, outputs[now:], result, offset, added, adds,
-                                code, past, doubts,
+                                where, at, scratch, outputs[now:], result, offset, added, adds, code, past, doubts
                             )  # fmt: skip
                             if spills:
                                 _copy_some(place, spill, result, inside, vector)
-                    if code > RELU6:
-                        _finish(out[image, oh + i, first * m : (end - 1) * m + inside], code, slope)
+                if code > RELU6:
+                    for i in range(count):
+                        pixels = out[image, oh + i, first * m : (end - 1) * m + inside]
+                        _finish(pixels[:, first_group * group_k : last_group * group_k], code, slope)
                 row += count
         report(doubts, lanes, np.empty(lanes, x.dtype), arguments + _SPOILED_AT)
         hold(memory), hold(outputs)

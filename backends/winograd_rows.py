@@ -36,7 +36,7 @@ from convdispatch.backends._toomcook import amplification, roundings, strided
 from convdispatch.backends._vector import registers, vector_bytes
 from convdispatch.backends._winograd_rows import compiled
 from convdispatch.errors import ArgumentError
-from convdispatch.machine import Machine
+from convdispatch.machine import Machine, current
 from convdispatch.problem import Problem
 
 #: Outputs of a tile, the best first: more gain nothing, since transforms take longer then. Fewer are tried where they
@@ -49,7 +49,7 @@ SIZES_OF_CHUNKS = (5, 4)
 #: Strides along rows at most: of phases of few taps, little is saved.
 _MOST_STRIDE, _MOST_STRIDE_OF_CHUNKS = 2, 4
 #: Rows of a filter times channels, times chunks.
-_MOST_DEPTH = 1024
+_MOST_DEPTH = 2048
 #: Transforms that enlarge errors more than this are for no more of these: errors grow with both, and 1024 brought
 #: F(4, 8) near the bound of `standard`.
 _ROUGH, _DEPTH_OF_ROUGH = 300, 640
@@ -111,8 +111,8 @@ def _cut(problem: Problem, config: Config) -> _Cut:
 def _form(problem: Problem, m: int, *, in_turn: bool) -> RowForm:
     """Return the form whose passes take the least time for a row of tiles."""
     p, size, tiles = problem, item_bytes(problem.dtype), -(-problem.ow // m)
-    lanes = min(vector_bytes() // size, 1 << (p.k.bit_length() - 1))
-    room = min(max(_FEW_CHANNELS, 1 << (p.c - 1).bit_length()), -(-p.c // lanes) * lanes) if p.c > 1 else 1
+    c, lanes = p.group_c, min(vector_bytes() // size, 1 << (p.group_k.bit_length() - 1))
+    room = min(max(_FEW_CHANNELS, 1 << (c - 1).bit_length()), -(-c // lanes) * lanes) if c > 1 else 1
     r = p.kw if p.kw <= _MOST_TAPS else m * p.strides[1]
     one = RowForm(m, r, p.strides[1], 1, in_turn, room, lanes, size)
     most, known = (tiles, _TOGETHER_IN_TURN[registers()]) if in_turn else (min(tiles, _registers() // one.n), _TOGETHER)
@@ -128,14 +128,14 @@ def _registers() -> int:
 def _depth(problem: Problem) -> int:
     """Return the values over which products are summed, by the fewest chunks."""
     p, most = problem, SIZES_OF_CHUNKS[0] * problem.strides[1]
-    return p.kh * p.c * (1 if p.kw <= _MOST_TAPS else -(-p.kw // most))
+    return p.kh * p.group_c * (1 if p.kw <= _MOST_TAPS else -(-p.kw // most))
 
 
 def _is_for_two_dimensions(problem: Problem) -> bool:
     """Return whether filters are better transformed down, too."""
     p, (least, most) = problem, _SQUARE_SIDES
     sides = least <= min(p.kh, p.kw) <= max(p.kh, p.kw) <= most
-    return sides and p.strides[0] == p.strides[1] and p.c > _SQUARE_CHANNELS
+    return sides and p.strides[0] == p.strides[1] and (p.c > _SQUARE_CHANNELS or p.groups > 1)
 
 
 def _choices(problem: Problem) -> list[tuple[int, bool]]:
@@ -177,12 +177,14 @@ def _choice(problem: Problem, config: Config) -> tuple[int, bool]:
 
 
 def _parts(problem: Problem, cut: _Cut, threads: int) -> Array:
-    """Return jobs, each some rows of all images and some tiles of these: rows are cut, or else what few there are."""
-    rows, jobs = problem.n * problem.oh, 1 if threads == 1 else _PARTS * threads
+    """Return jobs, each some rows of all images, some tiles of these, and some groups: one of these axes is cut."""
+    p, rows, jobs = problem, problem.n * problem.oh, 1 if threads == 1 else _PARTS * threads
     if rows >= jobs:
-        return grid((rows, jobs), (cut.tiles, 1))
+        return grid((rows, jobs), (cut.tiles, 1), (p.groups, 1))
+    if p.groups >= jobs:
+        return grid((rows, 1), (cut.tiles, 1), (p.groups, jobs))
     least = max(_LEAST_TILES, cut.form.together)
-    return grid((rows, 1), (cut.tiles, max(1, min(jobs, cut.tiles // least))))
+    return grid((rows, 1), (cut.tiles, max(1, min(jobs, cut.tiles // least))), (p.groups, 1))
 
 
 def _growth(problem: Problem, config: Config) -> float:
@@ -192,7 +194,7 @@ def _growth(problem: Problem, config: Config) -> float:
     along_the_way = roundings(*axis) + 1  # and one as transformed filters are stored
     # With several chunks, inputs are part of two tiles at most: the squares of all tiles' norms are twice the image's.
     overlap = 1 if cut.chunks == 1 else math.sqrt(2)
-    return (problem.kh * cut.chunks * problem.c + along_the_way) / 2 * overlap * amplification(*axis)
+    return (problem.kh * cut.chunks * problem.group_c + along_the_way) / 2 * overlap * amplification(*axis)
 
 
 class WinogradRows(PackedBackend):
@@ -206,17 +208,16 @@ class WinogradRows(PackedBackend):
         """Return the first thing about the problem that the algorithm has no answer to."""
         p = problem
         checks = (
-            (p.groups > 1, "it wants filters of all channels, and here are groups"),
             (p.c == 0, "there are no input channels"),
-            (p.k < _LEAST_FILTERS, f"vectors are of filters, at least {_LEAST_FILTERS}; here are {p.k}"),
+            (p.group_k < _LEAST_FILTERS, f"vectors are of filters, at least {_LEAST_FILTERS}; here are {p.group_k}"),
             (
                 _depth(p) > _MOST_DEPTH,
-                f"it is for few channels and rows, {_MOST_DEPTH} of both at most; here are {p.kh} rows of {p.c}"
+                f"it is for few channels and rows, {_MOST_DEPTH} of both at most; here are {p.kh} rows of {p.group_c}"
                 + f", of more than {_MOST_TAPS} taps" * (p.kw > _MOST_TAPS),
             ),
             (
                 _is_for_two_dimensions(p),
-                f"with more than {_SQUARE_CHANNELS} channels, {p.kh}x{p.kw} filters are better transformed down, too",
+                f"{p.kh}x{p.kw} filters of groups, or of over {_SQUARE_CHANNELS} channels, are better transformed down",
             ),
             (p.dilations[1] > 1, "its tiles are neighbours along rows, where filters are dilated"),
             (
@@ -240,7 +241,7 @@ class WinogradRows(PackedBackend):
         p, cut = problem, _cut(problem, config)
         form = cut.form
         reach = (cut.at_once - 1) * p.strides[0] + (p.kh - 1) * p.dilations[0] + 1
-        line = ((cut.seen - 1) * form.m * form.stride + form.n) * p.c + form.room
+        line = ((cut.seen - 1) * form.m * form.stride + form.n) * p.group_c + form.room
         each = reach * cut.row_bytes + (line + 2 * form.m * p.k) * form.itemsize + form.sums_bytes
         each += 2 * CACHE_LINE + 16 * cut.strip
         return min(config.threads, len(_parts(p, cut, config.threads))) * each
@@ -250,16 +251,17 @@ class WinogradRows(PackedBackend):
         p, cut = problem, _cut(problem, config)
         form = cut.form
         instruction = 2 * machine.vector_bytes / form.itemsize / _rates.peak(machine, form.itemsize)
-        passes = p.n * p.oh * -(-cut.tiles // form.together) * -(-p.k // form.lanes)
-        depth = p.kh * cut.chunks * p.c
+        passes = p.n * p.oh * -(-cut.tiles // form.together) * p.groups * -(-p.group_k // form.lanes)
+        depth = p.kh * cut.chunks * p.group_c
         work = passes * _pass(depth, form)
-        if not form.in_turn and (filter_bytes := depth * form.n * machine.vector_bytes) > machine.caches[0]:
-            work = max(work, passes * filter_bytes / _L2_BYTES / instruction)
+        if (from_l2 := _bytes_from_l2(p, cut)) > machine.caches[0]:
+            work = max(work, passes * from_l2 / _L2_BYTES / instruction)
         parts = len(_parts(p, cut, config.threads))
         window = (p.kh - 1) * p.dilations[0] + 1
         blocks = max(parts, p.n * -(-p.oh // cut.at_once))
         rows = p.n * p.oh * p.strides[0] + blocks * max(0, window - p.strides[0])
-        work += rows * cut.tiles * (cut.seen / cut.strip) * _ENTERING * form.n * -(-form.room // form.lanes)
+        entered = rows * p.groups * cut.tiles * (cut.seen / cut.strip)
+        work += entered * _ENTERING * form.n * -(-form.room // form.lanes)
         return _rates.shared(work * instruction, min(config.threads, machine.cores, parts))
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
@@ -267,15 +269,16 @@ class WinogradRows(PackedBackend):
         p, cut = problem, _cut(problem, config)
         form, lanes = cut.form, cut.form.lanes
         g = np.array(strided(form.m, form.r, form.stride).g, np.float64)
-        chunks = np.zeros((p.kh, cut.chunks * form.r, p.c, p.k))
+        chunks = np.zeros((p.kh, cut.chunks * form.r, p.group_c, p.k))
         chunks[:, : p.kw] = filters
-        transformed = np.matmul(g, chunks.reshape(p.kh, cut.chunks, form.r, p.c, p.k).swapaxes(2, 3))
-        by_turns = transformed.reshape(*transformed.shape[:3], *((form.n, 1) if form.in_turn else (1, form.n)), p.k)
-        by_turns = np.moveaxis(by_turns, 3, 0)
-        packed = aligned((-(-p.k // lanes), *by_turns.shape[:-1], lanes), p.dtype)
-        for block, values in enumerate(packed):
-            k0 = min(block * lanes, p.k - lanes)
-            values[...] = by_turns[..., k0 : k0 + lanes]
+        transformed = np.matmul(g, chunks.reshape(p.kh, cut.chunks, form.r, p.group_c, p.k).swapaxes(2, 3))
+        turns = (form.n, 1) if form.in_turn else (1, form.n)
+        by_groups = transformed.reshape(*transformed.shape[:3], *turns, p.groups, p.group_k)
+        by_turns = np.moveaxis(by_groups, (-2, 3), (0, 1))
+        packed = aligned((p.groups, -(-p.group_k // lanes), *by_turns.shape[1:-1], lanes), p.dtype)
+        for block in range(packed.shape[1]):
+            k0 = min(block * lanes, p.group_k - lanes)
+            packed[:, block] = by_turns[..., k0 : k0 + lanes]
         parts = _parts(p, cut, config.threads)
         values = {
             "filters": packed, "bias": np.empty(0, p.dtype) if bias is None else np.array(bias), "pads": p.pads[::2],
@@ -289,7 +292,23 @@ class WinogradRows(PackedBackend):
 #: An output is written past the caches only if it is as large as the last of them, as ``implicit_gemm`` does.
 _CACHED_OUTPUT = 1.0
 _L2_BYTES = 8e10  # a second
+_L1_PART = 0.75  # of which little else needs
 _ENTERING = 2.2  # instructions of a vector for a point of a tile, its load and store included
+
+
+def _bytes_from_l2(problem: Problem, cut: _Cut) -> int:
+    """Return the bytes that a pass loads and L1 does not hold from one to the next: filters of all points, if at once.
+
+    In turn it is values, if what a point needs is not in L1 already: a line of cache for each, or for some channels.
+    """
+    p, form, depth = problem, cut.form, problem.kh * cut.chunks * problem.group_c
+    if not form.in_turn:
+        return depth * form.n * form.vector
+    tiles = form.together + (cut.chunks - 1) * form.ahead
+    if p.kh * tiles * form.tile_bytes + depth * form.vector <= _L1_PART * current().caches[0]:
+        return 0
+    line = min(CACHE_LINE, form.tile_bytes) // min(p.group_c, CACHE_LINE // form.itemsize)
+    return form.n * depth * form.together * line
 
 
 def _pass(depth: int, form: RowForm) -> float:

@@ -76,6 +76,8 @@ def test_widths_around_tiles_and_passes(width: int) -> None:
         ("1x9x71x2 * 3x23x2x16 SAME stride=2 +residual", 4),
         ("1x2x201x1 * 1x38x1x16 SAME stride=4", 4),
         ("1x4x14x3 * 3x300x3x16 pad=1,1,200,250", 5),  # most of the taps beside the image
+        ("1x1x19x36 * 1x30x12x48 SAME +bias +residual +silu", 4),  # groups, and chunks beside the image
+        ("2x7x19x16 * 2x5x8x40 SAME +bias", 4),
         ("1x1x300x4 * 1x3x4x16 SAME", 4),  # a single row, whose tiles are shared out
         ("1x60x3x1 * 10x2x1x16 pad=20,30,4,0", 2),  # rows of outputs that see nothing of the image
         ("2x3x12x11 NCHW * 3x3x3x16 SAME +residual +relu", 4),
@@ -165,12 +167,13 @@ def test_it_says_when_a_sum_is_not_finite(value: float) -> None:
     ("text", "reason"),
     [
         ("1x9x9x3 * 3x3x3x16 SAME int8", "exact"),
-        ("1x9x9x8 * 3x3x4x16 SAME", "groups"),
+        ("1x9x9x8 * 3x3x4x16 SAME", "3x3 filters of groups, or of over 32 channels, are better transformed down"),
         ("1x9x9x0 * 3x3x0x16 SAME", "no input channels"),
         ("1x9x9x3 * 3x3x3x7 SAME", "at least 8; here are 7"),
-        ("1x9x9x342 * 3x9x342x16 SAME", "few channels and rows, 1024 of both at most; here are 3 rows of 342"),
+        ("1x9x9x683 * 3x9x683x16 SAME", "few channels and rows, 2048 of both at most; here are 3 rows of 683"),
         ("1x9x90x32 * 3x151x32x16 SAME", "here are 3 rows of 32, of more than 11 taps"),
-        ("1x9x9x33 * 3x3x33x16 SAME", "with more than 32 channels, 3x3 filters are better transformed down"),
+        ("1x9x9x33 * 3x3x33x16 SAME", "3x3 filters of groups, or of over 32 channels, are better transformed down"),
+        ("1x9x9x32 * 1x3x4x16 SAME", "at least 8; here are 2"),
         ("1x9x9x3 * 3x3x3x16 SAME dilation=1x2", "dilated"),
         ("1x9x9x3 * 3x1x3x16 SAME", "rows of 1 taps"),
         ("1x9x3x3 * 3x12x3x16 SAME", "rows of 12 taps"),
