@@ -86,15 +86,16 @@ def _multiplying(form: RowForm, points: int) -> Any:
         Rows of values are ``apart``, those of filters ``row_bytes``.
         """
         rows, chunks, channels = size
+        rest = row_bytes - chunks * channels * step
         sums = zeros(together, points, lanes, itemsize)
-        for row in range(rows):
-            at = packed + row * row_bytes
+        for _ in range(rows):
             for chunk in range(chunks):
                 for c in range(channels):
                     value = chunk * ahead * tile_bytes + c * itemsize
-                    sums = multiply_points(sums, points, (values, tile_bytes), value, point, at)
-                    at += step
+                    sums = multiply_points(sums, points, (values, tile_bytes), value, point, packed)
+                    packed += step
             values += apart
+            packed += rest
         return sums
 
     return multiply

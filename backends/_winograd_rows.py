@@ -102,7 +102,7 @@ def compiled(form: RowForm) -> CompiledKernel:  # noqa: C901, PLR0915
     )  # fmt: skip
     enter, make_pass = _entering(form), passing(form)
 
-    def convolve(arguments, job):  # type: ignore[no-untyped-def]  # noqa: PLR0915
+    def convolve(arguments, job):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
         """Compute some rows of all images and some tiles of these, as the job says."""
         x, u, bias, residual, out, pads, strides, dilation, stage, code, slope, streamed, parts, _ = unpack(
             arguments, itemsize
@@ -136,37 +136,38 @@ def compiled(form: RowForm) -> CompiledKernel:  # noqa: C901, PLR0915
                 for group in range(first_group, last_group):
                     some = group * channels, channels
                     enter(values, row_bytes, line, x, image, (low, high), left, some, seen)
-                    for number in range(count * blocks):
-                        i, block = divmod(number, blocks)
+                    for i in range(count):
                         above = top + i * strides[0]
                         from_row, to_row = taps_inside(above, dilation, kh, x.shape[1])
                         start = values + (above + from_row * dilation - low) * row_bytes
-                        k0 = group * group_k + min(block * lanes, group_k - lanes)
-                        offset = (image * rows + oh + i) * columns * result + k0 * itemsize
-                        packed = u.ctypes.data + ((group * blocks + block) * turns * kh + from_row) * filter_bytes
-                        added = bias.ctypes.data + k0 * itemsize if bias.size else 0
-                        for tile in range(0, tiles, together):
-                            now = min(tile, tiles - together)
-                            column = left + now * m * stride
-                            from_chunk, to_chunk = _chunks_inside(
-                                chunks, r, column, column + (together - 1) * m * stride + n, x.shape[2]
-                            )
-                            where = (
-                                start + (now + from_chunk * ahead) * tile_bytes, dilation * row_bytes,
-                                to_row - from_row, to_chunk - from_chunk, channels,
-                            )  # fmt: skip
-                            at = packed + from_chunk * channels * points * vector, filter_bytes, kh * filter_bytes
+                        for block in range(blocks):
+                            k0 = group * group_k + min(block * lanes, group_k - lanes)
+                            offset = (image * rows + oh + i) * columns * result + k0 * itemsize
+                            packed = u.ctypes.data + ((group * blocks + block) * turns * kh + from_row) * filter_bytes
+                            added = bias.ctypes.data + k0 * itemsize if bias.size else 0
                             place = out.ctypes.data + (end - 1) * m * result + offset
-                            spills = inside < m and now + together == tiles
-                            if spills:  # beside the image: it goes elsewhere, and what is inside is copied from there
-                                outputs[tiles - 1, 0], outputs[tiles - 1, 1] = spill - offset, m * result
-                                if adds:
-                                    _copy_some(spill + m * result, place + beside, result, inside, vector)
-                            doubts = make_pass(
-                                where, at, scratch, outputs[now:], result, offset, added, adds, code, past, doubts
-                            )  # fmt: skip
-                            if spills:
-                                _copy_some(place, spill, result, inside, vector)
+                            for tile in range(0, tiles, together):
+                                now = min(tile, tiles - together)
+                                from_chunk, to_chunk, column = np.int64(0), chunks, left + now * m * stride
+                                if chunks > 1:  # divisions take as long as some products
+                                    from_chunk, to_chunk = _chunks_inside(
+                                        chunks, r, column, column + (together - 1) * m * stride + n, x.shape[2]
+                                    )
+                                where = (
+                                    start + (now + from_chunk * ahead) * tile_bytes, dilation * row_bytes,
+                                    to_row - from_row, to_chunk - from_chunk, channels,
+                                )  # fmt: skip
+                                at = packed + from_chunk * channels * points * vector, filter_bytes, kh * filter_bytes
+                                spills = inside < m and now + together == tiles
+                                if spills:  # beside the image: that goes elsewhere, and the rest is copied from there
+                                    outputs[tiles - 1, 0], outputs[tiles - 1, 1] = spill - offset, m * result
+                                    if adds:
+                                        _copy_some(spill + m * result, place + beside, result, inside, vector)
+                                doubts = make_pass(
+                                    where, at, scratch, outputs[now:], result, offset, added, adds, code, past, doubts
+                                )  # fmt: skip
+                                if spills:
+                                    _copy_some(place, spill, result, inside, vector)
                 if code > RELU6:
                     for i in range(count):
                         pixels = out[image, oh + i, first * m : (end - 1) * m + inside]

@@ -36,7 +36,7 @@ from convdispatch.backends._toomcook import amplification, roundings, strided
 from convdispatch.backends._vector import registers, vector_bytes
 from convdispatch.backends._winograd_rows import compiled
 from convdispatch.errors import ArgumentError
-from convdispatch.machine import Machine, current
+from convdispatch.machine import Machine
 from convdispatch.problem import Problem
 
 #: Outputs of a tile, the best first: more gain nothing, since transforms take longer then. Fewer are tried where they
@@ -56,6 +56,8 @@ _ROUGH, _DEPTH_OF_ROUGH = 300, 640
 #: Filters of so many rows and columns, of the same stride, are better transformed down, too, with more channels.
 _SQUARE_SIDES, _SQUARE_CHANNELS = (3, 7), 32
 _LEAST_FILTERS = 8
+#: With fewer columns of outputs, what takes a few products less need not be faster.
+_FEW_COLUMNS = 9
 #: Several channels have room for four at least, so that one kernel serves two to four of them.
 _FEW_CHANNELS = 4
 #: Points of a tile at most, and registers that hold no sums.
@@ -117,7 +119,7 @@ def _form(problem: Problem, m: int, *, in_turn: bool) -> RowForm:
     one = RowForm(m, r, p.strides[1], 1, in_turn, room, lanes, size)
     most, known = (tiles, _TOGETHER_IN_TURN[registers()]) if in_turn else (min(tiles, _registers() // one.n), _TOGETHER)
     forms = [dataclasses.replace(one, together=together) for together in known if together <= most]
-    return min(forms, key=lambda form: -(-tiles // form.together) * _pass(p.kh, form))
+    return min(forms, key=lambda form: -(-tiles // form.together) * _pass(p, form))
 
 
 def _registers() -> int:
@@ -161,7 +163,7 @@ def _worth_trying(problem: Problem) -> list[tuple[int, bool]]:
     p, choices, fewest = problem, _choices(problem), dict[int, int]()
     for m in dict.fromkeys(m for m, _ in choices):
         products = -(-p.ow // m) * (p.strides[1] * (m - 1) + p.kw)
-        if p.kw > _MOST_TAPS or products < min(fewest.values(), default=products + 1):
+        if max(p.kw - _MOST_TAPS, _FEW_COLUMNS - p.ow) > 0 or products < min(fewest.values(), default=products + 1):
             fewest[m] = products
     return [(m, in_turn) for m, in_turn in choices if m in fewest]
 
@@ -253,9 +255,9 @@ class WinogradRows(PackedBackend):
         instruction = 2 * machine.vector_bytes / form.itemsize / _rates.peak(machine, form.itemsize)
         passes = p.n * p.oh * -(-cut.tiles // form.together) * p.groups * -(-p.group_k // form.lanes)
         depth = p.kh * cut.chunks * p.group_c
-        work = passes * _pass(depth, form)
-        if (from_l2 := _bytes_from_l2(p, cut)) > machine.caches[0]:
-            work = max(work, passes * from_l2 / _L2_BYTES / instruction)
+        work = passes * _pass(p, form)
+        if not form.in_turn and (filter_bytes := depth * form.n * machine.vector_bytes) > machine.caches[0]:
+            work = max(work, passes * filter_bytes / _L2_BYTES / instruction)
         parts = len(_parts(p, cut, config.threads))
         window = (p.kh - 1) * p.dilations[0] + 1
         blocks = max(parts, p.n * -(-p.oh // cut.at_once))
@@ -292,33 +294,19 @@ class WinogradRows(PackedBackend):
 #: An output is written past the caches only if it is as large as the last of them, as ``implicit_gemm`` does.
 _CACHED_OUTPUT = 1.0
 _L2_BYTES = 8e10  # a second
-_L1_PART = 0.75  # of which little else needs
 _ENTERING = 2.2  # instructions of a vector for a point of a tile, its load and store included
 
 
-def _bytes_from_l2(problem: Problem, cut: _Cut) -> int:
-    """Return the bytes that a pass loads and L1 does not hold from one to the next: filters of all points, if at once.
-
-    In turn it is values, if what a point needs is not in L1 already: a line of cache for each, or for some channels.
-    """
-    p, form, depth = problem, cut.form, problem.kh * cut.chunks * problem.group_c
-    if not form.in_turn:
-        return depth * form.n * form.vector
-    tiles = form.together + (cut.chunks - 1) * form.ahead
-    if p.kh * tiles * form.tile_bytes + depth * form.vector <= _L1_PART * current().caches[0]:
-        return 0
-    line = min(CACHE_LINE, form.tile_bytes) // min(p.group_c, CACHE_LINE // form.itemsize)
-    return form.n * depth * form.together * line
-
-
-def _pass(depth: int, form: RowForm) -> float:
+def _pass(problem: Problem, form: RowForm) -> float:
     """Return how many products' time a pass takes.
 
     Every point's filters are loaded once for all tiles, and a value for each of these: with AVX-512, in half the time.
-    Points in turn have their sums stored, and loaded again.
+    Points in turn take the loop over rows and chunks once each, and their sums are stored, and loaded again.
     """
-    tiles, n = form.together, form.n
+    p, tiles, n, m = problem, form.together, form.n, form.m
+    loops = p.kh * -(-p.kw // form.r)
     loads = 1.1 + (tiles if registers() == 16 else 0.6 * tiles)
-    products = depth * (max(tiles, loads) + 0.1)
-    turn = 1.5 * tiles + 5 if form.in_turn else 0
-    return n * (products + turn) + tiles * (0.8 * n + 2 * form.m) + 5
+    products = loops * p.group_c * (max(tiles, loads) + 0.1)
+    turn = 10 * loops + 1.5 * tiles + 5 if form.in_turn else 0
+    leaving = 0.6 * n * (1 + m / 2) + 2 * m + (n if form.in_turn else 0)
+    return n * (products + turn) + tiles * leaving + 5
