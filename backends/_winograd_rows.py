@@ -14,13 +14,13 @@ import numpy as np
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add
 from convdispatch.backends._epilogue import RELU6, finish
-from convdispatch.backends._jit import compilable
+from convdispatch.backends._jit import compilable, inlined
 from convdispatch.backends._layout import whole_lines
 from convdispatch.backends._memory import CACHE_LINE
 from convdispatch.backends._row_passes import RowForm, passing
 from convdispatch.backends._tile import load_apart, save_apart, zeros
 from convdispatch.backends._transforms import report, transform_input
-from convdispatch.backends._vector import copy, hold
+from convdispatch.backends._vector import hold, load, save
 from convdispatch.backends._windows import copy_columns, taps_inside
 
 #: ``filters`` is ``[groups, blocks, turns, KH, chunks, C // groups, points of a turn, lanes]``, a group's last block
@@ -74,11 +74,11 @@ def _finish(pixels, code, slope):  # type: ignore[no-untyped-def]
         finish(pixel, code, slope)
 
 
-@compilable
-def _copy_some(target, source, step, count, size):  # type: ignore[no-untyped-def]
-    """Copy so many times ``size`` bytes, ``step`` bytes apart."""
+@inlined
+def _copy_vectors(target, source, step, count, lanes, itemsize):  # type: ignore[no-untyped-def]
+    """Copy so many vectors, ``step`` bytes apart."""
     for i in range(count):
-        copy(target + i * step, source + i * step, size)
+        save(target + i * step, load(source + i * step, lanes, itemsize))
 
 
 @compilable
@@ -162,12 +162,14 @@ def compiled(form: RowForm) -> CompiledKernel:  # noqa: C901, PLR0915
                                 if spills:  # beside the image: that goes elsewhere, and the rest is copied from there
                                     outputs[tiles - 1, 0], outputs[tiles - 1, 1] = spill - offset, m * result
                                     if adds:
-                                        _copy_some(spill + m * result, place + beside, result, inside, vector)
+                                        _copy_vectors(
+                                            spill + m * result, place + beside, result, inside, lanes, itemsize
+                                        )
                                 doubts = make_pass(
                                     where, at, scratch, outputs[now:], result, offset, added, adds, code, past, doubts
                                 )  # fmt: skip
                                 if spills:
-                                    _copy_some(place, spill, result, inside, vector)
+                                    _copy_vectors(place, spill, result, inside, lanes, itemsize)
                 if code > RELU6:
                     for i in range(count):
                         pixels = out[image, oh + i, first * m : (end - 1) * m + inside]
