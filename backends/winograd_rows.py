@@ -44,7 +44,7 @@ from convdispatch.problem import Problem
 SIZES = (4, 3, 2)
 #: Taps of a row at most that are one chunk, and those and a tile's outputs together: so many good points are known.
 _MOST_TAPS, _MOST_TOGETHER = 11, 13
-#: Outputs of a tile where there are several chunks, with as many taps as a tile is inputs long.
+#: Outputs of a tile where there are several chunks, of as many taps as there are pixels from one tile to the next.
 SIZES_OF_CHUNKS = (5, 4)
 #: Strides along rows at most: of phases of few taps, little is saved.
 _MOST_STRIDE, _MOST_STRIDE_OF_CHUNKS = 2, 4
@@ -62,8 +62,8 @@ _FEW_COLUMNS = 9
 _FEW_CHANNELS = 4
 #: Points of a tile at most, and registers that hold no sums.
 _MOST_POINTS, _OTHER_REGISTERS = 30, 2
-#: Tiles of a pass: few numbers, so that kernels serve many shapes; and of one that takes points in turn, by the number
-#: of vector registers.
+#: Tiles of a pass, at once and, by the number of vector registers, in turn: few numbers, so that kernels serve many
+#: shapes.
 _TOGETHER = (7, 5, 4, 3, 2, 1)
 _TOGETHER_IN_TURN = {32: (14, 10, 7, 4), 16: (12, 9, 6, 4)}
 #: Transformed rows that are worked on together, so that they stay in L2; a strip has the rows of some outputs at least.

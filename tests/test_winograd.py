@@ -128,7 +128,7 @@ def test_any_problem_is_within_the_bound(problem: Problem, data: st.DataObject, 
 
 @examples(35)
 @given(
-    st.sampled_from([(1, 3, 4), (1, 7, 6), (3, 1, 6), (9, 1, 4)]), st.tuples(st.integers(1, 3), st.integers(1, 30)),
+    st.sampled_from([(1, 7, 6), (9, 1, 4)]), st.tuples(st.integers(1, 3), st.integers(1, 30)),
     st.sampled_from([(1, 1), (1, 1), (2, 3)]), st.tuples(*[st.integers(0, 9)] * 4), st.tuples(st.integers(1, 40),
     st.sampled_from([9, 35])), st.integers(1, 3),  # filters of one vector, and of three: each is to be compiled
 )  # fmt: skip
