@@ -107,7 +107,7 @@ def test_few_channels_and_filters(channels: int, filters: int) -> None:
     which=st.integers(0, 1),
     seed=st.integers(0, 99),
 )
-@examples(50)
+@examples(35)
 def test_any_shape_with_any_tile(
     size: tuple[int, int], kernel: tuple[int, int], steps: tuple[int, int], strided: bool,
     pads: tuple[int, int, int, int], channels: int, filters: int, planar: bool, which: int,
@@ -136,7 +136,7 @@ ALONG = Config(rows=16, vectors=1, along=True)
     words=st.sampled_from(["", "+bias +relu", "+residual +bias", "+residual +gelu"]),
     threads=st.integers(1, 3),
 )
-@examples(60)
+@examples(35)
 def test_lines(
     size: tuple[int, int, int], taps: int, dilation: int, pads: tuple[int, int, int, int],
     channels: tuple[int, int, int], planar: bool, words: str, threads: int,
