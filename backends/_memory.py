@@ -75,6 +75,16 @@ def by_blocks(values: Array, block: int) -> Array:
     return packed
 
 
+def by_vectors(values: Array, lanes: int) -> Array:
+    """Return ``[..., K]`` as ``[vectors, ..., lanes]``, aligned, the last vector moved back until it fits."""
+    *before, k = values.shape
+    packed = aligned((-(-k // lanes), *before, lanes), values.dtype)
+    for number, part in enumerate(packed):
+        first = min(number * lanes, k - lanes)
+        part[...] = values[..., first : first + lanes]
+    return packed
+
+
 def by_phases(filters: Array, period: int) -> Array:
     """Return ``[KH, KW, C, K]`` as ``[A, period, B, period, C, K]`` in float64, the last rows and columns filled up."""
     kh, kw, *rest = filters.shape

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from convdispatch.backends._jit import compilable, inlined
-from convdispatch.backends._memory import CACHE_LINE
+from convdispatch.backends._layout import whole_lines
 from convdispatch.backends._put import put_tile
 from convdispatch.backends._tile import add_doubts, add_to_all, load_apart, multiply_points, part, store, zeros
 from convdispatch.backends._transforms import odd_lines, transform_output
@@ -25,7 +25,7 @@ class RowForm:
 
     Attributes:
         m: outputs of a tile.
-        r: taps of a chunk; of several chunks, a multiple of ``m * stride``.
+        r: taps of a chunk; of several chunks ``m * stride``, so that each sees a tile further on.
         stride: of outputs along rows.
         together: tiles of a pass.
         in_turn: whether points are taken one after another.
@@ -49,11 +49,6 @@ class RowForm:
         return self.stride * (self.m - 1) + self.r
 
     @property
-    def ahead(self) -> int:
-        """Tiles from what a chunk sees to what the next one does."""
-        return self.r // (self.m * self.stride)
-
-    @property
     def tile_bytes(self) -> int:
         """Bytes from a tile's transformed values to the next one's."""
         values = self.n * self.room
@@ -71,12 +66,13 @@ class RowForm:
 
     def row_bytes(self, tiles: int) -> int:
         """Return the bytes of a transformed row of so many tiles."""
-        return -(-tiles * self.tile_bytes // CACHE_LINE) * CACHE_LINE
+        lines: int = whole_lines(tiles * self.tile_bytes)
+        return lines
 
 
 def _multiplying(form: RowForm, points: int) -> Any:
     """Return what multiplies so many points of a pass."""
-    lanes, itemsize, together, ahead = form.lanes, form.itemsize, form.together, form.ahead
+    lanes, itemsize, together = form.lanes, form.itemsize, form.together
     point, tile_bytes, step = form.room * itemsize, form.tile_bytes, points * form.vector
 
     @inlined
@@ -91,7 +87,7 @@ def _multiplying(form: RowForm, points: int) -> Any:
         for _ in range(rows):
             for chunk in range(chunks):
                 for c in range(channels):
-                    value = chunk * ahead * tile_bytes + c * itemsize
+                    value = chunk * tile_bytes + c * itemsize
                     sums = multiply_points(sums, points, (values, tile_bytes), value, point, packed)
                     packed += step
             values += apart

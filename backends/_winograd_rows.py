@@ -23,7 +23,7 @@ from convdispatch.backends._transforms import report, transform_input
 from convdispatch.backends._vector import hold, load, save
 from convdispatch.backends._windows import copy_columns, taps_inside
 
-#: ``filters`` is ``[groups, blocks, turns, KH, chunks, C // groups, points of a turn, lanes]``, a group's last block
+#: ``filters`` is ``[blocks, groups, turns, KH, chunks, C // groups, points of a turn, lanes]``, a group's last block
 #: moved back until it fits; ``stage`` the rows of outputs and the tiles of one that are worked on together, and the
 #: bytes of a transformed row.
 ARGUMENTS = Arguments(
@@ -97,9 +97,7 @@ def compiled(form: RowForm) -> CompiledKernel:  # noqa: C901, PLR0915
     m, stride, together, lanes, itemsize, vector = (
         form.m, form.stride, form.together, form.lanes, form.itemsize, form.vector
     )  # fmt: skip
-    n, r, ahead, tile_bytes, sums_bytes, room = (
-        form.n, form.r, form.ahead, form.tile_bytes, form.sums_bytes, form.room
-    )  # fmt: skip
+    n, r, tile_bytes, sums_bytes, room = form.n, form.r, form.tile_bytes, form.sums_bytes, form.room
     enter, make_pass = _entering(form), passing(form)
 
     def convolve(arguments, job):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
@@ -109,10 +107,10 @@ def compiled(form: RowForm) -> CompiledKernel:  # noqa: C901, PLR0915
         )
         first_row, last_row, first_tile, last_tile, first_group, last_group = parts[job]
         at_once, strip, row_bytes = stage
-        groups, blocks, turns, kh, chunks, channels, points, _ = u.shape
+        blocks, groups, turns, kh, chunks, channels, points, _ = u.shape
         rows, columns, filters = out.shape[1:]
         group_k, result, filter_bytes = filters // groups, filters * itemsize, chunks * channels * points * vector
-        longest = strip + (chunks - 1) * ahead
+        longest = strip + chunks - 1
         rows_bytes = ((at_once - 1) * strides[0] + (kh - 1) * dilation + 1) * row_bytes
         line_bytes = whole_lines((((longest - 1) * m * stride + n) * channels + room) * itemsize)
         memory = np.empty(rows_bytes + line_bytes + sums_bytes + 2 * m * result + CACHE_LINE, np.uint8)
@@ -132,7 +130,7 @@ def compiled(form: RowForm) -> CompiledKernel:  # noqa: C901, PLR0915
                 image, oh = divmod(row, rows)
                 count, top = min(last_row - row, at_once, rows - oh), oh * strides[0] - pads[0]
                 low, high = max(0, top), min(x.shape[1], top + (count - 1) * strides[0] + (kh - 1) * dilation + 1)
-                left, seen = first * m * strides[1] - pads[1], tiles + (chunks - 1) * ahead
+                left, seen = first * m * strides[1] - pads[1], tiles + chunks - 1
                 for group in range(first_group, last_group):
                     some = group * channels, channels
                     enter(values, row_bytes, line, x, image, (low, high), left, some, seen)
@@ -143,7 +141,7 @@ def compiled(form: RowForm) -> CompiledKernel:  # noqa: C901, PLR0915
                         for block in range(blocks):
                             k0 = group * group_k + min(block * lanes, group_k - lanes)
                             offset = (image * rows + oh + i) * columns * result + k0 * itemsize
-                            packed = u.ctypes.data + ((group * blocks + block) * turns * kh + from_row) * filter_bytes
+                            packed = u.ctypes.data + ((block * groups + group) * turns * kh + from_row) * filter_bytes
                             added = bias.ctypes.data + k0 * itemsize if bias.size else 0
                             place = out.ctypes.data + (end - 1) * m * result + offset
                             for tile in range(0, tiles, together):
@@ -154,7 +152,7 @@ def compiled(form: RowForm) -> CompiledKernel:  # noqa: C901, PLR0915
                                         chunks, r, column, column + (together - 1) * m * stride + n, x.shape[2]
                                     )
                                 where = (
-                                    start + (now + from_chunk * ahead) * tile_bytes, dilation * row_bytes,
+                                    start + (now + from_chunk) * tile_bytes, dilation * row_bytes,
                                     to_row - from_row, to_chunk - from_chunk, channels,
                                 )  # fmt: skip
                                 at = packed + from_chunk * channels * points * vector, filter_bytes, kh * filter_bytes

@@ -32,9 +32,10 @@ from convdispatch.backends._depthwise_staged import staged
 from convdispatch.backends._depthwise_tile import DepthwiseForm
 from convdispatch.backends._epilogue import RELU6
 from convdispatch.backends._kernel import PackedKernel
-from convdispatch.backends._memory import CACHE_LINE, aligned
+from convdispatch.backends._memory import CACHE_LINE, aligned, by_vectors
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._threads import grid
+from convdispatch.backends._transforms import odd_lines
 from convdispatch.backends._vector import registers, vector_bytes
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine, current
@@ -107,7 +108,8 @@ class _Tiling:
     def stage(self) -> tuple[int, int, int]:
         """The rows and columns of outputs whose pixels are staged at once, and the bytes from pixel to pixel."""
         p, strip = self.seen, min(self.strip, -(-self.seen.ow // self.columns) * self.columns)
-        pixel = (-(-p.c * item_bytes(p.dtype) // CACHE_LINE) | 1) * CACHE_LINE
+        size = item_bytes(p.dtype)
+        pixel = odd_lines(p.c, size) * size
         line = ((strip - 1) * p.strides[1] + p.kw) * pixel
         rows = max(1, min(p.oh, (_STAGE_BYTES // line - p.kh) // p.strides[0] + 1))
         return rows, strip, pixel
@@ -233,14 +235,10 @@ class Depthwise(PackedBackend):
         form = tiling.form()
         lanes, members = form.lanes, 1 if _shares_vectors(p) else p.group_k
         by_member = filters.reshape(p.kh, p.kw, p.group_c, p.k // members, members).transpose(4, 0, 1, 2, 3)
-        packed = aligned((-(-p.k // (members * lanes)), members, p.kh, p.kw, p.group_c, lanes), p.dtype)
-        for block, vectors in enumerate(packed):
-            k0 = min(block * lanes, p.k // members - lanes)
-            vectors[...] = by_member[..., k0 : k0 + lanes]
         kept = np.empty(0, dtype_of(p.dtype)) if bias is None else np.array(bias)
         parts = tiling.jobs(config.threads)
         values = {
-            "filters": packed, "bias": kept, "zero": aligned((p.c + 2 * lanes,), p.dtype),
+            "filters": by_vectors(by_member, lanes), "bias": kept, "zero": aligned((p.c + 2 * lanes,), p.dtype),
             "window": (p.kh, p.kw, p.pads[0], p.pads[2], *p.strides, *p.dilations),
             "code": p.epilogue.code, "slope": p.epilogue.slope, "parts": parts,
             **({"stage": tiling.stage} if tiling.is_staged else {"strip": tiling.strip}),

@@ -28,7 +28,7 @@ from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, Numerics, item_bytes
 from convdispatch.backends import _rates
 from convdispatch.backends._kernel import PackedKernel
-from convdispatch.backends._memory import CACHE_LINE, aligned, streams
+from convdispatch.backends._memory import CACHE_LINE, by_vectors, streams
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._row_passes import RowForm
 from convdispatch.backends._threads import grid, too_many
@@ -102,12 +102,17 @@ class _Cut:
 def _cut(problem: Problem, config: Config) -> _Cut:
     p, m, in_turn = problem, *_choice(problem, config)
     form = _form(p, m, in_turn=in_turn)
-    tiles, window, beside = -(-p.ow // m), (p.kh - 1) * p.dilations[0] + 1, (-(-p.kw // form.r) - 1) * form.ahead
-    least = form.row_bytes(1) * (window + (_LEAST_ROWS - 1) * p.strides[0])
-    most = max(form.together, beside, min(tiles, _STAGE_BYTES // least - beside))
+    chunks, tiles, least = -(-p.kw // form.r), -(-p.ow // m), form.row_bytes(1) * _reach(p, _LEAST_ROWS)
+    most = max(form.together, chunks - 1, min(tiles, _STAGE_BYTES // least - (chunks - 1)))
     strip = max(form.together, -(-tiles // -(-tiles // most)))
-    rows = (_STAGE_BYTES // form.row_bytes(strip + beside) - window) // p.strides[0] + 1
-    return _Cut(form, -(-p.kw // form.r), tiles, strip, strip + beside, max(1, min(p.oh, rows)))
+    seen = strip + chunks - 1
+    rows = (_STAGE_BYTES // form.row_bytes(seen) - _reach(p, 1)) // p.strides[0] + 1
+    return _Cut(form, chunks, tiles, strip, seen, max(1, min(p.oh, rows)))
+
+
+def _reach(problem: Problem, rows: int) -> int:
+    """Return how many rows of the image so many rows of outputs reach over."""
+    return (rows - 1) * problem.strides[0] + (problem.kh - 1) * problem.dilations[0] + 1
 
 
 def _form(problem: Problem, m: int, *, in_turn: bool) -> RowForm:
@@ -140,12 +145,13 @@ def _is_for_two_dimensions(problem: Problem) -> bool:
     return sides and p.strides[0] == p.strides[1] and (p.c > _SQUARE_CHANNELS or p.groups > 1)
 
 
-def _choices(problem: Problem) -> list[tuple[int, bool]]:
+@functools.lru_cache(maxsize=1024)
+def _choices(problem: Problem) -> tuple[tuple[int, bool], ...]:
     """Return the tiles' outputs that there are for a problem, at once and in turn."""
     p, stride = problem, problem.strides[1]
     chunked = p.kw > _MOST_TAPS
     if stride > (_MOST_STRIDE_OF_CHUNKS if chunked else _MOST_STRIDE) or stride >= p.kw:
-        return []
+        return ()
     if chunked:
         sizes = [(m, stride * m) for m in SIZES_OF_CHUNKS]
     else:
@@ -153,9 +159,10 @@ def _choices(problem: Problem) -> list[tuple[int, bool]]:
     if _depth(p) > _DEPTH_OF_ROUGH:
         sizes = [(m, r) for m, r in sizes if amplification(m, r, stride) <= _ROUGH]
     points = {m: stride * (m - 1) + r for m, r in sizes if m <= p.ow}
-    choices = [(m, False) for m, n in points.items() if n <= _registers()]
+    at_once = [(m, False) for m, n in points.items() if n <= _registers()]
     least = min(_TOGETHER_IN_TURN[registers()])
-    return choices + [(m, True) for m, n in points.items() if n <= _MOST_POINTS and -(-p.ow // m) >= least]
+    in_turn = [(m, True) for m, n in points.items() if n <= _MOST_POINTS and -(-p.ow // m) >= least]
+    return *at_once, *in_turn
 
 
 def _worth_trying(problem: Problem) -> list[tuple[int, bool]]:
@@ -242,9 +249,8 @@ class WinogradRows(PackedBackend):
         """Return the bytes of each thread's transformed rows, the line that is copied for them, and a pass's sums."""
         p, cut = problem, _cut(problem, config)
         form = cut.form
-        reach = (cut.at_once - 1) * p.strides[0] + (p.kh - 1) * p.dilations[0] + 1
         line = ((cut.seen - 1) * form.m * form.stride + form.n) * p.group_c + form.room
-        each = reach * cut.row_bytes + (line + 2 * form.m * p.k) * form.itemsize + form.sums_bytes
+        each = _reach(p, cut.at_once) * cut.row_bytes + (line + 2 * form.m * p.k) * form.itemsize + form.sums_bytes
         each += 2 * CACHE_LINE + 16 * cut.strip
         return min(config.threads, len(_parts(p, cut, config.threads))) * each
 
@@ -259,9 +265,8 @@ class WinogradRows(PackedBackend):
         if not form.in_turn and (filter_bytes := depth * form.n * machine.vector_bytes) > machine.caches[0]:
             work = max(work, passes * filter_bytes / _L2_BYTES / instruction)
         parts = len(_parts(p, cut, config.threads))
-        window = (p.kh - 1) * p.dilations[0] + 1
         blocks = max(parts, p.n * -(-p.oh // cut.at_once))
-        rows = p.n * p.oh * p.strides[0] + blocks * max(0, window - p.strides[0])
+        rows = p.n * p.oh * p.strides[0] + blocks * max(0, _reach(p, 1) - p.strides[0])
         entered = rows * p.groups * cut.tiles * (cut.seen / cut.strip)
         work += entered * _ENTERING * form.n * -(-form.room // form.lanes)
         return _rates.shared(work * instruction, min(config.threads, machine.cores, parts))
@@ -276,15 +281,12 @@ class WinogradRows(PackedBackend):
         transformed = np.matmul(g, chunks.reshape(p.kh, cut.chunks, form.r, p.group_c, p.k).swapaxes(2, 3))
         turns = (form.n, 1) if form.in_turn else (1, form.n)
         by_groups = transformed.reshape(*transformed.shape[:3], *turns, p.groups, p.group_k)
-        by_turns = np.moveaxis(by_groups, (-2, 3), (0, 1))
-        packed = aligned((p.groups, -(-p.group_k // lanes), *by_turns.shape[1:-1], lanes), p.dtype)
-        for block in range(packed.shape[1]):
-            k0 = min(block * lanes, p.group_k - lanes)
-            packed[:, block] = by_turns[..., k0 : k0 + lanes]
+        by_turns = np.moveaxis(by_groups, (-2, 3), (0, 1)).astype(p.dtype)
         parts = _parts(p, cut, config.threads)
         values = {
-            "filters": packed, "bias": np.empty(0, p.dtype) if bias is None else np.array(bias), "pads": p.pads[::2],
-            "strides": p.strides, "dilation": p.dilations[0], "stage": (cut.at_once, cut.strip, cut.row_bytes),
+            "filters": by_vectors(by_turns, lanes), "bias": np.empty(0, p.dtype) if bias is None else np.array(bias),
+            "pads": p.pads[::2], "strides": p.strides, "dilation": p.dilations[0],
+            "stage": (cut.at_once, cut.strip, cut.row_bytes),
             "streamed": streams(p.output_shape, form.itemsize, lanes, p.k, _CACHED_OUTPUT),
             "code": p.epilogue.code, "slope": p.epilogue.slope, "parts": parts,
         }  # fmt: skip

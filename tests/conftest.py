@@ -59,11 +59,14 @@ def few_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(depthwise, "_LENGTHS", (7, 4, 1))
     monkeypatch.setattr(winograd_rows, "_TOGETHER", (3, 1))
     monkeypatch.setattr(winograd_rows, "_TOGETHER_IN_TURN", dict.fromkeys((16, 32), (4,)))
-    for cached in (depthwise._tiling, winograd_rows._cut):
-        cached.cache_clear()
+
+    def forget() -> None:
+        for cached in (depthwise._tiling, winograd_rows._choices, winograd_rows._cut):
+            cached.cache_clear()
+
+    forget()
     yield
-    for cached in (depthwise._tiling, winograd_rows._cut):
-        cached.cache_clear()
+    forget()
 
 
 @pytest.hookimpl(wrapper=True)
