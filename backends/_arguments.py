@@ -7,8 +7,9 @@ address is 0. A float is its bits.
 
 Kernels may call functions that are compiled likewise, once for all of them: their addresses are among the arguments.
 
-Compiled code that is called like this cannot raise. So a kernel ends by adding one to the word ``done_at`` of its
-block, and a part that lacked memory shows by being missing there.
+Compiled code that is called like this cannot raise. So a kernel returns 1 at its end, and a part that lacked memory
+returned 0. Threads write nothing into a block that others read: each miss of such a line would take as long as some
+dozens of products.
 """
 
 import struct
@@ -29,7 +30,7 @@ from convdispatch.backends._machine_code import compiled_address
 from convdispatch.backends._memory import address
 from convdispatch.backends._vector import I64, Codegen, intrinsic, parts_of
 
-_SIGNATURE = types.void(types.int64, types.int64)
+_SIGNATURE = types.int64(types.int64, types.int64)
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,6 @@ class Arguments:
         for name, field in fields.items():
             self.at[name] = self.words
             self.words += field.words
-        self.done_at = self.words  # a count of the parts that came to their end
-        self.words += 1
         self.unpack = _unpacker(tuple(fields.values()))
 
     def pack(self, **values: Any) -> Array:
@@ -154,15 +153,22 @@ class CompiledKernel:
     """A compiled kernel, called by its address, and what arguments it takes."""
 
     def __init__(
-        self, function: Callable[..., Any], arguments: Arguments, calls: Mapping[str, int] | None = None
+        self,
+        function: Callable[..., Any],
+        arguments: Arguments,
+        calls: Mapping[str, int] | None = None,
+        *,
+        is_shared: bool = False,
     ) -> None:
-        """Compile ``function(block, number)``, kept on disk where some folder is writable.
+        """Compile ``function(block, number)``, which returns 1, kept on disk where some folder is writable.
 
         Args:
             function: what to compile.
             arguments: what a block is made of.
             calls: addresses of functions that it calls, by the names of the arguments.
+            is_shared: whether parts change words of the block that others read: all threads must have the same one.
         """
+        self.is_shared = is_shared
         self.address = compiled_address(_SIGNATURE, function)
         self.arguments = arguments
         self.calls = calls or {}

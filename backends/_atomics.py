@@ -39,10 +39,22 @@ def write(typing: Any, address: Any, value: Any) -> tuple[Any, Codegen]:
     """Store a word, for all threads to see, after everything that was stored before."""
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        b.store_atomic(arguments[1], _word(b, arguments[0]), "seq_cst", 8)
+        b.store_atomic(arguments[1], _word(b, arguments[0]), "release", 8)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def stack(typing: Any, words: Any) -> tuple[Any, Codegen]:
+    """Return the address of room for so many words on the stack of the function that this is written in."""
+    count = words.literal_value
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        room = cgutils.alloca_once(b, ir.ArrayType(I64, count))  # type: ignore[no-untyped-call]
+        return b.ptrtoint(room, I64)
+
+    return types.int64(words), codegen
 
 
 @intrinsic
@@ -170,18 +182,17 @@ def wake(typing: Any, address: Any, count: Any) -> tuple[Any, Codegen]:
     return types.void(types.int64, types.int64), codegen
 
 
-def write_call(b: Any, function: Any, block: Any, number: Any) -> None:
+def write_call(b: Any, function: Any, block: Any, number: Any) -> Any:
     """Write the call of a compiled kernel by its address."""
-    kind = ir.FunctionType(ir.VoidType(), [I64, I64])
-    b.call(b.inttoptr(function, ir.PointerType(kind)), [block, number])
+    kind = ir.FunctionType(I64, [I64, I64])
+    return b.call(b.inttoptr(function, ir.PointerType(kind)), [block, number])
 
 
 @intrinsic
 def call_kernel(typing: Any, function: Any, block: Any, number: Any) -> tuple[Any, Codegen]:
-    """Call a compiled kernel by its address."""
+    """Call a compiled kernel by its address; return 1 if this part of its work came to its end, else 0."""
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        write_call(b, *arguments)
-        return context.get_dummy_value()
+        return write_call(b, *arguments)
 
-    return types.void(types.int64, types.int64, types.int64), codegen
+    return types.int64(types.int64, types.int64, types.int64), codegen

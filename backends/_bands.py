@@ -19,7 +19,7 @@ import numpy as np
 from convdispatch.backend import Config, Kernel, item_bytes
 from convdispatch.backends import _sequence
 from convdispatch.backends._arguments import INTEGER, Arguments, CompiledKernel, array_of, integers_of
-from convdispatch.backends._atomics import add, call_kernel, write
+from convdispatch.backends._atomics import call_kernel, write
 from convdispatch.backends._exact import NARROW, exact_floats
 from convdispatch.backends._kernel import PackedKernel, WrappedKernel
 from convdispatch.backends._layout import SAME, STORAGES, stage, stored_bytes, unstage, whole_lines
@@ -44,11 +44,11 @@ _PIXELS = 16
 
 _ARGUMENTS = Arguments(
     input=array_of(4), residual=array_of(4), out=array_of(4), template=array_of(1, "int64"), places=integers_of(3),
-    kernel=INTEGER, parts=INTEGER, spoiled_at=INTEGER, done_at=INTEGER, inner=integers_of(3), outer=integers_of(3),
+    kernel=INTEGER, parts=INTEGER, spoiled_at=INTEGER, inner=integers_of(3), outer=integers_of(3),
     rows=integers_of(4), planar=INTEGER, spoiled=INTEGER,
 )  # fmt: skip
 unpack = _ARGUMENTS.unpack
-_SPOILED_AT, _DONE_AT = 8 * _ARGUMENTS.at["spoiled"], 8 * _ARGUMENTS.done_at
+_SPOILED_AT = 8 * _ARGUMENTS.at["spoiled"]
 
 
 @functools.cache
@@ -57,7 +57,7 @@ def _by_bands(lanes: int, itemsize: int, storage: int, made_storage: int) -> Com
 
     def convolve(arguments, number):  # type: ignore[no-untyped-def]
         (
-            x, residual, out, template, places, kernel, parts, spoiled_at, done_at, inner, outer, rows, planar, _,
+            x, residual, out, template, places, kernel, parts, spoiled_at, inner, outer, rows, planar, _,
         ) = unpack(arguments, itemsize)  # fmt: skip
         taken, made, step, top = rows
         bands = (outer[0] + made - 1) // made
@@ -79,8 +79,9 @@ def _by_bands(lanes: int, itemsize: int, storage: int, made_storage: int) -> Com
             at_residual = residual.ctypes.data + image * outer[0] * deep * made_stored
             stage(at_residual, added, first, made, outer, planar, lanes, itemsize, made_storage)
             block[places[2]] = added
+        done = 0
         for part in range(parts):
-            call_kernel(kernel, block.ctypes.data, part)
+            done += call_kernel(kernel, block.ctypes.data, part)
         if spoiled_at >= 0 and block[spoiled_at]:
             write(arguments + _SPOILED_AT, 1)
         # What the band before has made is left to it: tiles of a transform fall differently here, and round so.
@@ -88,8 +89,7 @@ def _by_bands(lanes: int, itemsize: int, storage: int, made_storage: int) -> Com
         own = result + again * deep * itemsize
         unstage(own, at_out, band * made, made - again, outer, planar, lanes, itemsize, made_storage)
         hold(scratch)
-        if block[done_at] == parts:
-            add(arguments + _DONE_AT, 1)
+        return 1 if done == parts else 0
 
     return CompiledKernel(convolve, _ARGUMENTS)
 
@@ -98,7 +98,6 @@ _COPY = Arguments(
     source=INTEGER, target=INTEGER, shape=integers_of(3), planar=INTEGER, back=INTEGER, parts=array_of(2, "int64")
 )
 unpack_copy = _COPY.unpack
-_COPIED_AT = 8 * _COPY.done_at
 
 
 @functools.cache
@@ -114,7 +113,7 @@ def _by_rows(lanes: int, itemsize: int, storage: int) -> CompiledKernel:
             unstage(source + computed, target + stored, first, last - first, shape, planar, lanes, itemsize, storage)
         else:
             stage(source + stored, target + computed, first, last - first, shape, planar, lanes, itemsize, storage)
-        add(arguments + _COPIED_AT, 1)
+        return 1
 
     return CompiledKernel(convert, _COPY)
 
@@ -248,10 +247,9 @@ class BandedKernel(WrappedKernel):
         p, form = _upright(problem), _Storage.of(problem)
         values = {
             "template": inner.block, "places": inner.places, "kernel": inner.kernel.address,
-            "parts": inner.count, "done_at": inner.kernel.arguments.done_at,
-            "spoiled_at": -1 if inner.spoiled_at is None else inner.spoiled_at, "inner": (p.h, p.w, p.c),
-            "outer": (p.oh, p.ow, p.k), "rows": (_taken(p, rows), rows, p.strides[0], p.pads[0]),
-            "planar": form.planar,
+            "parts": inner.count, "spoiled_at": -1 if inner.spoiled_at is None else inner.spoiled_at,
+            "inner": (p.h, p.w, p.c), "outer": (p.oh, p.ow, p.k), "planar": form.planar,
+            "rows": (_taken(p, rows), rows, p.strides[0], p.pads[0]),
         }  # fmt: skip
         compiled = functools.partial(_by_bands, form.lanes, form.itemsize, form.taken, form.made)
         bands = PackedKernel(compiled, p, values, p.n * -(-p.oh // rows), threads)

@@ -10,7 +10,6 @@ import functools
 import numpy as np
 
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
-from convdispatch.backends._atomics import add
 from convdispatch.backends._depthwise_tile import DepthwiseForm, ending, flat_tile, high_tile, place
 from convdispatch.backends._epilogue import RELU6, finish
 from convdispatch.backends._jit import compilable
@@ -25,7 +24,6 @@ _ARGUMENTS = Arguments(
     window=integers_of(8), stage=integers_of(3), code=INTEGER, slope=FLOAT, parts=array_of(2, "int64"),
 )  # fmt: skip
 unpack = _ARGUMENTS.unpack
-_DONE_AT = 8 * _ARGUMENTS.done_at
 
 
 @compilable
@@ -92,6 +90,6 @@ def staged(form: DepthwiseForm) -> CompiledKernel:
                     done += together
                 row += count
         hold(memory), hold(outputs)
-        add(arguments + _DONE_AT, 1)
+        return 1
 
     return CompiledKernel(convolve, _ARGUMENTS)

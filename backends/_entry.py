@@ -26,11 +26,12 @@ from numba.core import cgutils
 
 from convdispatch.arguments import Array
 from convdispatch.backends import _team
-from convdispatch.backends._arguments import INTEGER, Arguments, CompiledKernel, array_of, integers_of
-from convdispatch.backends._atomics import CAN_SLEEP, read
+from convdispatch.backends._arguments import INTEGER, Arguments, CompiledKernel, integers_of
+from convdispatch.backends._atomics import CAN_SLEEP, read, stack
 from convdispatch.backends._jit import compilable
 from convdispatch.backends._machine_code import compiled_address
 from convdispatch.backends._memory import address
+from convdispatch.backends._shares import MOST_WORDS, layout, own_block, spoiled_word
 from convdispatch.backends._vector import I64, Codegen, intrinsic
 
 Entry = Callable[[Array, Array], bool | None]
@@ -45,29 +46,16 @@ _READABLE, _STORABLE = _CONTIGUOUS | _ALIGNED, _CONTIGUOUS | _ALIGNED | _WRITABL
 _INT = (1 << 32) - 1  # a C int is the lower half of a word
 
 _MOST_DIMENSIONS = 6
-#: Room for a copy of a block on the stack; kernels take some 60 words.
-_STACK_WORDS = 128
 _FASTCALL = 0x80
 
-#: What the function must know of a kernel: ``template`` is its block but for two arrays, ``whereabouts`` has the
-#: address of the team's, ``places`` are where in the block the arrays' addresses go, ``shapes`` input's and out's.
+#: What the function must know of a kernel: ``template`` is its block but for two arrays, whose addresses go where
+#: ``layout`` says; ``whereabouts`` has the address of the team's words, ``shapes`` are input's and out's.
 _RECIPE = Arguments(
-    template=array_of(1, "int64"), kernel=INTEGER, parts=INTEGER, threads=INTEGER, whereabouts=INTEGER,
-    places=integers_of(2), done_at=INTEGER, spoiled_at=INTEGER, array_type=INTEGER, dtypes=integers_of(2),
+    template=INTEGER, layout=INTEGER, is_shared=INTEGER, kernel=INTEGER, parts=INTEGER, threads=INTEGER,
+    whereabouts=INTEGER, array_type=INTEGER, dtypes=integers_of(2),
     sizes=integers_of(2), ndim=INTEGER, shapes=integers_of(2 * _MOST_DIMENSIONS), answers=integers_of(2),
 )  # fmt: skip
 unpack = _RECIPE.unpack
-
-
-@intrinsic
-def _stack(typing: Any) -> tuple[Any, Codegen]:
-    """Return the address of room for a block on the stack of the function that this is written in."""
-
-    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        room = cgutils.alloca_once(b, ir.ArrayType(I64, _STACK_WORDS))  # type: ignore[no-untyped-call]
-        return b.ptrtoint(room, I64)
-
-    return types.int64(), codegen
 
 
 def _word(b: Any, place: Any) -> Any:
@@ -82,17 +70,6 @@ def _at(typing: Any, place: Any) -> tuple[Any, Codegen]:
         return b.load(_word(b, arguments[0]), align=8)
 
     return types.int64(types.int64), codegen
-
-
-@intrinsic
-def _put(typing: Any, place: Any, value: Any) -> tuple[Any, Codegen]:
-    """Store a word at an address."""
-
-    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        b.store(arguments[1], _word(b, arguments[0]), align=8)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen
 
 
 def _call(b: Any, name: str, *words: Any) -> Any:
@@ -146,8 +123,8 @@ def _is_usual(array, flags, kind, dtype, ndim, shape, first):  # type: ignore[no
 def _enter(recipe, given, count):  # type: ignore[no-untyped-def]
     """Run a recipe's kernel on two arrays: a ``PyObject *(*)(PyObject *, PyObject *const *, Py_ssize_t)``."""
     (
-        template, kernel, parts, threads, whereabouts, places, done_at, spoiled_at, array_type, dtypes, sizes, ndim,
-        shapes, answers,
+        template, form, is_shared, kernel, parts, threads, whereabouts, array_type, dtypes, sizes, ndim, shapes,
+        answers,
     ) = unpack(_at(recipe + _DATA), 4)  # fmt: skip
     answer = answers[0]
     if count == 2:
@@ -158,18 +135,17 @@ def _enter(recipe, given, count):  # type: ignore[no-untyped-def]
         if usual and (threads <= 1 or _team.ready(team, threads - 1)):
             source, target = _at(x + _DATA), _at(y + _DATA)
         if source + sizes[0] <= target or target + sizes[1] <= source:
-            block = _stack()
-            for word in range(template.size):
-                _put(block + 8 * word, template[word])
-            _put(block + 8 * places[0], source)
-            _put(block + 8 * places[1], target)
+            block = own_block(template, form, source, target, stack(MOST_WORDS))
             state = _release_lock()
-            if threads > 1:
-                _team.share(team, kernel, block, parts, threads - 1)
+            if threads <= 1:
+                ended = _team.alone(kernel, block, 0, parts)
+            elif is_shared:
+                ended = _team.share(team, kernel, block, block, 0, 0, 0, parts, threads - 1)
             else:
-                _team.alone(kernel, block, 0, parts)
+                ended = _team.share(team, kernel, block, template, form, source, target, parts, threads - 1)
             _take_lock(state)
-            if read(block + 8 * done_at) == parts and (spoiled_at < 0 or read(block + 8 * spoiled_at) == 0):
+            word = spoiled_word(block, form)
+            if ended == parts and (word == 0 or read(word) == 0):
                 answer = answers[1]
     _count_reference(answer)
     return answer
@@ -236,13 +212,13 @@ def entry(
         input_like, out_like: shape and dtype of the arrays that are taken.
     """
     method, ndim = _method(), len(input_like[0])
-    if method is None or len(block) > _STACK_WORDS or ndim > _MOST_DIMENSIONS:
+    if method is None or len(block) > MOST_WORDS or ndim > _MOST_DIMENSIONS:
         return None
     like = (input_like, out_like)
     recipe = _RECIPE.pack(
-        template=block, kernel=kernel.address, parts=count, threads=_team.useful(threads, count),
-        whereabouts=address(_team.whereabouts), places=places, done_at=kernel.arguments.done_at,
-        spoiled_at=-1 if spoiled_at is None else spoiled_at, array_type=id(np.ndarray),
+        template=address(block), layout=layout(len(block), places, spoiled_at),
+        is_shared=kernel.is_shared, kernel=kernel.address, parts=count,
+        threads=_team.useful(threads, count), whereabouts=address(_team.whereabouts), array_type=id(np.ndarray),
         dtypes=[id(dtype) for _, dtype in like], sizes=[math.prod(shape) * dtype.itemsize for shape, dtype in like],
         ndim=ndim, shapes=[length for shape, _ in like for length in (*shape, *[0] * (_MOST_DIMENSIONS - ndim))],
         answers=(id(None), id(True)),

@@ -23,13 +23,7 @@ def run(kernel: CompiledKernel, block: Array, count: int, threads: int) -> None:
     Raises:
         MemoryError: if a part did not come to its end.
     """
-    run_parts(kernel.address, address(block), count, threads)
-    check(kernel, block, count)
-
-
-def check(kernel: CompiledKernel, block: Array, count: int) -> None:
-    """Raise MemoryError if not all parts of a kernel's work have come to their end."""
-    if (done := block[kernel.arguments.done_at]) != count:
+    if (done := run_parts(kernel.address, address(block), count, threads)) != count:
         raise MemoryError(f"{count - done} of {count} parts of a convolution failed")
 
 

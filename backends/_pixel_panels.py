@@ -15,7 +15,7 @@ from convdispatch.arguments import Array
 from convdispatch.backend import item_bytes
 from convdispatch.backends import _in_line
 from convdispatch.backends._arguments import INTEGER, Arguments, CompiledKernel, array_of, integers_of
-from convdispatch.backends._atomics import add, call_kernel
+from convdispatch.backends._atomics import call_kernel
 from convdispatch.backends._kernel import PackedKernel, WrappedKernel
 from convdispatch.backends._layout import whole_lines
 from convdispatch.backends._memory import CACHE_LINE, aligned, streams
@@ -31,11 +31,10 @@ _PARTS = 4
 
 _ARGUMENTS = Arguments(
     input=array_of(4), residual=array_of(4), out=array_of(4), ones=array_of(1), template=array_of(1, "int64"),
-    places=integers_of(3), kernel=INTEGER, done_at=INTEGER, panels=array_of(2, "int64"), channels=INTEGER,
+    places=integers_of(3), kernel=INTEGER, panels=array_of(2, "int64"), channels=INTEGER,
     depth=INTEGER, pixels=INTEGER, ranges=INTEGER, per_image=INTEGER,
 )  # fmt: skip
 unpack = _ARGUMENTS.unpack
-_DONE_AT = 8 * _ARGUMENTS.done_at
 
 
 @functools.cache
@@ -46,8 +45,7 @@ def _by_panels(vectors: int, lanes: int, itemsize: int) -> CompiledKernel:
 
     def convolve(arguments, number):  # type: ignore[no-untyped-def]
         (
-            x, residual, out, ones, template, places, kernel, done_at, panels, channels, depth, pixels, ranges,
-            per_image,
+            x, residual, out, ones, template, places, kernel, panels, channels, depth, pixels, ranges, per_image,
         ) = unpack(arguments, itemsize)  # fmt: skip
         image, first, last = panels[number]
         scratch = np.empty((last - first) * depth * step + CACHE_LINE, np.uint8)
@@ -69,11 +67,11 @@ def _by_panels(vectors: int, lanes: int, itemsize: int) -> CompiledKernel:
         words[places[1]] = np.int64(out.ctypes.data) + before
         if residual.size:
             words[places[2]] = np.int64(residual.ctypes.data) + before
+        done = 0
         for part in range(ranges):
-            call_kernel(kernel, words.ctypes.data, part * per_image + number % per_image)
+            done += call_kernel(kernel, words.ctypes.data, part * per_image + number % per_image)
         hold(scratch)
-        if words[done_at] == ranges:
-            add(arguments + _DONE_AT, 1)
+        return 1 if done == ranges else 0
 
     return CompiledKernel(convolve, _ARGUMENTS)
 
@@ -164,7 +162,7 @@ class PanelKernel(WrappedKernel):
         values = {
             "ones": np.ones(block, p.dtype), "template": template,
             "places": [arguments.at[name] for name in ("filters", "out", "residual")], "kernel": inner.address,
-            "done_at": arguments.done_at, "channels": p.c, "depth": depth, "pixels": pixels, "ranges": ranges,
+            "channels": p.c, "depth": depth, "pixels": pixels, "ranges": ranges,
             "panels": np.array([(image, *part) for image in range(p.n) for part in split(blocks, panels)], np.int64),
             "per_image": panels,
         }  # fmt: skip

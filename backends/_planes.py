@@ -195,6 +195,7 @@ def _filling(lanes: int, itemsize: int) -> int:
         panel, image, first_row, step, first_column, spacing, rows, columns = unpack_window(arguments, itemsize)
         like = zeros(1, 1, lanes, itemsize)
         _fill(panel, image, first_row, step, first_column, spacing, rows, columns, like)
+        return 1
 
     return CompiledKernel(fill_window, _WINDOW).address
 
@@ -210,6 +211,7 @@ def putting(lanes: int, itemsize: int) -> int:
         for i in range(more.size):
             flat[i] += more[i]
         finish(flat, code, slope)
+        return 1
 
     return CompiledKernel(put, _LINE).address
 

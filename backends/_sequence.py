@@ -22,8 +22,9 @@ from convdispatch.backends._atomics import add, allocate, exchange_if, free, rea
 from convdispatch.backends._jit import compilable
 from convdispatch.backends._layout import whole_lines
 from convdispatch.backends._memory import CACHE_LINE
-from convdispatch.backends._team import SHARE_BYTES, cut, take_parts, useful
-from convdispatch.backends._vector import copy
+from convdispatch.backends._shares import SHARE_BYTES, take_parts
+from convdispatch.backends._team import useful
+from convdispatch.backends._vector import clear, copy
 
 #: What an address in a stage's block is of: an array of the call, or the scratch memory.
 INPUT, RESIDUAL, OUT, SCRATCH = range(4)
@@ -47,10 +48,9 @@ class Stage(NamedTuple):
     alive: Any = None
 
 
-#: A row of ``stages`` is a kernel's address, the word of ``blocks`` where its block begins, how many parts it has, and
-#: the word where it counts those that came to their end. A row of ``addresses`` is a word of ``blocks``, and of what it
-#: is the address, and how far behind its start. ``room`` is the bytes of all, and where shares and scratch begin. The
-#: last words are those that the threads share.
+#: A row of ``stages`` is a kernel's address, the word of ``blocks`` where its block begins, and how many parts it has.
+#: A row of ``addresses`` is a word of ``blocks``, and of what it is the address, and how far behind its start. ``room``
+#: is the bytes of all, and where shares and scratch begin. The last words are those that the threads share.
 ARGUMENTS = Arguments(
     input=array_of(4), residual=array_of(4), out=array_of(4), stages=array_of(2, "int64"),
     blocks=array_of(1, "int64"), addresses=array_of(2, "int64"), room=integers_of(3), threads=INTEGER,
@@ -60,7 +60,8 @@ unpack = ARGUMENTS.unpack
 _SPOILED, _HOSTED, _PLACE, _ABSENT, _OVER = (
     8 * ARGUMENTS.at[name] for name in ("spoiled", "hosted", "place", "absent", "over")
 )
-_DONE_AT = 8 * ARGUMENTS.done_at
+#: Of a stage, behind its shares: how many parts are done, and how many of these came to their end.
+_DONE, _ENDED = 0, 8
 #: In place of an address: there is no memory.
 _NO_ROOM = 1
 
@@ -79,16 +80,12 @@ def values(
     threads = useful(threads, max((stage.parts for stage in stages), default=1))
     starts = [0, *itertools.accumulate(len(stage.block) for stage in stages)]
     placed = list(zip(starts, stages, strict=False))
-    rows = [
-        (stage.kernel.address, start, stage.parts, start + stage.kernel.arguments.done_at)
-        for start, stage in placed
-        if stage.parts
-    ]
+    rows = [(stage.kernel.address, start, stage.parts) for start, stage in placed if stage.parts]
     addresses = [(start + word, *what) for start, stage in placed for word, what in stage.addresses.items()]
     shares = whole_lines(8 * starts[-1])
     behind = shares + len(rows) * (threads + 1) * SHARE_BYTES
     return {
-        "stages": np.array(rows, np.int64).reshape(-1, 4),
+        "stages": np.array(rows, np.int64).reshape(-1, 3),
         "blocks": np.concatenate([stage.block for stage in stages]),
         "addresses": np.array(addresses, np.int64).reshape(-1, 3),
         "room": (behind + scratch + CACHE_LINE, shares, behind),
@@ -101,11 +98,13 @@ def values(
 def _take_part(stages, base, shares, threads, number):  # type: ignore[no-untyped-def]
     """Take part in all stages as the thread of this number."""
     for stage in range(stages.shape[0]):
-        function, start, parts, _ = stages[stage]
+        function, start, parts = stages[stage]
         own = shares + stage * (threads + 1) * SHARE_BYTES
-        ended = own + threads * SHARE_BYTES
-        add(ended, take_parts(own, threads, number, function, base + 8 * start))
-        wait_for(ended, parts)
+        told, block = own + threads * SHARE_BYTES, base + 8 * start
+        done, ended = take_parts(own, 1, number, threads, (0, parts), (function, block, 0, 0, 0), block, False)
+        add(told + _ENDED, ended)
+        add(told + _DONE, done)
+        wait_for(told + _DONE, parts)
 
 
 @functools.cache
@@ -122,12 +121,11 @@ def in_order() -> CompiledKernel:
                 if base != _NO_ROOM:
                     _take_part(stages, base, base + room[1], threads, number)
             add(arguments + _ABSENT, 1)
-            add(arguments + _DONE_AT, 1)
-            return
+            return 1
         memory = allocate(room[0])
         if not memory:
             write(arguments + _PLACE, _NO_ROOM)
-            return
+            return 0
         base = whole_lines(memory)
         copy(base, blocks.ctypes.data, 8 * blocks.size)
         given = np.int64(x.ctypes.data), np.int64(residual.ctypes.data), np.int64(out.ctypes.data)
@@ -135,21 +133,18 @@ def in_order() -> CompiledKernel:
         for row in range(addresses.shape[0]):
             word, of, behind = addresses[row]
             write(base + 8 * word, starts[of] + behind)
-        for stage in range(stages.shape[0]):
-            own = base + room[1] + stage * (threads + 1) * SHARE_BYTES
-            cut(own, threads, stages[stage, 2])
-            write(own + threads * SHARE_BYTES, 0)
+        clear(base + room[1], room[2] - room[1])  # no part of any share is taken or done
         write(arguments + _PLACE, base)
         _take_part(stages, base, base + room[1], threads, number)
-        write(arguments + _OVER, 1)
+        add(arguments + _OVER, 1)  # no one looks who is absent before this is seen
         wait_for(arguments + _ABSENT, 0)
-        whole = True
+        missing = 0
         for stage in range(stages.shape[0]):
-            whole = whole and read(base + 8 * stages[stage, 3]) == stages[stage, 2]
+            told = base + room[1] + (stage * (threads + 1) + threads) * SHARE_BYTES
+            missing += stages[stage, 2] - read(told + _ENDED)
         if spoiled_at >= 0 and read(base + 8 * spoiled_at):
             write(arguments + _SPOILED, 1)
         free(memory)
-        if whole:
-            add(arguments + _DONE_AT, 1)
+        return 1 if missing == 0 else 0
 
-    return CompiledKernel(convolve, ARGUMENTS)
+    return CompiledKernel(convolve, ARGUMENTS, is_shared=True)

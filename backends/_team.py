@@ -5,8 +5,9 @@ Here a helper waits in compiled code, watching memory for about a twentieth of a
 asleep; who calls takes parts of the work too, and waits only for helpers that came. One call at a time is shared out,
 and none where callers keep the cores busy as it is; the others do their work alone, so nobody waits for a lock.
 
-Each thread has a share of its own, parts that follow each other, the same in every call: what it read and wrote last
-time is still in its core's caches. Who is done with that takes parts of the others' shares.
+What one core writes, another reads a tenth to a third of a microsecond later, and a locked instruction waits for all
+that was written before. So a call is announced by one line of cache, written without any lock; the caller begins with a
+part that nobody else may take; and helpers write to their own lines only, which the caller reads once it is done.
 """
 
 import ctypes
@@ -29,107 +30,159 @@ from convdispatch.backends._atomics import (
     pause,
     read,
     sleep_while,
-    wait_for,
+    stack,
     wake,
     write,
+    yield_core,
 )
 from convdispatch.backends._cores import Helpers
 from convdispatch.backends._jit import compilable
 from convdispatch.backends._machine_code import compiled_address
 from convdispatch.backends._memory import aligned
+from convdispatch.backends._shares import (
+    BITS,
+    DONE,
+    ENDED,
+    MOST_WORDS,
+    SHARE_BYTES,
+    SPOILED,
+    spoiled_word,
+    take_parts,
+)
 from convdispatch.backends._threads import run_all
 
 #: Looks at memory before a helper falls asleep; each takes some 20 ns where the processor has an instruction to pause.
 _ALERT_TURNS = 2500
-_CLOSED = 1 << 30
+#: Looks at memory before a caller that waits for helpers lets others have its core.
+_PATIENT_TURNS = 2000
 
 # The words of a team, those that different threads change on cache lines of their own: bytes from its address.
-_LOCK, _GENERATION, _PLACES, _LEFT, _SLEEPERS, _CALLERS = (64 * line for line in range(6))
-_FUNCTION, _BLOCK, _SHARES, _CORES, _HELPERS, _AVOIDED = (64 * 6 + 8 * word for word in range(6))
-#: Then the shares, a cache line each: the part to be taken next, and where the share ends.
-_FIRST_SHARE, SHARE_BYTES = 64 * 7, 64
-NEXT, END = 0, 8
-#: Threads that a call is shared out to at most, the caller included.
-MOST_SHARES = 256
-_WORDS = (_FIRST_SHARE + MOST_SHARES * SHARE_BYTES) // 8
-
-
-@compilable
-def cut(shares, count, parts):  # type: ignore[no-untyped-def]
-    """Cut parts into ``count`` shares, which lie at an address."""
-    for number in range(count):
-        write(shares + number * SHARE_BYTES + NEXT, number * parts // count)
-        write(shares + number * SHARE_BYTES + END, (number + 1) * parts // count)
-
-
-@compilable
-def take_parts(shares, count, number, function, block):  # type: ignore[no-untyped-def]
-    """Do the parts of the share of this number, then those left of the others'; return how many those were."""
-    done = 0
-    for turn in range(number, number + count):
-        share = shares + turn % count * SHARE_BYTES
-        end = read(share + END)
-        while read(share + NEXT) < end:  # where all are done, looking is cheaper than counting up
-            part = add(share + NEXT, 1)
-            if part < end:
-                call_kernel(function, block, part)
-                done += 1
-    return done
+_LOCK, _CALLERS, _SLEEPERS, _COMMAND, _KNOWN = (64 * line for line in range(5))
+#: The call that is shared out: its number, 0 while the others change; how many threads it is for, and its parts.
+_CALL, _FUNCTION, _BLOCK, _LAYOUT, _SOURCE, _TARGET, _COUNT, _PARTS = (_COMMAND + 8 * word for word in range(8))
+_CORES, _HELPERS, _AVOIDED = (_KNOWN + 8 * word for word in range(3))
+#: Then the shares; a helper's has another word, which is 1 while it sleeps.
+_SHARES, _ASLEEP = 64 * 5, 56
+#: Threads that a call is shared out to at most, the caller included, and its parts.
+MOST_SHARES, _MOST_PARTS = 256, 1 << BITS
+_WORDS = (_SHARES + MOST_SHARES * SHARE_BYTES) // 8
 
 
 def _serve(team, number):  # type: ignore[no-untyped-def]
     """Help whoever calls, for ever, as the helper of this number, from 1."""
-    served = -1
+    room, own = stack(MOST_WORDS), team + _SHARES + number * SHARE_BYTES
+    served, turns = 0, 0
     while True:
-        seen = read(team + _GENERATION)
-        places = read(team + _PLACES)
-        if places > 0 and served != seen:
-            if exchange_if(team + _PLACES, places, places - 1):
-                # From here to the end of its part the caller waits, and its words stay as they are.
-                count, function, block = read(team + _SHARES), read(team + _FUNCTION), read(team + _BLOCK)
-                take_parts(team + _FIRST_SHARE, count, number, function, block)
-                add(team + _LEFT, 1)
-                served = seen
+        call = read(team + _CALL)
+        if call != 0 and call != served:  # noqa: PLR1714  # Numba would make a tuple
+            task = (
+                read(team + _FUNCTION), read(team + _BLOCK), read(team + _LAYOUT), read(team + _SOURCE),
+                read(team + _TARGET),
+            )  # fmt: skip
+            count, parts = read(team + _COUNT), read(team + _PARTS)
+            if read(team + _CALL) == call:  # all of it is of one call
+                served = call
+                if number < count:
+                    take_parts(team + _SHARES, call, number, count, (1, parts), task, room, True)
+                    turns = 0
             continue
-        turns = 0
-        while read(team + _GENERATION) == seen and turns < _ALERT_TURNS:
-            pause()
-            turns += 1
-        if turns == _ALERT_TURNS:
+        pause()
+        turns += 1
+        if turns >= _ALERT_TURNS:
+            add(own + _ASLEEP, 1)
             add(team + _SLEEPERS, 1)
-            sleep_while(team + _GENERATION, seen)
+            if read(team + _CALL) == call:
+                sleep_while(own + _ASLEEP, 1)
             add(team + _SLEEPERS, -1)
+            write(own + _ASLEEP, 0)
+            turns = 0
 
 
 @compilable
 def alone(function, block, first, last):  # type: ignore[no-untyped-def]
+    """Run some parts of a kernel's work; return how many came to their end."""
+    ended = 0
     for number in range(first, last):
-        call_kernel(function, block, number)
+        ended += call_kernel(function, block, number)
+    return ended
 
 
 @compilable
-def share(team, function, block, count, places):  # type: ignore[no-untyped-def]
-    """Run all parts of a kernel's work together with up to ``places`` helpers."""
+def _wake_helpers(team, count):  # type: ignore[no-untyped-def]
+    """Wake those of the first helpers that sleep."""
+    if read(team + _SLEEPERS) > 0:
+        for number in range(1, count):
+            word = team + _SHARES + number * SHARE_BYTES + _ASLEEP
+            if exchange_if(word, 1, 0):
+                wake(word, 1)
+
+
+@compilable
+def _wait_for_helpers(team, call, count, missing):  # type: ignore[no-untyped-def]
+    """Wait until helpers have done the missing parts; return how many ended well, and whether a sum is not finite."""
+    turns, done = 0, 0
+    while done < missing:
+        if turns:
+            pause()
+        if turns > _PATIENT_TURNS:
+            yield_core()
+        turns, done = turns + 1, 0
+        for number in range(1, count):
+            word = read(team + _SHARES + number * SHARE_BYTES + DONE)
+            if word >> BITS == call:
+                done += word & ((1 << BITS) - 1)
+    ended, spoiled = 0, 0
+    for number in range(1, count):
+        own = team + _SHARES + number * SHARE_BYTES
+        if read(own + DONE) >> BITS == call:
+            ended += read(own + ENDED)
+            spoiled |= read(own + SPOILED)
+    return ended, spoiled
+
+
+@compilable
+def share(team, function, mine, block, layout, source, target, parts, places):  # type: ignore[no-untyped-def]
+    """Run all parts of a kernel's work together with up to ``places`` helpers; return how many came to their end.
+
+    Args:
+        team: where its words are.
+        function: the kernel.
+        mine: the caller's own block.
+        block, layout, source, target: of what helpers make theirs; see ``own_block``.
+        parts: how many there are.
+        places: how many helpers may take part.
+    """
     callers = add(team + _CALLERS, 1) + 1
     if callers > max(1, read(team + _CORES) // 2) or not exchange_if(team + _LOCK, 0, 1):
-        for number in range(count):
-            call_kernel(function, block, number)
+        ended = alone(function, mine, 0, parts)
         add(team + _CALLERS, -1)
-        return
+        return ended
+    call, count = read(team + _CALL) + 1, places + 1
+    write(team + _CALL, 0)
     write(team + _FUNCTION, function)
     write(team + _BLOCK, block)
-    write(team + _LEFT, 0)
-    write(team + _SHARES, places + 1)
-    cut(team + _FIRST_SHARE, places + 1, count)
-    write(team + _PLACES, places)
-    add(team + _GENERATION, 1)
-    if read(team + _SLEEPERS) > 0:
-        wake(team + _GENERATION, places)
-    take_parts(team + _FIRST_SHARE, places + 1, 0, function, block)
-    came = places - add(team + _PLACES, -_CLOSED)
-    wait_for(team + _LEFT, came)
+    write(team + _LAYOUT, layout)
+    write(team + _SOURCE, source)
+    write(team + _TARGET, target)
+    write(team + _COUNT, count)
+    write(team + _PARTS, parts)
+    write(team + _CALL, call)
+    _wake_helpers(team, count)
+    ended = call_kernel(function, mine, 0)
+    # Who fell asleep at the very moment may not have been seen: now all cores see what was written.
+    add(team + _CALLERS, 0)
+    _wake_helpers(team, count)
+    done, well = take_parts(team + _SHARES, call, 0, count, (1, parts), (function, mine, 0, 0, 0), mine, False)
+    ended += well
+    if done + 1 < parts:
+        well, spoiled = _wait_for_helpers(team, call, count, parts - 1 - done)
+        ended += well
+        word = spoiled_word(mine, layout)
+        if spoiled and word:
+            write(word, 1)
     write(team + _LOCK, 0)
     add(team + _CALLERS, -1)
+    return ended
 
 
 @compilable
@@ -143,16 +196,17 @@ def ready(team, places):  # type: ignore[no-untyped-def]
 whereabouts = np.zeros(1, np.int64)
 
 
-def _from_python(function: Any, words: int) -> Callable[..., None]:
+def _from_python(function: Any, words: int, result: Any = types.int64) -> Callable[..., int]:
     """Return a function of so many words, compiled to be called from Python, which goes on meanwhile."""
-    address = compiled_address(types.void(*[types.int64] * words), function)
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * words)(address)
+    address = compiled_address(result(*[types.int64] * words), function)
+    returned = ctypes.c_int64 if result is types.int64 else None
+    return ctypes.CFUNCTYPE(returned, *[ctypes.c_int64] * words)(address)
 
 
 _alone_from_python = _from_python(alone, 4)
 if CAN_SLEEP:
-    _serve_from_python = _from_python(_serve, 2)
-    _share_from_python = _from_python(share, 5)
+    _serve_from_python = _from_python(_serve, 2, types.void)
+    _share_from_python = _from_python(share, 9)
 
 
 class _Team:
@@ -191,10 +245,10 @@ if hasattr(os, "register_at_fork"):
 
 def useful(threads: int, count: int) -> int:
     """Return how many of the threads a call of so many parts has work for."""
-    return min(threads, count, MOST_SHARES)
+    return min(threads, count, MOST_SHARES) if count < _MOST_PARTS else 1
 
 
-def run_parts(kernel: int, block: int, count: int, threads: int) -> None:
+def run_parts(kernel: int, block: int, count: int, threads: int) -> int:
     """Run the parts 0 to ``count`` of a kernel's work on up to this many threads, this one among them.
 
     Args:
@@ -202,14 +256,21 @@ def run_parts(kernel: int, block: int, count: int, threads: int) -> None:
         block: address of its packed arguments; the arrays they mean must be alive.
         count: how many parts there are.
         threads: most threads to use.
+
+    Returns:
+        How many parts came to their end.
     """
     threads = useful(threads, count)
     if threads <= 1:
-        _alone_from_python(kernel, block, 0, count)
-    elif CAN_SLEEP:
+        return _alone_from_python(kernel, block, 0, count)
+    if CAN_SLEEP:
         team = _team
         team.prepare(threads - 1)
-        _share_from_python(team.address, kernel, block, count, threads - 1)
-    else:
-        each = functools.partial(_alone_from_python, kernel, block)
-        run_all([functools.partial(each, number, number + 1) for number in range(count)], threads)
+        return _share_from_python(team.address, kernel, block, block, 0, 0, 0, count, threads - 1)
+    ended: list[int] = []
+
+    def run(number: int) -> None:
+        ended.append(_alone_from_python(kernel, block, number, number + 1))
+
+    run_all([functools.partial(run, number) for number in range(count)], threads)
+    return sum(ended)

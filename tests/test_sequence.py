@@ -16,7 +16,6 @@ from convdispatch.backends._kernel import run
 
 _ARGUMENTS = Arguments(clock=INTEGER, begins=array_of(1, "int64"), ends=array_of(1, "int64"), failing=INTEGER)
 unpack = _ARGUMENTS.unpack
-_DONE_AT = 8 * _ARGUMENTS.done_at
 
 
 @functools.cache
@@ -27,8 +26,7 @@ def recorder() -> CompiledKernel:
         clock, begins, ends, failing = unpack(arguments, 4)
         begins[number] = add(clock, 1)
         ends[number] = add(clock, 1)
-        if number != failing:
-            add(arguments + _DONE_AT, 1)
+        return 1 if number != failing else 0
 
     return CompiledKernel(record, _ARGUMENTS)
 

@@ -44,6 +44,7 @@ def _compiled(lanes: int) -> CompiledKernel:
             tile = _products(tile, at)
         save_apart(sums[number].ctypes.data, lanes * 4, tile)
         factors[0] += 0  # alive, and not known to be constant
+        return 1
 
     return CompiledKernel(run, _ARGUMENTS)
 
