@@ -5,7 +5,16 @@ import functools
 import numpy as np
 
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
-from convdispatch.backends._depthwise_tile import DepthwiseForm, begun, ending, flat_tile, high_tile, leave, place
+from convdispatch.backends._depthwise_tile import (
+    DepthwiseForm,
+    begun,
+    ending,
+    flat_tile,
+    found_tile,
+    high_tile,
+    leave,
+    place,
+)
 from convdispatch.backends._epilogue import RELU6, finish
 from convdispatch.backends._jit import compilable
 from convdispatch.backends._slide import slide_found
@@ -15,20 +24,33 @@ from convdispatch.backends._windows import taps_inside
 
 
 @compilable
-def _find(pixels, first, column, width, rows, zero, steps):  # type: ignore[no-untyped-def]
+def _find(pixels, first, place, size, rows, zero, steps):  # type: ignore[no-untyped-def]
     """Fill the table with the addresses of the pixels under a tile, of zeros where they are beside the image.
 
     The table is ``[rows, chunks of taps, pixels under a tile]``. Return how many runs of pixels there are.
+
+    Args:
+        pixels: the table.
+        first: the first pixel's address.
+        place: its row and column.
+        size: rows and columns of the image.
+        rows: rows of taps.
+        zero: the address of zeros.
+        steps: rows and bytes from one row of taps to the next, chunks of these, columns of one, pixels that it sees,
+            columns from one of these to the next, and bytes of a column.
     """
-    row_step, chunks, chunk_columns, span, jump, pixel = steps
+    down, row_step, chunks, chunk_columns, span, jump, pixel = steps
+    row, column = place
     at = 0
     for _ in range(rows):
+        width = size[1] if 0 <= row < size[0] else 0
         for j in range(chunks):
             for p in range(span):
                 moved = j * chunk_columns + p * jump
                 pixels[at] = first + moved * pixel if 0 <= column + moved < width else zero
                 at += 1
         first += row_step
+        row += down
     return rows * chunks
 
 
@@ -68,7 +90,8 @@ def in_place(form: DepthwiseForm) -> CompiledKernel:  # noqa: C901, PLR0915
         form.tile, form.high, form.taps, form.stride, form.span, int(form.is_dilated)
     )  # fmt: skip
     group_c, group_k, lanes, itemsize = form.group_c, form.group_k, form.lanes, form.itemsize
-    sum_flat, sum_high = flat_tile(form), high_tile(form)
+    sum_flat, sum_high, sum_found = flat_tile(form), high_tile(form), found_tile(form)
+    seen_rows = (high - 1) * stride + form.down if high > 1 else 0
 
     def convolve(arguments, job):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
         """Compute some rows of all images and some columns of these, as the job says."""
@@ -85,7 +108,7 @@ def in_place(form: DepthwiseForm) -> CompiledKernel:  # noqa: C901, PLR0915
         filter_bytes = kh * kw * tap_bytes
         ends = ending(bias, zero, residual, out, code, itemsize)
         finishes = code > RELU6 or (code > 0 and members > 1)
-        pixels = np.empty(kh * (kw // taps) * span, np.int64)
+        pixels = np.empty(max(kh * (kw // taps), seen_rows) * span, np.int64)
         scratch = np.empty((tile, lanes), out.dtype)
         outputs = np.empty((high, tile), np.int64)
         for begin in range(first_column, last_column, strip):
@@ -94,21 +117,26 @@ def in_place(form: DepthwiseForm) -> CompiledKernel:  # noqa: C901, PLR0915
             while row < last_row:
                 n, oh = divmod(row, rows)
                 above = oh * sh - top
-                fits = above >= 0 and above + (high - 1) * sh + kh <= height and oh + high <= rows
-                together = high if fits and row + high <= last_row else 1
+                together = high if oh + high <= rows and row + high <= last_row else 1
+                fits = above >= 0 and above + (high - 1) * sh + kh <= height
                 for task in range(tiles * phases):
                     number, phase = divmod(task, phases)
                     o0 = min(begin // apart + number * tile, (last_column - phase + apart - 1) // apart - tile)
                     ow = phase + o0 * apart
                     column = ow * sw - left
                     inside = column >= 0 and column + reach < width
-                    shared = inside and together > 1
-                    if shared:
+                    if together > 1:
                         place(outputs, out.ctypes.data + (row * columns + ow) * result, columns * result, result)
-                        seen = x.ctypes.data + ((n * height + above) * width + column) * pixel, line, 0, pixel
+                        corner = x.ctypes.data + ((n * height + above) * width + column) * pixel
                         packed = np.int64(w.ctypes.data), filter_bytes, blocks, filters
-                        sum_high(seen, packed, outputs.ctypes.data, ends)
-                    for upper in range(0 if shared else together):
+                        if inside and fits:
+                            sum_high((corner, line, 0, pixel), packed, outputs.ctypes.data, ends)
+                        else:
+                            steps = np.int64(1), line, 1, 0, span, np.int64(1), pixel
+                            zeros_at = np.int64(zero.ctypes.data)
+                            _find(pixels, corner, (above, column), (height, width), seen_rows, zeros_at, steps)
+                            sum_found(pixels.ctypes.data, packed, outputs.ctypes.data, ends)
+                    for upper in range(together if together == 1 else 0):
                         from_top = above + upper * sh
                         first, last = taps_inside(from_top, dh, kh, height)
                         places = (np.int64(out.ctypes.data) + ((row + upper) * columns + ow) * result, apart * result)
@@ -119,8 +147,10 @@ def in_place(form: DepthwiseForm) -> CompiledKernel:  # noqa: C901, PLR0915
                             packed, size = (weights, filter_bytes, blocks, filters), (last - first, kw // taps)
                             sum_flat(seen, packed, size, places, ends)
                             continue
-                        found = _find(pixels, from_row, column, width, last - first, np.int64(zero.ctypes.data), (
-                            dh * line, kw // taps, taps * dw, span, jump, pixel))  # fmt: skip
+                        found = _find(
+                            pixels, from_row, (from_top + first * dh, column), (height, width), last - first,
+                            np.int64(zero.ctypes.data), (dh, dh * line, kw // taps, taps * dw, span, jump, pixel),
+                        )  # fmt: skip
                         for block in range(blocks):
                             k0 = min(block * lanes, filters // members - lanes)
                             offset = k0 // group_k * group_c * itemsize
@@ -131,8 +161,8 @@ def in_place(form: DepthwiseForm) -> CompiledKernel:  # noqa: C901, PLR0915
                                     sums = begun(tile, ends, k0, lanes, itemsize)
                                 for i in range(found):
                                     sums = slide_found(
-                                        sums, taps, stride, group_c, group_k, pixels.ctypes.data + i * span * 8,
-                                        offset, at + i * taps * tap_bytes,
+                                        sums, 1, 1, taps, stride, group_c, group_k,
+                                        pixels.ctypes.data + i * span * 8, offset, at + i * taps * tap_bytes,
                                     )  # fmt: skip
                                 if members == 1:
                                     leave(sums, tile, places, k0 * itemsize, ends)

@@ -18,7 +18,7 @@ import numpy as np
 
 from convdispatch.backends._epilogue import RELU, RELU6
 from convdispatch.backends._jit import compilable, inlined
-from convdispatch.backends._slide import slide
+from convdispatch.backends._slide import slide, slide_found
 from convdispatch.backends._tile import add_to_all, add_to_each, clamp, store, zeros
 
 
@@ -128,6 +128,27 @@ def flat_tile(form: DepthwiseForm) -> Any:
 @inlined
 def _no_tile(pixels, filters, outputs, ends):  # type: ignore[no-untyped-def]
     """Do nothing."""
+
+
+@functools.cache
+def found_tile(form: DepthwiseForm) -> Any:
+    """Return what does as ``high_tile``'s, with pixels whose addresses are in a table, row by row."""
+    if form.high == 1:
+        return _no_tile
+    high, down, taps, stride = form.high, form.down, form.taps, form.stride
+    lanes, itemsize, all_sums = form.lanes, form.itemsize, form.high * form.tile
+
+    @inlined
+    def sum_tile(table, filters, outputs, ends):  # type: ignore[no-untyped-def]
+        packed, filter_bytes, blocks, count = filters
+        for block in range(blocks):
+            k0 = min(block * lanes, count - lanes)
+            sums = begun(all_sums, ends, k0, lanes, itemsize)
+            weights = packed + block * filter_bytes
+            sums = slide_found(sums, high, down, taps, stride, 1, 1, table, k0 * itemsize, weights)
+            leave(sums, all_sums, outputs, k0 * itemsize, ends)
+
+    return sum_tile
 
 
 @functools.cache

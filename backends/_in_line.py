@@ -58,13 +58,13 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
         apart, line_bytes, tap_bytes = strides[1] * pixel, wide * pixel, kw * group_c * step
         first_tile, last_tile, first_block, last_block = parts[job]
         reach, most = (rows - 1) * strides[1] + span, min(lines, (last_tile - first_tile) // across + 2)
-        window = np.empty((0 if staged else kh, reach, channels), x.dtype)
+        beside = not staged and (pads[1] > 0 or (columns - 1) * strides[1] - pads[1] + span > width)
+        window = np.empty((kh if beside else 0, reach, channels), x.dtype)
         high_stage = (most - 1) * strides[0] + (kh - 1) * dilations[0] + 1
         stage = np.empty((high_stage if staged else 0, wide, group_c), x.dtype)
         kept, begun = (-1, -1), 0
         here, there = np.int64(x.ctypes.data), np.int64(out.ctypes.data)
         more = np.int64(residual.ctypes.data) - there
-        scratch = np.empty((rows, block), x.dtype)
         streams = streamed and there % CACHE_LINE == 0
         for number in range(first_block, last_block):
             group, member = divmod(number, per_group)
@@ -117,13 +117,15 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
                                 packed += step
                     sums = finished(sums, rows, (to, result), more, residual.size, code, count, block)
                     if code > RELU6:  # not where they belong: another thread may have done some of them
+                        scratch = np.empty((rows, block), x.dtype)
                         store(sums, rows, (np.int64(scratch.ctypes.data), step), 0)
                         for r in range(rows):
                             finish(scratch[r, :count], code, slope)
                             copy(to + r * result, np.int64(scratch[r].ctypes.data), count * itemsize)
+                        hold(scratch)
                     else:
                         put(sums, rows, (to, result), 0, count, block, streams)
-        hold(window), hold(stage), hold(scratch)
+        hold(window), hold(stage)
         return 1
 
     return CompiledKernel(convolve, ARGUMENTS)

@@ -124,14 +124,18 @@ def slide(
 
 @intrinsic
 def slide_found(
-    typing: Any, tile: Any, taps: Any, stride: Any, channels: Any, filters: Any, table: Any, offset: Any, weights: Any
-) -> tuple[Any, Codegen]:
-    """Do as ``slide`` does, for one row, with pixels that lie anywhere: ``offset`` bytes behind a table's addresses."""
-    window = _Window(1, 1, *(literal.literal_value for literal in (taps, stride, channels, filters)))
+    typing: Any, tile: Any, high: Any, down: Any, taps: Any, stride: Any, channels: Any, filters: Any,
+    table: Any, offset: Any, weights: Any,
+) -> tuple[Any, Codegen]:  # fmt: skip
+    """Do as ``slide`` does with pixels that lie anywhere: ``offset`` bytes behind a table's addresses, row by row."""
+    window = _Window.of(high, down, taps, stride, channels, filters)
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        starts = [load_at(b, I64, arguments[5], 8 * p, 8) for p in range(window.span(len(tile)))]
-        places = [b.add(start, arguments[6]) for start in starts]
-        return context.make_tuple(b, tile, _slide(b, tile, window, arguments[0], [places], arguments[7]))
+        table, offset, packed = arguments[-3:]
+        span, lines = window.span(len(tile) // window.high), []
+        for row in range(window.height()):
+            starts = [load_at(b, I64, table, 8 * (row * span + p), 8) for p in range(span)]
+            lines.append([b.add(start, offset) for start in starts])
+        return context.make_tuple(b, tile, _slide(b, tile, window, arguments[0], lines, packed))
 
-    return tile(tile, taps, stride, channels, filters, table, offset, weights), codegen
+    return tile(tile, high, down, taps, stride, channels, filters, table, offset, weights), codegen

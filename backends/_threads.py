@@ -218,6 +218,33 @@ _FEW = 256
 _few = functools.lru_cache(maxsize=256)(_grid)
 
 
+def even_grid(outer: int, inner: int, threads: int, pieces: int) -> Array:
+    """Return jobs like ``grid`` of two axes, as much work for each thread, though neither axis may divide by them.
+
+    What is cut is the list of all pairs, the outer axis' first: so a thread may begin within the last one of the outer
+    axis of the thread before it.
+
+    Args:
+        outer, inner: how long the axes are.
+        threads: each has as many jobs, which follow each other; some may be empty.
+        pieces: jobs of each thread; where it begins or ends within, there may be two more.
+    """
+    shares = []
+    for begin, end in split(outer * inner, threads):
+        (first, skipped), (last, some) = divmod(begin, inner), divmod(end, inner)
+        jobs = []
+        if skipped:
+            jobs.append((first, first + 1, skipped, inner if last > first else some))
+            first += 1
+        whole = max(1, pieces - len(jobs) - (some > 0))
+        jobs += [(first + start, first + stop, 0, inner) for start, stop in split(max(0, last - first), whole)]
+        if some and last >= first:
+            jobs.append((last, last + 1, 0, some))
+        shares.append(jobs)
+    most = max(map(len, shares))
+    return np.array([job for jobs in shares for job in jobs + [(0, 0, 0, 0)] * (most - len(jobs))], np.int64)
+
+
 def split(count: int, parts: int) -> list[tuple[int, int]]:
     """Cut ``range(count)`` into up to ``parts`` pieces of about equal size, none empty."""
     ends = [part * count // parts for part in range(parts + 1)]

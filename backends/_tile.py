@@ -40,7 +40,10 @@ from convdispatch.backends._vector import (
 from convdispatch.errors import ArgumentError
 
 #: Tiles, rows x vectors, by the number of vector registers: sums, one input and the filters' vectors fit in them.
-_TILES = {32: ((6, 4), (5, 4), (14, 2), (8, 2), (8, 3), (10, 1)), 16: ((6, 2), (4, 3), (5, 2), (12, 1), (7, 1))}
+_TILES = {
+    32: ((6, 4), (5, 4), (14, 2), (8, 2), (7, 2), (8, 3), (10, 1)),
+    16: ((6, 2), (4, 3), (5, 2), (12, 1), (7, 1)),
+}
 
 #: The same for so few pixels that the others would do most of their rows for nothing.
 _FEW_TILES = {

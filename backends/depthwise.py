@@ -6,9 +6,9 @@ that lies inside the image, every pixel under the tile is loaded once and multip
 the innermost loop, as they are in memory, and then come columns and rows: the image is walked once. One too wide for
 that is walked in strips of columns, so that the rows a filter needs again stay in L2. Groups of a few channels share
 vectors: a pixel's channels are spread so that each meets the lanes of all its group's filters. Under a dilated
-filter, outputs share pixels with those a dilation away, so these make a tile. Where a 3x3 filter lies inside the
-image, a tile may have two rows of outputs, which share half of the rows that they see. Rows outside the image are
-skipped, columns outside it are read at the address of a vector of zeros: nothing is copied. But where the pixels under
+filter, outputs share pixels with those a dilation away, so these make a tile. Under a 3x3 filter, a tile may have two
+rows of outputs, which share half of the rows that they see. What is outside the image is skipped, or read at the
+address of a vector of zeros: nothing is copied. But where the pixels under
 a tile want the same few places of L1, what a tile sees may be staged. Bias, residual and activation are applied in
 registers.
 
@@ -162,7 +162,7 @@ class Depthwise(PackedBackend):
     """Vectors along the channels, each of a group of few or of its own; any filter, stride, dilation and padding."""
 
     name = "depthwise"
-    version = 8
+    version = 9
 
     def rejects_plain(self, problem: Problem) -> str | None:
         """Return None, or why the problem is not depthwise, or that integers are missing."""
@@ -194,7 +194,8 @@ class Depthwise(PackedBackend):
             rows, strip, pixel = tiling.stage
             window = ((rows - 1) * p.strides[0] + p.kh) * ((strip - 1) * p.strides[1] + p.kw)
             return config.threads * (window * pixel + CACHE_LINE + outputs)
-        addresses = p.kh * (p.kw // tiling.chunk[0]) * tiling.form().span
+        seen_rows = max(p.kh * (p.kw // tiling.chunk[0]), (tiling.rows - 1) * p.strides[0] + p.kh)
+        addresses = seen_rows * tiling.form().span
         return config.threads * (8 * addresses + outputs + tiling.columns * vector_bytes())
 
     def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
@@ -306,11 +307,11 @@ def _high(problem: Problem, config: Config) -> int:
 
 
 def _fits(problem: Problem, config: Config) -> bool:
-    """Return whether a problem has tiles of so many rows and columns, all of whose windows lie inside the image."""
+    """Return whether a problem has tiles of so many rows and columns."""
     p, rows, columns = problem, config.integer("rows", 1), _tile(config)
     return (
         p.group_k == 1 and p.strides[0] == p.strides[1] and p.dilations == (1, 1) and _done_whole(p, columns)
-        and (rows - 1) * p.strides[0] + p.kh <= p.h and (columns - 1) * p.strides[1] + p.kw <= p.w
+        and rows <= p.oh and columns <= p.ow
     )  # fmt: skip
 
 

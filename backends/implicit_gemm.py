@@ -18,7 +18,7 @@ from convdispatch.backends import _in_line, _indirect, _pixel_panels, _rates
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import aligned, by_blocks, streams
 from convdispatch.backends._packed import PackedBackend
-from convdispatch.backends._threads import grid
+from convdispatch.backends._threads import even_grid, grid
 from convdispatch.backends._tile import few_tiles, narrow_tiles, register_tile, register_tiles
 from convdispatch.backends._vector import halves_are_free, vector_bytes
 from convdispatch.errors import ArgumentError
@@ -41,6 +41,10 @@ _FEW_CHANNELS, _SMALL_IMAGE = 8, 64 << 10
 #: An output is written past the caches only if it is as large as the last of them. One of half that size takes 1.3 to
 #: 1.5 times as long that way, however it is with what is written in other orders; a larger one as long either way.
 _CACHED_OUTPUT = 1.0
+#: FLOP of a thread whose work is cut into two parts, rather than four: beginning one takes a sixth of a microsecond.
+_SHORT = 8e6
+#: Tiles of a thread, if all have as many, from which on one more or less makes no difference.
+_MANY_TILES = 32
 #: Fewer sums than these wait for one another, unless a wider tile would waste more: with a single vector of filters.
 _LEAST_SUMS = 8
 #: With one pixel or two, these are enough: reading filters takes as long.
@@ -100,7 +104,7 @@ def _cut(problem: Problem, rows: int, blocks: int, threads: int) -> tuple[int, i
         cached = _CACHED_INPUT_OF_FAR
     tiles = p.n * p.oh * -(-p.ow // rows) if _is_in_line(p, rows) else -(-p.n * p.oh * p.ow // rows)
     most = max(1, min(cached // max(1, images // tiles), _CACHED_TABLE // ((2 + p.kh * p.kw) * rows * 8)))
-    wanted = 1 if threads == 1 else 4 * threads
+    wanted = 1 if threads == 1 else threads * (4 if p.flops > threads * _SHORT else 2)
     down = -(-tiles // most)
     if down >= wanted or filters < images:  # cut the larger of input and filters
         down = max(down, wanted)
@@ -108,11 +112,25 @@ def _cut(problem: Problem, rows: int, blocks: int, threads: int) -> tuple[int, i
     return tiles, down, min(blocks, -(-wanted // down))
 
 
+def _parts(problem: Problem, rows: int, blocks: int, threads: int) -> Array:
+    """Return the parts of the work, each some tiles for some blocks of filters, as many for each thread."""
+    tiles, down, across = _cut(problem, rows, blocks, threads)
+    if down >= across:
+        if tiles % threads == 0 or blocks == 1 or tiles > _MANY_TILES * threads:
+            return grid((tiles, down), (blocks, across))
+        return even_grid(tiles, blocks, threads, -(-down // threads) + 2)
+    # A thread's share is some filters for all tiles.
+    by_blocks = (
+        grid((blocks, across), (tiles, down)) if down > 1 else even_grid(blocks, tiles, threads, across // threads)
+    )
+    return np.ascontiguousarray(np.roll(by_blocks, 2, axis=1))
+
+
 class ImplicitGemm(PackedBackend):
     """Tiles of outputs summed in registers, the input read where it lies; any filter, stride and padding."""
 
     name = "implicit_gemm"
-    version = 13
+    version = 14
 
     def configs(self, problem: Problem, effort: Effort) -> Sequence[Config]:
         """Return tiles, the one with the smallest estimate first."""
@@ -193,11 +211,7 @@ class ImplicitGemm(PackedBackend):
         packed = by_blocks(grouped.transpose(3, 0, 1, 2, 4), block)
         added = np.empty(0, p.dtype) if bias is None else by_blocks(bias.reshape(p.groups, p.group_k), block)
         blocks = p.groups * packed.shape[1]
-        tiles, down, across = _cut(p, tile[0], blocks, config.threads)
-        if down >= across:
-            parts = grid((tiles, down), (blocks, across))
-        else:  # a thread's share is some filters for all tiles
-            parts = np.ascontiguousarray(np.roll(grid((blocks, across), (tiles, down)), 2, axis=1))
+        parts = _parts(p, tile[0], blocks, config.threads)
         values = {
             "filters": packed, "bias": added.reshape(-1),
             "streamed": streams(p.output_shape, item_bytes(p.dtype), block, p.group_k, _CACHED_OUTPUT),
