@@ -9,6 +9,7 @@ from convdispatch.backends._depthwise_tile import (
     DepthwiseForm,
     begun,
     ending,
+    finder,
     flat_tile,
     found_tile,
     high_tile,
@@ -90,7 +91,7 @@ def in_place(form: DepthwiseForm) -> CompiledKernel:  # noqa: C901, PLR0915
         form.tile, form.high, form.taps, form.stride, form.span, int(form.is_dilated)
     )  # fmt: skip
     group_c, group_k, lanes, itemsize = form.group_c, form.group_k, form.lanes, form.itemsize
-    sum_flat, sum_high, sum_found = flat_tile(form), high_tile(form), found_tile(form)
+    sum_flat, sum_high, sum_found, find_all = flat_tile(form), high_tile(form), found_tile(form), finder(form)
     seen_rows = (high - 1) * stride + form.down if high > 1 else 0
 
     def convolve(arguments, job):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
@@ -132,9 +133,8 @@ def in_place(form: DepthwiseForm) -> CompiledKernel:  # noqa: C901, PLR0915
                         if inside and fits:
                             sum_high((corner, line, 0, pixel), packed, outputs.ctypes.data, ends)
                         else:
-                            steps = np.int64(1), line, 1, 0, span, np.int64(1), pixel
                             zeros_at = np.int64(zero.ctypes.data)
-                            _find(pixels, corner, (above, column), (height, width), seen_rows, zeros_at, steps)
+                            find_all(pixels, corner, (above, column), (height, width), zeros_at, line, pixel)
                             sum_found(pixels.ctypes.data, packed, outputs.ctypes.data, ends)
                     for upper in range(together if together == 1 else 0):
                         from_top = above + upper * sh

@@ -131,6 +131,25 @@ def _no_tile(pixels, filters, outputs, ends):  # type: ignore[no-untyped-def]
 
 
 @functools.cache
+def finder(form: DepthwiseForm) -> Any:
+    """Return what fills a table with the addresses of the pixels under a tile of ``form.high`` rows, row by row.
+
+    Those beside the image are the address of zeros.
+    """
+    rows, span = (form.high - 1) * form.stride + form.down, form.span
+
+    @inlined
+    def find(table, first, place, size, zero, line, pixel):  # type: ignore[no-untyped-def]
+        for i in range(rows):
+            width = size[1] if 0 <= place[0] + i < size[0] else 0
+            for p in range(span):
+                table[i * span + p] = first + p * pixel if 0 <= place[1] + p < width else zero
+            first += line
+
+    return find
+
+
+@functools.cache
 def found_tile(form: DepthwiseForm) -> Any:
     """Return what does as ``high_tile``'s, with pixels whose addresses are in a table, row by row."""
     if form.high == 1:

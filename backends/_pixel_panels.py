@@ -19,15 +19,15 @@ from convdispatch.backends._atomics import call_kernel
 from convdispatch.backends._kernel import PackedKernel, WrappedKernel
 from convdispatch.backends._layout import whole_lines
 from convdispatch.backends._memory import CACHE_LINE, aligned, streams
-from convdispatch.backends._threads import grid, split
+from convdispatch.backends._threads import grid, pieces, split
 from convdispatch.backends._vector import clear, copy, hold, load, save, vector_bytes
 from convdispatch.problem import Problem
 
 #: Bytes of a panel, and of the filters that are read again for each of its blocks: both stay in L2.
 _PANEL, _FILTERS = 192 << 10, 256 << 10
 _MOST_IMAGES = 1 << 12
-#: Parts for each thread, so that one that comes late leaves some to the others.
-_PARTS = 4
+#: FLOP a second of a core, about, by which work is cut.
+_FLOPS = 1.5e11
 
 _ARGUMENTS = Arguments(
     input=array_of(4), residual=array_of(4), out=array_of(4), ones=array_of(1), template=array_of(1, "int64"),
@@ -106,7 +106,7 @@ def _cut(problem: Problem, tile: tuple[int, int], threads: int) -> tuple[int, in
     p, size = problem, item_bytes(problem.dtype)
     depth, step = _depth(p), tile[1] * vector_bytes()
     blocks = -(-p.h * p.w * size // step)
-    panels = max(-(-blocks * depth * step // _PANEL), 1 if threads == 1 else -(-_PARTS * threads // p.n))
+    panels = max(-(-blocks * depth * step // _PANEL), -(-pieces(p.flops / _FLOPS, threads) // p.n))
     if p.n == 1:
         panels = -(-panels // threads) * threads  # as many for each thread
     panels = min(blocks, panels)

@@ -34,7 +34,7 @@ from convdispatch.backends._epilogue import RELU6
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import CACHE_LINE, aligned, by_vectors
 from convdispatch.backends._packed import PackedBackend
-from convdispatch.backends._threads import grid
+from convdispatch.backends._threads import grid, pieces
 from convdispatch.backends._transforms import odd_lines
 from convdispatch.backends._vector import registers, vector_bytes
 from convdispatch.errors import ArgumentError
@@ -72,7 +72,7 @@ class _Tiling:
     Attributes:
         seen: the problem as tiles see it: where its rows are staged, the padding is part of the image.
         columns: outputs of a tile along a row.
-        rows: rows of outputs of a tile, where all that these see lies inside.
+        rows: rows of outputs of a tile.
         is_staged: whether the rows that outputs see are copied first.
     """
 
@@ -121,7 +121,7 @@ class _Tiling:
         have a line of cache that two threads write.
         """
         rows, tiles = self.seen.n * self.seen.oh, max(1, self.seen.ow // self.whole)
-        jobs = 1 if threads == 1 else _PARTS * threads
+        jobs = pieces(self.seen.flops / _FLOPS, threads)
         by_columns = rows < _ROWS * jobs and tiles > rows
         return (1, min(jobs, tiles)) if by_columns else (max(1, min(jobs, rows)), 1)
 
@@ -248,7 +248,7 @@ class Depthwise(PackedBackend):
         return PackedKernel(make, p, values, len(parts), config.threads)
 
 
-_PARTS = 2  # jobs a thread, so that one that comes late finds work left
+_FLOPS = 8e10  # a second of a core, about, by which work is cut
 _ROWS = 2  # of a job at least, or jobs are too uneven
 _FMA_SECONDS_PER_BYTE = 4.3e-12  # of a vector
 _LOAD_SECONDS = 2e-10

@@ -18,7 +18,7 @@ from convdispatch.backends import _in_line, _indirect, _pixel_panels, _rates
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import aligned, by_blocks, streams
 from convdispatch.backends._packed import PackedBackend
-from convdispatch.backends._threads import even_grid, grid
+from convdispatch.backends._threads import even_grid, grid, pieces
 from convdispatch.backends._tile import few_tiles, narrow_tiles, register_tile, register_tiles
 from convdispatch.backends._vector import halves_are_free, vector_bytes
 from convdispatch.errors import ArgumentError
@@ -41,8 +41,8 @@ _FEW_CHANNELS, _SMALL_IMAGE = 8, 64 << 10
 #: An output is written past the caches only if it is as large as the last of them. One of half that size takes 1.3 to
 #: 1.5 times as long that way, however it is with what is written in other orders; a larger one as long either way.
 _CACHED_OUTPUT = 1.0
-#: FLOP of a thread whose work is cut into two parts, rather than four: beginning one takes a sixth of a microsecond.
-_SHORT = 8e6
+#: FLOP a second of a core, about, by which work is cut.
+_FLOPS = 1.5e11
 #: Tiles of a thread, if all have as many, from which on one more or less makes no difference.
 _MANY_TILES = 32
 #: Fewer sums than these wait for one another, unless a wider tile would waste more: with a single vector of filters.
@@ -104,7 +104,7 @@ def _cut(problem: Problem, rows: int, blocks: int, threads: int) -> tuple[int, i
         cached = _CACHED_INPUT_OF_FAR
     tiles = p.n * p.oh * -(-p.ow // rows) if _is_in_line(p, rows) else -(-p.n * p.oh * p.ow // rows)
     most = max(1, min(cached // max(1, images // tiles), _CACHED_TABLE // ((2 + p.kh * p.kw) * rows * 8)))
-    wanted = 1 if threads == 1 else threads * (4 if p.flops > threads * _SHORT else 2)
+    wanted = pieces(p.flops / _FLOPS, threads)
     down = -(-tiles // most)
     if down >= wanted or filters < images:  # cut the larger of input and filters
         down = max(down, wanted)

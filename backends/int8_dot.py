@@ -22,7 +22,7 @@ from convdispatch.backends._dot import LANES, dot_add, start
 from convdispatch.backends._jit import compilable
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import by_blocks
-from convdispatch.backends._threads import split
+from convdispatch.backends._threads import pieces, split
 from convdispatch.backends._tile import store
 from convdispatch.backends._vector import hold
 from convdispatch.errors import ArgumentError
@@ -32,6 +32,8 @@ from convdispatch.problem import Problem
 _TILES = ((6, 4), (14, 2), (28, 1))
 #: Bytes of the rows that a thread copies at a time.
 _BAND_BYTES = 256 << 10
+#: Operations a second of a core, about, by which work is cut.
+_OPERATIONS = 5e11
 #: Bytes of the rows that one row of output needs; with dilations these may be far apart.
 _LARGEST_BAND = 256 << 20
 _PRODUCTS_PER_SECOND = 2.7e11  # of one core
@@ -204,7 +206,7 @@ def _band_rows(problem: Problem, threads: int) -> int:
     p = problem
     width, channels = _padded(p)
     fitting = (_BAND_BYTES // (width * channels) - (p.kh - 1) * p.dilations[0] - 1) // p.strides[0] + 1
-    wanted = -(-p.n * p.oh // (1 if threads == 1 else 4 * threads))
+    wanted = -(-p.n * p.oh // pieces(p.flops / _OPERATIONS, threads))
     return max(1, min(fitting, wanted))
 
 

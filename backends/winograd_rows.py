@@ -31,7 +31,7 @@ from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import CACHE_LINE, by_vectors, streams
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._row_passes import RowForm
-from convdispatch.backends._threads import grid, too_many
+from convdispatch.backends._threads import grid, pieces, too_many
 from convdispatch.backends._toomcook import amplification, roundings, strided
 from convdispatch.backends._vector import registers, vector_bytes
 from convdispatch.backends._winograd_rows import compiled
@@ -68,7 +68,7 @@ _TOGETHER = (7, 5, 4, 3, 2, 1)
 _TOGETHER_IN_TURN = {32: (14, 10, 7, 4), 16: (12, 9, 6, 4)}
 #: Transformed rows that are worked on together, so that they stay in L2; a strip has the rows of some outputs at least.
 _STAGE_BYTES, _LEAST_ROWS = 256 << 10, 4
-_PARTS = 2  # jobs a thread, so that one that comes late finds work left
+_FLOPS = 2.5e11  # of the definition, a second of a core, about, by which work is cut
 _LEAST_TILES = 4  # of a job that is cut from a row
 
 
@@ -187,7 +187,7 @@ def _choice(problem: Problem, config: Config) -> tuple[int, bool]:
 
 def _parts(problem: Problem, cut: _Cut, threads: int) -> Array:
     """Return jobs, each some rows of all images, some tiles of these, and some groups: one of these axes is cut."""
-    p, rows, jobs = problem, problem.n * problem.oh, 1 if threads == 1 else _PARTS * threads
+    p, rows, jobs = problem, problem.n * problem.oh, pieces(problem.flops / _FLOPS, threads)
     if rows >= jobs:
         return grid((rows, jobs), (cut.tiles, 1), (p.groups, 1))
     if p.groups >= jobs:

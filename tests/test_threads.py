@@ -1,12 +1,15 @@
 """Many callers at once, and processes that fork: right results, no abort, no hang."""
 
 import functools
+import itertools
 import os
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from programs import run_well
 
 import convdispatch
@@ -259,3 +262,25 @@ def test_a_part_that_fails_in_compiled_code_is_an_error(threads: int) -> None:
     one = np.ones((1, 1, 1, 1), np.float32)
     with pytest.raises(MemoryError, match="1 of 3"):
         kernel(one, np.zeros_like(one), None)
+
+
+@given(
+    outer=st.integers(1, 20), inner=st.integers(1, 20), threads=st.integers(1, 5), pieces=st.integers(1, 6)
+)  # fmt: skip
+def test_an_even_grid_has_every_pair_once_and_as_many_for_each_thread(
+    outer: int, inner: int, threads: int, pieces: int
+) -> None:
+    threads = min(threads, outer * inner)
+    jobs = _threads.even_grid(outer, inner, threads, pieces)
+    pairs = [
+        [(i, j) for first, last, begin, end in share for i in range(first, last) for j in range(begin, end)]
+        for share in np.split(jobs, threads)
+    ]
+    assert sorted(itertools.chain(*pairs)) == list(itertools.product(range(outer), range(inner)))
+    assert max(map(len, pairs)) - min(map(len, pairs)) <= 1
+    assert len(jobs) <= threads * max(pieces, 3)
+
+
+def test_short_work_is_cut_into_one_job_a_thread_and_long_work_into_more() -> None:
+    assert [_threads.pieces(seconds, 2) for seconds in (1e-6, 5e-5, 1e-4, 1e-2)] == [2, 2, 4, 8]
+    assert _threads.pieces(1.0, 1) == 1
