@@ -79,6 +79,17 @@ def exchange_if(typing: Any, address: Any, expected: Any, value: Any) -> tuple[A
 
 
 @intrinsic
+def fence(typing: Any) -> tuple[Any, Codegen]:
+    """Have all that was stored before, past the caches too, seen by who sees anything that is stored after it."""
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        b.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
 def pause(typing: Any) -> tuple[Any, Codegen]:
     """Let the processor rest for a moment in a loop that waits."""
 

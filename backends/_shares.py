@@ -9,7 +9,7 @@ A kernel's block of arguments is the same in every call but for two addresses. S
 good, and put these in, rather than wait for lines of cache that the caller has just written.
 """
 
-from convdispatch.backends._atomics import call_kernel, exchange_if, read, write
+from convdispatch.backends._atomics import call_kernel, exchange_if, fence, read, write
 from convdispatch.backends._jit import compilable
 from convdispatch.backends._vector import copy
 
@@ -95,6 +95,7 @@ def take_parts(shares, call, number, count, parts, task, room, report):  # type:
             taken = _claim(shares + owner * SHARE_BYTES, call, length)
         if report and done > before:
             own, word = shares + number * SHARE_BYTES, spoiled_word(mine, form)
+            fence()
             write(own + ENDED, ended)
             write(own + SPOILED, read(word) if word else 0)
             write(own + DONE, (call << BITS) + done)

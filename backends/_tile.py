@@ -260,8 +260,8 @@ def stream(typing: Any, tile: Any, rows: Any, outputs: Any, offset: Any) -> tupl
     """Do as ``store`` does, past the caches: for results too large to be found there again.
 
     A line of memory is not loaded before it is written then, which is half of the traffic. Every vector's place must be
-    a multiple of its bytes, and lines should be written whole. The atomic operation at a kernel's end makes other
-    threads see it.
+    a multiple of its bytes, and lines should be written whole. Threads that report the end of a part make others see it
+    by a fence.
     """
     vector = tile.dtype
 
