@@ -116,7 +116,7 @@ def multiply_add(
         values, _, where, behind, packed, _ = arguments
         sums = parts_of(b, values, len(tile))
         weights = [load_at(b, vector.ir, packed, v * vector.lanes * size, size) for v in range(vectors)]
-        for row, start in enumerate(_starts(b, count, inputs, where)):
+        for row, start in enumerate(starts(b, count, inputs, where)):
             x = _for_all_lanes(b, b.add(start, behind), share.literal_value, vector)
             for v in range(vectors):
                 sums[row * vectors + v] = fused_multiply_add(b, x, weights[v], sums[row * vectors + v], vector)
@@ -140,10 +140,10 @@ def multiply_points(
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         values, _, where, behind, _, packed = arguments
         sums = parts_of(b, values, len(tile))
-        starts = [b.add(start, behind) for start in _starts(b, len(tile) // count, inputs, where)]
+        places = [b.add(start, behind) for start in starts(b, len(tile) // count, inputs, where)]
         for point in range(count):
             weights = load_at(b, vector.ir, packed, point * vector.lanes * size, size)
-            for row, start in enumerate(starts):
+            for row, start in enumerate(places):
                 value = load_at(b, SCALARS[size][1], start, point * between.literal_value, size)
                 at = row * count + point
                 sums[at] = fused_multiply_add(b, broadcast(b, value, vector.lanes), weights, sums[at], vector)
@@ -188,7 +188,7 @@ def add_to_all(typing: Any, tile: Any, rows: Any, address: Any) -> tuple[Any, Co
     return tile(tile, rows, address), codegen
 
 
-def _starts(b: Any, count: int, kind: Any, where: Any) -> Iterator[Any]:
+def starts(b: Any, count: int, kind: Any, where: Any) -> Iterator[Any]:
     """Yield the addresses of rows from what tells where they lie, which is of this Numba type."""
     if isinstance(kind, types.BaseTuple):
         first, step = parts_of(b, where, 2)
@@ -205,7 +205,7 @@ def _places(b: Any, tile: Any, rows: Any, kind: Any, where: Any, offset: Any) ->
     A row's places begin ``offset`` bytes behind where the row lies.
     """
     vector, vectors = tile.dtype, len(tile) // rows.literal_value
-    for row, start in enumerate(_starts(b, rows.literal_value, kind, where)):
+    for row, start in enumerate(starts(b, rows.literal_value, kind, where)):
         behind = b.add(start, offset)
         for v in range(vectors):
             yield row * vectors + v, v, address_of(b, behind, v * vector.lanes * vector.itemsize, vector.ir)
@@ -281,10 +281,10 @@ def store_some(typing: Any, tile: Any, rows: Any, outputs: Any, offset: Any, cou
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         values, _, *where, valid = arguments
-        sums, masks = parts_of(b, values, len(tile)), _masks(b, vector, vectors, valid)
+        sums, masks = parts_of(b, values, len(tile)), lane_masks(b, vector, vectors, valid)
         align = ir.Constant(I32, vector.itemsize)
         for i, v, place in _places(b, tile, rows, outputs, *where):
-            b.call(_masked(b, "store", vector, place), [sums[i], place, align, masks[v]])
+            b.call(masked(b, "store", vector, place), [sums[i], place, align, masks[v]])
         return context.get_dummy_value()
 
     return types.void(tile, rows, outputs, offset, types.int64), codegen
@@ -297,16 +297,16 @@ def add_some_to_each(typing: Any, tile: Any, rows: Any, outputs: Any, offset: An
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         values, _, *where, valid = arguments
-        sums, masks = parts_of(b, values, len(tile)), _masks(b, vector, vectors, valid)
+        sums, masks = parts_of(b, values, len(tile)), lane_masks(b, vector, vectors, valid)
         align, none = ir.Constant(I32, vector.itemsize), ir.Constant(vector.ir, None)
         for i, v, place in _places(b, tile, rows, outputs, *where):
-            sums[i] = b.fadd(sums[i], b.call(_masked(b, "load", vector, place), [place, align, masks[v], none]))
+            sums[i] = b.fadd(sums[i], b.call(masked(b, "load", vector, place), [place, align, masks[v], none]))
         return context.make_tuple(b, signature.return_type, sums)
 
     return tile(tile, rows, outputs, offset, types.int64), codegen
 
 
-def _masks(b: Any, vector: Vector, vectors: int, count: Any) -> list[Any]:
+def lane_masks(b: Any, vector: Vector, vectors: int, count: Any) -> list[Any]:
     """Return for each vector of a row which of its lanes are among the first ``count`` values."""
     limit = broadcast(b, b.trunc(count, I32), vector.lanes)
     lanes = ir.VectorType(I32, vector.lanes)
@@ -314,7 +314,7 @@ def _masks(b: Any, vector: Vector, vectors: int, count: Any) -> list[Any]:
     return [b.icmp_signed("<", ir.Constant(lanes, each), limit) for each in numbers]
 
 
-def _masked(b: Any, what: str, vector: Vector, pointer: Any) -> Any:
+def masked(b: Any, what: str, vector: Vector, pointer: Any) -> Any:
     mask = ir.VectorType(ir.IntType(1), vector.lanes)
     name = f"llvm.masked.{what}.v{vector.lanes}{SCALARS[vector.itemsize][2]}.p0"
     if what == "store":

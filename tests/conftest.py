@@ -10,7 +10,7 @@ import pytest
 from quiet import QuietWatch
 
 from convdispatch import dispatch, profile, registry, settings
-from convdispatch.backends import depthwise, winograd_rows
+from convdispatch.backends import depthwise, inner_product, winograd_rows
 from convdispatch.errors import BackendRejectedError
 from convdispatch.tuning import compile_ahead, tuner
 
@@ -57,6 +57,7 @@ def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 def few_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Have backends use few lengths of tiles: each is a kernel to compile, and tests of their own have the others."""
     monkeypatch.setattr(depthwise, "_LENGTHS", (7, 4, 1))
+    monkeypatch.setattr(inner_product, "_SUMS", dict.fromkeys((16, 32), (8,)))
     monkeypatch.setattr(winograd_rows, "_TOGETHER", (3, 1))
     monkeypatch.setattr(winograd_rows, "_TOGETHER_IN_TURN", dict.fromkeys((16, 32), (4,)))
 

@@ -291,6 +291,8 @@ def test_code_for_other_machines_is_right_too(cpu: str, features: str, width: in
         ("winograd", "1x9x9x20 * 3x3x20x24 SAME"),
         ("winograd", "1x9x9x16 * 3x3x2x16 SAME +bias"),  # groups that share a vector
         ("winograd_rows", "1x9x19x3 * 3x3x3x16 SAME +bias +relu"),
+        ("inner_product", "1x9x20x20 * 3x3x20x3 SAME +bias +relu"),
+        ("inner_product", "1x9x20x16 * 3x3x16x1 SAME"),
         ("depthwise", "1x12x12x8 * 3x3x1x8 SAME"),
         ("image_rows", "1x20x40x1 * 5x5x1x1 SAME"),
         ("image_rows", "1x20x40x1 * 5x5x1x1 SAME uint8"),

@@ -27,8 +27,8 @@ from convdispatch.registry import FunctionBackend, register, restore, unregister
 from convdispatch.tuning import tuner
 
 BUILT_IN = (
-    "depthwise", "direct", "fast_fir", "fft", "im2col", "image_rows", "implicit_gemm", "int8_dot", "numba",
-    "pointwise", "separable", "winograd", "winograd_rows",
+    "depthwise", "direct", "fast_fir", "fft", "im2col", "image_rows", "implicit_gemm", "inner_product",
+    "int8_dot", "numba", "pointwise", "separable", "winograd", "winograd_rows",
 )  # fmt: skip
 INPUT = np.ones(PROBLEM.input_shape, "f4")
 FILTERS = np.ones(PROBLEM.filter_shape, "f4")
