@@ -128,13 +128,14 @@ class InnerProduct(PackedBackend):
         lines, tiles, down, strips = _cut(p, pixels, config.threads)
         products = lines * tiles * pixels * p.k * p.kh * runs * -(-values // lanes) * lanes
         seen = ((pixels - 1) * p.strides[1] + taps) / taps if taps else pixels
-        loads = (_UNALIGNED * seen + p.k) / (pixels * p.k)
+        filters = p.k * p.taps * size
+        loads = (_UNALIGNED * seen + p.k * (1 if filters < machine.caches[0] else _FROM_L2)) / (pixels * p.k)
         seconds = 2 * products / _rates.peak(machine, size) * max(1, loads)
         seconds += lines * tiles * (_TILE_SECONDS + pixels * p.k * _SUM_SECONDS)
         if p.epilogue.code > 2:
             seconds += math.prod(p.output_shape) * _VALUE_SECONDS
-        traffic = max(0, (math.prod(p.input_shape) - (machine.caches[1] // size)) * size) / _BYTES_PER_SECOND
-        return _rates.shared(seconds + traffic, min(config.threads, machine.cores, down * strips))
+        traffic = max(0, math.prod(p.input_shape) * size - machine.caches[1]) / _BYTES_PER_SECOND
+        return _rates.shared(max(seconds, traffic), min(config.threads, machine.cores, down * strips))
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Pack the filters by runs; compile for the tile if that has not been done."""
@@ -164,7 +165,8 @@ class InnerProduct(PackedBackend):
 
 
 _FLOPS = 1e11  # a second of a core, about, by which work is cut
+_FROM_L2 = 2  # a load of a filter that L1 does not hold, beside one that it does
 _UNALIGNED = 1.5  # vectors of a pixel that lie across two lines of cache take two loads, as many do
 _TILE_SECONDS, _SUM_SECONDS = 1e-8, 8e-10
 _VALUE_SECONDS = 3e-9
-_BYTES_PER_SECOND = 2e10
+_BYTES_PER_SECOND = 3e10

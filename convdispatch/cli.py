@@ -117,10 +117,10 @@ def tune(
 ) -> None:
     """Measure which backend is fastest for each problem of WHAT or FILE, and keep the winners in the profile.
 
-    WHAT is a packaged workload (resnet50, vgg16, mobilenetv2, unet, first_layers, filters1080p, smoothing1080p,
-    downsampling1080p, signals, mixed), a YAML file, or a problem such as "1x56x56x64 * 3x3x64x64 SAME". An interrupted
-    run keeps what it has measured; the next one goes on from there. While others use the machine nothing is measured:
-    after ten seconds of that it ends with exit code 5.
+    WHAT is a packaged workload (resnet50, vgg16, mobilenetv2, unet, first_layers, last_layers, filters1080p,
+    smoothing1080p, downsampling1080p, signals, mixed), a YAML file, or a problem such as
+    "1x56x56x64 * 3x3x64x64 SAME". An interrupted run keeps what it has measured; the next one goes on from there. While
+    others use the machine nothing is measured: after ten seconds of that it ends with exit code 5.
 
     With --dask, every kind of machine of the cluster is tuned, the layers spread over its hosts with one race at a time
     on each, and the profile here gets a section for each kind. Busy hosts are not waited for; their results are marked.

@@ -13,8 +13,8 @@ from convdispatch.tuning.workload import Layer, Workload, load, packaged
 SMALL = Problem.parse("1x8x8x4 * 3x3x4x8 SAME")
 OTHER = Problem.parse("2x9x9x4 * 1x1x4x8 VALID stride=2")
 PACKAGED = (
-    "downsampling1080p", "filters1080p", "first_layers", "mixed", "mobilenetv2", "resnet50", "signals",
-    "smoothing1080p", "unet", "vgg16",
+    "downsampling1080p", "filters1080p", "first_layers", "last_layers", "mixed", "mobilenetv2", "resnet50",
+    "signals", "smoothing1080p", "unet", "vgg16",
 )  # fmt: skip
 
 

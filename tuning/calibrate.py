@@ -18,8 +18,8 @@ from convdispatch.tuning.gate import Trial
 from convdispatch.tuning.race import Rules, Run, comparable_seconds, race
 from convdispatch.tuning.session import session
 
-#: What is measured: dense, pointwise, strided, depthwise, grouped, of few channels, with large filters; from a call
-#: of some microseconds to filters and images larger than the second cache.
+#: What is measured: dense, pointwise, strided, depthwise, grouped, of few channels or few filters, with large filters;
+#: from a call of some microseconds to filters and images larger than the second cache.
 PROBLEMS = tuple(
     Problem.parse(text)
     for text in (
@@ -38,6 +38,8 @@ PROBLEMS = tuple(
         "1x28x28x128 * 3x3x32x128 SAME",
         "1x720x1280x1 * 5x5x1x1 SAME",
         "1x200x200x3 * 21x21x3x2 SAME",
+        "1x64x64x64 * 3x3x64x3 SAME",
+        "1x50x50x256 * 1x1x256x2 VALID",
     )
 )
 RULES = Rules(rounds=3, sample_seconds=0.0005, race_seconds=0.2, drop=float("inf"))
