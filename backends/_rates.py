@@ -38,7 +38,9 @@ def ranked(
     return best[: few if effort in {"estimate", "measure"} else None]
 
 
-def shared(seconds: float, used: int, *, efficiency: float = 0.97, call: float = 4e-6, launch: float = 4e-6) -> float:
+def shared(
+    seconds: float, used: int, *, efficiency: float = 0.97, call: float = 1.5e-6, launch: float = 1.5e-6
+) -> float:
     """Return the seconds of a call.
 
     Args:

@@ -226,7 +226,7 @@ class Depthwise(PackedBackend):
         used = min(config.threads, machine.cores, math.prod(tiling.cut(config.threads)))
         traffic = (math.prod(problem.input_shape) + math.prod(p.output_shape)) * size
         missed = max(0, traffic - machine.caches[2] // 2) / _MEMORY_BYTES_PER_SECOND
-        return _rates.shared(seconds + missed, used, call=3e-6)
+        return _rates.shared(seconds + missed, used)
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Pack the filters by vectors of channels; compile for the tile if that has not been done."""

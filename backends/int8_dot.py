@@ -169,7 +169,7 @@ class Int8Dot(Backend):
         loads = 1 + 0.35 * (rows + vectors) / (rows * vectors)
         seconds = products * loads / _PRODUCTS_PER_SECOND + p.n * p.h * width * channels / _COPIED_PER_SECOND
         used = min(config.threads, machine.cores)
-        return _rates.shared(seconds + tiles * blocks * 2e-8, used, efficiency=0.95, call=5e-6, launch=10e-6)
+        return _rates.shared(seconds + tiles * blocks * 2e-8, used, efficiency=0.95, call=2e-6)
 
     def prepare(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:  # noqa: ARG002
         """Pack the filters by fours of channels and blocks, and sum up what shifting the input will add."""
