@@ -131,14 +131,20 @@ _TURNS_BEFORE_YIELDING = 2000
 
 
 @compilable
+def rest(turns):  # type: ignore[no-untyped-def]
+    """Rest for a moment between two looks at memory; after many turns, let another thread have this core."""
+    pause()
+    if turns > _TURNS_BEFORE_YIELDING:
+        yield_core()
+
+
+@compilable
 def wait_for(address, least):  # type: ignore[no-untyped-def]
     """Wait until a word is at least so large, for what other threads are doing just now."""
     turns = 0
     while read(address) < least:
-        pause()
         turns += 1
-        if turns > _TURNS_BEFORE_YIELDING:
-            yield_core()
+        rest(turns)
 
 
 @intrinsic

@@ -29,11 +29,11 @@ from convdispatch.backends._atomics import (
     exchange_if,
     pause,
     read,
+    rest,
     sleep_while,
     stack,
     wake,
     write,
-    yield_core,
 )
 from convdispatch.backends._cores import Helpers
 from convdispatch.backends._jit import compilable
@@ -53,8 +53,6 @@ from convdispatch.backends._threads import run_all
 
 #: Looks at memory before a helper falls asleep; each takes some 20 ns where the processor has an instruction to pause.
 _ALERT_TURNS = 2500
-#: Looks at memory before a caller that waits for helpers lets others have its core.
-_PATIENT_TURNS = 2000
 
 # The words of a team, those that different threads change on cache lines of their own: bytes from its address.
 _LOCK, _CALLERS, _SLEEPERS, _COMMAND, _KNOWN = (64 * line for line in range(5))
@@ -118,19 +116,23 @@ def _wake_helpers(team, count):  # type: ignore[no-untyped-def]
 
 
 @compilable
+def _done_by_helpers(team, call, count):  # type: ignore[no-untyped-def]
+    """Return how many parts of a call helpers have reported as done so far."""
+    done = 0
+    for number in range(1, count):
+        word = read(team + _SHARES + number * SHARE_BYTES + DONE)
+        if word >> BITS == call:
+            done += word & ((1 << BITS) - 1)
+    return done
+
+
+@compilable
 def _wait_for_helpers(team, call, count, missing):  # type: ignore[no-untyped-def]
     """Wait until helpers have done the missing parts; return how many ended well, and whether a sum is not finite."""
-    turns, done = 0, 0
-    while done < missing:
-        if turns:
-            pause()
-        if turns > _PATIENT_TURNS:
-            yield_core()
-        turns, done = turns + 1, 0
-        for number in range(1, count):
-            word = read(team + _SHARES + number * SHARE_BYTES + DONE)
-            if word >> BITS == call:
-                done += word & ((1 << BITS) - 1)
+    turns = 0
+    while _done_by_helpers(team, call, count) < missing:
+        turns += 1
+        rest(turns)
     ended, spoiled = 0, 0
     for number in range(1, count):
         own = team + _SHARES + number * SHARE_BYTES

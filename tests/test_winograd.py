@@ -429,3 +429,16 @@ def test_a_dilation_far_beyond_the_image_is_left_to_others() -> None:
     far = Problem.parse("1x5x5x3 * 3x3x3x8 SAME dilation=10000")
     assert WINOGRAD.rejects(far) == "dilated so far, it would be pictures without pixels, most of them"
     assert WINOGRAD.rejects(Problem.parse("1x5x5x3 * 3x3x3x8 SAME dilation=5")) is None
+
+
+@pytest.mark.parametrize(("shape", "by_tiles"), [
+    ("14x14x16", True), ("7x7x32", True), ("14x14x512", False), ("7x7x512", False),
+])  # fmt: skip
+def test_few_tiles_are_shared_out_where_reading_all_filters_takes_less(shape: str, by_tiles: bool) -> None:
+    channels = int(shape.rpartition("x")[2])
+    problem = Problem.parse(f"1x{shape} * 3x3x{channels}x{channels} SAME")
+    jobs = _jobs(problem, _form(problem, Config(m=2 if shape.startswith("7") else 4)), 2)
+    assert (jobs.down, jobs.across) == ((2, 1) if by_tiles else (1, 2))
+    assert _jobs(problem, _form(problem, Config(m=4)), 1).down == 1
+    for threads in (1, 2, 3) if by_tiles else ():
+        check(problem, Config(m=4, threads=threads))
