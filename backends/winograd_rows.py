@@ -210,7 +210,7 @@ class WinogradRows(PackedBackend):
     """Minimal filtering along rows: up to 11 columns of taps, stride 1 or 2 along rows, any down, few channels."""
 
     name = "winograd_rows"
-    packing_cost = (4e-5, 6e-10)
+    packing_cost = (5e-5, 1.8e-9)
     numerics = Numerics("transform", growth=_growth)
 
     def rejects_plain(self, problem: Problem) -> str | None:
