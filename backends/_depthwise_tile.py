@@ -149,44 +149,44 @@ def finder(form: DepthwiseForm) -> Any:
     return find
 
 
-@functools.cache
-def found_tile(form: DepthwiseForm) -> Any:
-    """Return what does as ``high_tile``'s, with pixels whose addresses are in a table, row by row."""
+def _tile_of_rows(form: DepthwiseForm, add_window: Any) -> Any:
+    """Return what sums a tile of ``form.high`` rows, given what adds the products of a window at an offset."""
     if form.high == 1:
         return _no_tile
-    high, down, taps, stride = form.high, form.down, form.taps, form.stride
     lanes, itemsize, all_sums = form.lanes, form.itemsize, form.high * form.tile
 
     @inlined
-    def sum_tile(table, filters, outputs, ends):  # type: ignore[no-untyped-def]
+    def sum_tile(pixels, filters, outputs, ends):  # type: ignore[no-untyped-def]
         packed, filter_bytes, blocks, count = filters
         for block in range(blocks):
             k0 = min(block * lanes, count - lanes)
             sums = begun(all_sums, ends, k0, lanes, itemsize)
-            weights = packed + block * filter_bytes
-            sums = slide_found(sums, high, down, taps, stride, 1, 1, table, k0 * itemsize, weights)
+            sums = add_window(sums, pixels, k0 * itemsize, packed + block * filter_bytes)
             leave(sums, all_sums, outputs, k0 * itemsize, ends)
 
     return sum_tile
+
+
+@functools.cache
+def found_tile(form: DepthwiseForm) -> Any:
+    """Return what does as ``high_tile``'s, with pixels whose addresses are in a table, row by row."""
+    high, down, taps, stride = form.high, form.down, form.taps, form.stride
+
+    @inlined
+    def add_window(sums, table, offset, weights):  # type: ignore[no-untyped-def]
+        return slide_found(sums, high, down, taps, stride, 1, 1, table, offset, weights)
+
+    return _tile_of_rows(form, add_window)
 
 
 @functools.cache
 def high_tile(form: DepthwiseForm) -> Any:
     """Return what sums a tile of ``form.high`` rows of outputs, under whole filters; of one row there is nothing."""
-    if form.high == 1:
-        return _no_tile
     high, down, taps, stride = form.high, form.down, form.taps, form.stride
-    lanes, itemsize, all_sums = form.lanes, form.itemsize, form.high * form.tile
 
     @inlined
-    def sum_tile(pixels, filters, outputs, ends):  # type: ignore[no-untyped-def]
+    def add_window(sums, pixels, offset, weights):  # type: ignore[no-untyped-def]
         first, row_step, _, step = pixels
-        packed, filter_bytes, blocks, count = filters
-        for block in range(blocks):
-            k0 = min(block * lanes, count - lanes)
-            here, weights = first + k0 * itemsize, packed + block * filter_bytes
-            sums = begun(all_sums, ends, k0, lanes, itemsize)
-            sums = slide(sums, high, down, taps, stride, 1, 1, here, row_step, step, weights)
-            leave(sums, all_sums, outputs, k0 * itemsize, ends)
+        return slide(sums, high, down, taps, stride, 1, 1, first + offset, row_step, step, weights)
 
-    return sum_tile
+    return _tile_of_rows(form, add_window)
