@@ -17,7 +17,7 @@ from convdispatch.backend import Config, Effort, Kernel, item_bytes
 from convdispatch.backends import _in_line, _indirect, _pixel_panels, _rates
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import aligned, by_blocks, streams
-from convdispatch.backends._packed import PackedBackend
+from convdispatch.backends._packed import PackedBackend, flat
 from convdispatch.backends._threads import even_grid, grid, pieces
 from convdispatch.backends._tile import few_tiles, narrow_tiles, register_tile, register_tiles
 from convdispatch.backends._vector import halves_are_free, vector_bytes
@@ -167,7 +167,7 @@ class ImplicitGemm(PackedBackend):
 
     def workspace_plain(self, problem: Problem, config: Config) -> int:
         """Return the bytes of each thread's table, or of a tile."""
-        p, (rows, vectors) = _flat(problem), _tile(config)
+        p, (rows, vectors) = flat(problem), _tile(config)
         block_bytes = vectors * _lanes(p, config) * item_bytes(p.dtype)
         blocks = p.groups * -(-p.group_k * item_bytes(p.dtype) // block_bytes)
         tiles, down, across = _cut(p, rows, blocks, config.threads)
@@ -181,7 +181,7 @@ class ImplicitGemm(PackedBackend):
 
     def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return products, those with padding included, by what a tile loads for each; tables; filters' traffic."""
-        p, (rows, vectors) = _flat(problem), _tile(config)
+        p, (rows, vectors) = flat(problem), _tile(config)
         whole = machine.vector_bytes // item_bytes(p.dtype)
         lanes = min(whole, config.integer("lanes", whole))
         block = vectors * lanes
@@ -204,7 +204,7 @@ class ImplicitGemm(PackedBackend):
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Pack the filters by blocks; compile for the tile if that has not been done."""
-        p, tile = _flat(problem), _tile(config)
+        p, tile = flat(problem), _tile(config)
         lanes = _lanes(p, config)
         block = tile[1] * lanes
         grouped = filters.reshape(p.kh, p.kw, p.group_c, p.groups, p.group_k)
@@ -274,15 +274,6 @@ _NARROW = 1.1  # measured: there are more loads and instructions for as many pro
 _CROWDED = 0.65  # measured: 14 pixels in 8 places take 1.25 to 1.55 times as long, 10 no longer
 
 _STAGED_BYTES_PER_SECOND = 1.2e10
-
-
-@functools.lru_cache(maxsize=1024)
-def _flat(problem: Problem) -> Problem:
-    """Return the same problem with all pixels in one row, where that is the same: with 1x1 filters of stride 1."""
-    p = problem
-    if not p.is_pointwise or p.strides != (1, 1) or any(p.pads):
-        return p
-    return p.replace(n=1, h=1, w=p.n * p.h * p.w)
 
 
 def _whole_tiles(problem: Problem) -> list[Config]:

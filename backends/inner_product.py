@@ -15,10 +15,11 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, item_bytes
 from convdispatch.backends import _rates
+from convdispatch.backends._epilogue import RELU6
 from convdispatch.backends._inner_product import compiled
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import aligned
-from convdispatch.backends._packed import PackedBackend
+from convdispatch.backends._packed import PackedBackend, flat
 from convdispatch.backends._threads import grid, pieces, too_many
 from convdispatch.backends._vector import registers, vector_bytes
 from convdispatch.errors import ArgumentError
@@ -33,14 +34,6 @@ _FEW = 0.75
 _FEW_FILTERS = 2
 #: Bytes of the rows under a strip of tiles: a second-level cache holds them until the next line needs them again.
 _CACHED_ROWS = 256 << 10
-
-
-def _flat(problem: Problem) -> Problem:
-    """Return the same problem with all pixels in one line, where that is the same."""
-    p = problem
-    if not p.is_pointwise or p.strides != (1, 1) or any(p.pads):
-        return p
-    return p.replace(n=1, h=1, w=p.n * p.h * p.w)
 
 
 def _run(problem: Problem) -> tuple[int, int]:
@@ -103,7 +96,7 @@ class InnerProduct(PackedBackend):
 
     def configs_plain(self, problem: Problem, effort: Effort) -> Sequence[Config]:  # noqa: ARG002  # they are few
         """Return tiles, the one with the smallest estimate first."""
-        p, here = _flat(problem), current()
+        p, here = flat(problem), current()
         lengths = {min(max(1, sums // p.k), max(1, p.ow)) for sums in _SUMS[registers()]}
         choices = [Config(pixels=length) for length in lengths]
         # Sums, the taps of all filters and an input fit in the registers.
@@ -114,7 +107,7 @@ class InnerProduct(PackedBackend):
 
     def workspace_plain(self, problem: Problem, config: Config) -> int:
         """Return the bytes of each thread's window at the border."""
-        p = _flat(problem)
+        p = flat(problem)
         if not any(p.pads):
             return 0
         reach = (_pixels(p, config) - 1) * p.strides[1] + (p.kw - 1) * p.dilations[1] + 1
@@ -122,7 +115,7 @@ class InnerProduct(PackedBackend):
 
     def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return the time of products or of what they load, of adding lanes, and of what comes from far caches."""
-        p, size = _flat(problem), item_bytes(problem.dtype)
+        p, size = flat(problem), item_bytes(problem.dtype)
         pixels, lanes, (runs, values) = _pixels(p, config), machine.vector_bytes // size, _run(p)
         taps = _slides(p, config)
         lines, tiles, down, strips = _cut(p, pixels, config.threads)
@@ -132,7 +125,7 @@ class InnerProduct(PackedBackend):
         loads = (_UNALIGNED * seen + p.k * (1 if filters < machine.caches[0] else _FROM_L2)) / (pixels * p.k)
         seconds = 2 * products / _rates.peak(machine, size) * max(1, loads)
         seconds += lines * tiles * (_TILE_SECONDS + pixels * p.k * _SUM_SECONDS)
-        if p.epilogue.code > 2:
+        if p.epilogue.code > RELU6:
             seconds += math.prod(p.output_shape) * _VALUE_SECONDS
         traffic = max(0, math.prod(p.input_shape) * size - machine.caches[1]) / _BYTES_PER_SECOND
         return _rates.shared(max(seconds, traffic), min(config.threads, machine.cores, down * strips))
@@ -141,7 +134,7 @@ class InnerProduct(PackedBackend):
         """Pack the filters by runs; compile for the tile if that has not been done."""
         if reason := self.rejects_plain(problem):  # a kernel that goes by addresses must not be wrong about shapes
             raise ArgumentError(f"inner_product cannot do {problem}: {reason}")
-        p, size = _flat(problem), item_bytes(problem.dtype)
+        p, size = flat(problem), item_bytes(problem.dtype)
         pixels, lanes, (runs, values) = _pixels(p, config), vector_bytes() // size, _run(p)
         if taps := _slides(p, config):
             packed = aligned((p.kh, p.c // lanes, taps, p.k, lanes), p.dtype)
@@ -156,12 +149,12 @@ class InnerProduct(PackedBackend):
             repeated[: pixels * p.k] = np.tile(bias, pixels)
         lines, tiles, down, strips = _cut(p, pixels, config.threads)
         parts = grid((lines, down), (tiles, strips))
-        values_of = {
+        values_by_name = {
             "filters": packed, "bias": repeated, "pads": p.pads[::2], "strides": p.strides, "dilations": p.dilations,
             "window": (p.kw, values), "code": p.epilogue.code, "slope": p.epilogue.slope, "parts": parts,
         }  # fmt: skip
         make = functools.partial(compiled, pixels, p.k, taps, p.strides[1] if taps else 1, lanes, size)
-        return PackedKernel(make, p, values_of, len(parts), config.threads)
+        return PackedKernel(make, p, values_by_name, len(parts), config.threads)
 
 
 _FLOPS = 1e11  # a second of a core, about, by which work is cut
