@@ -25,33 +25,20 @@ from convdispatch.backends._windows import taps_inside
 
 
 @compilable
-def _find(pixels, first, place, size, rows, zero, steps):  # type: ignore[no-untyped-def]
+def _find(pixels, first, column, width, rows, zero, steps):  # type: ignore[no-untyped-def]
     """Fill the table with the addresses of the pixels under a tile, of zeros where they are beside the image.
 
     The table is ``[rows, chunks of taps, pixels under a tile]``. Return how many runs of pixels there are.
-
-    Args:
-        pixels: the table.
-        first: the first pixel's address.
-        place: its row and column.
-        size: rows and columns of the image.
-        rows: rows of taps.
-        zero: the address of zeros.
-        steps: rows and bytes from one row of taps to the next, chunks of these, columns of one, pixels that it sees,
-            columns from one of these to the next, and bytes of a column.
     """
-    down, row_step, chunks, chunk_columns, span, jump, pixel = steps
-    row, column = place
+    row_step, chunks, chunk_columns, span, jump, pixel = steps
     at = 0
     for _ in range(rows):
-        width = size[1] if 0 <= row < size[0] else 0
         for j in range(chunks):
             for p in range(span):
                 moved = j * chunk_columns + p * jump
                 pixels[at] = first + moved * pixel if 0 <= column + moved < width else zero
                 at += 1
         first += row_step
-        row += down
     return rows * chunks
 
 
@@ -92,7 +79,7 @@ def in_place(form: DepthwiseForm) -> CompiledKernel:  # noqa: C901, PLR0915
     )  # fmt: skip
     group_c, group_k, lanes, itemsize = form.group_c, form.group_k, form.lanes, form.itemsize
     sum_flat, sum_high, sum_found, find_all = flat_tile(form), high_tile(form), found_tile(form), finder(form)
-    seen_rows = (high - 1) * stride + form.down if high > 1 else 0
+    seen_rows = form.seen_rows
 
     def convolve(arguments, job):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
         """Compute some rows of all images and some columns of these, as the job says."""
@@ -147,10 +134,8 @@ def in_place(form: DepthwiseForm) -> CompiledKernel:  # noqa: C901, PLR0915
                             packed, size = (weights, filter_bytes, blocks, filters), (last - first, kw // taps)
                             sum_flat(seen, packed, size, places, ends)
                             continue
-                        found = _find(
-                            pixels, from_row, (from_top + first * dh, column), (height, width), last - first,
-                            np.int64(zero.ctypes.data), (dh, dh * line, kw // taps, taps * dw, span, jump, pixel),
-                        )  # fmt: skip
+                        found = _find(pixels, from_row, column, width, last - first, np.int64(zero.ctypes.data), (
+                            dh * line, kw // taps, taps * dw, span, jump, pixel))  # fmt: skip
                         for block in range(blocks):
                             k0 = min(block * lanes, filters // members - lanes)
                             offset = k0 // group_k * group_c * itemsize

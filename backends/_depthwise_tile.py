@@ -55,6 +55,11 @@ class DepthwiseForm:
         """Pixels under a tile that a chunk of taps sees."""
         return (self.tile - 1) * self.stride + self.taps
 
+    @property
+    def seen_rows(self) -> int:
+        """Rows of pixels that a tile of several rows sees; 0 where it has one."""
+        return (self.high - 1) * self.stride + self.down if self.high > 1 else 0
+
 
 @compilable
 def place(outputs, first, down, across):  # type: ignore[no-untyped-def]
@@ -136,7 +141,7 @@ def finder(form: DepthwiseForm) -> Any:
 
     Those beside the image are the address of zeros.
     """
-    rows, span = (form.high - 1) * form.stride + form.down, form.span
+    rows, span = form.seen_rows, form.span
 
     @inlined
     def find(table, first, place, size, zero, line, pixel):  # type: ignore[no-untyped-def]

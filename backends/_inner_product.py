@@ -24,9 +24,9 @@ from convdispatch.backends._vector import copy, hold
 from convdispatch.backends._windows import copy_columns, taps_inside
 
 #: ``filters`` is ``[KH, runs, steps, K, lanes]``, ends of runs filled up with zeros; of tiles that slide, runs are the
-#: vectors of a pixel's channels, and steps the taps. ``bias`` is repeated for each
-#: pixel of a tile, and filled up likewise. ``window`` is the taps of a row, and the values of a run. A part is some
-#: lines of output, and some tiles of each.
+#: vectors of a pixel's channels, and steps the taps. ``bias`` is repeated for each pixel of a tile, and filled up
+#: likewise. ``window`` is the taps of a row, and the values of a run. A part is some lines of output, and some tiles of
+#: each.
 ARGUMENTS = Arguments(
     input=array_of(4), filters=array_of(5), bias=array_of(1), residual=array_of(4), out=array_of(4),
     pads=integers_of(2), strides=integers_of(2), dilations=integers_of(2), window=integers_of(2), code=INTEGER,

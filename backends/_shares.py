@@ -66,6 +66,13 @@ def _claim(share, call, length):  # type: ignore[no-untyped-def]
 
 
 @compilable
+def reported(share, call):  # type: ignore[no-untyped-def]
+    """Return how many parts of a call the thread of a share has reported as done so far."""
+    word = read(share + DONE)
+    return word & _COUNT if word >> BITS == call else 0
+
+
+@compilable
 def take_parts(shares, call, number, count, parts, task, room, report):  # type: ignore[no-untyped-def]
     """Do the parts of the share of this number, then those left of others'; return how many, and how many ended well.
 

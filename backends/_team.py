@@ -41,11 +41,11 @@ from convdispatch.backends._machine_code import compiled_address
 from convdispatch.backends._memory import aligned
 from convdispatch.backends._shares import (
     BITS,
-    DONE,
     ENDED,
     MOST_WORDS,
     SHARE_BYTES,
     SPOILED,
+    reported,
     spoiled_word,
     take_parts,
 )
@@ -120,9 +120,7 @@ def _done_by_helpers(team, call, count):  # type: ignore[no-untyped-def]
     """Return how many parts of a call helpers have reported as done so far."""
     done = 0
     for number in range(1, count):
-        word = read(team + _SHARES + number * SHARE_BYTES + DONE)
-        if word >> BITS == call:
-            done += word & ((1 << BITS) - 1)
+        done += reported(team + _SHARES + number * SHARE_BYTES, call)
     return done
 
 
@@ -136,7 +134,7 @@ def _wait_for_helpers(team, call, count, missing):  # type: ignore[no-untyped-de
     ended, spoiled = 0, 0
     for number in range(1, count):
         own = team + _SHARES + number * SHARE_BYTES
-        if read(own + DONE) >> BITS == call:
+        if reported(own, call):
             ended += read(own + ENDED)
             spoiled |= read(own + SPOILED)
     return ended, spoiled

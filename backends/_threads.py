@@ -235,6 +235,7 @@ _FEW = 256
 _few = functools.lru_cache(maxsize=256)(_grid)
 
 
+@functools.lru_cache(maxsize=256)
 def even_grid(outer: int, inner: int, threads: int, pieces: int) -> Array:
     """Return jobs like ``grid`` of two axes, as much work for each thread, though neither axis may divide by them.
 
@@ -259,7 +260,10 @@ def even_grid(outer: int, inner: int, threads: int, pieces: int) -> Array:
             jobs.append((last, last + 1, 0, some))
         shares.append(jobs)
     most = max(map(len, shares))
-    return np.array([job for jobs in shares for job in jobs + [(0, 0, 0, 0)] * (most - len(jobs))], np.int64)
+    jobs_of_all = [job for jobs in shares for job in jobs + [(0, 0, 0, 0)] * (most - len(jobs))]
+    even = np.array(jobs_of_all, np.int64)
+    even.flags.writeable = False
+    return even
 
 
 def split(count: int, parts: int) -> list[tuple[int, int]]:

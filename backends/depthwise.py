@@ -8,9 +8,8 @@ that is walked in strips of columns, so that the rows a filter needs again stay 
 vectors: a pixel's channels are spread so that each meets the lanes of all its group's filters. Under a dilated
 filter, outputs share pixels with those a dilation away, so these make a tile. Under a 3x3 filter, a tile may have two
 rows of outputs, which share half of the rows that they see. What is outside the image is skipped, or read at the
-address of a vector of zeros: nothing is copied. But where the pixels under
-a tile want the same few places of L1, what a tile sees may be staged. Bias, residual and activation are applied in
-registers.
+address of a vector of zeros: nothing is copied. But where the pixels under a tile want the same few places of L1, what
+a tile sees may be staged. Bias, residual and activation are applied in registers.
 
 Ends overlap: the last tile of a row and the last vector of a pixel are moved back until they fit, and do some outputs
 again; there are tiles of several lengths, so that this is little. So nothing outside the arrays is touched, and every
@@ -194,8 +193,8 @@ class Depthwise(PackedBackend):
             rows, strip, pixel = tiling.stage
             window = ((rows - 1) * p.strides[0] + p.kh) * ((strip - 1) * p.strides[1] + p.kw)
             return config.threads * (window * pixel + CACHE_LINE + outputs)
-        seen_rows = max(p.kh * (p.kw // tiling.chunk[0]), (tiling.rows - 1) * p.strides[0] + p.kh)
-        addresses = seen_rows * tiling.form().span
+        form = tiling.form()
+        addresses = max(p.kh * (p.kw // form.taps), form.seen_rows) * form.span
         return config.threads * (8 * addresses + outputs + tiling.columns * vector_bytes())
 
     def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
