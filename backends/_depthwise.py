@@ -15,6 +15,7 @@ from convdispatch.backends._depthwise_tile import (
     high_tile,
     leave,
     place,
+    rows_together,
 )
 from convdispatch.backends._epilogue import RELU6, finish
 from convdispatch.backends._jit import compilable
@@ -103,9 +104,10 @@ def in_place(form: DepthwiseForm) -> CompiledKernel:  # noqa: C901, PLR0915
             tiles = (min(strip, last_column - begin) + tile * apart - 1) // (tile * apart)
             row = first_row
             while row < last_row:
-                n, oh = divmod(row, rows)
+                n = row // rows
+                row, together = rows_together(row, max(n * rows, first_row), min((n + 1) * rows, last_row), high)
+                oh = row - n * rows
                 above = oh * sh - top
-                together = high if oh + high <= rows and row + high <= last_row else 1
                 fits = above >= 0 and above + (high - 1) * sh + kh <= height
                 for task in range(tiles * phases):
                     number, phase = divmod(task, phases)

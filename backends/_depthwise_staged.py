@@ -10,7 +10,7 @@ import functools
 import numpy as np
 
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
-from convdispatch.backends._depthwise_tile import DepthwiseForm, ending, flat_tile, high_tile, place
+from convdispatch.backends._depthwise_tile import DepthwiseForm, ending, flat_tile, high_tile, place, rows_together
 from convdispatch.backends._epilogue import RELU6, finish
 from convdispatch.backends._jit import compilable
 from convdispatch.backends._layout import whole_lines
@@ -73,7 +73,7 @@ def staged(form: DepthwiseForm) -> CompiledKernel:
                     _fill(pixels + i * line, pixel, x[n], (corner[0] + i, corner[1]), taken, itemsize)
                 done = 0
                 while done < count:
-                    together = high if done + high <= count else 1
+                    done, together = rows_together(done, 0, count, high)
                     for from_column in range(begin, end, tile):
                         ow = min(from_column, end - tile)
                         seen = pixels + done * sh * line + (ow - first) * sw * pixel, line, taps * pixel, jump

@@ -69,6 +69,18 @@ def place(outputs, first, down, across):  # type: ignore[no-untyped-def]
             outputs[i, j] = first + i * down + j * across
 
 
+@compilable
+def rows_together(row, first, end, high):  # type: ignore[no-untyped-def]
+    """Return where a tile of a run of rows begins, and how many it has: ``high``, or one.
+
+    If more than half of a tile is left at the end, it is moved back; it does some rows again.
+    """
+    left = end - row
+    if left < high <= end - first and 2 * left > high:
+        return end - high, high
+    return row, (high if high <= left else 1)
+
+
 @inlined
 def ending(bias, zero, residual, out, code, itemsize):  # type: ignore[no-untyped-def]
     """Return how sums begin and end.

@@ -1,19 +1,19 @@
 """``depthwise``: every channel, or every few, have their own filters, so vectors lie along the channels.
 
 A tile is a run of outputs along one row, a vector of channels each, summed in registers. For each row of the filter
-that lies inside the image, every pixel under the tile is loaded once and multiplied with all the taps that meet it
-(as in Zhang, Lo & Lu: High Performance Depthwise and Pointwise Convolutions on Mobile Devices, 2020). Channels are
-the innermost loop, as they are in memory, and then come columns and rows: the image is walked once. One too wide for
-that is walked in strips of columns, so that the rows a filter needs again stay in L2. Groups of a few channels share
-vectors: a pixel's channels are spread so that each meets the lanes of all its group's filters. Under a dilated
-filter, outputs share pixels with those a dilation away, so these make a tile. Under a 3x3 filter, a tile may have two
-rows of outputs, which share half of the rows that they see. What is outside the image is skipped, or read at the
-address of a vector of zeros: nothing is copied. But where the pixels under a tile want the same few places of L1, what
-a tile sees may be staged. Bias, residual and activation are applied in registers.
+that lies inside the image, every pixel under the tile is loaded once and multiplied with all the taps that meet it (as
+in Zhang, Lo & Lu: High Performance Depthwise and Pointwise Convolutions on Mobile Devices, 2020). Channels are the
+innermost loop, as they are in memory, and then come columns and rows: the image is walked once. One too wide for that
+is walked in strips of columns, so that the rows a filter needs again stay in L2. Groups of a few channels share
+vectors: a pixel's channels are spread so that each meets the lanes of all its group's filters. Under a dilated filter,
+outputs share pixels with those a dilation away, so these make a tile. Under a filter of 3x3, 5x5 or 7x7, a tile may
+have several rows of outputs, which share most of the rows that they see. What is outside the image is skipped, or read
+at the address of a vector of zeros: nothing is copied. But where the pixels under a tile want the same few places of
+L1, what a tile sees may be staged. Bias, residual and activation are applied in registers.
 
-Ends overlap: the last tile of a row and the last vector of a pixel are moved back until they fit, and do some outputs
-again; there are tiles of several lengths, so that this is little. So nothing outside the arrays is touched, and every
-vector is whole.
+Ends overlap: the last tile of a row, that of some rows, and the last vector of a pixel are moved back until they fit,
+and do some outputs again; there are tiles of several lengths, so that this is little. So nothing outside the arrays is
+touched, and every vector is whole.
 """
 
 import functools
@@ -47,12 +47,12 @@ _LENGTHS = (14, 12, 10, 9, 7, 5, 4, 1)
 #: Of those whose tiles overlap least, or a little more, so many are tried; shorter ones only where no other fits.
 _OVERLAP, _TRIED, _SHORT = 1.04, 3, 4
 #: Rows of outputs that share the pixels they see, and the columns of such a tile, by the number of vector registers:
-#: sums, all taps of a filter and an input fit in them.
-_HIGH_TILES = {32: ((2, 7),), 16: ()}
+#: sums, the rows of taps that a row of pixels meets, and an input fit in them.
+_HIGH_TILES = {32: ((2, 7), (4, 4)), 16: ((2, 4), (2, 3))}
 #: Taps of a row that are done together, held in registers, if the filter's width is a multiple of theirs.
 _TAPS = (7, 5, 3)
-#: Filters of so many rows and columns, one a channel, are done whole where they lie inside the image.
-_DOWN = 3
+#: Filters of so many rows and as many columns, one a channel, are done whole where they lie inside the image.
+_WHOLE = (3, 5, 7)
 _MOST_HIGH = 4
 #: A filter up to this width that is no such multiple is done a row at a time, a wider one by taps.
 _WIDEST = 31
@@ -113,23 +113,30 @@ class _Tiling:
         rows = max(1, min(p.oh, (_STAGE_BYTES // line - p.kh) // p.strides[0] + 1))
         return rows, strip, pixel
 
-    def cut(self, threads: int) -> tuple[int, int]:
-        """Return into how many pieces rows, of all images, and columns are cut.
+    def cut(self, threads: int) -> tuple[tuple[int, int], tuple[int, int], int]:
+        """Return how long rows, of all images, and columns are, and into how many pieces they are cut.
 
-        Rows are shared out; or columns, by whole tiles, if there are too few rows. Channels are not: every pixel would
-        have a line of cache that two threads write.
+        Rows are shared out; or columns, if there are too few rows. Channels are not: every pixel would have a line of
+        cache that two threads write. Columns are counted by whole tiles, and so are rows, unless threads would have
+        unequal shares. Last is how many rows are counted as one.
         """
-        rows, tiles = self.seen.n * self.seen.oh, max(1, self.seen.ow // self.whole)
+        rows, wide = self.seen.n * self.seen.oh, max(1, self.seen.ow // self.whole)
         jobs = pieces(self.seen.flops / _FLOPS, threads)
-        by_columns = rows < _ROWS * jobs and tiles > rows
-        return (1, min(jobs, tiles)) if by_columns else (max(1, min(jobs, rows)), 1)
+        if rows < _ROWS * jobs and wide > rows:
+            return (rows, 1), (wide, min(jobs, wide)), 1
+        tiles = -(-rows // self.rows)
+        as_one = self.rows if jobs > threads or tiles % jobs == 0 else 1
+        high = -(-rows // as_one)
+        return (high, max(1, min(jobs, high))), (wide, 1), as_one
 
     def jobs(self, threads: int) -> Array:
         """Return jobs, each some rows of all images and some columns of these: where they begin and end."""
-        p, tiles, (down, across) = self.seen, max(1, self.seen.ow // self.whole), self.cut(threads)
-        parts = grid((p.n * p.oh, down), (tiles, across)).copy()
+        p, (down, across, as_one) = self.seen, self.cut(threads)
+        parts = grid(down, across).copy()
+        parts[:, :2] = np.minimum(parts[:, :2] * as_one, p.n * p.oh)
         parts[:, 2:] *= self.whole
-        parts[parts[:, 3] == tiles * self.whole, 3] = p.ow  # less than a tile is moved back, but not into another job
+        whole = across[0] * self.whole
+        parts[parts[:, 3] == whole, 3] = p.ow  # less than a tile is moved back, but not into another job
         return parts
 
     def form(self) -> DepthwiseForm:
@@ -137,7 +144,7 @@ class _Tiling:
         p, (taps, stride) = self.seen, self.chunk
         group = (p.group_c, p.group_k) if _shares_vectors(p) else (1, 1)
         return DepthwiseForm(
-            self.columns, self.rows, _DOWN if _done_whole(p, self.columns) else 0, taps, stride,
+            self.columns, self.rows, p.kh if _done_whole(p, self.columns) else 0, taps, stride,
             taps > 1 and p.dilations[1] > 1, *group, _lanes(p, vector_bytes()), item_bytes(p.dtype),
         )  # fmt: skip
 
@@ -161,7 +168,7 @@ class Depthwise(PackedBackend):
     """Vectors along the channels, each of a group of few or of its own; any filter, stride, dilation and padding."""
 
     name = "depthwise"
-    version = 9
+    version = 10
 
     def rejects_plain(self, problem: Problem) -> str | None:
         """Return None, or why the problem is not depthwise, or that integers are missing."""
@@ -222,7 +229,8 @@ class Depthwise(PackedBackend):
         if tiling.is_staged:
             again = (p.kh - 1) / (tiling.stage[0] * p.strides[0])
             seconds += math.prod(p.input_shape) * size * (1 + again) / _STAGED_BYTES
-        used = min(config.threads, machine.cores, math.prod(tiling.cut(config.threads)))
+        (_, down), (_, across), _ = tiling.cut(config.threads)
+        used = min(config.threads, machine.cores, down * across)
         traffic = (math.prod(problem.input_shape) + math.prod(p.output_shape)) * size
         missed = max(0, traffic - machine.caches[2] // 2) / _MEMORY_BYTES_PER_SECOND
         return _rates.shared(seconds + missed, used)
@@ -308,9 +316,10 @@ def _high(problem: Problem, config: Config) -> int:
 def _fits(problem: Problem, config: Config) -> bool:
     """Return whether a problem has tiles of so many rows and columns."""
     p, rows, columns = problem, config.integer("rows", 1), _tile(config)
+    met = min(p.kh, (rows - 1) * p.strides[0] + 1) * p.kw  # taps that a row of pixels meets
     return (
         p.group_k == 1 and p.strides[0] == p.strides[1] and p.dilations == (1, 1) and _done_whole(p, columns)
-        and rows <= p.oh and columns <= p.ow
+        and rows <= p.oh and columns <= p.ow and rows * columns + met < registers()
     )  # fmt: skip
 
 
@@ -344,7 +353,8 @@ def _chunk(problem: Problem, tile: int) -> tuple[int, int]:
 def _done_whole(problem: Problem, tile: int) -> bool:
     """Return whether all rows of a filter are done together, where they lie inside the image."""
     p = problem
-    return p.kh == p.kw == _chunk(p, tile)[0] == _DOWN and (p.group_c == p.group_k == 1 or not _shares_vectors(p))
+    whole = p.kh == p.kw == _chunk(p, tile)[0] and p.kh in _WHOLE
+    return whole and (p.group_c == p.group_k == 1 or not _shares_vectors(p))
 
 
 def _shares_vectors(problem: Problem) -> bool:

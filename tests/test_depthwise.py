@@ -87,17 +87,25 @@ def test_float64() -> None:
 
 
 @given(
-    images=st.integers(1, 3), height=st.integers(3, 19), width=st.integers(9, 40), channels=st.sampled_from((16, 21)),
-    stride=st.sampled_from(("1", "2", "2x1", "1x2")), pads=st.tuples(*[st.integers(0, 3)] * 4),
-    rows=st.sampled_from((2, 2, 3)), threads=st.integers(1, 3),
-    words=st.sampled_from(["", "+bias +relu6", "+bias +residual", "+residual +silu"]),
+    images=st.integers(1, 3), height=st.integers(7, 19), width=st.integers(9, 40), channels=st.sampled_from((16, 21)),
+    side=st.sampled_from((3, 3, 5, 7)), stride=st.sampled_from(("1", "2", "2x1", "1x2")),
+    pads=st.tuples(*[st.integers(0, 3)] * 4), tile=st.sampled_from(((2, 7), (4, 4), (2, 4), (3, 5))),
+    threads=st.integers(1, 3), words=st.sampled_from(["", "+bias +relu6", "+bias +residual", "+residual +silu"]),
 )  # fmt: skip
 def test_rows_of_outputs_that_share_pixels(
-    images: int, height: int, width: int, channels: int, stride: str, pads: tuple[int, ...], rows: int, threads: int,
-    words: str,
+    images: int, height: int, width: int, channels: int, side: int, stride: str, pads: tuple[int, ...],
+    tile: tuple[int, int], threads: int, words: str,
 ) -> None:  # fmt: skip
-    text = f"{images}x{height}x{width}x{channels} * 3x3x1x{channels} pad={','.join(map(str, pads))} stride={stride}"
-    check(Problem.parse(f"{text} {words}"), Config(columns=7, rows=rows, threads=threads))
+    shapes = f"{images}x{height}x{width}x{channels} * {side}x{side}x1x{channels}"
+    text = f"{shapes} pad={','.join(map(str, pads))} stride={stride} {words}"
+    check(Problem.parse(text), Config(rows=tile[0], columns=tile[1], threads=threads))
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_the_last_rows_of_a_job_are_a_tile_moved_back(staged: bool) -> None:
+    for images, height, threads in ((1, 7, 1), (2, 13, 1), (3, 7, 2), (1, 3, 2)):
+        problem = Problem.parse(f"{images}x{height}x9x16 * 3x3x1x16 SAME +bias +residual +silu")
+        check(problem, Config(columns=4, rows=4, threads=threads, staged=staged))
 
 
 def test_only_what_is_done_whole_shares_rows() -> None:
@@ -105,10 +113,18 @@ def test_only_what_is_done_whole_shares_rows() -> None:
         configs = DEPTHWISE.configs(Problem.parse(text), "exhaustive")
         return max(config.integer("rows", 1) for config in configs)
 
-    assert most("1x56x56x144 * 3x3x1x144 SAME stride=2") == (2 if registers() == 32 else 1)
+    many = registers() == 32
+    assert most("1x56x56x144 * 3x3x1x144 SAME") == (4 if many else 2)
+    assert most("1x56x56x144 * 5x5x1x144 SAME stride=2") == most("1x56x56x144 * 7x7x1x144 SAME") == (2 if many else 1)
     for text in ("SAME dilation=2", "SAME stride=3", "SAME stride=2x1"):
         assert most(f"1x56x56x144 * 3x3x1x144 {text}") == 1
-    for shapes in ("56x56x144 * 5x5x1x144", "56x56x144 * 3x3x1x288", "56x56x144 * 3x3x4x144", "1x56x144 * 3x3x1x144"):
+    for shapes in (
+        "56x56x144 * 3x5x1x144",
+        "56x56x144 * 9x9x1x144",
+        "56x56x144 * 3x3x1x288",
+        "56x56x144 * 3x3x4x144",
+        "1x56x144 * 3x3x1x144",
+    ):
         assert most(f"1x{shapes} SAME") == 1
 
 
