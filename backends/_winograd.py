@@ -202,17 +202,17 @@ def _entering_groups(algorithm: Algorithm, share: int, lanes: int, itemsize: int
 def _pass(inputs, weights, ahead, runs, outputs, rows, vectors, share, lanes, itemsize):  # type: ignore[no-untyped-def]
     """Store the products of ``rows`` tiles at one point, whose values and products lie as ``_tile`` tells.
 
-    Of each tile, ``runs[0]`` times ``runs[1]`` values count, ``share`` at a time; each run fills up vectors. The next
-    point's filters, ``ahead`` bytes further, are sent for meanwhile: where filters come from far caches, that saves up
-    to a third of the time.
+    Of each tile, ``runs[0]`` times ``runs[1]`` values count, ``share`` at a time; each run fills up vectors. Meanwhile
+    the next point's filters are sent for: ``ahead`` is the address of the first ones, and how far each step goes on.
     """
+    sent, further = ahead
     sums, room = zeros(rows, vectors, lanes, itemsize), -(-runs[1] // lanes) * lanes
     step = vectors * lanes * itemsize
     for run in range(runs[0]):
         for c in range(0, runs[1], share):
             sums = multiply_add(sums, rows, inputs, (run * room + c) * itemsize, weights, share)
-            prefetch_filters(sums, rows, weights + ahead)
-            weights += step
+            prefetch_filters(sums, rows, sent)
+            weights, sent = weights + step, sent + further
     store(sums, rows, outputs, 0)
 
 
@@ -252,22 +252,26 @@ def _multiplier(heights: Sequence[int], vectors: int, share: int, lanes: int, it
     most, step, make = heights[0], vectors * lanes * itemsize, _passes(heights, vectors, share, lanes, itemsize)
 
     @compilable
-    def multiply(values, count, packed, point_bytes, runs, products, points):  # type: ignore[no-untyped-def]
+    def multiply(values, count, packed, point_bytes, runs, products, points, ahead):  # type: ignore[no-untyped-def]
         """Store ``values [points, count * padded] @ packed [points, values that are summed, block]``.
 
         A pixel is ``runs[0]`` times ``runs[1]`` values. The tiles are shared out evenly among passes. What a register
-        tile is too high is products of the next tiles, or of what lies behind the last.
+        tile is too high is products of the next tiles, or of what lies behind the last. Filters come a point ``ahead``,
+        or as they are read; then it is always the same line that is sent for, which costs next to nothing.
         """
         padded = runs[0] * -(-runs[1] // lanes) * lanes * itemsize
         passes = -(-count // most)
-        for point in range(points):  # a point's filters come from a far cache once, and stay for the other passes
-            weights = packed + point * point_bytes
-            entered = values[0] + point * values[1] * itemsize
-            left = products[0] + point * products[1] * itemsize
-            for number in range(passes):
-                first = number * count // passes
-                now = (number + 1) * count // passes - first
-                make(now, (entered + first * padded, padded), weights, point_bytes, runs, (left + first * step, step))
+        each, longer = count // passes, count % passes  # here, since a division takes as long as some steps of a pass
+        gap, gap_left = values[1] * itemsize - count * padded, products[1] * itemsize - count * step
+        entered, left, number = values[0], products[0], 0
+        coming, further = (packed + point_bytes, step) if ahead else (packed, 0)
+        for _ in range(points * passes):  # a point's filters come from a far cache once, and stay for its other passes
+            now = each + (number < longer)
+            make(now, (entered, padded), packed, (coming, further), runs, (left, step))
+            entered, left, number = entered + now * padded, left + now * step, number + 1
+            if number == passes:
+                entered, left, number = entered + gap, left + gap_left, 0
+                packed, coming = packed + point_bytes, coming + point_bytes
 
     return multiply
 
@@ -397,7 +401,7 @@ def _leaving(algorithm: Algorithm, share: int, lanes: int, itemsize: int) -> Any
 ARGUMENTS = Arguments(
     input=array_of(4), filters=array_of(5), bias=array_of(1), residual=array_of(4), out=array_of(4),
     pads=integers_of(2), strides=integers_of(2), dilations=integers_of(2), groups=INTEGER, code=INTEGER, slope=FLOAT,
-    parts=array_of(2, "int64"), spoiled=INTEGER,
+    ahead=INTEGER, parts=array_of(2, "int64"), spoiled=INTEGER,
 )  # fmt: skip
 unpack = ARGUMENTS.unpack
 _SPOILED_AT = 8 * ARGUMENTS.at["spoiled"]
@@ -420,7 +424,9 @@ def compiled(
 
     def convolve(arguments, number):  # type: ignore[no-untyped-def]
         """Compute the tiles ``part[0:2]`` for the blocks of filters ``part[2:4]``."""
-        x, u, bias, residual, out, pads, strides, dilations, groups, code, slope, parts, _ = unpack(arguments, itemsize)
+        x, u, bias, residual, out, pads, strides, dilations, groups, code, slope, ahead, parts, _ = unpack(
+            arguments, itemsize
+        )
         first, last, first_block, last_block = parts[number]
         group_k, per_group = out.shape[3] // groups, u.shape[1]
         group_c = x.shape[3] // groups
@@ -461,7 +467,7 @@ def compiled(
                     )  # fmt: skip
             packed = u.ctypes.data + task * points * point_bytes
             added = bias.ctypes.data + task * step if bias.size else 0
-            multiply(values, count, packed, point_bytes, runs, products, points)
+            multiply(values, count, packed, point_bytes, runs, products, points, ahead)
             valid = min(block, group_k - member * block)
             doubts = leave(
                 products, added, tiles, first, count, step, out, residual, group * group_k + member * block, valid,
