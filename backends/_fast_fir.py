@@ -200,7 +200,7 @@ def compiled(m: int, rows: int, vectors: int, taps: int, lanes: int, itemsize: i
                     put_line(
                         putter, out, residual, image, first + r, left * m, right, stage, r, 0, code, slope, itemsize,
                     )  # fmt: skip
-        report(doubts, lanes, half[0], arguments + _SPOILED_AT)
+        report(doubts, arguments + _SPOILED_AT)
         hold(scratch), hold(half)
         return 1
 

@@ -391,6 +391,18 @@ def add_doubts(typing: Any, doubts: Any, tile: Any) -> tuple[Any, Codegen]:
 
 
 @intrinsic
+def any_doubt(typing: Any, doubts: Any) -> tuple[Any, Codegen]:
+    """Return whether a lane of ``add_doubts``' vector is not 0."""
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        lanes = b.fcmp_unordered("!=", arguments[0], ir.Constant(doubts.ir, None))
+        every = ir.IntType(doubts.lanes)
+        return b.icmp_unsigned("!=", b.bitcast(lanes, every), ir.Constant(every, 0))
+
+    return types.boolean(doubts), codegen
+
+
+@intrinsic
 def part(typing: Any, tile: Any, number: Any, count: Any) -> tuple[Any, Codegen]:
     """Return part ``number`` of a tile, each of ``count`` vectors."""
     length = count.literal_value

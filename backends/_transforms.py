@@ -3,9 +3,8 @@
 from convdispatch.backends._atomics import write
 from convdispatch.backends._jit import compilable, inlined
 from convdispatch.backends._memory import CACHE_LINE
-from convdispatch.backends._tile import linear, load_apart, save_apart
+from convdispatch.backends._tile import any_doubt, linear, load_apart, save_apart
 from convdispatch.backends._toomcook import strided
-from convdispatch.backends._vector import save
 
 transform_input = linear(lambda m, r, stride: strided(m, r, stride).bt)
 transform_output = linear(lambda m, r, stride: strided(m, r, stride).at)
@@ -31,9 +30,7 @@ def leave_columns(products, between, half, m, r, stride, n, across, lanes, items
 
 
 @compilable
-def report(doubts, lanes, check, word):  # type: ignore[no-untyped-def]
-    """Set the word at an address to 1 if a lane of ``add_doubts``' vector is not 0; it is stored in ``check``."""
-    save(check.ctypes.data, doubts)
-    for lane in range(lanes):
-        if check[lane] != 0:
-            write(word, 1)
+def report(doubts, word):  # type: ignore[no-untyped-def]
+    """Set the word at an address to 1 if a lane of ``add_doubts``' vector is not 0."""
+    if any_doubt(doubts):
+        write(word, 1)

@@ -473,7 +473,7 @@ def compiled(
                 products, added, tiles, first, count, step, out, residual, group * group_k + member * block, valid,
                 dilations, code, slope, doubts, half, done,
             )  # fmt: skip
-        report(doubts, lanes, done, arguments + _SPOILED_AT)
+        report(doubts, arguments + _SPOILED_AT)
         hold(scratch)
         return 1
 

@@ -172,7 +172,7 @@ def compiled(form: RowForm) -> CompiledKernel:  # noqa: C901, PLR0915
                         pixels = out[image, oh + i, first * m : (end - 1) * m + inside]
                         _finish(pixels[:, first_group * group_k : last_group * group_k], code, slope)
                 row += count
-        report(doubts, lanes, np.empty(lanes, x.dtype), arguments + _SPOILED_AT)
+        report(doubts, arguments + _SPOILED_AT)
         hold(memory), hold(outputs)
         return 1
 

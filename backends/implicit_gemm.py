@@ -106,7 +106,7 @@ def _cut(problem: Problem, rows: int, blocks: int, threads: int) -> tuple[int, i
     most = max(1, min(cached // max(1, images // tiles), _CACHED_TABLE // ((2 + p.kh * p.kw) * rows * 8)))
     wanted = pieces(p.flops / _FLOPS, threads)
     down = -(-tiles // most)
-    if down >= wanted or filters < images:  # cut the larger of input and filters
+    if down >= wanted or filters < images or blocks < threads:  # cut the larger of input and filters, if it can be cut
         down = max(down, wanted)
     down = min(tiles, _MOST_RANGES, -(-down // threads) * threads if down > 1 else 1)  # as many for each thread
     return tiles, down, min(blocks, -(-wanted // down))
@@ -130,7 +130,7 @@ class ImplicitGemm(PackedBackend):
     """Tiles of outputs summed in registers, the input read where it lies; any filter, stride and padding."""
 
     name = "implicit_gemm"
-    version = 14
+    version = 15
 
     def configs(self, problem: Problem, effort: Effort) -> Sequence[Config]:
         """Return tiles, the one with the smallest estimate first."""

@@ -221,6 +221,19 @@ def test_threads_and_pickling_change_no_bit() -> None:
     np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("text", [
+    "1x49x10x1 * 10x4x1x64 SAME stride=2",  # filters larger than the image, but of a single block
+    "1x8x8x16 * 3x3x16x16 SAME",
+    "1x1x1x480 * 1x1x480x512 VALID",  # a single tile
+])  # fmt: skip
+def test_small_layers_have_work_for_every_thread(text: str) -> None:
+    problem = Problem.parse(text)
+    for rows, vectors in register_tiles():
+        blocks = -(-problem.k * 4 // (vectors * vector_bytes()))
+        tiles = -(-problem.oh * problem.ow // rows)
+        assert len(implicit_gemm._parts(problem, rows, blocks, 2)) >= min(2, max(tiles, blocks))
+
+
 def test_few_sums_are_for_a_single_vector_of_filters() -> None:
     lanes = vector_bytes() // 4
     for k in (lanes, 2 * lanes, 64 * lanes):
