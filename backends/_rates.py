@@ -4,14 +4,23 @@ import math
 from collections.abc import Callable, Sequence
 
 from convdispatch.backend import Config, Effort
+from convdispatch.backends._vector import whole_units
 from convdispatch.machine import Machine, current
 
 #: FLOP/s of one core for each byte of vector width, in float32.
 _PEAK_PER_BYTE = 1.8e9
 #: Bytes a second that a thread reads from caches beyond its own, or from memory, if it reads on and on.
 _CACHED_BYTES, _MEMORY_BYTES = 6.4e10, 2e10
+#: What backends' rates were measured on does vectors of 64 bytes by halves. Cores with two units for whole ones, and
+#: with ways to their caches to match, do so many times as much.
+_WHOLE_UNITS = 2.1
 #: Lines of cache so many bytes apart want the same places of L1: it is looked up by what a page keeps.
 _L1_PERIOD = 4096
+
+
+def pace() -> float:
+    """Return how many times as fast as backends' rates say cores are here."""
+    return _WHOLE_UNITS if whole_units() else 1.0
 
 
 def peak(machine: Machine, itemsize: int) -> float:
@@ -38,16 +47,15 @@ def ranked(
     return best[: few if effort in {"estimate", "measure"} else None]
 
 
-def shared(
-    seconds: float, used: int, *, efficiency: float = 0.97, call: float = 1.5e-6, launch: float = 1.5e-6
-) -> float:
+def shared(seconds: float, used: int, *, efficiency: float = 0.97, call: float = 1.5e-6, launch: float = 1e-6) -> float:
     """Return the seconds of a call.
 
     Args:
-        seconds: of its work on one thread.
+        seconds: of its work on one thread, by rates that ``pace`` brings up to date.
         used: threads that there is work for.
         efficiency: part of their speed that several threads reach together.
         call: seconds that any call takes besides.
         launch: seconds that it takes to have several threads begin.
     """
-    return seconds / (efficiency * used) + call + launch if used > 1 else seconds + call
+    work = seconds / pace()
+    return work / (efficiency * used) + call + launch if used > 1 else work + call

@@ -46,6 +46,11 @@ def halves_are_free() -> bool:
     return _processor() in _HALVES
 
 
+def whole_units() -> bool:
+    """Return whether cores have two units for the widest vectors: twice as fast, then, as those that make do."""
+    return vector_bytes() == WIDEST and not halves_are_free()
+
+
 @functools.cache
 def _processor() -> str:
     """Return LLVM's name of what Numba compiles for."""

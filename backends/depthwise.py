@@ -207,29 +207,19 @@ class Depthwise(PackedBackend):
     def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return the time of products, loads and stores by tile, or of the traffic if that takes longer."""
         tiling = _tiling(problem, config)
-        p, tile, high, (taps, stride) = tiling.seen, tiling.columns, tiling.rows, tiling.chunk
+        p, tile = tiling.seen, tiling.columns
         lanes, size = _lanes(p, machine.vector_bytes), item_bytes(p.dtype)
         tiles = p.n * p.oh * -(-p.ow // tile) * -(-p.k // lanes)
-        loads: float = p.kw // taps * ((tile - 1) * stride + 2 * taps)
-        loads *= ((high - 1) * p.strides[0] + p.kh) / (high * p.kh)
-        row = _FMA_SECONDS_PER_BYTE * lanes * size * tile * p.kw + _LOAD_SECONDS * loads
-        row *= 1 if p.group_c == 1 else 0.75 * p.group_c
-        beside = taps * p.group_c + 2  # a row of taps, a pixel, and what that is spread to
-        if p.group_c > 1 and tile + beside > registers() >= _TILES[registers()][-1] + beside:
-            row *= _SPILLED
-        elif p.group_c > 3 and tile > _TILES[registers()][1]:
-            row *= _CROWDED
-        a_tile = row * _rows_inside(p) + _TILE_SECONDS / high
-        places = _places(p, machine)
-        if tiling.pixels > places and p.group_c == 1 and not tiling.is_staged:
-            a_tile = max(a_tile, tiling.pixels / high * _WAITING_SECONDS / math.sqrt(places))
-        seconds = tiles * a_tile
+        (_, down), (_, across), _ = tiling.cut(config.threads)
+        rows = max(1, min(p.oh, -(-p.n * p.oh // down)))  # of a job, in one image
+        together, alone = _shared_out(rows, tiling.rows)
+        seconds = together * _row_seconds(tiling, tiling.rows, machine) + alone * _row_seconds(tiling, 1, machine)
+        seconds *= tiles / rows
         if not _shares_vectors(p) or p.epilogue.code > RELU6:
             seconds += tiles * tile * lanes * (_VALUE_SECONDS if p.epilogue.code <= RELU6 else 3 * _VALUE_SECONDS)
         if tiling.is_staged:
             again = (p.kh - 1) / (tiling.stage[0] * p.strides[0])
             seconds += math.prod(p.input_shape) * size * (1 + again) / _STAGED_BYTES
-        (_, down), (_, across), _ = tiling.cut(config.threads)
         used = min(config.threads, machine.cores, down * across)
         traffic = (math.prod(problem.input_shape) + math.prod(p.output_shape)) * size
         missed = max(0, traffic - machine.caches[2] // 2) / _MEMORY_BYTES_PER_SECOND
@@ -257,16 +247,44 @@ class Depthwise(PackedBackend):
 
 _FLOPS = 8e10  # a second of a core, about, by which work is cut
 _ROWS = 2  # of a job at least, or jobs are too uneven
-_FMA_SECONDS_PER_BYTE = 4.3e-12  # of a vector
-_LOAD_SECONDS = 2e-10
+_FMA_SECONDS_PER_BYTE = 3e-12  # of a vector
+_LOAD_SECONDS = 8e-10  # of a pixel's vector, from L2 as often as not
 _SPILLED = 1.6  # a tile and the filters of several channels do not all stay in registers, as a shorter tile's do
 _CROWDED = 1.3  # they do, but nothing else does
-_TILE_SECONDS = 15e-9
+_TILE_SECONDS = 8e-9
 _WAITING_SECONDS = 9e-9  # of a pixel for which L1 has a single place; measured with 8, 16 and 32
 _FEW_PLACES = 32  # with so many it does not pay to stage pixels
 _STAGED_BYTES = 8e10  # a second
 _VALUE_SECONDS = 1.5e-9  # of an output that is finished by itself
 _MEMORY_BYTES_PER_SECOND = 8e9
+
+
+def _shared_out(rows: int, high: int) -> tuple[int, int]:
+    """Return how many of a job's rows are done in tiles of so many, some of them again, and how many alone."""
+    tiles, left = divmod(rows, high)
+    if tiles and 2 * left > high:
+        return (tiles + 1) * high, 0
+    return tiles * high, left
+
+
+def _row_seconds(tiling: _Tiling, high: int, machine: Machine) -> float:
+    """Return what one row takes of a tile of so many, for a vector of filters."""
+    p, tile, (taps, stride) = tiling.seen, tiling.columns, tiling.chunk
+    lanes, size = _lanes(p, machine.vector_bytes), item_bytes(p.dtype)
+    loads: float = p.kw // taps * ((tile - 1) * stride + taps)
+    loads *= ((high - 1) * p.strides[0] + p.kh) / (high * p.kh)
+    row = _FMA_SECONDS_PER_BYTE * lanes * size * tile * p.kw + _LOAD_SECONDS * loads
+    row *= 1 if p.group_c == 1 else 0.75 * p.group_c
+    beside = taps * p.group_c + 2  # a row of taps, a pixel, and what that is spread to
+    if p.group_c > 1 and tile + beside > registers() >= _TILES[registers()][-1] + beside:
+        row *= _SPILLED
+    elif p.group_c > 3 and tile > _TILES[registers()][1]:
+        row *= _CROWDED
+    seconds = row * _rows_inside(p) + _TILE_SECONDS / high
+    places, pixels = _places(p, machine), tiling.pixels
+    if pixels > places and p.group_c == 1 and not tiling.is_staged:
+        seconds = max(seconds, pixels / tiling.rows * _WAITING_SECONDS / math.sqrt(places))
+    return seconds
 
 
 def _tile(config: Config) -> int:
@@ -295,8 +313,10 @@ def _may_stage(problem: Problem) -> bool:
 
 
 def _places(problem: Problem, machine: Machine) -> float:
-    """Return how many pixels L1 has places for; those of a single row come in time anyway."""
-    return math.inf if problem.kh == 1 else _rates.places(problem.c * item_bytes(problem.dtype), machine)
+    """Return how many pixels L1 has places for; neighbours in a single row come in time anyway."""
+    p = problem
+    apart = p.c * item_bytes(p.dtype) * p.dilations[1]
+    return math.inf if p.kh == p.dilations[1] == 1 else _rates.places(apart, machine)
 
 
 def _waits(problem: Problem, config: Config, machine: Machine) -> bool:

@@ -23,6 +23,7 @@ import numpy as np
 
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config, Effort, Kernel, Numerics, item_bytes
+from convdispatch.backends import _rates
 from convdispatch.backends._threads import run_numpy, split, too_many
 from convdispatch.backends._windows import overlap
 from convdispatch.errors import ArgumentError
@@ -41,6 +42,7 @@ _FFT_FLOPS_PER_SECOND = 2e10
 _GEMM_FLOPS_PER_VECTOR_BYTE = 1.2e9
 _SECONDS_PER_LINE, _SECONDS_PER_POINT = 8e-9, 0.7e-9
 _COPY_BYTES_PER_SECOND, _SPECTRA_BYTES_PER_SECOND = 4e9, 1.2e10
+_TILES_OF_A_THREAD = 4  # with fewer, several threads take no less time than one
 _SECONDS_PER_PRODUCT, _SECONDS_PER_GEMM, _SECONDS_PER_BLOCK, _SECONDS_PER_LAUNCH = 1.2e-9, 6e-8, 6e-5, 1e-4
 _NARROW = 32  # vector bytes of a common machine, by which configs are ranked
 
@@ -378,7 +380,8 @@ def _seconds(problem: Problem, cut: _Cut, threads: int, vector_bytes: int) -> fl
     blocks = math.prod(-(-n // part) for n, part in zip((p.n, *cut.tiles), cut.block, strict=True))
     calls = blocks * _SECONDS_PER_BLOCK * (p.group_k if p.group_c == 1 else 1)
     busy = _busy_seconds(p, cut.lengths, cut.tiles, blocks, vector_bytes)
-    return float((busy + calls) / threads**0.7) + (_SECONDS_PER_LAUNCH if threads > 1 else 0)
+    shared = threads > 1 and p.n * math.prod(cut.tiles) >= _TILES_OF_A_THREAD * threads
+    return float((busy + calls) / (threads**0.7 if shared else 1)) + (_SECONDS_PER_LAUNCH if threads > 1 else 0)
 
 
 def _busy_seconds(
@@ -429,7 +432,7 @@ class Fft(Backend):
     def estimate(self, problem: Problem, config: Config, machine: Machine) -> float | None:
         """Return the time of transforms, products and copies, at measured rates."""
         threads = min(config.threads, machine.cores)
-        return _seconds(problem, _cut(problem, config), threads, machine.vector_bytes)
+        return _seconds(problem, _cut(problem, config), threads, machine.vector_bytes) / _rates.pace()
 
     def prepare(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> Kernel:  # noqa: ARG002
         """Spread the taps over their phases and places, and transform them."""

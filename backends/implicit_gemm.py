@@ -194,7 +194,7 @@ class ImplicitGemm(PackedBackend):
         compute = 2 * tiles * rows * blocks * block * p.taps * _met(p, rows) / peak * loads
         if _is_in_line(p, rows):
             copied = _staged(p, -(-tiles // down), rows) * p.groups * down * across if _is_staged(p) else 0
-            each = tiles * blocks * 8e-9 + copied / _STAGED_BYTES_PER_SECOND
+            each = tiles * blocks * _TILE_SECONDS[rows > _FEW_ROWS] + copied / _STAGED_BYTES_PER_SECOND
         else:
             each = tiles * (blocks * 15e-9 + rows * (4e-9 + _border(p) * p.kh * p.kw * 2e-9))
         filters = blocks * block * p.taps * item_bytes(p.dtype)
@@ -268,6 +268,9 @@ def _crowding(problem: Problem, rows: int, machine: Machine) -> float:
     apart = p.strides[1] * p.c * item_bytes(p.dtype)
     return 1 + _CROWDED * max(0.0, rows / _rates.places(apart, machine) - 1) ** 2
 
+
+#: To finish a tile of few rows, and one of more, whose sums leave no registers for that.
+_FEW_ROWS, _TILE_SECONDS = 8, (8e-9, 5e-8)
 
 _NARROW = 1.1  # measured: there are more loads and instructions for as many products
 

@@ -72,7 +72,7 @@ _HEIGHTS = {
 _WASTE = 1.05
 
 #: Filters are sent for ahead if they take more than this part of the last cache. Both is tried from the second part on.
-_AHEAD, _DOUBTFUL = 0.6, 0.25
+_AHEAD, _DOUBTFUL = 0.5, 0.25
 
 #: A dilation may make so many pictures, be there pixels for all of them or not.
 _PICTURES = 1 << 10

@@ -33,7 +33,7 @@ from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._row_passes import RowForm
 from convdispatch.backends._threads import grid, pieces, too_many
 from convdispatch.backends._toomcook import amplification, roundings, strided
-from convdispatch.backends._vector import registers, vector_bytes
+from convdispatch.backends._vector import registers, vector_bytes, whole_units
 from convdispatch.backends._winograd_rows import compiled
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine
@@ -269,7 +269,10 @@ class WinogradRows(PackedBackend):
         rows = p.n * p.oh * p.strides[0] + blocks * max(0, _reach(p, 1) - p.strides[0])
         entered = rows * p.groups * cut.tiles * (cut.seen / cut.strip)
         work += entered * _ENTERING * form.n * -(-form.room // form.lanes)
-        return _rates.shared(work * instruction, min(config.threads, machine.cores, parts))
+        seconds = work * instruction
+        if (all_filters := depth * form.n * p.k * form.itemsize) > machine.caches[1]:  # each pass has them come
+            seconds += p.n * p.oh * -(-cut.tiles // form.together) * _rates.filter_seconds(all_filters, machine)
+        return _rates.shared(seconds, min(config.threads, machine.cores, parts))
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Transform the filters in float64 and round them once."""
@@ -302,12 +305,14 @@ _ENTERING = 2.2  # instructions of a vector for a point of a tile, its load and 
 def _pass(problem: Problem, form: RowForm) -> float:
     """Return how many products' time a pass takes.
 
-    Every point's filters are loaded once for all tiles, and a value for each of these: with AVX-512, in half the time.
+    Every point's filters are loaded once for all tiles, and a value for each of these: where products are done by
+    halves, in half the time.
     Points in turn take the loop over rows and chunks once each, and their sums are stored, and loaded again.
     """
     p, tiles, n, m = problem, form.together, form.n, form.m
     loops = p.kh * -(-p.kw // form.r)
-    loads = 1.1 + (tiles if registers() == 16 else 0.6 * tiles)
+    by_halves = registers() == 32 and not whole_units()
+    loads = 1.1 + (0.6 if by_halves else 1.0) * tiles
     products = loops * p.group_c * (max(tiles, loads) + 0.1)
     turn = 10 * loops + 1.5 * tiles + 5 if form.in_turn else 0
     leaving = 0.6 * n * (1 + m / 2) + 2 * m + (n if form.in_turn else 0)
