@@ -58,6 +58,32 @@ class Algorithm:
         return down, across
 
 
+@dataclass(frozen=True)
+class Passes:
+    """What the products of a kernel are compiled for.
+
+    Attributes:
+        heights: rows of the register tiles, the highest first.
+        vectors: of a row.
+        share: groups that share a vector.
+        ahead: whether filters are sent for a point ahead.
+        lanes: values of a vector.
+        itemsize: bytes of a value.
+    """
+
+    heights: tuple[int, ...]
+    vectors: int
+    share: int
+    ahead: bool
+    lanes: int
+    itemsize: int
+
+    @property
+    def step(self) -> int:
+        """Bytes of a block's filters, or products, of one value that is summed."""
+        return self.vectors * self.lanes * self.itemsize
+
+
 @outlined
 def _copy_patch(patch, x, where, steps, fold, group_c, high, wide, itemsize):  # type: ignore[no-untyped-def]
     """Copy a tile's high x wide pixels to a patch, zeros where they lie outside the image.
@@ -198,80 +224,79 @@ def _entering_groups(algorithm: Algorithm, share: int, lanes: int, itemsize: int
     return enter_group
 
 
-@inlined
-def _pass(inputs, weights, ahead, runs, outputs, rows, vectors, share, lanes, itemsize):  # type: ignore[no-untyped-def]
-    """Store the products of ``rows`` tiles at one point, whose values and products lie as ``_tile`` tells.
+def _pass(form: Passes, rows: int) -> Any:
+    """Return what makes a pass by register tiles of so many rows."""
+    vectors, share, ahead, lanes, itemsize, step = (
+        form.vectors, form.share, form.ahead, form.lanes, form.itemsize, form.step
+    )  # fmt: skip
 
-    Of each tile, ``runs[0]`` times ``runs[1]`` values count, ``share`` at a time; each run fills up vectors. Meanwhile
-    the next point's filters are sent for: ``ahead`` is the address of the first ones, and how far each step goes on.
-    """
-    sent, further = ahead
-    sums, room = zeros(rows, vectors, lanes, itemsize), -(-runs[1] // lanes) * lanes
-    step = vectors * lanes * itemsize
-    for run in range(runs[0]):
-        for c in range(0, runs[1], share):
-            sums = multiply_add(sums, rows, inputs, (run * room + c) * itemsize, weights, share)
-            prefetch_filters(sums, rows, sent)
-            weights, sent = weights + step, sent + further
-    store(sums, rows, outputs, 0)
+    @inlined
+    def make(inputs, weights, point_bytes, runs, outputs):  # type: ignore[no-untyped-def]
+        """Store the products of ``rows`` tiles at one point, whose values and products lie as ``_tile`` tells.
+
+        Of each tile, ``runs[0]`` times ``runs[1]`` values count, ``share`` at a time; each run fills up vectors. The
+        filters of the next point, sent for meanwhile or not, are ``point_bytes`` further.
+        """
+        sums, room = zeros(rows, vectors, lanes, itemsize), -(-runs[1] // lanes) * lanes
+        for run in range(runs[0]):
+            for c in range(0, runs[1], share):
+                sums = multiply_add(sums, rows, inputs, (run * room + c) * itemsize, weights, share)
+                if ahead:
+                    prefetch_filters(sums, rows, weights + point_bytes)
+                weights += step
+        store(sums, rows, outputs, 0)
+
+    return make
 
 
-def _passes(heights: Sequence[int], vectors: int, share: int, lanes: int, itemsize: int) -> Any:
-    """Return what makes a pass for so many tiles by the lowest register tile that holds them.
-
-    Args:
-        heights: rows of the register tiles, the highest first.
-        vectors: of a row.
-        share: groups that share a vector.
-        lanes: values of a vector.
-        itemsize: bytes of a value.
-    """
+def _passes(form: Passes, heights: Sequence[int]) -> Any:
+    """Return what makes a pass for so many tiles by the lowest register tile that holds them, of so many rows."""
     rows, *lower = heights
+    make_highest = _pass(form, rows)
     if not lower:
 
         @inlined
-        def make_lowest(_, inputs, weights, ahead, runs, outputs):  # type: ignore[no-untyped-def]
-            _pass(inputs, weights, ahead, runs, outputs, rows, vectors, share, lanes, itemsize)
+        def make_lowest(_, inputs, weights, point_bytes, runs, outputs):  # type: ignore[no-untyped-def]
+            make_highest(inputs, weights, point_bytes, runs, outputs)
 
         return make_lowest
-    less, make_lower = lower[0], _passes(lower, vectors, share, lanes, itemsize)
+    less, make_lower = lower[0], _passes(form, lower)
 
     @inlined
-    def make(count, inputs, weights, ahead, runs, outputs):  # type: ignore[no-untyped-def]
+    def make(count, inputs, weights, point_bytes, runs, outputs):  # type: ignore[no-untyped-def]
         if count > less:
-            _pass(inputs, weights, ahead, runs, outputs, rows, vectors, share, lanes, itemsize)
+            make_highest(inputs, weights, point_bytes, runs, outputs)
         else:
-            make_lower(count, inputs, weights, ahead, runs, outputs)
+            make_lower(count, inputs, weights, point_bytes, runs, outputs)
 
     return make
 
 
 @functools.cache
-def _multiplier(heights: Sequence[int], vectors: int, share: int, lanes: int, itemsize: int) -> Any:
-    """Return what multiplies by such register tiles; see ``_passes``."""
-    most, step, make = heights[0], vectors * lanes * itemsize, _passes(heights, vectors, share, lanes, itemsize)
+def _multiplier(form: Passes) -> Any:
+    """Return what multiplies."""
+    most, step, make, lanes, itemsize = (
+        form.heights[0], form.step, _passes(form, form.heights), form.lanes, form.itemsize
+    )  # fmt: skip
 
     @compilable
-    def multiply(values, count, packed, point_bytes, runs, products, points, ahead):  # type: ignore[no-untyped-def]
+    def multiply(values, count, packed, point_bytes, runs, products, points):  # type: ignore[no-untyped-def]
         """Store ``values [points, count * padded] @ packed [points, values that are summed, block]``.
 
         A pixel is ``runs[0]`` times ``runs[1]`` values. The tiles are shared out evenly among passes. What a register
-        tile is too high is products of the next tiles, or of what lies behind the last. Filters come a point ``ahead``,
-        or as they are read; then it is always the same line that is sent for, which costs next to nothing.
+        tile is too high is products of the next tiles, or of what lies behind the last.
         """
         padded = runs[0] * -(-runs[1] // lanes) * lanes * itemsize
         passes = -(-count // most)
         each, longer = count // passes, count % passes  # here, since a division takes as long as some steps of a pass
         gap, gap_left = values[1] * itemsize - count * padded, products[1] * itemsize - count * step
         entered, left, number = values[0], products[0], 0
-        coming, further = (packed + point_bytes, step) if ahead else (packed, 0)
         for _ in range(points * passes):  # a point's filters come from a far cache once, and stay for its other passes
             now = each + (number < longer)
-            make(now, (entered, padded), packed, (coming, further), runs, (left, step))
+            make(now, (entered, padded), packed, point_bytes, runs, (left, step))
             entered, left, number = entered + now * padded, left + now * step, number + 1
             if number == passes:
-                entered, left, number = entered + gap, left + gap_left, 0
-                packed, coming = packed + point_bytes, coming + point_bytes
+                entered, left, number, packed = entered + gap, left + gap_left, 0, packed + point_bytes
 
     return multiply
 
@@ -401,32 +426,24 @@ def _leaving(algorithm: Algorithm, share: int, lanes: int, itemsize: int) -> Any
 ARGUMENTS = Arguments(
     input=array_of(4), filters=array_of(5), bias=array_of(1), residual=array_of(4), out=array_of(4),
     pads=integers_of(2), strides=integers_of(2), dilations=integers_of(2), groups=INTEGER, code=INTEGER, slope=FLOAT,
-    ahead=INTEGER, parts=array_of(2, "int64"), spoiled=INTEGER,
+    parts=array_of(2, "int64"), spoiled=INTEGER,
 )  # fmt: skip
 unpack = ARGUMENTS.unpack
 _SPOILED_AT = 8 * ARGUMENTS.at["spoiled"]
 
 
 @functools.cache
-def compiled(
-    algorithm: Algorithm, fold: int, staged: int, share: int, heights: tuple[int, ...], vectors: int, lanes: int,
-    itemsize: int,
-) -> CompiledKernel:  # fmt: skip
-    """Return the kernel of an algorithm, with register tiles of so many rows, the highest first.
-
-    If ``staged``, groups are copied; so many groups ``share`` a vector, and are one to this kernel.
-    """
-    (m0, m1), (n0, n1), block = algorithm.m, algorithm.n, vectors * lanes
-    points, step = n0 * n1, block * itemsize
+def compiled(algorithm: Algorithm, fold: int, staged: int, passes: Passes) -> CompiledKernel:
+    """Return the kernel of an algorithm; if ``staged``, groups are copied. Groups that share a vector are one to it."""
+    (m0, m1), (n0, n1), share, lanes, itemsize = algorithm.m, algorithm.n, passes.share, passes.lanes, passes.itemsize
+    points, step, block = n0 * n1, passes.step, passes.vectors * lanes
     enter, leave = _entering(algorithm, lanes, itemsize), _leaving(algorithm, share, lanes, itemsize)
     enter_group = _entering_groups(algorithm, share, lanes, itemsize)
-    least, multiply = heights[-1], _multiplier(heights, vectors, share, lanes, itemsize)
+    least, multiply = passes.heights[-1], _multiplier(passes)
 
     def convolve(arguments, number):  # type: ignore[no-untyped-def]
         """Compute the tiles ``part[0:2]`` for the blocks of filters ``part[2:4]``."""
-        x, u, bias, residual, out, pads, strides, dilations, groups, code, slope, ahead, parts, _ = unpack(
-            arguments, itemsize
-        )
+        x, u, bias, residual, out, pads, strides, dilations, groups, code, slope, parts, _ = unpack(arguments, itemsize)
         first, last, first_block, last_block = parts[number]
         group_k, per_group = out.shape[3] // groups, u.shape[1]
         group_c = x.shape[3] // groups
@@ -467,7 +484,7 @@ def compiled(
                     )  # fmt: skip
             packed = u.ctypes.data + task * points * point_bytes
             added = bias.ctypes.data + task * step if bias.size else 0
-            multiply(values, count, packed, point_bytes, runs, products, points, ahead)
+            multiply(values, count, packed, point_bytes, runs, products, points)
             valid = min(block, group_k - member * block)
             doubts = leave(
                 products, added, tiles, first, count, step, out, residual, group * group_k + member * block, valid,

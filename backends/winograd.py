@@ -31,7 +31,7 @@ from convdispatch.backends._threads import grid, too_many
 from convdispatch.backends._toomcook import amplification, roundings, strided
 from convdispatch.backends._transforms import odd_lines
 from convdispatch.backends._vector import registers, vector_bytes
-from convdispatch.backends._winograd import Algorithm, compiled, is_staged, stage_shape
+from convdispatch.backends._winograd import Algorithm, Passes, compiled, is_staged, stage_shape
 from convdispatch.backends._winograd_filters import transformed
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine, current
@@ -414,13 +414,14 @@ class Winograd(PackedBackend):
         values = {
             "filters": packed, "bias": added.reshape(-1), "pads": p.pads[::2], "strides": p.strides,
             "dilations": p.dilations, "groups": form.groups, "code": p.epilogue.code, "slope": p.epilogue.slope,
-            "ahead": int(_ahead(p, config, current())), "parts": parts,
+            "parts": parts,
         }  # fmt: skip
         size, staged = item_bytes(p.dtype), int(is_staged(p.groups, p.dilations))
-        algorithm, tiles = Algorithm(form.m, form.r, form.stride), (_HEIGHTS[registers()][jobs.vectors], jobs.vectors)
-        make = functools.partial(
-            compiled, algorithm, form.fold, staged, form.share, *tiles, vector_bytes() // size, size
-        )
+        passes = Passes(
+            _HEIGHTS[registers()][jobs.vectors], jobs.vectors, form.share, _ahead(p, config, current()),
+            vector_bytes() // size, size,
+        )  # fmt: skip
+        make = functools.partial(compiled, Algorithm(form.m, form.r, form.stride), form.fold, staged, passes)
         return PackedKernel(make, p, values, len(parts), config.threads)
 
 
