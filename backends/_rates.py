@@ -18,9 +18,9 @@ _WHOLE_UNITS = 2.1
 _L1_PERIOD = 4096
 
 
-def pace() -> float:
-    """Return how many times as fast as backends' rates say cores are here."""
-    return _WHOLE_UNITS if whole_units() else 1.0
+def pace(whole: float = _WHOLE_UNITS) -> float:
+    """Return how many times as fast as backends' rates say cores are here: so many with two units for whole vectors."""
+    return whole if whole_units() else 1.0
 
 
 def peak(machine: Machine, itemsize: int) -> float:
@@ -47,7 +47,10 @@ def ranked(
     return best[: few if effort in {"estimate", "measure"} else None]
 
 
-def shared(seconds: float, used: int, *, efficiency: float = 0.97, call: float = 1.5e-6, launch: float = 1e-6) -> float:
+def shared(
+    seconds: float, used: int, *, efficiency: float = 0.97, call: float = 1.5e-6, launch: float = 1e-6,
+    whole: float = _WHOLE_UNITS,
+) -> float:  # fmt: skip
     """Return the seconds of a call.
 
     Args:
@@ -56,6 +59,7 @@ def shared(seconds: float, used: int, *, efficiency: float = 0.97, call: float =
         efficiency: part of their speed that several threads reach together.
         call: seconds that any call takes besides.
         launch: seconds that it takes to have several threads begin.
+        whole: what ``pace`` is told.
     """
-    work = seconds / pace()
+    work = seconds / pace(whole)
     return work / (efficiency * used) + call + launch if used > 1 else work + call

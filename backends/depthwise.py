@@ -213,7 +213,8 @@ class Depthwise(PackedBackend):
         (_, down), (_, across), _ = tiling.cut(config.threads)
         rows = max(1, min(p.oh, -(-p.n * p.oh // down)))  # of a job, in one image
         together, alone = _shared_out(rows, tiling.rows)
-        seconds = together * _row_seconds(tiling, tiling.rows, machine) + alone * _row_seconds(tiling, 1, machine)
+        seconds = together * _row_seconds(tiling, tiling.rows, machine)
+        seconds += alone * _row_seconds(tiling, 1, machine) if alone else 0
         seconds *= tiles / rows
         if not _shares_vectors(p) or p.epilogue.code > RELU6:
             seconds += tiles * tile * lanes * (_VALUE_SECONDS if p.epilogue.code <= RELU6 else 3 * _VALUE_SECONDS)

@@ -223,7 +223,9 @@ class Numba(Backend):
         outputs = p.n * p.oh * p.ow * p.k * (2e-9 if not p.epilogue.code else 6e-9)
         used = min(threads, p.n * p.oh)
         coming = _rates.filter_seconds(p.k * p.taps * item_bytes(p.dtype), machine)
-        return _rates.shared(products + outputs + coming, used, efficiency=0.9, call=10e-6, launch=_LAUNCH_SECONDS)
+        return _rates.shared(
+            products + outputs + coming, used, efficiency=0.9, call=10e-6, launch=_LAUNCH_SECONDS, whole=1.0
+        )
 
     def prepare(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> Kernel:
         """Copy the filters; compile for the dtype if that has not been done."""

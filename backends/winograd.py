@@ -157,7 +157,7 @@ def _known_sizes(problem: Problem) -> tuple[int, ...]:
 
 
 def _form(problem: Problem, config: Config) -> _Form:
-    p, stride = problem, problem.strides[0]
+    p = problem
     sizes = _known_sizes(p)
     known = [(size, False) for size in sizes] + [(_FOLDED_SIZE, True)] * _folds(p)
     m, folded = config.get("m", 4 if 4 in sizes or not sizes else sizes[0]), config.get("folded", not sizes)
@@ -165,6 +165,12 @@ def _form(problem: Problem, config: Config) -> _Form:
         wanted = " or ".join(f"m={size}" + ", folded=True" * fold for size, fold in known)
         given = f"m={m!r}, folded={folded!r}" if "folded" in config else f"m={m!r}"
         raise ArgumentError(f"winograd's config needs {wanted}, the side of an output tile; got {given}")
+    return _form_of(p, m, folded)
+
+
+@functools.lru_cache(maxsize=1024)
+def _form_of(problem: Problem, m: int, folded: bool) -> _Form:
+    p, stride = problem, problem.strides[0]
     if folded:
         taps = -(-p.kh // stride)
         return _Form((m, m), (taps, taps), 1, stride, stride * p.c, 1, p.k)
@@ -307,19 +313,18 @@ def _matrix(m: int, r: int, stride: int) -> Array:
     return np.array(strided(m, r, stride).g, np.float64)
 
 
-def _filter_bytes(problem: Problem, config: Config) -> int:
+def _filter_bytes(problem: Problem, form: _Form) -> int:
     """Return the bytes of the transformed filters."""
-    form = _form(problem, config)
     return form.points * form.depth * problem.k * item_bytes(problem.dtype)
 
 
-def _ahead(problem: Problem, config: Config, machine: Machine) -> bool:
+def _ahead(filter_bytes: int, config: Config, machine: Machine) -> bool:
     """Return whether filters are sent for a point ahead: as the config says, or if they crowd the last cache.
 
     Where they come from memory, that saves up to a third of the time. Where they come from the last cache, one after
     another as they are read, a core of Zen 5 sends for them well enough by itself, and loses a tenth.
     """
-    asked = config.get("ahead", _filter_bytes(problem, config) > _AHEAD * machine.caches[2])
+    asked = config.get("ahead", filter_bytes > _AHEAD * machine.caches[2])
     if not isinstance(asked, bool):
         raise ArgumentError(f"config ahead of winograd must be true or false; got {asked!r}")
     return asked
@@ -361,11 +366,10 @@ class Winograd(PackedBackend):
         """Return the tile sizes, first the one with the smallest estimate here."""
         here = current()
         choices = [Config(m=m) for m in _sizes(problem)]
-        choices += [
-            Config(config, ahead=not _ahead(problem, config, here))
-            for config in choices
-            if _filter_bytes(problem, config) > _DOUBTFUL * here.caches[2]
-        ]
+        for config in tuple(choices):
+            filter_bytes = _filter_bytes(problem, _form(problem, config))
+            if filter_bytes > _DOUBTFUL * here.caches[2]:
+                choices.append(Config(config, ahead=not _ahead(filter_bytes, config, here)))
         choices += [Config(m=_FOLDED_SIZE, folded=True)] * _folds(problem)
         return sorted(choices, key=lambda config: self.estimate_plain(problem, config, here))
 
@@ -383,20 +387,7 @@ class Winograd(PackedBackend):
 
     def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return the seconds of the products, the transforms, and the filters' traffic."""
-        p, form, size = problem, _form(problem, config), item_bytes(problem.dtype)
-        jobs = _jobs(p, form, config.threads)
-        n, m, width, filters = form.n, form.m, machine.vector_bytes / 64 * 4 / size, jobs.blocks * jobs.block
-        products = 2 * form.points * form.depth * jobs.tiles * jobs.filters * jobs.waste / (_FLOPS * width)
-        entered = form.groups * form.padded(machine.vector_bytes // size)
-        lengths = _transformed_lengths(n), _transformed_lengths(n, m)
-        values = jobs.tiles * (lengths[0] * entered * jobs.across + lengths[1] * filters)
-        touched = form.groups * form.points * form.fold + math.prod(m) * jobs.blocks
-        pixels = jobs.tiles * touched * _PIXEL_SECONDS
-        filter_bytes = _filter_bytes(p, config)
-        coming = jobs.down * _rates.filter_seconds(filter_bytes, machine)
-        transforms = values * (max(n) / form.stride + 1) / 2 / (_TRANSFORM_VALUES * width * 4)
-        used = min(config.threads, machine.cores, jobs.down * jobs.across)
-        return _rates.shared(products + transforms + pixels + coming, used)
+        return _seconds(problem, _form(problem, config), config.threads, machine)
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Transform the filters in float64 and round them once."""
@@ -417,12 +408,28 @@ class Winograd(PackedBackend):
             "parts": parts,
         }  # fmt: skip
         size, staged = item_bytes(p.dtype), int(is_staged(p.groups, p.dilations))
-        passes = Passes(
-            _HEIGHTS[registers()][jobs.vectors], jobs.vectors, form.share, _ahead(p, config, current()),
-            vector_bytes() // size, size,
-        )  # fmt: skip
+        heights, ahead = _HEIGHTS[registers()][jobs.vectors], _ahead(_filter_bytes(p, form), config, current())
+        passes = Passes(heights, jobs.vectors, form.share, ahead, vector_bytes() // size, size)
         make = functools.partial(compiled, Algorithm(form.m, form.r, form.stride), form.fold, staged, passes)
         return PackedKernel(make, p, values, len(parts), config.threads)
+
+
+@functools.lru_cache(maxsize=1024)
+def _seconds(problem: Problem, form: _Form, threads: int, machine: Machine) -> float:
+    """Return what is estimated; asked for again for each config that says more than the form."""
+    p, size = problem, item_bytes(problem.dtype)
+    jobs = _jobs(p, form, threads)
+    n, m, width, filters = form.n, form.m, machine.vector_bytes / 64 * 4 / size, jobs.blocks * jobs.block
+    products = 2 * form.points * form.depth * jobs.tiles * jobs.filters * jobs.waste / (_FLOPS * width)
+    entered = form.groups * form.padded(machine.vector_bytes // size)
+    lengths = _transformed_lengths(n), _transformed_lengths(n, m)
+    values = jobs.tiles * (lengths[0] * entered * jobs.across + lengths[1] * filters)
+    touched = form.groups * form.points * form.fold + math.prod(m) * jobs.blocks
+    pixels = jobs.tiles * touched * _PIXEL_SECONDS
+    coming = jobs.down * _rates.filter_seconds(_filter_bytes(p, form), machine)
+    transforms = values * (max(n) / form.stride + 1) / 2 / (_TRANSFORM_VALUES * width * 4)
+    used = min(threads, machine.cores, jobs.down * jobs.across)
+    return _rates.shared(products + transforms + pixels + coming, used)
 
 
 def _in_turn(values: Array, form: _Form) -> Array:
