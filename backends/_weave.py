@@ -17,6 +17,7 @@ from convdispatch.backends._vector import (
     load_at,
     opaque,
     parts_of,
+    spaced,
     store_past,
 )
 
@@ -49,6 +50,36 @@ def add_rows(typing: Any, tile: Any, rows: Any, inputs: Any, step: Any, filters:
         return context.make_tuple(b, signature.return_type, sums)
 
     return tile(tile, rows, inputs, step, filters, taps), codegen
+
+
+@intrinsic
+def add_rows_of_all(
+    typing: Any, tile: Any, rows: Any, inputs: Any, step: Any, filters: Any, apart: Any, taps: Any
+) -> tuple[Any, Codegen]:
+    """Do as ``add_rows`` does for some filters, whose values are ``apart`` bytes apart: each input is loaded for all.
+
+    Of each row of the tile there is a vector for each of the filters.
+    """
+    count, height, vector = rows.literal_value, taps.literal_value, tile.dtype
+    together, size = len(tile) // count, vector.itemsize
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        values, _, place, down, packed, between, _ = arguments
+        sums, scalar = parts_of(b, values, len(tile)), vector.ir.element
+        weights = [
+            [broadcast(b, load_at(b, scalar, each, t * size, size), vector.lanes) for t in range(height)]
+            for each in spaced(b, packed, between, together)
+        ]
+        for i in range(count + height - 1):
+            x = load_at(b, vector.ir, place, 0, size)
+            place = b.add(place, down)
+            for r in range(max(0, i - height + 1), min(count, i + 1)):
+                for k in range(together):
+                    at = r * together + k
+                    sums[at] = fused_multiply_add(b, x, weights[k][i - r], sums[at], vector)
+        return context.make_tuple(b, signature.return_type, sums)
+
+    return tile(tile, rows, inputs, step, filters, apart, taps), codegen
 
 
 def _pick(b: Any, vectors: list[Any], places: list[tuple[int, int]]) -> Any:
@@ -145,13 +176,16 @@ def unwoven(typing: Any, address: Any, count: Any, lanes: Any, itemsize: Any) ->
 
 
 @intrinsic
-def woven(typing: Any, tile: Any) -> tuple[Any, Codegen]:
-    """Return a tile's vectors interleaved."""
+def woven(typing: Any, tile: Any, rows: Any) -> tuple[Any, Codegen]:
+    """Return the tile with the vectors of each row interleaved."""
+    together = len(tile) // rows.literal_value
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        return context.make_tuple(b, tile, _together(b, parts_of(b, arguments[0], len(tile))))
+        sums = parts_of(b, arguments[0], len(tile))
+        lines = [_together(b, sums[at : at + together]) for at in range(0, len(tile), together)]
+        return context.make_tuple(b, tile, [value for line in lines for value in line])
 
-    return tile(tile), codegen
+    return tile(tile, rows), codegen
 
 
 @intrinsic

@@ -15,8 +15,9 @@ border is no special case. NCHW images are planes already: small filters read al
 results are a plane of their own, and groups are images, each with its own filters. Rows dilated by d are d images, each
 of every d-th row. With strides, every s-th row and every s-th column get planes of their own, and each plane meets its
 own part of the filter without strides. Nothing is ever written outside the output: the last tile of a row or column
-moves back over its neighbour, and what is smaller than a tile, or has to be interleaved with other filters' results, is
-staged in scratch memory.
+moves back over its neighbour, and what is smaller than a tile is staged in scratch memory. So are the results of
+several filters, which have to be interleaved; but a tile of one vector in each row may have the sums of all of two to
+four filters: then each input is loaded once for all of them, and they are interleaved in registers.
 """
 
 import functools
@@ -42,7 +43,7 @@ from convdispatch.backends._taps import by_chunks, chunks, taps_together
 from convdispatch.backends._threads import split
 from convdispatch.backends._tile import add_to_all, register_tile, store, zeros
 from convdispatch.backends._vector import halves_are_free, registers, vector_bytes
-from convdispatch.backends._weave import add_rows
+from convdispatch.backends._weave import add_rows, add_rows_of_all, woven
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem
@@ -57,6 +58,8 @@ _TILES = {32: ((8, 2), (12, 1), (4, 4), (4, 2)), 16: ((4, 2), (8, 1), (4, 1))}
 _RUNS, _RUN_BYTES = {32: 16, 16: 8}, 32
 #: A filter of up to this many values is not worth a copy of what it reads.
 _IN_PLACE = 100
+#: Filters at most whose sums are in one tile, by the number of vector registers; least and most rows of such a tile.
+_TOGETHER, _ROWS = {32: 4, 16: 3}, {32: (4, 12), 16: (3, 5)}
 
 
 #: ``filters`` is ``[K, C // groups, KH * KW]``, in the order of ``_packed``, and ``chunks [parts, 4]`` tells of each
@@ -74,26 +77,35 @@ unpack = _ARGUMENTS.unpack
 
 
 @inlined
+def _add(sums, rows, source, step, packed, apart, taps, together):  # type: ignore[no-untyped-def]
+    """Add some rows of one column of a filter, or of as many filters as are done ``together``."""
+    if together == 1:
+        return add_rows(sums, rows, source, step, packed, taps)
+    return add_rows_of_all(sums, rows, source, step, packed, apart, taps)
+
+
+@inlined
 def _sums(  # type: ignore[no-untyped-def]
-    source, step, apart, between, packed, channels, chunks, shifts, rows, vectors, taps, fewer, lanes, itemsize
-):
-    """Return a tile's sums of one filter, whose values lie at ``packed``.
+    source, step, apart, between, packed, own, channels, chunks, shifts, rows, wide, together, taps, fewer, lanes,
+    itemsize,
+):  # fmt: skip
+    """Return a tile's sums of one filter, whose values lie at ``packed``, or of some, ``own`` bytes for each.
 
     The tile's rows of input are ``step`` bytes apart from ``source`` on, channels ``apart``, and what the parts of the
-    filter meet ``between``.
+    filter meet ``between``. A row of the tile is ``wide`` vectors of one filter, or a vector of each.
     """
-    sums = zeros(rows, vectors, lanes, itemsize)
+    sums = zeros(rows, wide, lanes, itemsize)
     for c in range(channels):
         for a in range(chunks.shape[0]):
             taken = source + a * between + c * apart
             for _ in range(chunks[a, 0]):
                 for j in range(chunks[a, 2], chunks[a, 3]):
-                    sums = add_rows(sums, rows, taken + shifts[j], step, packed, taps)
+                    sums = _add(sums, rows, taken + shifts[j], step, packed, own, taps, together)
                     packed += taps * itemsize
                 taken += taps * step
             for _ in range(chunks[a, 1]):
                 for j in range(chunks[a, 2], chunks[a, 3]):
-                    sums = add_rows(sums, rows, taken + shifts[j], step, packed, fewer)
+                    sums = _add(sums, rows, taken + shifts[j], step, packed, own, fewer, together)
                     packed += fewer * itemsize
                 taken += fewer * step
     return sums
@@ -101,15 +113,16 @@ def _sums(  # type: ignore[no-untyped-def]
 
 @functools.cache
 def _compiled(  # noqa: C901, PLR0915
-    rows: int, vectors: int, taps: int, along: bool, lanes: int, itemsize: int
+    rows: int, vectors: int, together: int, taps: int, along: bool, lanes: int, itemsize: int
 ) -> CompiledKernel:  # fmt: skip
     """Return the kernel of one tile that takes a filter's rows ``taps`` at a time, or one fewer.
 
-    If it lies ``along`` a row, what are rows of sums elsewhere are neighbouring vectors, and so on.
+    If it lies ``along`` a row, what are rows of sums elsewhere are neighbouring vectors, and so on. If several filters
+    are done ``together``, these are all, and their results are interleaved in registers.
     """
     run = vectors * lanes
     high, across = (1, rows * run) if along else (rows, run)
-    fewer = max(1, taps - 1)
+    fewer, wide = max(1, taps - 1), vectors * together
 
     def convolve(arguments, number):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
         """Compute the panels from ``part[0]`` to ``part[1]``: ``high * shape[0]`` by ``across * shape[1]`` outputs."""
@@ -125,8 +138,8 @@ def _compiled(  # noqa: C901, PLR0915
         parted = 1 if along else chunks.shape[0]  # parts of the filter that meet planes of their own
         # Rows of the filter that meet every ``sh``-th of the image.
         kh = 1 if along else chunks[0, 0] * taps + chunks[0, 1] * fewer
-        together = sw * channels  # planes that are filled from one row of the image
-        planes = np.empty((parted * together, window[0], window[1]), x.dtype)
+        filled = sw * channels  # planes that are filled from one row of the image
+        planes = np.empty((parted * filled, window[0], window[1]), x.dtype)
         plane_step, line_step = planes.shape[1] * planes.shape[2] * itemsize, planes.shape[2] * itemsize
         # Images are of pixels, or planes of one channel each; so are results.
         sources, copies = (channels, filters) if planar else (1, 1)
@@ -139,20 +152,20 @@ def _compiled(  # noqa: C901, PLR0915
         # As whole numbers of one kind: an unsigned one and a signed one would make a float.
         here, there = np.int64(x.ctypes.data), np.int64(out.ctypes.data)
         more = np.int64(residual.ctypes.data) - there
-        filters_at, bias_at = np.int64(w.ctypes.data), np.int64(bias.ctypes.data)
+        filters_at, bias_at, own = np.int64(w.ctypes.data), np.int64(bias.ctypes.data), group_c * values * itemsize
         planes_at, stage_at = np.int64(planes.ctypes.data), np.int64(stage.ctypes.data)
         table = places.ctypes.data
         for task in range(part[0], part[1]):
             n, phase, top, bottom, left, right = place(
                 task, counts, all_rows, columns, dh, high * shape[0], across * shape[1]
             )
-            staged = filters > copies or right - left < across or bottom - top < high
+            staged = filters > copies * together or right - left < across or bottom - top < high
             if not in_place:
                 first_row, first_column = (phase + top * dh) * sh - pads[0], left * sw - pads[2]
                 for a in range(parted):
                     for c in range(sources):
                         fill(
-                            filler, planes_at + (a * together + c * sw) * plane_step, planes.shape,
+                            filler, planes_at + (a * filled + c * sw) * plane_step, planes.shape,
                             here + (n * sources + c) * image_step, image_shape, first_row + a, dh * sh, first_column,
                             sw, max(bottom - top, high) + kh - 1, max(right - left, across) + reach,
                         )  # fmt: skip
@@ -167,7 +180,7 @@ def _compiled(  # noqa: C901, PLR0915
                         places[r] = stage_at + (below * stage.shape[2] + beside) * itemsize
                     else:
                         line = (n * copies * all_rows + phase + (oh + below) * dh) * columns + left + beside
-                        places[r] = there + line * itemsize
+                        places[r] = there + line * together * itemsize
                 for tile in range((right - left + across - 1) // across):
                     ow = max(0, min(tile * across, right - left - across))
                     iw = left + ow - pads[2]
@@ -186,26 +199,29 @@ def _compiled(  # noqa: C901, PLR0915
                             )  # fmt: skip
                     if along:
                         step = run * itemsize
-                    for k in range(filters):
+                    for k in range(0, filters, together):
                         which = n % sets * filters + k
                         sums = _sums(
-                            source + k // group_k * group_c * apart, step, apart, 0 if along else together * plane_step,
-                            filters_at + which * group_c * values * itemsize, group_c, chunks, shifts,
-                            rows, vectors, taps, fewer, lanes, itemsize,
+                            source + k // group_k * group_c * apart, step, apart, 0 if along else filled * plane_step,
+                            filters_at + which * own, own, group_c, chunks, shifts,
+                            rows, wide, together, taps, fewer, lanes, itemsize,
                         )  # fmt: skip
                         if bias.size:
                             sums = add_to_all(sums, rows, bias_at + which * run * itemsize)
-                        offset = ow * itemsize
+                        offset = ow * together * itemsize
                         if staged:
                             store(sums, rows, table, offset + k * high * stage.shape[2] * itemsize)
                             continue
                         offset += k * all_rows * columns * itemsize  # of whom there are several only in planes
-                        past = streamed and (there + left * itemsize + offset) % CACHE_LINE == 0
+                        past = streamed and (there + left * together * itemsize + offset) % CACHE_LINE == 0
+                        if together > 1:
+                            sums = woven(sums, rows)
                         put_tile(sums, rows, table, offset, residual.size, more, code, past)
                         if code > RELU6:
                             for r in range(high):
-                                row = phase + (oh + r) * dh
-                                finish(results[n * copies + k, row, left + ow : left + ow + across, 0], code, slope)
+                                line = results[n * copies + k, phase + (oh + r) * dh, left + ow : left + ow + across]
+                                for i in range(together):
+                                    finish(line[:, i], code, slope)
                 if staged:
                     for r in range(count):
                         row = phase + (oh + r) * dh
@@ -231,6 +247,7 @@ class _Tile:
         turns: of a filter of one row, values that are so many apart are taken together; 0 for other tiles.
         height: most rows of a filter that share what is loaded; or values of its row.
         taps: of these, so many are taken at a time, or one fewer.
+        together: filters whose sums a tile has, all there are, to be interleaved in registers; or 1.
     """
 
     rows: int
@@ -239,6 +256,7 @@ class _Tile:
     along: bool
     turns: int
     height: int
+    together: int = 1
 
     @property
     def taps(self) -> int:
@@ -266,10 +284,21 @@ def _tile(problem: Problem, config: Config, vector: int) -> _Tile:
         raise ArgumentError(f"config along of image_rows is for filters of one row without strides; got {along!r}")
     rows, vectors = register_tile(config, "image_rows", _TILES[registers()])
     if not along:
-        return _Tile(rows, vectors, vector // size, along=False, turns=0, height=_without_strides(p).kh)
+        lanes, height = vector // size, _without_strides(p).kh
+        together = p.k if vectors == 1 and rows <= _rows_together(p, lanes) else 1
+        return _Tile(rows, vectors, lanes, along=False, turns=0, height=height, together=together)
     lanes = min(vector, _RUN_BYTES) // size
     turns = min(p.kw, lanes) if p.dilations[1] == 1 else p.kw  # dilated, no two values meet the same vectors
     return _Tile(rows * vectors, 1, lanes, along=True, turns=turns, height=-(-p.kw // turns))
+
+
+def _rows_together(problem: Problem, lanes: int) -> int:
+    """Return the rows of the highest tile that has the sums of all filters, and room for their taps; 0 if none does."""
+    p, (least, most) = problem, _ROWS[registers()]
+    if p.groups > 1 or not 2 <= p.k <= _TOGETHER[registers()] or _planar(p):
+        return 0
+    rows = min(most, max(least, registers() // p.k - taps_together(_without_strides(p).kh)), p.oh // p.dilations[0])
+    return rows if p.ow >= lanes else 0
 
 
 def _has_lines(problem: Problem) -> bool:
@@ -330,7 +359,7 @@ def _panels(problem: Problem, tile: _Tile) -> Panels:
     """Return how a problem is cut: planes, or one channel, under a small filter or lines are read where they lie."""
     p = problem
     in_place = (p.c == 1 or _planar(p)) and p.strides == (1, 1) and (tile.along or p.kh * p.kw <= _IN_PLACE)
-    return panels_of(_without_strides(p), *tile.shape, in_place, woven=_woven(p) > 1)
+    return panels_of(_without_strides(p), *tile.shape, in_place, woven=_woven(p) > tile.together)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -356,7 +385,7 @@ class ImageRows(PackedBackend):
     """Vectors of neighbouring columns, for images of few channels and filters of any size."""
 
     name = "image_rows"
-    version = 7
+    version = 8
     packing_cost = (5e-5, 1e-8)
     takes_planes = True
 
@@ -376,7 +405,9 @@ class ImageRows(PackedBackend):
 
     def configs_plain(self, problem: Problem, effort: Effort) -> Sequence[Config]:
         """Return tiles, the one with the smallest estimate first."""
-        choices = [Config(rows=rows, vectors=vectors) for rows, vectors in _TILES[registers()]]
+        rows = _rows_together(problem, vector_bytes() // item_bytes(problem.dtype))
+        tiles = dict.fromkeys((*_TILES[registers()], *[(rows, 1)] * (rows > 0)))
+        choices = [Config(rows=rows, vectors=vectors) for rows, vectors in tiles]
         if _has_lines(problem):
             choices.append(Config(rows=_RUNS[registers()], vectors=1, along=True))
         return _rates.ranked(choices, functools.partial(self.estimate_plain, problem), effort, 2)
@@ -400,11 +431,12 @@ class ImageRows(PackedBackend):
             products = max(tile.rows * p.kw, loads)
         else:
             rows_loaded = p.strides[0] * (tile.rows + tile.taps - 1) * -(-inner.kh // tile.taps)
-            products = p.kw * (0.8 * max(tile.rows * p.kh, 2 * rows_loaded) * tile.vectors + 4)
+            products = p.kw * (0.8 * max(tile.rows * p.kh * tile.together, 2 * rows_loaded) * tile.vectors + 4)
         peak = _rates.peak(machine, size)
         if tile.lanes * size < machine.vector_bytes and not halves_are_free():
             peak /= 2
-        compute = tiles * p.k * p.group_c * products * tile.lanes * 2 / peak + tiles * 20e-9
+        passes = p.k // tile.together * p.group_c
+        compute = tiles * passes * products * tile.lanes * 2 / peak + tiles * 20e-9
         pixels, outputs = p.n * p.h * p.w * p.c, p.n * p.oh * p.ow * p.k
         copies = 0.0
         if not panels.in_place:
@@ -433,7 +465,7 @@ class ImageRows(PackedBackend):
             "streamed": streams(p.output_shape, size, tile.run, p.ow * _woven(p)),
             "code": p.epilogue.code, "slope": p.epilogue.slope, "parts": np.array(parts, np.int64),
         }  # fmt: skip
-        constants = tile.rows, tile.vectors, tile.taps, tile.along, tile.lanes, size
+        constants = tile.rows, tile.vectors, tile.together, tile.taps, tile.along, tile.lanes, size
         return PackedKernel(functools.partial(_compiled, *constants), p, values, len(parts), config.threads)
 
 

@@ -93,7 +93,7 @@ def _compiled(channels: int, filters: int, planar: int, lanes: int, itemsize: in
             if planar:
                 put_tile(sums, filters, (to, between), 0, residual.size, more, code, past)
             else:
-                put_tile(woven(sums), 1, (to, between), 0, residual.size, more, code, past)
+                put_tile(woven(sums, 1), 1, (to, between), 0, residual.size, more, code, past)
             if code > RELU6:
                 start, runs = left + at * steps[1], filters if planar else 1
                 for run in range(runs):

@@ -96,6 +96,39 @@ def test_few_channels_and_filters(channels: int, filters: int) -> None:
 
 
 @given(
+    size=st.tuples(st.integers(5, 30), st.integers(LANES, 90)), filters=st.sampled_from((2, 3)),
+    kernel=st.tuples(st.sampled_from((3, 5)), st.integers(1, 7)), pads=st.tuples(*[st.integers(0, 9)] * 4),
+    steps=st.sampled_from(("", "stride=2", "dilation=2x3")), channels=st.sampled_from((1, 3)), seed=st.integers(0, 99),
+    words=st.sampled_from(["", "+bias +relu", "+bias +residual", "+residual +silu"]),
+)  # fmt: skip
+@examples(35)
+def test_filters_whose_sums_are_in_one_tile(
+    size: tuple[int, int], filters: int, kernel: tuple[int, int], pads: tuple[int, ...], steps: str, channels: int,
+    seed: int, words: str,
+) -> None:  # fmt: skip
+    (kh, kw), height, width = kernel, 2 * size[0] + 12, 2 * size[1] + 19
+    shapes = f"2x{height}x{width}x{channels} * {kh}x{kw}x{channels}x{filters}"
+    problem = Problem.parse(f"{shapes} pad={','.join(map(str, pads))} {steps} {words}")
+    config = Config(rows=4 if registers() == 32 else 3, vectors=1)
+    assert image_rows._tile(problem, config, vector_bytes()).together == filters
+    check(problem, config, seed)
+
+
+def test_who_interleaves_in_registers() -> None:
+    def together(text: str, rows: int) -> int:
+        return image_rows._tile(Problem.parse(text), Config(rows=rows, vectors=1), vector_bytes()).together
+
+    assert together("1x40x70x1 * 3x3x1x2 SAME", 4) == 2
+    for text in ("1x40x70x1 * 3x3x1x5 SAME", "1x2x40x70 NCHW * 3x3x2x2 SAME", "1x40x70x2 * 3x3x1x2 SAME"):
+        assert together(text, 4) == 1
+    assert together(f"1x40x{LANES - 1}x1 * 3x3x1x2 SAME", 4) == together("1x3x70x1 * 3x3x1x2 SAME", 4) == 1
+    assert together("1x3x70x1 * 3x3x1x2 SAME", 3) == 2
+    assert together("1x40x70x1 * 9x9x1x2 SAME", 12) == 1  # their taps would not stay in registers
+    tried = BACKEND.configs(Problem.parse("1x480x640x1 * 3x3x1x2 SAME"), "measure")
+    assert image_rows._tile(Problem.parse("1x480x640x1 * 3x3x1x2 SAME"), tried[0], vector_bytes()).together == 2
+
+
+@given(
     size=st.tuples(st.integers(1, 40), st.integers(1, 90)),
     kernel=st.tuples(st.sampled_from((3, 9)), st.integers(1, 12)),  # few heights: each compiles a kernel
     steps=st.sampled_from(((1, 1), (1, 1), (2, 3), (5, 1))),
