@@ -298,7 +298,7 @@ def _rows_together(problem: Problem, lanes: int) -> int:
     if p.groups > 1 or not 2 <= p.k <= _TOGETHER[registers()] or _planar(p):
         return 0
     rows = min(most, max(least, registers() // p.k - taps_together(_without_strides(p).kh)), p.oh // p.dilations[0])
-    return rows if p.ow >= lanes else 0
+    return rows if rows >= least and p.ow >= lanes else 0
 
 
 def _has_lines(problem: Problem) -> bool:
