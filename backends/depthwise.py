@@ -51,7 +51,8 @@ _OVERLAP, _TRIED, _SHORT = 1.04, 3, 4
 _HIGH_TILES = {32: ((2, 7), (4, 4)), 16: ((2, 4), (2, 3))}
 #: Taps of a row that are done together, held in registers, if the filter's width is a multiple of theirs.
 _TAPS = (7, 5, 3)
-#: Filters of so many rows and as many columns, one a channel, are done whole where they lie inside the image.
+#: Filters of so many rows and as many columns, one a channel, are done whole where they lie inside the image; by tiles
+#: of one row only the smallest, since others gain little by it, and would each be a kernel.
 _WHOLE = (3, 5, 7)
 _MOST_HIGH = 4
 #: A filter up to this width that is no such multiple is done a row at a time, a wider one by taps.
@@ -143,8 +144,9 @@ class _Tiling:
         """Return what a kernel is compiled for."""
         p, (taps, stride) = self.seen, self.chunk
         group = (p.group_c, p.group_k) if _shares_vectors(p) else (1, 1)
+        is_whole = _done_whole(p, self.columns) and (self.rows > 1 or p.kh == _WHOLE[0])
         return DepthwiseForm(
-            self.columns, self.rows, p.kh if _done_whole(p, self.columns) else 0, taps, stride,
+            self.columns, self.rows, p.kh if is_whole else 0, taps, stride,
             taps > 1 and p.dilations[1] > 1, *group, _lanes(p, vector_bytes()), item_bytes(p.dtype),
         )  # fmt: skip
 

@@ -96,6 +96,7 @@ SIDES_AND_TILES = ((3, (2, 7)), (3, (4, 4)), (5, (2, 7)), (7, (2, 7)))
     pads=st.tuples(*[st.integers(0, 3)] * 4), threads=st.integers(1, 3),
     words=st.sampled_from(["", "+bias +relu6", "+bias +residual", "+residual +silu"]),
 )  # fmt: skip
+@examples(24)
 def test_rows_of_outputs_that_share_pixels(
     images: int, height: int, width: int, channels: int, sides: tuple[int, tuple[int, int]], stride: str,
     pads: tuple[int, ...], threads: int, words: str,
@@ -194,7 +195,7 @@ def depthwise_problems(draw: st.DrawFn) -> Problem:
 
 
 @given(problem=depthwise_problems(), seed=st.integers(0, 99), threads=st.integers(1, 3))
-@examples(25)
+@examples(16)
 def test_any_depthwise_problem_is_right(problem: Problem, seed: int, threads: int) -> None:
     check(problem, Config(PLAIN, threads=threads), seed)
 

@@ -101,7 +101,7 @@ def test_few_channels_and_filters(channels: int, filters: int) -> None:
     steps=st.sampled_from(("", "stride=2", "dilation=2x3")), channels=st.sampled_from((1, 3)), seed=st.integers(0, 99),
     words=st.sampled_from(["", "+bias +relu", "+bias +residual", "+residual +silu"]),
 )  # fmt: skip
-@examples(35)
+@examples(20)
 def test_filters_whose_sums_are_in_one_tile(
     size: tuple[int, int], filters: int, kernel: tuple[int, int], pads: tuple[int, ...], steps: str, channels: int,
     seed: int, words: str,
@@ -140,7 +140,7 @@ def test_who_interleaves_in_registers() -> None:
     which=st.integers(0, 1),
     seed=st.integers(0, 99),
 )
-@examples(35)
+@examples(24)
 def test_any_shape_with_any_tile(
     size: tuple[int, int], kernel: tuple[int, int], steps: tuple[int, int], strided: bool,
     pads: tuple[int, int, int, int], channels: int, filters: int, planar: bool, which: int,
