@@ -70,15 +70,26 @@ def place(outputs, first, down, across):  # type: ignore[no-untyped-def]
 
 
 @compilable
-def rows_together(row, first, end, high):  # type: ignore[no-untyped-def]
-    """Return where a tile of a run of rows begins, and how many it has: ``high``, or one.
+def _is_moved_back(left, high):  # type: ignore[no-untyped-def]
+    """Return whether so many rows, left behind the last whole tile, are a tile moved back, which does some again."""
+    return 2 * left > high
 
-    If more than half of a tile is left at the end, it is moved back; it does some rows again.
-    """
+
+@compilable
+def rows_together(row, first, end, high):  # type: ignore[no-untyped-def]
+    """Return where a tile of a run of rows begins, and how many it has: ``high``, or one."""
     left = end - row
-    if left < high <= end - first and 2 * left > high:
+    if left < high <= end - first and _is_moved_back(left, high):
         return end - high, high
     return row, (high if high <= left else 1)
+
+
+def shared_out(rows: int, high: int) -> tuple[int, int]:
+    """Return how many of a run of rows ``rows_together`` has done in tiles, some of them again, and how many alone."""
+    tiles, left = divmod(rows, high)
+    if tiles and _is_moved_back(left, high):
+        return (tiles + 1) * high, 0
+    return tiles * high, left
 
 
 @inlined

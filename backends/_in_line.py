@@ -93,14 +93,14 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
                 for place in range(tile, stop):
                     ow = min(place * rows, columns - rows)
                     left, to = ow * strides[1] - pads[1], to_line + ow * result
-                    begin, end = 0, kw
-                    if left < 0 or left + reach > width:
+                    begin, end, is_beside = 0, kw, left < 0 or left + reach > width
+                    if is_beside:
                         # Taps that all pixels of the tile have beside the image are left out.
                         nearest = left + (rows - 1) * strides[1]
                         begin = taps_inside(nearest, dilations[1], kw, width)[0]
                         end = taps_inside(left, dilations[1], kw, width)[1]
                     at, down = from_line + ow * apart, dilations[0] * line_bytes
-                    if not staged and (left < 0 or left + reach > width):
+                    if is_beside and not staged:
                         for i in range(low, high):
                             copy_columns(np.int64(window[i].ctypes.data), at + i * down, left, reach, width, pixel)
                         at, down = np.int64(window.ctypes.data), reach * pixel

@@ -1,5 +1,6 @@
 """Vectors along a row of pixels: a tile's rows share what they read, and channels are woven into pixels, and apart."""
 
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -22,6 +23,20 @@ from convdispatch.backends._vector import (
 )
 
 
+def _slide_down(
+    b: Any, vector: Vector, sums: list[Any], lines: Iterable[Sequence[Any]], filters: Sequence[Sequence[Any]]
+) -> None:
+    """Add to a tile's sums, ``[row, filter, vector]``, each line of input times the taps by which rows meet it."""
+    for i, line in enumerate(lines):
+        a_row = len(filters) * len(line)
+        height = len(filters[0])
+        for r in range(max(0, i - height + 1), min(len(sums) // a_row, i + 1)):
+            for k, taps in enumerate(filters):
+                for v, x in enumerate(line):
+                    at = r * a_row + k * len(line) + v
+                    sums[at] = fused_multiply_add(b, x, taps[i - r], sums[at], vector)
+
+
 @intrinsic
 def add_rows(typing: Any, tile: Any, rows: Any, inputs: Any, step: Any, filters: Any, taps: Any) -> tuple[Any, Codegen]:
     """Return the tile plus one column of ``taps`` filter values, at ``filters``, slid down over rows of input.
@@ -33,20 +48,18 @@ def add_rows(typing: Any, tile: Any, rows: Any, inputs: Any, step: Any, filters:
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         values, _, place, down, packed, _ = arguments
-        sums = parts_of(b, values, len(tile))
-        scalar = vector.ir.element
+        sums, scalar = parts_of(b, values, len(tile)), vector.ir.element
         weights = [broadcast(b, load_at(b, scalar, packed, t * size, size), vector.lanes) for t in range(height)]
-        twice = b.shl(down, ir.Constant(I64, 1))
-        for i in range(count + height - 1):
-            if i and i % 3 == 0:  # addresses of three rows are one sum each, for nothing
-                place = opaque(b, b.add(b.add(place, twice), down))
-            row = (place, b.add(place, down), b.add(place, twice))[i % 3]
-            inputs = [load_at(b, vector.ir, row, v * vector.lanes * size, size) for v in range(vectors)]
-            for r in range(max(0, i - height + 1), min(count, i + 1)):
-                for v in range(vectors):
-                    sums[r * vectors + v] = fused_multiply_add(
-                        b, inputs[v], weights[i - r], sums[r * vectors + v], vector
-                    )
+
+        def lines(place: Any) -> Iterator[list[Any]]:
+            twice = b.shl(down, ir.Constant(I64, 1))
+            for i in range(count + height - 1):
+                if i and i % 3 == 0:  # addresses of three rows are one sum each, for nothing
+                    place = opaque(b, b.add(b.add(place, twice), down))
+                row = (place, b.add(place, down), b.add(place, twice))[i % 3]
+                yield [load_at(b, vector.ir, row, v * vector.lanes * size, size) for v in range(vectors)]
+
+        _slide_down(b, vector, sums, lines(place), [weights])
         return context.make_tuple(b, signature.return_type, sums)
 
     return tile(tile, rows, inputs, step, filters, taps), codegen
@@ -70,13 +83,13 @@ def add_rows_of_all(
             [broadcast(b, load_at(b, scalar, each, t * size, size), vector.lanes) for t in range(height)]
             for each in spaced(b, packed, between, together)
         ]
-        for i in range(count + height - 1):
-            x = load_at(b, vector.ir, place, 0, size)
-            place = b.add(place, down)
-            for r in range(max(0, i - height + 1), min(count, i + 1)):
-                for k in range(together):
-                    at = r * together + k
-                    sums[at] = fused_multiply_add(b, x, weights[k][i - r], sums[at], vector)
+
+        def lines(place: Any) -> Iterator[list[Any]]:
+            for _ in range(count + height - 1):
+                yield [load_at(b, vector.ir, place, 0, size)]
+                place = b.add(place, down)
+
+        _slide_down(b, vector, sums, lines(place), weights)
         return context.make_tuple(b, signature.return_type, sums)
 
     return tile(tile, rows, inputs, step, filters, apart, taps), codegen

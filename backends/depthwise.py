@@ -28,7 +28,7 @@ from convdispatch.backend import Config, Effort, item_bytes
 from convdispatch.backends import _rates
 from convdispatch.backends._depthwise import in_place
 from convdispatch.backends._depthwise_staged import staged
-from convdispatch.backends._depthwise_tile import DepthwiseForm
+from convdispatch.backends._depthwise_tile import DepthwiseForm, shared_out
 from convdispatch.backends._epilogue import RELU6
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import CACHE_LINE, aligned, by_vectors
@@ -214,7 +214,7 @@ class Depthwise(PackedBackend):
         tiles = p.n * p.oh * -(-p.ow // tile) * -(-p.k // lanes)
         (_, down), (_, across), _ = tiling.cut(config.threads)
         rows = max(1, min(p.oh, -(-p.n * p.oh // down)))  # of a job, in one image
-        together, alone = _shared_out(rows, tiling.rows)
+        together, alone = shared_out(rows, tiling.rows)
         seconds = together * _row_seconds(tiling, tiling.rows, machine)
         seconds += alone * _row_seconds(tiling, 1, machine) if alone else 0
         seconds *= tiles / rows
@@ -260,14 +260,6 @@ _FEW_PLACES = 32  # with so many it does not pay to stage pixels
 _STAGED_BYTES = 8e10  # a second
 _VALUE_SECONDS = 1.5e-9  # of an output that is finished by itself
 _MEMORY_BYTES_PER_SECOND = 8e9
-
-
-def _shared_out(rows: int, high: int) -> tuple[int, int]:
-    """Return how many of a job's rows are done in tiles of so many, some of them again, and how many alone."""
-    tiles, left = divmod(rows, high)
-    if tiles and 2 * left > high:
-        return (tiles + 1) * high, 0
-    return tiles * high, left
 
 
 def _row_seconds(tiling: _Tiling, high: int, machine: Machine) -> float:
