@@ -149,6 +149,17 @@ def _array(context: Any, b: Any, kind: Any, address: Any, shape: list[Any]) -> A
     return made._getvalue()  # noqa: SLF001  # how Numba's own code takes a structure's value
 
 
+@intrinsic
+def array_at(typing: Any, address: Any, shape: Any, itemsize: Any) -> tuple[Any, Codegen]:
+    """Return the C-contiguous array of the kernel's floats, of this shape, that begins at an address."""
+    kind = array(f"float{8 * itemsize.literal_value}", len(shape), writable=True)
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        return _array(context, b, kind, arguments[0], list(parts_of(b, arguments[1], len(shape))))
+
+    return kind(types.int64, shape, itemsize), codegen
+
+
 class CompiledKernel:
     """A compiled kernel, called by its address, and what arguments it takes."""
 

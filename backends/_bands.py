@@ -24,8 +24,9 @@ from convdispatch.backends._exact import NARROW, exact_floats
 from convdispatch.backends._kernel import PackedKernel, WrappedKernel
 from convdispatch.backends._layout import SAME, STORAGES, stage, stored_bytes, unstage, whole_lines
 from convdispatch.backends._memory import CACHE_LINE
+from convdispatch.backends._scratch import borrow, give_back
 from convdispatch.backends._threads import split
-from convdispatch.backends._vector import hold, vector_bytes
+from convdispatch.backends._vector import vector_bytes
 from convdispatch.errors import ArgumentError
 from convdispatch.problem import Problem
 
@@ -66,8 +67,9 @@ def _by_bands(lanes: int, itemsize: int, storage: int, made_storage: int) -> Com
         stored, made_stored = stored_bytes(storage, itemsize), stored_bytes(made_storage, itemsize)
         wide, deep = inner[1] * inner[2], outer[1] * outer[2]
         taken_bytes, made_bytes = (taken * wide + lanes) * itemsize, (made * deep + lanes) * itemsize
-        scratch = np.empty(taken_bytes + (2 if residual.size else 1) * made_bytes + 3 * CACHE_LINE, np.uint8)
-        source = whole_lines(np.int64(scratch.ctypes.data))
+        source = borrow(taken_bytes + (2 if residual.size else 1) * made_bytes + 2 * CACHE_LINE)
+        if source == 0:
+            return 0
         result = whole_lines(source + taken_bytes)
         added = whole_lines(result + made_bytes)
         at_input = x.ctypes.data + image * inner[0] * wide * stored
@@ -88,7 +90,7 @@ def _by_bands(lanes: int, itemsize: int, storage: int, made_storage: int) -> Com
         again = band * made - first
         own = result + again * deep * itemsize
         unstage(own, at_out, band * made, made - again, outer, planar, lanes, itemsize, made_storage)
-        hold(scratch)
+        give_back(source)
         return 1 if done == parts else 0
 
     return CompiledKernel(convolve, _ARGUMENTS)

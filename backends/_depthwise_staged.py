@@ -13,8 +13,7 @@ from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, Compiled
 from convdispatch.backends._depthwise_tile import DepthwiseForm, ending, flat_tile, high_tile, place, rows_together
 from convdispatch.backends._epilogue import RELU6, finish
 from convdispatch.backends._jit import compilable
-from convdispatch.backends._layout import whole_lines
-from convdispatch.backends._memory import CACHE_LINE
+from convdispatch.backends._scratch import borrow, give_back
 from convdispatch.backends._vector import clear, copy, hold
 
 #: ``filters`` is ``[blocks, 1, KH, KW, 1, lanes]``; ``stage`` the rows and columns of outputs whose pixels are copied
@@ -57,8 +56,9 @@ def staged(form: DepthwiseForm) -> CompiledKernel:
         line = ((strip - 1) * sw + kw) * pixel
         packed = np.int64(w.ctypes.data), kh * kw * vector, w.shape[0], filters
         ends = ending(bias, zero, residual, out, code, itemsize)
-        memory = np.empty(((at_once - 1) * sh + kh) * line + CACHE_LINE, np.uint8)
-        pixels = whole_lines(np.int64(memory.ctypes.data))
+        pixels = borrow(((at_once - 1) * sh + kh) * line)
+        if pixels == 0:
+            return 0
         outputs = np.empty((high, tile), np.int64)
         for begin in range(first_column, last_column, strip):
             end = min(begin + strip, last_column)
@@ -89,7 +89,7 @@ def staged(form: DepthwiseForm) -> CompiledKernel:
                                     finish(out[n, oh + done + i, ow + o], code, slope)
                     done += together
                 row += count
-        hold(memory), hold(outputs)
+        give_back(pixels), hold(outputs)
         return 1
 
     return CompiledKernel(convolve, _ARGUMENTS)

@@ -9,9 +9,10 @@ import functools
 
 import numpy as np
 
-from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
+from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_at, array_of, integers_of
 from convdispatch.backends._jit import compilable
 from convdispatch.backends._planes import callees, fill, put_line
+from convdispatch.backends._scratch import borrow, give_back
 from convdispatch.backends._taps import chunks
 from convdispatch.backends._tile import (
     add_doubts,
@@ -165,12 +166,14 @@ def compiled(m: int, rows: int, vectors: int, taps: int, lanes: int, itemsize: i
         blocks, strips = -(-down // high), -(-along // strip)
         widest, most = -(-(strip + b - 1) // lanes) * lanes, high + a - 1
         between, leaving = odd_lines(channels * most * widest, itemsize), odd_lines(rows * across, itemsize)
-        scratch = np.empty(points * between + lanes, x.dtype)
-        start = (-scratch.ctypes.data // itemsize) % lanes
-        values = scratch[start : start + points * between].reshape(points, between)
-        products = np.empty((points, leaving), x.dtype)
-        stage = np.empty((filters, rows * m, strip * m), x.dtype)
-        half = np.empty(((n + 1) * m, lanes), x.dtype)
+        entered, made, ready = points * between, points * leaving, filters * rows * m * strip * m
+        scratch = borrow((entered + made + ready + (n + 1) * m * lanes) * itemsize)
+        if scratch == 0:
+            return 0
+        values = array_at(scratch, (points, between), itemsize)
+        products = array_at(scratch + entered * itemsize, (points, leaving), itemsize)
+        stage = array_at(scratch + (entered + made) * itemsize, (filters, rows * m, strip * m), itemsize)
+        half = scratch + (entered + made + ready) * itemsize
         doubts = zeros(1, 1, lanes, itemsize)[0]
         bias_at = np.int64(bias.ctypes.data)
         for task in range(part[0], part[1]):
@@ -192,7 +195,7 @@ def compiled(m: int, rows: int, vectors: int, taps: int, lanes: int, itemsize: i
                         )  # fmt: skip
                         added = bias_at + k * lanes * itemsize if bias.size else 0
                         doubts = _leave(
-                            products, added, stage[k], run * across, doubts, np.int64(half.ctypes.data),
+                            products, added, stage[k], run * across, doubts, half,
                             m, n, rows, vectors, lanes, itemsize,
                         )  # fmt: skip
                 first, right = (top + group * rows) * m, min(width, (left + strip) * m)
@@ -201,7 +204,7 @@ def compiled(m: int, rows: int, vectors: int, taps: int, lanes: int, itemsize: i
                         putter, out, residual, image, first + r, left * m, right, stage, r, 0, code, slope, itemsize,
                     )  # fmt: skip
         report(doubts, arguments + _SPOILED_AT)
-        hold(scratch), hold(half)
+        give_back(scratch)
         return 1
 
     return CompiledKernel(convolve, ARGUMENTS, callees(lanes, itemsize))

@@ -17,10 +17,10 @@ from convdispatch.backends import _in_line
 from convdispatch.backends._arguments import INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import call_kernel
 from convdispatch.backends._kernel import PackedKernel, WrappedKernel
-from convdispatch.backends._layout import whole_lines
 from convdispatch.backends._memory import CACHE_LINE, aligned, streams
+from convdispatch.backends._scratch import borrow, give_back
 from convdispatch.backends._threads import grid, pieces, split
-from convdispatch.backends._vector import clear, copy, hold, load, save, vector_bytes
+from convdispatch.backends._vector import clear, copy, load, save, vector_bytes
 from convdispatch.problem import Problem
 
 #: Bytes of a panel, and of the filters that are read again for each of its blocks: both stay in L2.
@@ -48,8 +48,9 @@ def _by_panels(vectors: int, lanes: int, itemsize: int) -> CompiledKernel:
             x, residual, out, ones, template, places, kernel, panels, channels, depth, pixels, ranges, per_image,
         ) = unpack(arguments, itemsize)  # fmt: skip
         image, first, last = panels[number]
-        scratch = np.empty((last - first) * depth * step + CACHE_LINE, np.uint8)
-        panel = whole_lines(np.int64(scratch.ctypes.data))
+        panel = borrow((last - first) * depth * step)
+        if panel == 0:
+            return 0
         for c in range(depth):
             line = np.int64(x.ctypes.data) + (image * channels + c) * pixels * itemsize
             for b in range(first, last):
@@ -70,7 +71,7 @@ def _by_panels(vectors: int, lanes: int, itemsize: int) -> CompiledKernel:
         done = 0
         for part in range(ranges):
             done += call_kernel(kernel, words.ctypes.data, part * per_image + number % per_image)
-        hold(scratch)
+        give_back(panel)
         return 1 if done == ranges else 0
 
     return CompiledKernel(convolve, _ARGUMENTS)

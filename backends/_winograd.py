@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
+from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_at, array_of, integers_of
 from convdispatch.backends._epilogue import RELU6, activate
 from convdispatch.backends._jit import compilable, inlined, outlined
 from convdispatch.backends._put import clamped
+from convdispatch.backends._scratch import borrow, give_back
 from convdispatch.backends._tile import (
     add_doubts,
     add_to_all,
@@ -33,7 +34,7 @@ from convdispatch.backends._tile import (
 )
 from convdispatch.backends._tiling import corner, following, outputs_inside, place_of, tiles_of_picture
 from convdispatch.backends._transforms import leave_columns, odd_lines, report, transform_input, transform_output
-from convdispatch.backends._vector import clear, copy, hold
+from convdispatch.backends._vector import clear, copy
 from convdispatch.backends._windows import copy_columns, copy_group
 
 
@@ -455,18 +456,17 @@ def compiled(algorithm: Algorithm, fold: int, staged: int, passes: Passes) -> Co
         beyond = -(-least * max(padded, block) // lanes) * lanes  # a register tile may be longer than what is left
         high, wide = stage_shape(count, out.shape[1:3], staged, (m0, m1), strides, (n0, n1))
         room = -(-runs[1] // lanes) * lanes
-        # One allocation for all: small layers take no longer than a few of them. What may be stored beyond the
-        # products lies behind them and in front of the rest.
+        # What may be stored beyond the products lies behind them and in front of the rest.
         before = points * (entering + leaving) + beyond
         within = before + points * lanes, before + (points + 2 * m1) * lanes
         size = within[1] + points * room
-        scratch = np.empty(size + high * wide * group_c + lanes, x.dtype)
-        start = (-scratch.ctypes.data // itemsize) % lanes  # or every vector lies across two cache lines
-        from_start = np.int64(scratch.ctypes.data) + start * itemsize
-        values, products = (from_start, entering), (from_start + points * entering * itemsize, leaving)
-        half, done = from_start + before * itemsize, scratch[start + within[0] : start + within[1]]
-        patch = (from_start + within[1] * itemsize, room)
-        stage = scratch[start + size : start + size + high * wide * group_c].reshape(high, wide, group_c)
+        scratch = borrow((size + high * wide * group_c) * itemsize)
+        if scratch == 0:
+            return 0
+        values, products = (scratch, entering), (scratch + points * entering * itemsize, leaving)
+        half, done = scratch + before * itemsize, array_at(scratch + within[0] * itemsize, (2 * m1 * lanes,), itemsize)
+        patch = (scratch + within[1] * itemsize, room)
+        stage = array_at(scratch + size * itemsize, (high, wide, group_c), itemsize)
         doubts = zeros(1, 1, lanes, itemsize)[0]
         entered = -1
         for task in range(first_block, last_block):
@@ -491,7 +491,7 @@ def compiled(algorithm: Algorithm, fold: int, staged: int, passes: Passes) -> Co
                 dilations, code, slope, doubts, half, done,
             )  # fmt: skip
         report(doubts, arguments + _SPOILED_AT)
-        hold(scratch)
+        give_back(scratch)
         return 1
 
     return CompiledKernel(convolve, ARGUMENTS)

@@ -17,6 +17,7 @@ from convdispatch.backends._jit import compilable, inlined
 from convdispatch.backends._layout import whole_lines
 from convdispatch.backends._memory import CACHE_LINE
 from convdispatch.backends._row_passes import RowForm, passing
+from convdispatch.backends._scratch import borrow, give_back
 from convdispatch.backends._tile import load_apart, save_apart, zeros
 from convdispatch.backends._transforms import report, transform_input
 from convdispatch.backends._vector import hold, load, save
@@ -112,8 +113,9 @@ def compiled(form: RowForm) -> CompiledKernel:  # noqa: C901, PLR0915
         longest = strip + chunks - 1
         rows_bytes = ((at_once - 1) * strides[0] + (kh - 1) * dilation + 1) * row_bytes
         line_bytes = whole_lines((((longest - 1) * m * stride + n) * channels + room) * itemsize)
-        memory = np.empty(rows_bytes + line_bytes + sums_bytes + 2 * m * result + CACHE_LINE, np.uint8)
-        values = whole_lines(np.int64(memory.ctypes.data))
+        values = borrow(rows_bytes + line_bytes + sums_bytes + 2 * m * result)
+        if values == 0:
+            return 0
         line, scratch = values + rows_bytes, values + rows_bytes + line_bytes
         spill, outputs = scratch + sums_bytes, np.empty((strip, 2), np.int64)
         adds, beside = residual.size > 0, np.int64(residual.ctypes.data) - np.int64(out.ctypes.data)
@@ -173,7 +175,7 @@ def compiled(form: RowForm) -> CompiledKernel:  # noqa: C901, PLR0915
                         _finish(pixels[:, first_group * group_k : last_group * group_k], code, slope)
                 row += count
         report(doubts, arguments + _SPOILED_AT)
-        hold(memory), hold(outputs)
+        give_back(values), hold(outputs)
         return 1
 
     return CompiledKernel(convolve, ARGUMENTS)

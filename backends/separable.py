@@ -18,7 +18,7 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config, Effort, item_bytes
 from convdispatch.backends import _rates
-from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
+from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_at, array_of, integers_of
 from convdispatch.backends._epilogue import RELU6, finish
 from convdispatch.backends._jit import compilable, inlined
 from convdispatch.backends._kernel import PackedKernel
@@ -26,6 +26,7 @@ from convdispatch.backends._memory import CACHE_LINE, aligned, for_columns, stre
 from convdispatch.backends._panels import Panels, panels_of, place
 from convdispatch.backends._planes import WOVEN, fill_line, put_line, putting
 from convdispatch.backends._put import put_tile
+from convdispatch.backends._scratch import borrow, give_back
 from convdispatch.backends._taps import chunks, taps_together
 from convdispatch.backends._threads import split
 from convdispatch.backends._tile import add_to_all, register_tile, store, zeros
@@ -126,15 +127,20 @@ def _compiled(  # noqa: C901, PLR0915
         block, spaced = (count if more > 1 else beside) * narrow * spacing, narrow * spacing * itemsize
         longer = kw - turns * (more - 1)  # so many turns take more values of a filter's row, the others less
         reach = width + (kw - 1) * dw
-        plane, middle = np.empty((rows + kh - 1, reach), x.dtype), np.empty((rows, reach), x.dtype)
-        stage = np.empty((woven, rows, stage_width), x.dtype)
         line_bytes, staged_bytes = reach * itemsize, stage_width * itemsize
+        plane_bytes, middle_bytes = (rows + kh - 1) * line_bytes, rows * line_bytes
+        plane_at = borrow(plane_bytes + middle_bytes + woven * rows * staged_bytes)
+        if plane_at == 0:
+            return 0
+        middle_at, stage_at = plane_at + plane_bytes, plane_at + plane_bytes + middle_bytes
+        plane = array_at(plane_at, (rows + kh - 1, reach), itemsize)
+        middle = array_at(middle_at, (rows, reach), itemsize)
+        stage = array_at(stage_at, (woven, rows, stage_width), itemsize)
         # As whole numbers of one kind: an unsigned one and a signed one would make a float.
         here, there = np.int64(x.ctypes.data), np.int64(out.ctypes.data)
         more_at = np.int64(residual.ctypes.data) - there
         down_at, along_at = np.int64(w_down.ctypes.data), np.int64(w_along.ctypes.data)
-        bias_at, plane_at = np.int64(bias.ctypes.data), np.int64(plane.ctypes.data)
-        middle_at, stage_at = np.int64(middle.ctypes.data), np.int64(stage.ctypes.data)
+        bias_at = np.int64(bias.ctypes.data)
         for task in range(part[0], part[1]):
             made, phase, top, bottom, left, right = place(
                 task, counts, all_rows, columns, dh, rows * shape[0], block * shape[1]
@@ -199,6 +205,7 @@ def _compiled(  # noqa: C901, PLR0915
                         put_line(
                             putter, results, added, made, row, left, right, stage, r, streamed, code, slope, itemsize,
                         )  # fmt: skip
+        give_back(plane_at)
         return 1
 
     return CompiledKernel(convolve, _ARGUMENTS, {"putter": putting(lanes, itemsize)})
