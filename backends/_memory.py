@@ -1,7 +1,9 @@
 """Arrays that vectors load well."""
 
+import contextlib
 import ctypes
 import math
+import mmap
 from typing import Any
 
 import numpy as np
@@ -49,12 +51,32 @@ def aligned(shape: tuple[int, ...], dtype: str | np.dtype[Any], *, zero: bool = 
 
 
 #: Bytes of an output from which on it pays to begin at a cache line.
-_LARGE = 1 << 15
+LARGE = 1 << 15
 
 
 def room_for(shape: tuple[int, ...], dtype: np.dtype[Any], size: int) -> Array:
     """Return memory for an output of so many bytes: where it is large, from a cache line on."""
-    return aligned(shape, dtype, zero=False) if size >= _LARGE else np.empty(shape, dtype)
+    return aligned(shape, dtype, zero=False) if size >= LARGE else np.empty(shape, dtype)
+
+
+#: Bytes of a huge page, as most systems have them.
+_HUGE = 2 << 20
+
+
+def on_huge_pages(size: int) -> Array:
+    """Return so many bytes on huge pages where the system has such; none are taken before they are written to.
+
+    Small pages lie wherever the system had some, so that it is luck, another in each process, how many of an array's
+    want the same places of a core's second cache.
+    """
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return aligned((size,), "uint8", zero=False)
+    memory = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a system may know the word and have none
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = np.frombuffer(memory, np.uint8)
+    start = -address(whole) % _HUGE
+    return whole[start : start + size]
 
 
 def for_columns(bias: Array | None, dtype: str, count: int) -> Array:

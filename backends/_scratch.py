@@ -6,8 +6,6 @@ huge page wants all places alike. A core has rooms of its own, so that what they
 for one: who finds them taken goes to the next core's, and who finds none, or needs more than a room, to malloc.
 """
 
-import contextlib
-import mmap
 import os
 from typing import Any
 
@@ -19,31 +17,17 @@ from numba.core import cgutils
 
 from convdispatch.backends._atomics import CAN_SLEEP, allocate, current_core, exchange_if, free, read, write
 from convdispatch.backends._jit import compilable
-from convdispatch.backends._memory import CACHE_LINE, address, aligned
+from convdispatch.backends._memory import CACHE_LINE, address, aligned, on_huge_pages
 from convdispatch.backends._vector import I64, Codegen, intrinsic
 
-#: Bytes of a huge page, and of a room.
-_PAGE, ROOM = 2 << 20, 1 << 20
-#: Rooms of a core: a kernel that converts a band of an image runs another on it.
-_EACH = _PAGE // ROOM
+#: Bytes of a room, and rooms of a core: a kernel that converts a band of an image runs another on it.
+ROOM, _EACH = 1 << 20, 2
 #: Rooms that are tried, the core's own first.
 _TRIES = 4
 _COUNT = _EACH << (os.cpu_count() or 1).bit_length()
 
 
-def _pages(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Return memory on huge pages where the system has such; none is taken before it is written to."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return np.empty(size, np.uint8)
-    memory = mmap.mmap(-1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a system may know the word and have none
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = np.frombuffer(memory, np.uint8)
-    start = -address(whole) % _PAGE
-    return whole[start : start + size]
-
-
-_memory = _pages(_COUNT * ROOM)
+_memory = on_huge_pages(_COUNT * ROOM)
 #: Whether each room is taken, on a line of cache of its own.
 _taken = aligned((_COUNT, CACHE_LINE // 8), "int64")
 #: Where compiled code finds the rooms: their address, that of the words above, and how many there are.

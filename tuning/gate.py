@@ -11,7 +11,7 @@ import numpy as np
 from convdispatch import separation
 from convdispatch.arguments import Array
 from convdispatch.backend import Candidate
-from convdispatch.backends._memory import room_for
+from convdispatch.backends._memory import CACHE_LINE, LARGE, on_huge_pages, room_for
 from convdispatch.errors import BackendError
 from convdispatch.plan import Plan
 from convdispatch.problem import Problem, dtype_of
@@ -30,9 +30,19 @@ def _twins(n: int) -> list[int]:
     return [0, *map(int, between), 1] if n > 1 else [0] * n
 
 
-def _room(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Return memory such as a plan's output has."""
-    return room_for(shape, dtype, math.prod(shape) * dtype.itemsize)
+#: Bytes between where two arrays begin, modulo a page: were it none, loads would wait for stores of the same offset.
+_APART = 1024 + CACHE_LINE
+
+
+def _room(shape: tuple[int, ...], dtype: np.dtype[Any], number: int = 0) -> Array:
+    """Return memory such as a plan's output has, if it is large on huge pages: who wins should be no matter of luck.
+
+    ``number`` tells arrays apart that are used together.
+    """
+    size, start = math.prod(shape) * dtype.itemsize, number * _APART
+    if size < LARGE:
+        return room_for(shape, dtype, size)
+    return on_huge_pages(start + size)[start:].view(dtype).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -67,9 +77,9 @@ class Trial:
                 return rng.integers(limits.min, limits.max, shape, dtype=kind, endpoint=True)
             return rng.standard_normal(shape).astype(kind)
 
-        def batch(shape: tuple[int, ...], dtype: str) -> Array:
+        def batch(shape: tuple[int, ...], dtype: str, number: int) -> Array:
             images = draw((len(compared_images(problem.n)), *shape[1:]), dtype)
-            whole = _room(shape, images.dtype)
+            whole = _room(shape, images.dtype, number)
             for image, twin in enumerate(_twins(problem.n)):
                 whole[image] = images[twin]
             return whole
@@ -78,10 +88,10 @@ class Trial:
         try:
             return cls(
                 problem,
-                batch(problem.input_shape, problem.dtype),
+                batch(problem.input_shape, problem.dtype, 1),
                 separation.drawn(problem, lambda shape: draw(shape, problem.dtype)),
                 draw((problem.k,), result) if problem.epilogue.bias else None,
-                batch(problem.output_shape, result) if problem.epilogue.residual else None,
+                batch(problem.output_shape, result, 2) if problem.epilogue.residual else None,
             )
         except MemoryError as error:
             raise BackendError(f"there is no memory for the arrays of {problem}: {error}") from error
