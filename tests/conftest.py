@@ -10,7 +10,7 @@ import pytest
 from quiet import QuietWatch
 
 from convdispatch import dispatch, profile, registry, settings
-from convdispatch.backends import depthwise, inner_product, winograd_rows
+from convdispatch.backends import _scratch, depthwise, inner_product, winograd_rows
 from convdispatch.errors import BackendRejectedError
 from convdispatch.tuning import compile_ahead, tuner
 
@@ -68,6 +68,14 @@ def few_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     forget()
     yield
     forget()
+
+
+@pytest.fixture
+def rooms_taken() -> Iterator[None]:
+    """Have kernels find every room for scratch taken: what they work in is then allocated, and can be counted."""
+    _scratch._taken[:, 0] = 1
+    yield
+    _scratch._taken[:, 0] = 0
 
 
 @pytest.hookimpl(wrapper=True)

@@ -270,6 +270,29 @@ def cases(
     return st.builds(numbers, drawn, st.integers(0, 2**16))
 
 
+#: Problems between which kernels differ: 1x1, 3x3, others, stride, dilation, groups, depthwise, images.
+_FAMILIAR = (
+    "2x13x17x5 * 3x3x5x6 SAME", "1x9x20x8 * 3x3x8x17 pad=2,0,1,3", "1x12x11x7 * 3x3x7x9 SAME stride=2",
+    "1x13x12x4 * 1x3x4x7 SAME dilation=2", "2x7x18x3 * 3x4x3x9 SAME stride=3", "1x8x9x7 * 1x1x7x10 VALID",
+    "2x11x14x8 * 3x3x4x8 SAME", "1x10x9x8 * 3x3x2x12 VALID", "2x10x19x9 * 3x3x1x9 SAME",
+    "1x14x15x8 * 3x2x1x24 SAME_LOWER stride=2", "1x24x23x1 * 9x9x1x1 SAME separable", "1x17x16x2 * 9x9x2x3 pad=4,0,3,4",
+    "2x12x25x4 * 9x9x1x4 SAME",
+)  # fmt: skip
+
+
+@st.composite
+def familiar_cases(draw: st.DrawFn, *, dtypes: Sequence[str] = ("float32",), plain: bool = False) -> Case:
+    """Draw a case of a few problems, whose kernels are compiled once for all tests; of any if a profile is thorough."""
+    if _kinds() is _MANY:
+        return draw(cases(dtypes=dtypes, empty=False, plain=plain))
+    problem = Problem.parse(draw(st.sampled_from(_FAMILIAR)))
+    problem = problem.replace(
+        n=draw(st.integers(1, 3)), data_format=draw(st.sampled_from(DATA_FORMATS)),
+        epilogue=Epilogue() if plain else draw(epilogues()),
+    )  # fmt: skip
+    return numbers(problem, draw(st.integers(0, 2**16)))
+
+
 def judge(
     problem: Problem,
     numerics: Numerics,

@@ -15,6 +15,7 @@ from strategies import (
     Case,
     cases,
     examples,
+    familiar_cases,
     fits,
     from_format,
     judge,
@@ -83,7 +84,7 @@ def with_activation(case: Case, activation: str) -> Problem:
 
 
 @given(case=cases())
-@examples(30)
+@examples(24)
 def test_a_plan_is_within_the_bound_of_the_reference_or_says_why_not(backend: Backend, case: Case) -> None:
     p = case.problem
     if reason := Candidate(backend, Config()).rejects(p):
@@ -176,8 +177,8 @@ def test_activations_keep_nan_and_saturate_far_out_without_overflow(backend: Bac
 
 
 @pytest.mark.usefixtures("floats")
-@given(case=cases(dtypes=("float32",), empty=False))
-@examples(10)
+@given(case=familiar_cases())
+@examples(20)
 def test_the_same_plan_gives_the_same_bits(backend: Backend, case: Case) -> None:
     assume(fits(backend, case.problem))
     plan, again = forced_plan(backend, case), forced_plan(backend, case)
@@ -222,8 +223,8 @@ def check_contained(backend: Backend, case: Case) -> None:
 
 
 @pytest.mark.usefixtures("floats")
-@given(case=cases(dtypes=FLOAT_DTYPES, empty=False), data=st.data())
-@examples(20)
+@given(case=familiar_cases(dtypes=FLOAT_DTYPES), data=st.data())
+@examples(40)
 def test_nan_and_infinity_stay_inside_their_receptive_field(backend: Backend, case: Case, data: st.DataObject) -> None:
     assume(fits(backend, case.problem))
     bad = st.sampled_from((np.nan, np.inf, -np.inf))
@@ -250,8 +251,8 @@ def test_one_bad_pixel_spoils_only_the_windows_over_it(backend: Backend, value: 
 
 
 @pytest.mark.usefixtures("floats")
-@given(case=cases(dtypes=("float32",), empty=False, plain=True), data=st.data())
-@examples(18)
+@given(case=familiar_cases(plain=True), data=st.data())
+@examples(40)
 def test_large_values_that_overflow_a_transform_do_not_spoil_finite_results(
     backend: Backend, case: Case, data: st.DataObject
 ) -> None:
@@ -353,8 +354,8 @@ def test_filters_are_packed_so_that_changing_them_later_changes_nothing(backend:
 
 
 @pytest.mark.usefixtures("floats")
-@given(case=cases(dtypes=FLOAT_DTYPES, empty=False), data=st.data())
-@examples(20)
+@given(case=familiar_cases(dtypes=FLOAT_DTYPES), data=st.data())
+@examples(30)
 def test_views_of_any_strides_are_read_and_written(backend: Backend, case: Case, data: st.DataObject) -> None:
     assume(fits(backend, case.problem))
     p = case.problem

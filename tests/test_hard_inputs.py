@@ -25,12 +25,12 @@ pytestmark = pytest.mark.usefixtures("few_kernels")
 PROBLEM = Problem.parse("1x9x8x6 * 3x3x6x8 SAME")
 TINY = float(np.finfo(np.float32).tiny)
 VARIED = [
-    "1x40x9x12 * 3x3x12x9 SAME",
-    "2x20x18x4 * 5x5x4x2 VALID stride=2 +bias +residual +relu",
+    "2x13x17x5 * 3x3x5x6 SAME",
+    "1x12x11x7 * 3x3x7x9 SAME stride=2 +bias +residual +relu",
     "1x3x24x24 NCHW * 7x7x3x8 SAME stride=2 +bias +gelu",
-    "1x14x14x8 * 3x3x1x8 SAME groups=8",
-    "1x9x9x32 * 1x1x32x40 VALID",
-    "1x9x9x6 * 3x3x6x5 SAME float16 +bias",
+    "2x10x19x9 * 3x3x1x9 SAME",
+    "1x8x9x7 * 1x1x7x10 VALID",
+    "1x9x20x8 * 3x3x8x17 SAME float16 +bias",
 ]
 FLOAT64 = "1x9x9x6 * 5x5x6x5 SAME dilation=2 float64"
 SEPARABLE = ["1x40x40x1 * 9x9x1x5 SAME separable +bias +relu", "1x40x40x3 * 9x9x1x3 SAME separable"]

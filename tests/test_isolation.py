@@ -22,7 +22,7 @@ import villains
 from hypothesis import given
 from programs import run_well
 from scripted import PROBLEM, RULES, FakeClock, Scripted, only
-from strategies import problems, runs_here
+from strategies import Case, familiar_cases, runs_here
 from villains import Villain, Wavering
 
 import convdispatch
@@ -371,10 +371,10 @@ def test_a_child_that_cannot_be_started_is_waited_for_by_nobody(
 
 
 @pytest.mark.parametrize("name", [name for name in registry.names() if runs_here(registry.get(name))])
-@given(problem=problems(empty=False, side=9))
+@given(case=familiar_cases())
 @hypothesis.settings(max_examples=5)
-def test_no_built_in_backend_breaks_the_contract(name: str, problem: Problem) -> None:
-    backend = registry.get(name)
+def test_no_built_in_backend_breaks_the_contract(name: str, case: Case) -> None:
+    backend, problem = registry.get(name), case.problem
     hypothesis.assume(not problem.is_trivial and not backend.rejects(seen_by(backend, problem)))
     config = heuristic.candidates_of(backend, problem, 2, "measure")[0].config
     with tempfile.TemporaryDirectory() as folder:

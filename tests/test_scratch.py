@@ -81,17 +81,13 @@ def test_more_than_there_is_is_refused() -> None:
         ("winograd_rows", "1x9x17x8 * 5x5x8x16 SAME"),
     ],
 )
-def test_kernels_find_room_when_all_is_taken(name: str, text: str) -> None:
+def test_kernels_find_room_when_all_is_taken(name: str, text: str, request: pytest.FixtureRequest) -> None:
     """Who finds every room taken works in other memory, and the result is the same to the last bit."""
     problem, backend = Problem.parse(text), registry.get(name)
     case, config = numbers(problem, 0), Config(backend.configs(problem, "measure")[0], threads=1)
     expected = walls.run(backend, case, config)
-    _scratch._taken[:, 0] = 1
-    try:
-        found = walls.run(backend, case, config)
-    finally:
-        _scratch._taken[:, 0] = 0
-    np.testing.assert_array_equal(found, expected)
+    request.getfixturevalue("rooms_taken")
+    np.testing.assert_array_equal(walls.run(backend, case, config), expected)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

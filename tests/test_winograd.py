@@ -356,6 +356,7 @@ def test_filters_sent_for_ahead_change_nothing(text: str) -> None:
 # Claims ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("rooms_taken")
 @pytest.mark.parametrize("text", ["1x60x60x32 * 3x3x32x32 SAME", "1x7x7x128 * 3x3x128x64 SAME float64"])
 @pytest.mark.parametrize("config", [Config(m=2), Config(m=4, threads=2)])
 def test_workspace_is_what_a_call_allocates(text: str, config: Config) -> None:

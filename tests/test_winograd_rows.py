@@ -127,6 +127,7 @@ def test_what_goes_past_the_caches_arrives(monkeypatch: pytest.MonkeyPatch) -> N
     assert check(problem, Config(m=4)).tobytes() == expected.tobytes()  # an output that begins anywhere
 
 
+@pytest.mark.usefixtures("rooms_taken")
 @pytest.mark.parametrize("text", ["1x60x61x3 * 3x3x3x16 SAME", "1x60x61x3 * 5x5x3x16 SAME stride=2"])
 @pytest.mark.parametrize("in_turn", [False, True])
 @pytest.mark.parametrize("threads", [1, 2])
