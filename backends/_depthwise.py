@@ -79,6 +79,7 @@ def in_place(form: DepthwiseForm) -> CompiledKernel:  # noqa: C901, PLR0915
         form.tile, form.high, form.taps, form.stride, form.span, int(form.is_dilated)
     )  # fmt: skip
     group_c, group_k, lanes, itemsize = form.group_c, form.group_k, form.lanes, form.itemsize
+    streamed = int(form.is_streamed)
     sum_flat, sum_high, sum_found, find_all = flat_tile(form), high_tile(form), found_tile(form), finder(form)
     seen_rows = form.seen_rows
 
@@ -95,7 +96,7 @@ def in_place(form: DepthwiseForm) -> CompiledKernel:  # noqa: C901, PLR0915
         jump, phases = apart if taps > 1 else sw, min(apart, columns)
         line, reach = width * pixel, (span - 1) * jump + (kw - taps) * dw
         filter_bytes = kh * kw * tap_bytes
-        ends = ending(bias, zero, residual, out, code, itemsize)
+        ends = ending(bias, zero, residual, out, streamed, code, itemsize)
         finishes = code > RELU6 or (code > 0 and members > 1)
         pixels = np.empty(max(kh * (kw // taps), seen_rows) * span, np.int64)
         scratch = np.empty((tile, lanes), out.dtype)

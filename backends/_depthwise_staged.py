@@ -43,7 +43,7 @@ def _fill(target, apart, image, corner, columns, itemsize):  # type: ignore[no-u
 def staged(form: DepthwiseForm) -> CompiledKernel:
     """Return the kernel of a form, which has no dilation, and filters of neighbouring channels in a vector."""
     tile, high, taps, lanes, itemsize = form.tile, form.high, form.taps, form.lanes, form.itemsize
-    sum_flat, sum_high = flat_tile(form), high_tile(form)
+    sum_flat, sum_high, streamed = flat_tile(form), high_tile(form), int(form.is_streamed)
 
     def convolve(arguments, job):  # type: ignore[no-untyped-def]
         """Compute some rows of all images and some columns of these, as the job says."""
@@ -55,7 +55,7 @@ def staged(form: DepthwiseForm) -> CompiledKernel:
         vector, result, jump = lanes * itemsize, filters * itemsize, pixel if taps > 1 else sw * pixel
         line = ((strip - 1) * sw + kw) * pixel
         packed = np.int64(w.ctypes.data), kh * kw * vector, w.shape[0], filters
-        ends = ending(bias, zero, residual, out, code, itemsize)
+        ends = ending(bias, zero, residual, out, streamed, code, itemsize)
         pixels = borrow(((at_once - 1) * sh + kh) * line)
         if pixels == 0:
             return 0

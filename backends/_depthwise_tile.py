@@ -18,8 +18,11 @@ import numpy as np
 
 from convdispatch.backends._epilogue import RELU, RELU6
 from convdispatch.backends._jit import compilable, inlined
+from convdispatch.backends._memory import CACHE_LINE
+from convdispatch.backends._put import put_whole
 from convdispatch.backends._slide import slide, slide_found
-from convdispatch.backends._tile import add_to_all, add_to_each, clamp, store, zeros
+from convdispatch.backends._tile import add_to_all, add_to_each, clamp, zeros
+from convdispatch.backends._vector import prefetch
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class DepthwiseForm:
         group_k: filters of such a group; both are 1 where a vector holds filters of neighbouring channels.
         lanes: filters of a vector.
         itemsize: bytes of a value.
+        is_streamed: whether outputs go past the caches, where they begin at a cache line.
+        is_ahead: whether pixels are sent for a tile ahead.
     """
 
     tile: int
@@ -49,6 +54,8 @@ class DepthwiseForm:
     group_k: int
     lanes: int
     itemsize: int
+    is_streamed: bool
+    is_ahead: bool
 
     @property
     def span(self) -> int:
@@ -93,11 +100,11 @@ def shared_out(rows: int, high: int) -> tuple[int, int]:
 
 
 @inlined
-def ending(bias, zero, residual, out, code, itemsize):  # type: ignore[no-untyped-def]
+def ending(bias, zero, residual, out, streamed, code, itemsize):  # type: ignore[no-untyped-def]
     """Return how sums begin and end.
 
     That is the address of the bias, and what is added to it for each filter; whether there is a residual, and how far
-    it is from the output; and the limits of values.
+    it is from the output; the limits of values; and whether these go past the caches.
     """
     # Without a bias, vectors of zeros: a step of 0 stays with the first.
     if bias.size:
@@ -106,7 +113,8 @@ def ending(bias, zero, residual, out, code, itemsize):  # type: ignore[no-untype
         start, step = np.int64(zero.ctypes.data), 0
     beside = np.int64(residual.ctypes.data) - np.int64(out.ctypes.data)
     low, high = (0.0 if RELU <= code <= RELU6 else -math.inf), (6.0 if code == RELU6 else math.inf)
-    return start, step, residual.size > 0, beside, low, high
+    past = streamed and out.ctypes.data % CACHE_LINE == 0
+    return start, step, residual.size > 0, beside, low, high, past
 
 
 @inlined
@@ -118,10 +126,10 @@ def begun(count, ends, k0, lanes, itemsize):  # type: ignore[no-untyped-def]
 @inlined
 def leave(sums, count, outputs, offset, ends):  # type: ignore[no-untyped-def]
     """Store sums brought between the limits; with the residual, if there is one."""
-    _, _, adds, beside, low, high = ends
+    _, _, adds, beside, low, high, past = ends
     if adds:
         sums = add_to_each(sums, count, outputs, beside + offset)
-    store(clamp(sums, low, high), count, outputs, offset)
+    put_whole(clamp(sums, low, high), count, outputs, offset, past)
 
 
 @functools.cache
@@ -210,11 +218,17 @@ def found_tile(form: DepthwiseForm) -> Any:
 @functools.cache
 def high_tile(form: DepthwiseForm) -> Any:
     """Return what sums a tile of ``form.high`` rows of outputs, under whole filters; of one row there is nothing."""
-    high, down, taps, stride = form.high, form.down, form.taps, form.stride
+    high, down, taps, stride, vector = form.high, form.down, form.taps, form.stride, form.lanes * form.itemsize
+    seen, span, ahead = form.seen_rows, form.span, form.tile if form.is_ahead else 0
 
     @inlined
     def add_window(sums, pixels, offset, weights):  # type: ignore[no-untyped-def]
         first, row_step, _, step = pixels
+        # Each vector of filters sends for a part of the next tile's pixels, in the order in which these lie in memory.
+        coming = first + span * step + ahead * offset
+        for i in range(seen - high, seen):
+            for q in range(ahead):
+                prefetch(coming + i * row_step + q * vector)
         return slide(sums, high, down, taps, stride, 1, 1, first + offset, row_step, step, weights)
 
     return _tile_of_rows(form, add_window)

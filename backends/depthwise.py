@@ -31,7 +31,7 @@ from convdispatch.backends._depthwise_staged import staged
 from convdispatch.backends._depthwise_tile import DepthwiseForm, shared_out
 from convdispatch.backends._epilogue import RELU6
 from convdispatch.backends._kernel import PackedKernel
-from convdispatch.backends._memory import CACHE_LINE, aligned, by_vectors
+from convdispatch.backends._memory import CACHE_LINE, aligned, by_vectors, streams
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._threads import grid, pieces
 from convdispatch.backends._transforms import odd_lines
@@ -147,7 +147,8 @@ class _Tiling:
         is_whole = _done_whole(p, self.columns) and (self.rows > 1 or p.kh == _WHOLE[0])
         return DepthwiseForm(
             self.columns, self.rows, p.kh if is_whole else 0, taps, stride,
-            taps > 1 and p.dilations[1] > 1, *group, _lanes(p, vector_bytes()), item_bytes(p.dtype),
+            taps > 1 and p.dilations[1] > 1, *group, _lanes(p, vector_bytes()), item_bytes(p.dtype), _is_streamed(p),
+            self.rows > 1 and _is_ahead(p),
         )  # fmt: skip
 
 
@@ -170,7 +171,7 @@ class Depthwise(PackedBackend):
     """Vectors along the channels, each of a group of few or of its own; any filter, stride, dilation and padding."""
 
     name = "depthwise"
-    version = 10
+    version = 11
 
     def rejects_plain(self, problem: Problem) -> str | None:
         """Return None, or why the problem is not depthwise, or that integers are missing."""
@@ -225,7 +226,8 @@ class Depthwise(PackedBackend):
             seconds += math.prod(p.input_shape) * size * (1 + again) / _STAGED_BYTES
         used = min(config.threads, machine.cores, down * across)
         traffic = (math.prod(problem.input_shape) + math.prod(p.output_shape)) * size
-        missed = max(0, traffic - machine.caches[2] // 2) / _MEMORY_BYTES_PER_SECOND
+        rate = _AHEAD_BYTES_PER_SECOND if tiling.form().is_ahead else _MEMORY_BYTES_PER_SECOND
+        missed = max(0, traffic - machine.caches[2] // 2) / rate
         return _rates.shared(seconds + missed, used)
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
@@ -256,10 +258,11 @@ _SPILLED = 1.6  # a tile and the filters of several channels do not all stay in 
 _CROWDED = 1.3  # they do, but nothing else does
 _TILE_SECONDS = 8e-9
 _WAITING_SECONDS = 9e-9  # of a pixel for which L1 has a single place; measured with 8, 16 and 32
+_CACHED = 0.5  # of the last cache; what takes more is expected to come from memory
 _FEW_PLACES = 32  # with so many it does not pay to stage pixels
 _STAGED_BYTES = 8e10  # a second
 _VALUE_SECONDS = 1.5e-9  # of an output that is finished by itself
-_MEMORY_BYTES_PER_SECOND = 8e9
+_MEMORY_BYTES_PER_SECOND, _AHEAD_BYTES_PER_SECOND = 2e10, 4e10
 
 
 def _row_seconds(tiling: _Tiling, high: int, machine: Machine) -> float:
@@ -363,6 +366,24 @@ def _chunk(problem: Problem, tile: int) -> tuple[int, int]:
     wide = p.kw if p.kw <= _WIDEST else 1
     taps = next((taps for taps in _TAPS if p.kw % taps == 0), wide)
     return taps, stride if taps > 1 else 1
+
+
+def _is_streamed(problem: Problem) -> bool:
+    """Return whether outputs are written past the caches; not those that are read again to be finished."""
+    p = problem
+    at_once = (_shares_vectors(p) or p.group_k == 1) and p.epilogue.code <= RELU6
+    return at_once and streams(p.output_shape, item_bytes(p.dtype), _lanes(p, vector_bytes()), p.k)
+
+
+def _is_ahead(problem: Problem) -> bool:
+    """Return whether pixels are sent for a tile ahead: of images from memory, or nearly.
+
+    From caches, it takes a twentieth longer. With stride 2 there is as much to come from memory, and less to do
+    meanwhile: the cores wait for it in any case.
+    """
+    p = problem
+    traffic = (math.prod(p.input_shape) + math.prod(p.output_shape)) * item_bytes(p.dtype)
+    return p.strides == (1, 1) and traffic > _CACHED * current().caches[2]
 
 
 def _done_whole(problem: Problem, tile: int) -> bool:

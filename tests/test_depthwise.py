@@ -9,6 +9,8 @@ from strategies import Case, examples, numbers
 
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort
+from convdispatch.backends import depthwise
+from convdispatch.backends._memory import aligned
 from convdispatch.backends._vector import registers, vector_bytes
 from convdispatch.backends.depthwise import Depthwise, _tiling
 from convdispatch.epilogue import ACTIVATIONS, Epilogue
@@ -112,6 +114,25 @@ def test_the_last_rows_of_a_job_are_a_tile_moved_back(staged: bool) -> None:
     for images, height, threads in ((1, 7, 1), (2, 13, 1), (3, 7, 2), (1, 3, 2)):
         problem = Problem.parse(f"{images}x{height}x9x16 * 3x3x1x16 SAME +bias +residual +silu")
         check(problem, Config(columns=4, rows=4, threads=threads, staged=staged))
+
+
+@pytest.mark.parametrize("rest", ["3x3 SAME +bias +relu", "5x5 SAME +residual", "3x3 SAME stride=2", "3x3 SAME +silu"])
+@pytest.mark.parametrize("config", [{"columns": 7, "rows": 2}, {"columns": 7, "staged": True}, {"columns": 7}])
+def test_what_comes_from_memory_and_goes_there(
+    rest: str, config: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sent for ahead, and stored past the caches where outputs begin at a cache line: to the last bit the same."""
+    side, more = rest.split(" ", 1)
+    problem, forced = Problem.parse(f"2x13x23x32 * {side}x1x32 {more}"), Config(config, threads=2)
+    expected = run(numbers(problem), forced)
+    monkeypatch.setattr(depthwise, "streams", lambda *_: True)
+    monkeypatch.setattr(depthwise, "_CACHED", 0.0)
+    assert _tiling(problem, forced).form().is_streamed is ("silu" not in rest)
+    assert _tiling(problem, forced).form().is_ahead is ("stride" not in rest and "rows" in config)
+    case, out = numbers(problem), aligned(problem.output_shape, "float32")
+    DEPTHWISE.prepare(problem, case.w, case.bias, forced)(case.x, out, case.residual)
+    np.testing.assert_array_equal(out, expected)
+    np.testing.assert_array_equal(run(case, forced), expected)  # an output that begins anywhere
 
 
 def test_only_what_is_done_whole_shares_rows() -> None:
