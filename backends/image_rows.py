@@ -30,7 +30,7 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, item_bytes
 from convdispatch.backends import _rates
-from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
+from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_at, array_of, integers_of
 from convdispatch.backends._epilogue import RELU6, finish
 from convdispatch.backends._jit import inlined
 from convdispatch.backends._kernel import PackedKernel
@@ -39,6 +39,7 @@ from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._panels import Panels, panels_of, place
 from convdispatch.backends._planes import UNWOVEN, WOVEN, callees, fill, put_line
 from convdispatch.backends._put import put_tile
+from convdispatch.backends._scratch import borrow, give_back
 from convdispatch.backends._taps import by_chunks, chunks, taps_together
 from convdispatch.backends._threads import split
 from convdispatch.backends._tile import add_to_all, register_tile, store, zeros
@@ -139,21 +140,24 @@ def _compiled(  # noqa: C901, PLR0915
         # Rows of the filter that meet every ``sh``-th of the image.
         kh = 1 if along else chunks[0, 0] * taps + chunks[0, 1] * fewer
         filled = sw * channels  # planes that are filled from one row of the image
-        planes = np.empty((parted * filled, window[0], window[1]), x.dtype)
-        plane_step, line_step = planes.shape[1] * planes.shape[2] * itemsize, planes.shape[2] * itemsize
+        planes, line_step = (parted * filled, window[0], window[1]), window[1] * itemsize
+        plane_step, stage_line = window[0] * line_step, stage_width * itemsize
+        planes_at = borrow(planes[0] * plane_step + filters * high * stage_line)
+        if planes_at == 0:
+            return 0
+        stage_at = planes_at + planes[0] * plane_step
+        stage = array_at(stage_at, (filters, high, stage_width), itemsize)
         # Images are of pixels, or planes of one channel each; so are results.
         sources, copies = (channels, filters) if planar else (1, 1)
         image_shape = (height, width, channels // sources)
         image_step = height * width * image_shape[2] * itemsize
         results = out.reshape((out.shape[0] * copies, all_rows, columns, filters // copies))
         added = residual.reshape((residual.shape[0] * copies, all_rows, columns, filters // copies))
-        stage = np.empty((filters, high, stage_width), x.dtype)
         places = np.empty(rows, np.int64)
         # As whole numbers of one kind: an unsigned one and a signed one would make a float.
         here, there = np.int64(x.ctypes.data), np.int64(out.ctypes.data)
         more = np.int64(residual.ctypes.data) - there
         filters_at, bias_at, own = np.int64(w.ctypes.data), np.int64(bias.ctypes.data), group_c * values * itemsize
-        planes_at, stage_at = np.int64(planes.ctypes.data), np.int64(stage.ctypes.data)
         table = places.ctypes.data
         for task in range(part[0], part[1]):
             n, phase, top, bottom, left, right = place(
@@ -165,7 +169,7 @@ def _compiled(  # noqa: C901, PLR0915
                 for a in range(parted):
                     for c in range(sources):
                         fill(
-                            filler, planes_at + (a * filled + c * sw) * plane_step, planes.shape,
+                            filler, planes_at + (a * filled + c * sw) * plane_step, planes,
                             here + (n * sources + c) * image_step, image_shape, first_row + a, dh * sh, first_column,
                             sw, max(bottom - top, high) + kh - 1, max(right - left, across) + reach,
                         )  # fmt: skip
@@ -177,7 +181,7 @@ def _compiled(  # noqa: C901, PLR0915
                 for r in range(rows):
                     below, beside = (0, r * run) if along else (r, 0)
                     if staged:
-                        places[r] = stage_at + (below * stage.shape[2] + beside) * itemsize
+                        places[r] = stage_at + below * stage_line + beside * itemsize
                     else:
                         line = (n * copies * all_rows + phase + (oh + below) * dh) * columns + left + beside
                         places[r] = there + line * together * itemsize
@@ -186,14 +190,14 @@ def _compiled(  # noqa: C901, PLR0915
                     iw = left + ow - pads[2]
                     source, step, apart = planes_at, line_step, plane_step * (sw if planar else 1)
                     if not in_place:
-                        source += ((oh - top) * planes.shape[2] + ow) * itemsize
+                        source += (oh - top) * line_step + ow * itemsize
                     elif rows_inside and iw >= 0 and iw + across + reach <= width:
                         source = here + ((n * sources * height + ih) * width + iw) * itemsize
                         step, apart = dh * width * itemsize, height * width * itemsize
                     else:
                         for c in range(sources):
                             fill(
-                                filler, planes_at + c * plane_step, planes.shape,
+                                filler, planes_at + c * plane_step, planes,
                                 here + (n * sources + c) * image_step, image_shape, ih, dh, iw, 1, high + kh - 1,
                                 across + reach,
                             )  # fmt: skip
@@ -210,7 +214,7 @@ def _compiled(  # noqa: C901, PLR0915
                             sums = add_to_all(sums, rows, bias_at + which * run * itemsize)
                         offset = ow * together * itemsize
                         if staged:
-                            store(sums, rows, table, offset + k * high * stage.shape[2] * itemsize)
+                            store(sums, rows, table, offset + k * high * stage_line)
                             continue
                         offset += k * all_rows * columns * itemsize  # of whom there are several only in planes
                         past = streamed and (there + left * together * itemsize + offset) % CACHE_LINE == 0
@@ -230,6 +234,7 @@ def _compiled(  # noqa: C901, PLR0915
                                 putter, results, added, n * copies + k, row, left, right,
                                 stage[k : k + filters // copies], r, streamed, code, slope, itemsize,
                             )  # fmt: skip
+        give_back(planes_at)
         return 1
 
     return CompiledKernel(convolve, _ARGUMENTS, callees(lanes, itemsize))
