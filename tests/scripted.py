@@ -1,15 +1,18 @@
 """A clock that tests move, and backends that take, do and fail as scripted."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 
 from convdispatch import reference, registry
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config, Effort, Kernel
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem
+from convdispatch.tuning import tuner
 from convdispatch.tuning.race import Rules
 
 PROBLEM = Problem.parse("1x6x6x2 * 3x3x2x3 SAME")
@@ -87,6 +90,12 @@ class Scripted(Backend):
         if self.off:
             sums = sums + self.off
         out[...] = sums.astype(out.dtype)
+
+
+def race_by(monkeypatch: pytest.MonkeyPatch, clock: FakeClock) -> None:
+    """Have the tuner race by a clock that tests move, with rules that are quick to run."""
+    for name in ("tune_problem", "confirm"):
+        monkeypatch.setattr(tuner, name, functools.partial(getattr(tuner, name), clock=clock, rules=RULES))
 
 
 def only(*backends: Backend) -> None:

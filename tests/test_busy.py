@@ -1,7 +1,6 @@
 """A busy machine: how it is noticed, waited for, refused, and marked. The machine here does as it is told."""
 
 import dataclasses
-import functools
 import json
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from quiet import BusyWatch, QuietWatch
-from scripted import PROBLEM, RULES, FakeClock, Scripted, only
+from scripted import PROBLEM, RULES, FakeClock, Scripted, only, race_by
 
 import convdispatch
 from convdispatch import machine, profile, settings
@@ -45,7 +44,7 @@ class Machine:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     fake = FakeClock()
-    monkeypatch.setattr(tuner, "tune_problem", functools.partial(tune_problem, clock=fake, rules=RULES))
+    race_by(monkeypatch, fake)
     return fake
 
 
@@ -312,7 +311,9 @@ def test_a_machine_that_becomes_busy_later_stops_nothing(clock: FakeClock, busy:
 
 def test_what_was_disturbed_is_measured_again_at_the_end(clock: FakeClock, busy: Callable[..., Machine]) -> None:
     made = busy(False, True, True)  # the look, twice the first race
-    only(Scripted("a", clock, lambda call: 1.0 if call < 60 else 3.0), Scripted("b", clock, 1.2))
+    only(
+        Scripted("a", clock, lambda call: 1.0 if call < 60 else 3.0), Scripted("b", clock, 1.3)
+    )  # too far off to be asked again
     heard: list[str] = []
     report = tune([PROBLEM, OTHER], deployments=("plan",), on_progress=lambda layer: heard.append(layer.status))
     assert made.made == 6  # and the second race, another look, and the first race again

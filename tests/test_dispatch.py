@@ -1,6 +1,5 @@
 """Who is chosen, on what evidence, under which options; with backends that count how often they are called."""
 
-import functools
 import os
 import threading
 import warnings
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scripted import RULES, FakeClock, Scripted, only
+from scripted import RULES, FakeClock, Scripted, only, race_by
 
 import convdispatch
 from convdispatch import dispatch, heuristic, machine, profile, reference, registry, settings
@@ -43,7 +42,7 @@ FILTERS = np.ones(PROBLEM.filter_shape, "f4")
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     fake = FakeClock()
-    monkeypatch.setattr(tuner, "tune_problem", functools.partial(tuner.tune_problem, clock=fake, rules=RULES))
+    race_by(monkeypatch, fake)
     return fake
 
 

@@ -1,7 +1,6 @@
 """What third parties' candidates may do to a child process, and what the tuner makes of it. Real processes run here."""
 
 import contextlib
-import functools
 import os
 import re
 import subprocess
@@ -21,7 +20,7 @@ import pytest
 import villains
 from hypothesis import given
 from programs import run_well
-from scripted import PROBLEM, RULES, FakeClock, Scripted, only
+from scripted import PROBLEM, FakeClock, Scripted, only, race_by
 from strategies import Case, familiar_cases, runs_here
 from villains import Villain, Wavering
 
@@ -392,7 +391,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     monkeypatch.delenv("CONVDISPATCH_ISOLATION")
     settings.from_environment.cache_clear()
     monkeypatch.setattr(isolation, "LIMITS", Limits(seconds=3.0, memory=128 << 20))
-    monkeypatch.setattr(tuner, "tune_problem", functools.partial(tuner.tune_problem, clock=clock, rules=RULES))
+    race_by(monkeypatch, clock)
     return clock
 
 

@@ -1,13 +1,12 @@
 """Backends come and go by name: functions, classes, instances, built-ins, and what other packages offer."""
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from typing import Any
 
 import numpy as np
 import pytest
-from scripted import PROBLEM, RULES, FakeClock, Scripted, only
+from scripted import PROBLEM, FakeClock, Scripted, only, race_by
 
 import convdispatch
 from convdispatch import dispatch, reference, registry, settings
@@ -376,7 +375,7 @@ def test_a_function_is_never_chosen_before_it_has_been_measured() -> None:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     fake = FakeClock()
-    monkeypatch.setattr(tuner, "tune_problem", functools.partial(tuner.tune_problem, clock=fake, rules=RULES))
+    race_by(monkeypatch, fake)
     return fake
 
 

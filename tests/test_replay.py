@@ -1,6 +1,5 @@
 """Replay, which measures nothing and says what is missing; a memory limit, which measures nothing either."""
 
-import functools
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from scripted import PROBLEM, RULES, FakeClock, Scripted, only
+from scripted import PROBLEM, FakeClock, Scripted, only, race_by
 
 import convdispatch
 from convdispatch import dispatch, machine, profile, settings
@@ -31,7 +30,7 @@ REPLAY = {"tuning": "replay", "threads": 2}
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     fake = FakeClock()
-    monkeypatch.setattr(tuner, "tune_problem", functools.partial(tuner.tune_problem, clock=fake, rules=RULES))
+    race_by(monkeypatch, fake)
     return fake
 
 

@@ -1,6 +1,5 @@
 """The tuner under a fake clock, with backends that take, do and fail as scripted. No real time is measured."""
 
-import functools
 import itertools
 import random
 from dataclasses import replace
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted import PROBLEM, RULES, FakeClock, Scripted, only
+from scripted import PROBLEM, RULES, FakeClock, Scripted, only, race_by
 
 import convdispatch
 from convdispatch import dispatch, machine, profile, reference, registry, report, settings
@@ -20,7 +19,7 @@ from convdispatch.backend import Backend, Candidate, Config, Numerics
 from convdispatch.errors import ArgumentError, BackendError, ProfileError, UnknownBackendError
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Key, Result
-from convdispatch.tuning import gate, hard_inputs, online, tuner
+from convdispatch.tuning import gate, hard_inputs, online
 from convdispatch.tuning.calibrate import calibrate
 from convdispatch.tuning.gate import Trial
 from convdispatch.tuning.preference import order_by_preference
@@ -68,7 +67,7 @@ def reasons(entry: Entry) -> dict[str, str]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     """A clock that ``tune`` uses too, with rules that are quick to run."""
     fake = FakeClock()
-    monkeypatch.setattr(tuner, "tune_problem", functools.partial(tune_problem, clock=fake, rules=RULES))
+    race_by(monkeypatch, fake)
     return fake
 
 

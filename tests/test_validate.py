@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from quiet import BusyWatch
-from scripted import RULES, FakeClock, Scripted, only
+from scripted import RULES, FakeClock, Scripted, only, race_by
 
 import convdispatch
 from convdispatch import calibration, dispatch, machine, profile, quarantine, settings
@@ -37,8 +37,7 @@ TO_THE_END = Rules(rounds=7, sample_seconds=0.0, race_seconds=1e9, drop=math.inf
 def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     """A clock that the tunes use too; and a calibration, so that none has to be measured."""
     fake = FakeClock()
-    patched = functools.partial(tuner.tune_problem, clock=fake, rules=RULES)
-    monkeypatch.setattr(tuner, "tune_problem", patched)
+    race_by(monkeypatch, fake)
     known(Correction(1))
     return fake
 

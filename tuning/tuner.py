@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -27,6 +27,7 @@ from convdispatch.tuning import calibrate, compile_ahead, hard_inputs, isolation
 from convdispatch.tuning import workload as workloads
 from convdispatch.tuning.busy import Watch, wait_until_quiet
 from convdispatch.tuning.clock import Clock, system_clock
+from convdispatch.tuning.confirmation import confirmed, contested
 from convdispatch.tuning.gate import trial
 from convdispatch.tuning.preference import order_by_preference
 from convdispatch.tuning.race import (
@@ -187,9 +188,10 @@ def tune(
         return None if limit is None else limit - (time.monotonic() - started)
 
     new = [task.key for task in work if retune or _known(task.key, path) is None]
+    tell = on_wait or (lambda _: None)
     if new and limit is None:
         ready()
-        _compile_for(new, level, chosen, on_wait or (lambda _: None))
+        _compile_for(new, level, chosen, tell)
     for task, part in zip(work, stakes.parts(work), strict=True):
         still = left()
         share = None if still is None else max(0.0, still) * part
@@ -204,6 +206,7 @@ def tune(
             if still is None or still > 0:
                 second = _tune_layer(task.layer, task.key, level, still, chosen, path, ready)
                 reports[number] = second if second.status == "tuned" else reports[number]
+    reports = _confirm_all(reports, new, level, chosen, left, path, tell)
     calibrate.learn((report.entry for report in reports if report.entry), path)
     return TuneReport(load, tuple(reports), path, time.monotonic() - started, budget, machine.current().id)
 
@@ -277,8 +280,7 @@ def _tune_layer(
         layer, key, effort, seconds, backends, _known(key, path), ready=ready, retune=retune, again=again
     )
     if report.status == "tuned" and report.entry is not None:
-        profile.remember(report.entry)
-        profile.write(path, [report.entry], machine.current())
+        _keep(report.entry, path)
     return report
 
 
@@ -320,6 +322,40 @@ def measure_layer(
     except BackendError as error:
         return LayerReport(layer, key.deployment, "failed", known, reason=str(error))
     return LayerReport(layer, key.deployment, "tuned", outcome.entry, outcome.left_out, busy=outcome.busy)
+
+
+def _confirm_all(
+    reports: Sequence[LayerReport], new: Container[Key], effort: Effort, backends: dict[str, Backend],
+    left: Callable[[], float | None], path: Path, on_wait: Callable[[str], None],
+) -> list[LayerReport]:  # fmt: skip
+    """Return the reports after winners were asked again, as long as there is time.
+
+    That is of ``new`` problems, in which everybody raced, where nothing disturbed it.
+    """
+    found = list(reports)
+    asked = [
+        number
+        for number, report in enumerate(reports)
+        if report.status == "tuned" and not report.busy and report.entry
+        if report.entry.key in new and contested(report.entry)
+    ]
+    if asked:
+        on_wait(f"racing {len(asked)} winner{'s' * (len(asked) > 1)} once more against who came close")
+    for number in asked:
+        report, still = reports[number], left()
+        if report.entry is None or (still is not None and still <= 0):
+            break
+        entry = confirm(report.entry, effort=effort, seconds=still, backends=backends)
+        if entry is not report.entry:
+            _keep(entry, path)
+            found[number] = replace(report, entry=entry)
+    return found
+
+
+def _keep(entry: Entry, path: Path) -> None:
+    """Keep an entry for this process and in the profile file."""
+    profile.remember(entry)
+    profile.write(path, [entry], machine.current())
 
 
 def _known(key: Key, path: Path) -> Found | None:
@@ -464,6 +500,40 @@ def tune_problem(
     return Outcome(entry, left_out, measured.busy)
 
 
+def confirm(
+    entry: Entry,
+    *,
+    effort: Effort = "measure",
+    seconds: float | None = None,
+    backends: dict[str, Backend] | None = None,
+    clock: Clock = system_clock,
+    rules: Rules | None = None,
+) -> Entry:
+    """Return a problem's entry after its winner raced once more against who came close; see ``confirmation``.
+
+    Args:
+        entry: what ``tune_problem`` has measured.
+        effort, seconds, backends, clock, rules: as there.
+    """
+    rules, key = rules or RULES[effort], entry.key
+    picks = _picks(key, registry.available() if backends is None else backends)
+
+    def again(candidates: Sequence[Candidate]) -> Sequence[Result]:
+        arrays, runners = trial(key.problem), dict[str, Run]()
+        with _one_at_a_time, settings.options(tuning="off"), observe.unwatched():
+            for candidate in candidates:
+                plan = arrays.plan(candidate)
+                plan.complete()
+                runners[candidate.name] = arrays.runner(plan, key.deployment)
+            table, busy = _race_in_quiet(runners, rules, clock, key.threads, seconds, on_failure=lambda *_: None)
+        if busy or not table:
+            return ()
+        measured = _Measured(_timed(entry.results, table), [], standings(table), busy)
+        return _ordered(measured, picks, entry, rules.margin)
+
+    return confirmed(entry, again)
+
+
 def _raced(
     key: Key, entrants: Sequence[Candidate], again: Rematch | None, rules: Rules, clock: Clock, seconds: float | None
 ) -> tuple[_Measured, Rematch | None]:
@@ -547,16 +617,25 @@ def _measure(
         runners, rules, clock, key.threads, seconds,
         on_failure=lambda name, error: fail(name, f"{type(error).__name__}: {error}"),
     )  # fmt: skip
-    times, intervals = comparable_seconds(table), comparable_intervals(table)
-    results = [
-        Result(
-            by_name[name].backend.name, by_name[name].backend.version, by_name[name].config, times[name],
-            samples.spread, len(samples.seconds), *checked[name], intervals[name],
-        )
-        for name, samples in table.items()
-    ]  # fmt: skip
-    results = [replace(row, estimate=predicted(row, key)) for row in results]
+    found = [
+        Result(by_name[name].backend.name, by_name[name].backend.version, by_name[name].config, 0.0, 0.0, 0, *said)
+        for name, said in checked.items()
+    ]
+    results = [replace(row, estimate=predicted(row, key)) for row in _timed(found, table)]
     return _Measured(results, failures, standings(table), busy)
+
+
+def _timed(rows: Iterable[Result], table: Mapping[str, Samples]) -> list[Result]:
+    """Return the rows of those who ran to their end, with their times."""
+    times, intervals = comparable_seconds(table), comparable_intervals(table)
+    return [
+        replace(
+            row, median=times[row.name], spread=table[row.name].spread, rounds=len(table[row.name].seconds),
+            interval=intervals[row.name],
+        )
+        for row in rows
+        if row.name in table
+    ]  # fmt: skip
 
 
 def _race_in_quiet(
