@@ -84,7 +84,7 @@ def with_activation(case: Case, activation: str) -> Problem:
 
 
 @given(case=cases())
-@examples(24)
+@examples(18)
 def test_a_plan_is_within_the_bound_of_the_reference_or_says_why_not(backend: Backend, case: Case) -> None:
     p = case.problem
     if reason := Candidate(backend, Config()).rejects(p):
@@ -109,7 +109,7 @@ def test_a_plan_is_within_the_bound_of_the_reference_or_says_why_not(backend: Ba
 
 
 @given(case=cases(empty=False, side=24))
-@examples(5)
+@examples(3)
 @example(case=numbers(Problem.parse("2x33x37x3 * 3x3x3x5 SAME")))
 @example(case=numbers(Problem.parse("1x41x9x6 * 3x3x3x4 pad=2,0,1,3")))
 @example(case=numbers(Problem.parse("1x40x35x1 * 7x11x1x2 SAME_LOWER stride=2")))

@@ -9,9 +9,9 @@ import numba
 import numpy as np
 import pytest
 import walls
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from strategies import FLOAT_DTYPES, USABLE_DTYPES, judge, numbers
+from strategies import FLOAT_DTYPES, USABLE_DTYPES, examples, judge, numbers
 
 import convdispatch
 from convdispatch.backend import Config
@@ -69,7 +69,7 @@ shapes = st.tuples(st.integers(1, 9), st.integers(1, 12), st.integers(1, 40))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("planar", [False, True])
 @given(shape=shapes, first=st.integers(-6, 12), rows=st.integers(1, 14))
-@settings(max_examples=60, deadline=None)
+@examples(45)
 def test_rows_arrive_as_numpy_would_convert_them(
     dtype: str, planar: bool, shape: tuple[int, int, int], first: int, rows: int
 ) -> None:
@@ -92,7 +92,7 @@ def test_rows_arrive_as_numpy_would_convert_them(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("planar", [False, True])
 @given(shape=shapes, data=st.data())
-@settings(max_examples=60, deadline=None)
+@examples(45)
 def test_rows_go_back_rounded_once_and_nothing_else_is_written(
     dtype: str, planar: bool, shape: tuple[int, int, int], data: st.DataObject
 ) -> None:

@@ -116,8 +116,16 @@ def test_the_last_rows_of_a_job_are_a_tile_moved_back(staged: bool) -> None:
         check(problem, Config(columns=4, rows=4, threads=threads, staged=staged))
 
 
-@pytest.mark.parametrize("rest", ["3x3 SAME +bias +relu", "5x5 SAME +residual", "3x3 SAME stride=2", "3x3 SAME +silu"])
-@pytest.mark.parametrize("config", [{"columns": 7, "rows": 2}, {"columns": 7, "staged": True}, {"columns": 7}])
+@pytest.mark.parametrize(
+    ("rest", "config"),
+    [
+        ("3x3 SAME +bias +relu", {"columns": 7, "rows": 2}),
+        ("5x5 SAME +residual", {"columns": 7, "rows": 2}),
+        ("3x3 SAME stride=2", {"columns": 7, "rows": 2}),
+        ("3x3 SAME +bias", {"columns": 7, "staged": True}),
+        ("3x3 SAME +silu", {"columns": 7}),
+    ],
+)
 def test_what_comes_from_memory_and_goes_there(
     rest: str, config: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

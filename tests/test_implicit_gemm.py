@@ -290,30 +290,38 @@ print("right")
 """
 
 
+#: A problem of each kind of kernel; of fast_fir, whose steps are those of image_rows and winograd, none.
+_EACH_KERNEL = [
+    ("implicit_gemm", "1x9x9x20 * 3x3x20x24 SAME +bias +relu"),
+    ("winograd", "1x9x9x20 * 3x3x20x24 SAME"),
+    ("winograd_rows", "1x9x19x3 * 3x3x3x16 SAME +bias +relu"),
+    ("inner_product", "1x9x20x20 * 3x3x20x3 SAME +bias +relu"),
+    ("inner_product", "1x9x20x16 * 3x3x16x1 SAME"),
+    ("depthwise", "1x12x12x8 * 3x3x1x8 SAME"),
+    ("image_rows", "1x20x40x1 * 5x5x1x1 SAME"),
+    ("separable", "1x20x40x1 * 9x9x1x1 SAME separable"),
+    ("pointwise", "1x7x9x3 * 1x1x3x2 VALID +bias"),
+]
+_THEIR_VARIANTS = [
+    ("winograd", "1x9x9x16 * 3x3x2x16 SAME +bias"),  # groups that share a vector
+    ("image_rows", "1x20x40x1 * 5x5x1x1 SAME uint8"),
+    ("image_rows", "1x3x20x40 NCHW * 5x5x3x2 SAME"),
+    ("image_rows", "1x40x80x3 * 10x5x1x3 SAME stride=2"),
+]
+
+
 @pytest.mark.parametrize(
     ("cpu", "features", "width"),
     [("haswell", "+avx,+avx2,+fma", 32), ("nehalem", "", 16)],
     ids=["avx2", "portable"],
 )
-def test_code_for_other_machines_is_right_too(cpu: str, features: str, width: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("problems", [_EACH_KERNEL, pytest.param(_THEIR_VARIANTS, marks=pytest.mark.slow)])
+def test_code_for_other_machines_is_right_too(
+    cpu: str, features: str, width: int, problems: list[tuple[str, str]], tmp_path: Path
+) -> None:
     """The same kernels, compiled for narrower vectors than this machine's; and no address is computed in floats."""
     if "x86" not in os.uname().machine or vector_bytes() <= width:
         pytest.skip("needs an x86 machine with wider vectors; all other tests are of its own")
-    problems = [
-        ("implicit_gemm", "1x9x9x20 * 3x3x20x24 SAME +bias +relu"),
-        ("winograd", "1x9x9x20 * 3x3x20x24 SAME"),
-        ("winograd", "1x9x9x16 * 3x3x2x16 SAME +bias"),  # groups that share a vector
-        ("winograd_rows", "1x9x19x3 * 3x3x3x16 SAME +bias +relu"),
-        ("inner_product", "1x9x20x20 * 3x3x20x3 SAME +bias +relu"),
-        ("inner_product", "1x9x20x16 * 3x3x16x1 SAME"),
-        ("depthwise", "1x12x12x8 * 3x3x1x8 SAME"),
-        ("image_rows", "1x20x40x1 * 5x5x1x1 SAME"),
-        ("image_rows", "1x20x40x1 * 5x5x1x1 SAME uint8"),
-        ("image_rows", "1x3x20x40 NCHW * 5x5x3x2 SAME"),
-        ("image_rows", "1x40x80x3 * 10x5x1x3 SAME stride=2"),
-        ("separable", "1x20x40x1 * 9x9x1x1 SAME separable"),
-        ("pointwise", "1x7x9x3 * 1x1x3x2 VALID +bias"),
-    ]  # of fast_fir, whose steps are those of image_rows and winograd, nothing
     environment = {
         **os.environ,
         "NUMBA_CPU_NAME": cpu,

@@ -2,9 +2,9 @@
 
 import pytest
 import walls
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import numbers
+from strategies import examples, numbers
 
 from convdispatch import registry
 from convdispatch.backend import Candidate, Config
@@ -32,7 +32,7 @@ def check(text: str, config: Config) -> None:
     dtype=st.sampled_from(["", " float64"]),
     then=st.sampled_from(["", " +bias", " +residual", " +bias +residual +relu", " +relu6", " +bias +gelu"]),
 )
-@settings(max_examples=40, deadline=None)
+@examples(30)
 def test_any_sizes_are_right(
     n: int, shape: tuple[int, int], channels: int, filters: int, tile: tuple[int, int], dtype: str, then: str
 ) -> None:

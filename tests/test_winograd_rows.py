@@ -67,17 +67,17 @@ def test_widths_around_tiles_and_passes(width: int) -> None:
     [
         ("1x9x30x1 * 2x2x1x16 SAME", 3),
         ("1x9x30x8 * 4x9x8x16 SAME", 4),
-        ("1x3x30x24 * 3x10x24x16 SAME", 3),
+        pytest.param("1x3x30x24 * 3x10x24x16 SAME", 3, marks=pytest.mark.slow),
         ("1x9x30x17 * 1x11x17x20 SAME", 2),  # channels that fill vectors, and some beyond
         ("1x9x40x3 * 7x7x3x8 SAME stride=2 +bias", 4),
-        ("2x9x40x2 * 3x3x2x40 SAME float64 +bias +silu", 4),
+        pytest.param("2x9x40x2 * 3x3x2x40 SAME float64 +bias +silu", 4, marks=pytest.mark.slow),
         ("1x9x43x3 * 3x13x3x16 SAME +bias", 5),  # taps by chunks
-        ("1x9x43x1 * 2x31x1x16 SAME +residual +gelu", 4),
+        pytest.param("1x9x43x1 * 2x31x1x16 SAME +residual +gelu", 4, marks=pytest.mark.slow),
         ("1x9x71x2 * 3x23x2x16 SAME stride=2 +residual", 4),
-        ("1x2x201x1 * 1x38x1x16 SAME stride=4", 4),
+        pytest.param("1x2x201x1 * 1x38x1x16 SAME stride=4", 4, marks=pytest.mark.slow),
         ("1x4x14x3 * 3x300x3x16 pad=1,1,200,250", 5),  # most of the taps beside the image
         ("1x1x19x36 * 1x30x12x48 SAME +bias +residual +silu", 4),  # groups, and chunks beside the image
-        ("2x7x19x16 * 2x5x8x40 SAME +bias", 4),
+        pytest.param("2x7x19x16 * 2x5x8x40 SAME +bias", 4, marks=pytest.mark.slow),
         ("1x1x300x4 * 1x3x4x16 SAME", 4),  # a single row, whose tiles are shared out
         ("1x60x3x1 * 10x2x1x16 pad=20,30,4,0", 2),  # rows of outputs that see nothing of the image
         ("2x3x12x11 NCHW * 3x3x3x16 SAME +residual +relu", 4),
