@@ -25,16 +25,20 @@ from convdispatch.backends._tile import (
     store,
     zeros,
 )
-from convdispatch.backends._vector import copy, hold
+from convdispatch.backends._vector import copy, hold, prefetch
 from convdispatch.backends._windows import copy_columns, copy_group, taps_inside
 
-#: ``filters`` is ``[groups, blocks of a group, KH, KW, C // groups, block]``, filled up with zeros, ``bias`` alike.
+#: ``filters`` is ``[groups, blocks of a group, KH, KW, C // groups, block]``, filled up with zeros, ``bias`` alike;
+#: ``coming`` how many cache lines of the input are sent for with each tile.
 ARGUMENTS = Arguments(
     input=array_of(4), filters=array_of(6), bias=array_of(1), residual=array_of(4), out=array_of(4),
     pads=integers_of(2), strides=integers_of(2), dilations=integers_of(2), staged=INTEGER, streamed=INTEGER,
-    code=INTEGER, slope=FLOAT, parts=array_of(2, "int64"),
+    coming=INTEGER, code=INTEGER, slope=FLOAT, parts=array_of(2, "int64"),
 )  # fmt: skip
 unpack = ARGUMENTS.unpack
+
+#: So many tiles ahead.
+_AHEAD = 2
 
 
 @functools.cache
@@ -45,7 +49,7 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
 
     def convolve(arguments, job):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
         """Compute the tiles ``part[0:2]``, line by line, for the blocks of filters ``part[2:4]``."""
-        x, w, bias, residual, out, pads, strides, dilations, staged, streamed, code, slope, parts = unpack(
+        x, w, bias, residual, out, pads, strides, dilations, staged, streamed, coming, code, slope, parts = unpack(
             arguments, itemsize
         )
         groups, per_group, kh, kw, group_c, _ = w.shape
@@ -100,6 +104,9 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
                         begin = taps_inside(nearest, dilations[1], kw, width)[0]
                         end = taps_inside(left, dilations[1], kw, width)[1]
                     at, down = from_line + ow * apart, dilations[0] * line_bytes
+                    if number == first_block:  # for the others it is in L2
+                        for line_ahead in range(coming):
+                            prefetch(at + _AHEAD * rows * apart + line_ahead * CACHE_LINE)
                     if is_beside and not staged:
                         for i in range(low, high):
                             copy_columns(np.int64(window[i].ctypes.data), at + i * down, left, reach, width, pixel)

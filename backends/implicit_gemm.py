@@ -16,13 +16,13 @@ from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, Kernel, item_bytes
 from convdispatch.backends import _in_line, _indirect, _pixel_panels, _rates
 from convdispatch.backends._kernel import PackedKernel
-from convdispatch.backends._memory import aligned, by_blocks, streams
+from convdispatch.backends._memory import CACHE_LINE, aligned, by_blocks, streams
 from convdispatch.backends._packed import PackedBackend, flat
 from convdispatch.backends._threads import even_grid, grid, pieces
 from convdispatch.backends._tile import few_tiles, narrow_tiles, register_tile, register_tiles
 from convdispatch.backends._vector import halves_are_free, vector_bytes
 from convdispatch.errors import ArgumentError
-from convdispatch.machine import Machine
+from convdispatch.machine import Machine, current
 from convdispatch.problem import Problem
 
 #: Bytes of a job's input, and of its tables of addresses, that stay in a core's L2 cache; and of the input where
@@ -41,6 +41,9 @@ _FEW_CHANNELS, _SMALL_IMAGE = 8, 64 << 10
 #: An output is written past the caches only if it is as large as the last of them. One of half that size takes 1.3 to
 #: 1.5 times as long that way, however it is with what is written in other orders; a larger one as long either way.
 _CACHED_OUTPUT = 1.0
+#: Where input and output together are larger than it, smaller ones too, since the input drives them out; and of such an
+#: input, and one somewhat smaller, cache lines are sent for ahead. That pays from so many filters on.
+_CROWDED_OUTPUT, _CACHED_TRAFFIC, _MANY_FILTERS = 0.2, 0.5, 64
 #: FLOP a second of a core, about, by which work is cut.
 _FLOPS = 1.5e11
 #: Tiles of a thread, if all have as many, from which on one more or less makes no difference.
@@ -130,7 +133,7 @@ class ImplicitGemm(PackedBackend):
     """Tiles of outputs summed in registers, the input read where it lies; any filter, stride and padding."""
 
     name = "implicit_gemm"
-    version = 16
+    version = 17
 
     def configs(self, problem: Problem, effort: Effort) -> Sequence[Config]:
         """Return tiles, the one with the smallest estimate first."""
@@ -214,12 +217,12 @@ class ImplicitGemm(PackedBackend):
         parts = _parts(p, tile[0], blocks, config.threads)
         values = {
             "filters": packed, "bias": added.reshape(-1),
-            "streamed": streams(p.output_shape, item_bytes(p.dtype), block, p.group_k, _CACHED_OUTPUT),
+            "streamed": streams(p.output_shape, item_bytes(p.dtype), block, p.group_k, _cached_part(p)),
             "code": p.epilogue.code, "slope": p.epilogue.slope, "parts": parts,
         }  # fmt: skip
         if _is_in_line(p, tile[0]):
             values |= {"pads": p.pads[::2], "strides": p.strides, "dilations": p.dilations}
-            values["staged"] = int(_is_staged(p))
+            values["staged"], values["coming"] = int(_is_staged(p)), _coming(p, tile[0])
             compiled = _in_line.compiled
         else:
             values |= {
@@ -229,6 +232,29 @@ class ImplicitGemm(PackedBackend):
             compiled = _indirect.compiled
         make = functools.partial(compiled, *tile, lanes, item_bytes(p.dtype))
         return PackedKernel(make, p, values, len(parts), config.threads)
+
+
+def _traffic(problem: Problem) -> float:
+    """Return the bytes of input and output, in last caches."""
+    p = problem
+    return (p.n * p.h * p.w * p.c + p.n * p.oh * p.ow * p.k) * item_bytes(p.dtype) / current().caches[2]
+
+
+def _cached_part(problem: Problem) -> float:
+    """Return the part of the last cache that is left to outputs: less where the input alone drives them out."""
+    return _CROWDED_OUTPUT if _traffic(problem) > 1 and problem.k >= _MANY_FILTERS else _CACHED_OUTPUT
+
+
+def _coming(problem: Problem, rows: int) -> int:
+    """Return how many cache lines are sent for with each tile: of 1x1 layers whose input comes from memory.
+
+    With few filters there would be too little to do meanwhile.
+    """
+    p = problem
+    plain = p.kh == p.kw == p.strides[1] == p.groups == 1
+    if not plain or p.k < _MANY_FILTERS or _traffic(p) <= _CACHED_TRAFFIC:
+        return 0
+    return -(-rows * p.c * item_bytes(p.dtype) // CACHE_LINE)
 
 
 @functools.lru_cache(maxsize=4096)

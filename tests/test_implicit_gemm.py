@@ -10,13 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import walls
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import judge
+from strategies import judge, numbers
 
 from convdispatch import registry
 from convdispatch.backend import Config
 from convdispatch.backends import _indirect, _memory, implicit_gemm
+from convdispatch.backends._memory import aligned
 from convdispatch.backends._tile import few_tiles, narrow_tiles, register_tiles
 from convdispatch.backends._vector import vector_bytes
 from convdispatch.backends.implicit_gemm import ImplicitGemm
@@ -334,3 +336,19 @@ def test_code_for_other_machines_is_right_too(
         cwd=Path(__file__).parent.parent,
     )  # fmt: skip
     assert done.stdout.strip() == "right", done.stderr
+
+
+@pytest.mark.parametrize("rest", ["64x80 VALID +bias +relu", "20x64 VALID +silu"])
+def test_what_comes_from_memory_and_goes_there(rest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Input sent for ahead and outputs stored past the caches: the same to the last bit."""
+    shape, *more = rest.split()
+    problem = Problem.parse(f"3x9x11x{shape.split('x')[0]} * 1x1x{shape} {' '.join(more)}")
+    case, config = numbers(problem), Config(rows=6, vectors=1, threads=2)
+    expected = walls.run(GEMM, case, config)
+    monkeypatch.setattr(implicit_gemm, "_CACHED_TRAFFIC", 0.0)
+    monkeypatch.setattr(implicit_gemm, "streams", lambda *_: problem.k % 16 == 0)
+    assert implicit_gemm._coming(problem, 6) == -(-6 * problem.c * 4 // 64)
+    out = aligned(problem.output_shape, "float32")
+    GEMM.prepare(problem, case.w, case.bias, config)(case.x, out, None)
+    np.testing.assert_array_equal(out, expected)
+    np.testing.assert_array_equal(walls.run(GEMM, case, config), expected)  # an output that begins anywhere
