@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from convdispatch.arguments import Array
+from convdispatch.backend import item_bytes
 from convdispatch.machine import current
+from convdispatch.problem import Problem
 
 CACHE_LINE = 64
 
@@ -114,6 +116,13 @@ def by_phases(filters: Array, period: int) -> Array:
     whole = np.zeros((rows * period, columns * period, *rest))
     whole[:kh, :kw] = filters
     return whole.reshape(rows, period, columns, period, *rest)
+
+
+def in_last_caches(problem: Problem) -> float:
+    """Return the bytes of a problem's input and output, in so many last caches."""
+    p = problem
+    values = math.prod(p.input_shape) + math.prod(p.output_shape)
+    return values * item_bytes(p.dtype) / max(1, current().caches[2])
 
 
 def streams(shape: tuple[int, ...], itemsize: int, run: int, row: int, part: float = CACHED_OUTPUT) -> bool:

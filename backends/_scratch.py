@@ -26,7 +26,6 @@ ROOM, _EACH = 1 << 20, 2
 _TRIES = 4
 _COUNT = _EACH << (os.cpu_count() or 1).bit_length()
 
-
 _memory = on_huge_pages(_COUNT * ROOM)
 #: Whether each room is taken, on a line of cache of its own.
 _taken = aligned((_COUNT, CACHE_LINE // 8), "int64")
@@ -56,11 +55,12 @@ def _rooms(typing: Any) -> tuple[Any, Codegen]:
 
 
 @compilable
-def _nowhere():  # type: ignore[no-untyped-def]
+def _any_core():  # type: ignore[no-untyped-def]
+    """Return 0: where nobody tells, all begin with the same rooms."""
     return 0
 
 
-_core = current_core if CAN_SLEEP else _nowhere
+_core = current_core if CAN_SLEEP else _any_core
 
 
 @compilable

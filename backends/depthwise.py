@@ -31,7 +31,7 @@ from convdispatch.backends._depthwise_staged import staged
 from convdispatch.backends._depthwise_tile import DepthwiseForm, shared_out
 from convdispatch.backends._epilogue import RELU6
 from convdispatch.backends._kernel import PackedKernel
-from convdispatch.backends._memory import CACHE_LINE, aligned, by_vectors, streams
+from convdispatch.backends._memory import CACHE_LINE, aligned, by_vectors, in_last_caches, streams
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._threads import grid, pieces
 from convdispatch.backends._transforms import odd_lines
@@ -381,9 +381,7 @@ def _is_ahead(problem: Problem) -> bool:
     From caches, it takes a twentieth longer. With stride 2 there is as much to come from memory, and less to do
     meanwhile: the cores wait for it in any case.
     """
-    p = problem
-    traffic = (math.prod(p.input_shape) + math.prod(p.output_shape)) * item_bytes(p.dtype)
-    return p.strides == (1, 1) and traffic > _CACHED * current().caches[2]
+    return problem.strides == (1, 1) and in_last_caches(problem) > _CACHED
 
 
 def _done_whole(problem: Problem, tile: int) -> bool:

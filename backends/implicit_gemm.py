@@ -16,13 +16,13 @@ from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, Kernel, item_bytes
 from convdispatch.backends import _in_line, _indirect, _pixel_panels, _rates
 from convdispatch.backends._kernel import PackedKernel
-from convdispatch.backends._memory import CACHE_LINE, aligned, by_blocks, streams
+from convdispatch.backends._memory import CACHE_LINE, aligned, by_blocks, in_last_caches, streams
 from convdispatch.backends._packed import PackedBackend, flat
 from convdispatch.backends._threads import even_grid, grid, pieces
 from convdispatch.backends._tile import few_tiles, narrow_tiles, register_tile, register_tiles
 from convdispatch.backends._vector import halves_are_free, vector_bytes
 from convdispatch.errors import ArgumentError
-from convdispatch.machine import Machine, current
+from convdispatch.machine import Machine
 from convdispatch.problem import Problem
 
 #: Bytes of a job's input, and of its tables of addresses, that stay in a core's L2 cache; and of the input where
@@ -234,15 +234,9 @@ class ImplicitGemm(PackedBackend):
         return PackedKernel(make, p, values, len(parts), config.threads)
 
 
-def _traffic(problem: Problem) -> float:
-    """Return the bytes of input and output, in last caches."""
-    p = problem
-    return (p.n * p.h * p.w * p.c + p.n * p.oh * p.ow * p.k) * item_bytes(p.dtype) / current().caches[2]
-
-
 def _cached_part(problem: Problem) -> float:
     """Return the part of the last cache that is left to outputs: less where the input alone drives them out."""
-    return _CROWDED_OUTPUT if _traffic(problem) > 1 and problem.k >= _MANY_FILTERS else _CACHED_OUTPUT
+    return _CROWDED_OUTPUT if in_last_caches(problem) > 1 and problem.k >= _MANY_FILTERS else _CACHED_OUTPUT
 
 
 def _coming(problem: Problem, rows: int) -> int:
@@ -252,7 +246,7 @@ def _coming(problem: Problem, rows: int) -> int:
     """
     p = problem
     plain = p.kh == p.kw == p.strides[1] == p.groups == 1
-    if not plain or p.k < _MANY_FILTERS or _traffic(p) <= _CACHED_TRAFFIC:
+    if not plain or p.k < _MANY_FILTERS or in_last_caches(p) <= _CACHED_TRAFFIC:
         return 0
     return -(-rows * p.c * item_bytes(p.dtype) // CACHE_LINE)
 

@@ -131,6 +131,9 @@ def tune(
     What was recorded is tuned in the order of the seconds it took, the most first, each in the deployment and with
     the thread budget that it was called with; a time limit is spent in proportion to those seconds.
 
+    When all have been raced, winners of new problems race once more against who came close, and give way to who beats
+    them twice.
+
     A busy machine is waited for before the first race, for up to ten seconds. One that becomes busy later stops
     nothing: a race that was disturbed is run again, longer, and if that was disturbed too, its entry is flagged
     ``"busy"``. What is flagged is measured again at the end, if there is a quiet moment then, or by the next run.
