@@ -140,6 +140,11 @@ class _Tiling:
         parts[parts[:, 3] == whole, 3] = p.ow  # less than a tile is moved back, but not into another job
         return parts
 
+    @property
+    def is_ahead(self) -> bool:
+        """Whether pixels are sent for a tile ahead; those that are copied first are in L2."""
+        return self.rows > 1 and not self.is_staged and _is_ahead(self.seen)
+
     def form(self) -> DepthwiseForm:
         """Return what a kernel is compiled for."""
         p, (taps, stride) = self.seen, self.chunk
@@ -148,7 +153,7 @@ class _Tiling:
         return DepthwiseForm(
             self.columns, self.rows, p.kh if is_whole else 0, taps, stride,
             taps > 1 and p.dilations[1] > 1, *group, _lanes(p, vector_bytes()), item_bytes(p.dtype), _is_streamed(p),
-            self.rows > 1 and _is_ahead(p),
+            self.is_ahead,
         )  # fmt: skip
 
 
@@ -226,7 +231,7 @@ class Depthwise(PackedBackend):
             seconds += math.prod(p.input_shape) * size * (1 + again) / _STAGED_BYTES
         used = min(config.threads, machine.cores, down * across)
         traffic = (math.prod(problem.input_shape) + math.prod(p.output_shape)) * size
-        rate = _AHEAD_BYTES_PER_SECOND if tiling.form().is_ahead else _MEMORY_BYTES_PER_SECOND
+        rate = _AHEAD_BYTES_PER_SECOND if tiling.is_ahead else _MEMORY_BYTES_PER_SECOND
         missed = max(0, traffic - machine.caches[2] // 2) / rate
         return _rates.shared(seconds + missed, used)
 

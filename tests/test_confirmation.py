@@ -8,12 +8,9 @@ from scripted import PROBLEM, RULES, FakeClock, Scripted, only, race_by
 
 from convdispatch import machine, profile, registry
 from convdispatch.backend import Candidate
-from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Key, Result
 from convdispatch.tuning.confirmation import confirmed, contested
 from convdispatch.tuning.tuner import tune, tune_problem
-
-OTHER = Problem.parse("1x5x5x2 * 1x1x2x3 VALID")
 
 
 def entry_of(clock: FakeClock, **seconds: float) -> Entry:

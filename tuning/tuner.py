@@ -283,7 +283,7 @@ def _tune_layer(
         layer, key, effort, seconds, backends, _known(key, path), ready=ready, retune=retune, again=again
     )
     if report.status == "tuned" and report.entry is not None:
-        _keep(report.entry, path)
+        _store(report.entry, path)
     return report
 
 
@@ -350,12 +350,12 @@ def _confirm_all(
             break
         entry = confirm(report.entry, effort=effort, seconds=still, backends=backends)
         if entry is not report.entry:
-            _keep(entry, path)
+            _store(entry, path)
             found[number] = replace(report, entry=entry)
     return found
 
 
-def _keep(entry: Entry, path: Path) -> None:
+def _store(entry: Entry, path: Path) -> None:
     """Keep an entry for this process and in the profile file."""
     profile.remember(entry)
     profile.write(path, [entry], machine.current())
