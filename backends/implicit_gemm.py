@@ -20,7 +20,7 @@ from convdispatch.backends._memory import CACHE_LINE, aligned, by_blocks, in_las
 from convdispatch.backends._packed import PackedBackend, flat
 from convdispatch.backends._threads import even_grid, grid, pieces
 from convdispatch.backends._tile import few_tiles, narrow_tiles, register_tile, register_tiles
-from convdispatch.backends._vector import halves_are_free, vector_bytes
+from convdispatch.backends._vector import halves_are_free, vector_bytes, whole_units
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem
@@ -191,7 +191,8 @@ class ImplicitGemm(PackedBackend):
         blocks = p.groups * -(-p.group_k // block)
         tiles, down, across = _cut(p, rows, blocks, config.threads)
         peak = _rates.peak(machine, item_bytes(p.dtype))
-        loads = (1 + 0.1 * whole / lanes * (rows + vectors) / (rows * vectors)) * _crowding(p, rows, machine)
+        a_load = _LOAD[whole_units() and lanes == whole] * whole / lanes
+        loads = (1 + a_load * (rows + vectors) / (rows * vectors)) * _crowding(p, rows, machine)
         if lanes < whole:
             loads *= _NARROW if halves_are_free() else whole / lanes
         compute = 2 * tiles * rows * blocks * block * p.taps * _met(p, rows) / peak * loads
@@ -288,6 +289,9 @@ def _crowding(problem: Problem, rows: int, machine: Machine) -> float:
     apart = p.strides[1] * p.c * item_bytes(p.dtype)
     return 1 + _CROWDED * max(0.0, rows / _rates.places(apart, machine) - 1) ** 2
 
+
+#: What a load for each product would take of its time: otherwise, and of whole vectors with units for whole ones.
+_LOAD = 0.1, 0.03
 
 #: To finish a tile of few rows, and one of more, whose sums leave no registers for that.
 _FEW_ROWS, _TILE_SECONDS = 8, (8e-9, 5e-8)

@@ -10,6 +10,7 @@ from convdispatch import machine, profile, registry
 from convdispatch.backend import Candidate
 from convdispatch.profile import Entry, Key, Result
 from convdispatch.tuning.confirmation import confirmed, contested
+from convdispatch.tuning.rematch import still_there
 from convdispatch.tuning.tuner import tune, tune_problem
 
 
@@ -33,6 +34,18 @@ def test_who_came_close_is_asked_and_few_of_them() -> None:
     assert names(contested(many)) == ["a", "b0", "b1", "b2"]
 
 
+def test_who_would_be_used_without_tuning_is_asked_wherever_it_came() -> None:
+    entry = entry_of(FakeClock(), a=1.0, b=1.05, c=3.0, d=3.0)
+    there = {candidate.backend.name: candidate for candidate in still_there(entry)}
+    assert names(contested(entry, [there["c"]])) == ["a", "b", "c"]
+    assert names(contested(entry, [there["a"], there["b"]])) == ["a", "b"]
+    assert names(contested(entry, [there["c"]], {"a", "b"})) == ["a", "b"]
+    assert names(contested(entry, [there["c"]], {"a", "c", "d"})) == ["a", "c"]
+    assert contested(entry, [there["c"]], {"b", "c"}) == []
+    registry.unregister("c")
+    assert names(contested(entry, [there["c"]])) == ["a", "b"]
+
+
 def test_nobody_is_asked_where_the_winner_is_alone_or_gone_or_others_are_as_fast() -> None:
     assert contested(entry_of(FakeClock(), a=1.0, b=1.2)) == []
     assert contested(entry_of(FakeClock(), a=1.0, b=1.005)) == []
@@ -49,7 +62,7 @@ def test_a_winner_stays_unless_the_same_one_beats_it_twice(answers: list[str]) -
         first = next(left)
         return rows(entry, first, *sorted({"a", "b"} - {first})) if first else []
 
-    assert confirmed(entry, again) is entry
+    assert confirmed(entry, contested(entry), again) is entry
     assert next(left, None) is None
 
 
@@ -63,7 +76,7 @@ def test_who_beats_it_twice_takes_over_with_new_times_and_the_others_keep_theirs
         found = [from_entry[name] for name in names(candidates)]
         return sorted((changed(row, times[row.backend]) for row in found), key=lambda row: row.median)
 
-    found = confirmed(entry, again)
+    found = confirmed(entry, contested(entry), again)
     assert asked == [["a", "b", "c"], ["a", "b"]]
     assert {row.backend: row.median for row in found.results} == pytest.approx(
         {"b": 0.5, "a": 0.75, "c": 1.08, "d": 2.0}

@@ -2,10 +2,11 @@
 
 A race takes a fraction of a second. What lasts longer (a neighbour on the same processor takes cache or memory, say)
 may favour one candidate throughout, and be gone in the next race. So who won and who came close race once more, after
-the other problems have had their turn. The winner stays unless somebody is faster for certain, and is so twice.
+the other problems have had their turn; and those who would be used without tuning, close or not, since a winner is to
+have beaten them for good reason. The winner stays unless somebody is faster for certain, and is so twice.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import replace
 
 from convdispatch.backend import Candidate
@@ -17,30 +18,39 @@ from convdispatch.tuning.rematch import still_there
 _CLOSE, _MOST = 1.1, 3
 
 
-def contested(entry: Entry) -> list[Candidate]:
-    """Return the winner and who came close, the best first; nobody where nobody did.
+def contested(entry: Entry, picks: Iterable[Candidate] = (), among: Container[str] | None = None) -> list[Candidate]:
+    """Return the winner and who is to race with it once more, the best first; nobody where there is no such rival.
 
     Who was as fast as the winner is not asked: it would make no difference.
+
+    Args:
+        entry: what the first race came to.
+        picks: who would be used without tuning.
+        among: backends that took part, if not all of the entry's did.
     """
-    best = entry.winner.median
+    best, picked = entry.winner.median, {candidate.name for candidate in picks}
     equal, close = TIE_MARGIN * best, (_CLOSE - 1) * best
-    asked = {row.name for row in entry.results if row.median - best <= close and abs(row.median - best) > equal}
-    there = still_there(entry)
-    rivals = [candidate for candidate in there if candidate.name in asked][:_MOST]
-    return [there[0], *rivals] if rivals and there[0].name == entry.winner.name else []
+    apart = {row.name: row.median - best for row in entry.results if abs(row.median - best) > equal}
+    there = [candidate for candidate in still_there(entry) if among is None or candidate.backend.name in among]
+    if not there or there[0].name != entry.winner.name:
+        return []
+    winner, *others = there
+    near = [rival for rival in others if rival.name in apart and apart[rival.name] <= close][:_MOST]
+    rivals = near + [rival for rival in others if rival.name in apart.keys() & picked and rival not in near]
+    return [winner, *rivals] if rivals else []
 
 
-def confirmed(entry: Entry, again: Callable[[Sequence[Candidate]], Sequence[Result]]) -> Entry:
+def confirmed(
+    entry: Entry, candidates: Sequence[Candidate], again: Callable[[Sequence[Candidate]], Sequence[Result]]
+) -> Entry:
     """Return an entry whose winner was asked again: the same, or with another one and its times.
 
     Args:
         entry: what the first race came to.
+        candidates: the winner and who races with it.
         again: races candidates, of whom the first is preferred in a tie, and returns what came of it with the winner
             first; nothing where others disturbed it.
     """
-    candidates = contested(entry)
-    if not candidates:
-        return entry
     for _ in range(2):
         results = again(candidates)
         if not results or results[0].name == entry.winner.name:

@@ -335,23 +335,22 @@ def _confirm_all(
 
     That is of ``new`` problems, in which everybody raced, where nothing disturbed it.
     """
-    found = list(reports)
-    asked = [
-        number
-        for number, report in enumerate(reports)
-        if report.status == "tuned" and not report.busy and report.entry
-        if report.entry.key in new and contested(report.entry)
-    ]
+    found, asked = list(reports), list[tuple[int, Entry, list[Candidate]]]()
+    for number, report in enumerate(reports):
+        entry = report.entry
+        if report.status == "tuned" and not report.busy and entry and entry.key in new:
+            asked.append((number, entry, contested(entry, _picks(entry.key, backends), backends)))
+    asked = [(number, entry, candidates) for number, entry, candidates in asked if candidates]
     if asked:
         on_wait(f"racing {len(asked)} winner{'s' * (len(asked) > 1)} once more against who came close")
-    for number in asked:
-        report, still = reports[number], left()
-        if report.entry is None or (still is not None and still <= 0):
+    for number, entry, candidates in asked:
+        still = left()
+        if still is not None and still <= 0:
             break
-        entry = confirm(report.entry, effort=effort, seconds=still, backends=backends)
-        if entry is not report.entry:
-            _store(entry, path)
-            found[number] = replace(report, entry=entry)
+        after = confirm(entry, candidates, effort=effort, seconds=still, backends=backends)
+        if after is not entry:
+            _store(after, path)
+            found[number] = replace(found[number], entry=after)
     return found
 
 
@@ -505,6 +504,7 @@ def tune_problem(
 
 def confirm(
     entry: Entry,
+    candidates: Sequence[Candidate],
     *,
     effort: Effort = "measure",
     seconds: float | None = None,
@@ -512,10 +512,11 @@ def confirm(
     clock: Clock = system_clock,
     rules: Rules | None = None,
 ) -> Entry:
-    """Return a problem's entry after its winner raced once more against who came close; see ``confirmation``.
+    """Return a problem's entry after its winner raced once more against some others; see ``confirmation``.
 
     Args:
         entry: what ``tune_problem`` has measured.
+        candidates: who races, the winner first.
         effort, seconds, backends, clock, rules: as there.
     """
     rules, key = rules or RULES[effort], entry.key
@@ -534,7 +535,7 @@ def confirm(
         measured = _Measured(_timed(entry.results, table), [], standings(table), busy)
         return _ordered(measured, picks, entry, rules.margin)
 
-    return confirmed(entry, again)
+    return confirmed(entry, candidates, again)
 
 
 def _raced(
