@@ -89,11 +89,13 @@ def test_who_is_not_beaten_by_the_margin_stays(noise: Noise, seed: int) -> None:
 
 
 @NOISES
-@pytest.mark.parametrize("seed", range(25))
-def test_who_is_beaten_for_certain_gives_way(noise: Noise, seed: int) -> None:
+def test_who_is_beaten_for_certain_gives_way(noise: Noise) -> None:
     true = {"kept": 1.15, "faster": 1.0, "other": 1.4}
-    assert won(true, noise, seed, pick="kept") == "faster"
-    assert won(true, noise, seed, incumbent="kept", pick="other") == "faster"
+    picked = [won(true, noise, seed, pick="kept") for seed in range(25)]
+    earlier = [won(true, noise, seed, incumbent="kept", pick="other") for seed in range(25)]
+    for winners in (picked, earlier):  # where times have two modes, chance hides a difference now and then
+        assert winners.count("faster") >= (24 if noise is _bimodal else 25)
+        assert set(winners) <= {"faster", "kept"}
 
 
 @given(
@@ -119,8 +121,8 @@ def test_two_tunes_seldom_differ_and_never_by_more_than_the_margin(noise: Noise)
         if first != second:
             different.append(max(true[first] / true[second], true[second] / true[first]))
     # Here a fifth of the fields have somebody close to the margin, where a hair decides.
-    assert len(different) <= 0.04 * 150
-    assert max(different, default=1.0) < 1 + TIE_MARGIN + 0.002
+    assert len(different) <= 0.03 * 150
+    assert max(different, default=1.0) < 1 + 1.5 * TIE_MARGIN
 
 
 # The rule, with standings written down ------------------------------------------------------------------------------
@@ -154,9 +156,10 @@ def test_who_is_preferred_wins_only_where_it_is_equal(other: Standing, winner: s
     [
         (Standing(1.001, 1.008, 1.02), "kept"),
         (Standing(0.98, 1.05, 1.10), "kept"),
-        (Standing(1.006, 1.011, 1.02), "leader"),
+        (Standing(1.006, 1.011, 1.02), "kept"),
+        (Standing(1.011, 1.015, 1.02), "leader"),
     ],
-    ids=["by less than the margin", "not for certain", "for certain and by the margin"],
+    ids=["by less than the margin", "not for certain", "not by the margin for certain", "for certain"],
 )
 @pytest.mark.parametrize("how", ["pick", "incumbent"])
 def test_the_pick_and_the_incumbent_give_way_only_to_who_beats_them(kept: Standing, winner: str, how: str) -> None:

@@ -5,11 +5,11 @@ Tuning is to make nothing slower, and to decide the same way twice. So the rule,
 1. The leader is the fastest of those who ran to the end, by the median of the ratios round by round.
 2. As fast as the leader are those who are no more than the margin slower for certain, by their interval; where the
    rounds did not suffice to be certain, those whose median is within half the margin. So two tunes of an idle machine
-   that differ, differ by less than the margin.
+   that differ, differ by little more than the margin.
 3. Some give way only to who beats them by the margin: the incumbent, who won the last time, and the picks, which
    would be used without tuning: by the backends' own estimates, which are the same in every run, and by estimates that
-   go by what was tuned before. Such a one stays unless it is slower than the leader by the margin, and for certain by
-   half of that; once it gives way, nobody wins who is not faster than it by the margin.
+   go by what was tuned before. Such a one stays unless it is for certain slower than the leader by the margin; once it
+   gives way, nobody wins who is not faster than it by the margin.
 4. Of those who are left the first in this order wins: the incumbent, the picks in their order, the smaller error, the
    smaller workspace, the name. Nothing in it depends on the clock.
 """

@@ -98,8 +98,8 @@ class Standing:
     high: float
 
     def slower(self, margin: float) -> bool:
-        """Return whether it is slower by half the margin for certain, and by the margin as far as one can tell."""
-        return self.low > 1 + margin / 2 and self.median > 1 + margin
+        """Return whether it is for certain slower by the margin."""
+        return self.low > 1 + margin
 
     def equal(self, margin: float) -> bool:
         """Return whether it is for certain no more than the margin slower."""
