@@ -45,6 +45,12 @@ _TILES = {
     16: ((6, 2), (4, 3), (5, 2), (12, 1), (7, 1)),
 }
 
+#: The same for filters that fill so many vectors, or some times as many, and would leave some of the others' empty.
+_ODD_TILES = {
+    32: ((4, 5), (3, 7)),
+    16: ((2, 5),),
+}
+
 #: The same for so few pixels that the others would do most of their rows for nothing.
 _FEW_TILES = {
     32: ((1, 8), (1, 4), (1, 2), (2, 8), (2, 4), (2, 2)),
@@ -60,6 +66,14 @@ _MOST_ROWS, _MOST_VECTORS = 28, 8
 def register_tiles() -> tuple[tuple[int, int], ...]:
     """Return the tiles, rows x vectors, that suit the registers."""
     return _TILES[registers()]
+
+
+def odd_tiles(wide: int) -> list[tuple[int, int]]:
+    """Return the tiles, rows x vectors, that filters of so many vectors fill, where none of several vectors else is."""
+    usual = [vectors for _, vectors in register_tiles() if vectors > 1]
+    if any(wide % vectors == 0 for vectors in usual):
+        return []
+    return [tile for tile in _ODD_TILES[registers()] if wide % tile[1] == 0]
 
 
 def few_tiles(pixels: int) -> list[tuple[int, int]]:

@@ -19,7 +19,7 @@ from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import CACHE_LINE, aligned, by_blocks, in_last_caches, streams
 from convdispatch.backends._packed import PackedBackend, flat
 from convdispatch.backends._threads import even_grid, grid, pieces
-from convdispatch.backends._tile import few_tiles, narrow_tiles, register_tile, register_tiles
+from convdispatch.backends._tile import few_tiles, narrow_tiles, odd_tiles, register_tile, register_tiles
 from convdispatch.backends._vector import halves_are_free, vector_bytes, whole_units
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine
@@ -133,7 +133,7 @@ class ImplicitGemm(PackedBackend):
     """Tiles of outputs summed in registers, the input read where it lies; any filter, stride and padding."""
 
     name = "implicit_gemm"
-    version = 17
+    version = 18
 
     def configs(self, problem: Problem, effort: Effort) -> Sequence[Config]:
         """Return tiles, the one with the smallest estimate first."""
@@ -313,7 +313,7 @@ def _whole_tiles(problem: Problem) -> list[Config]:
     usual = [(rows, vectors) for rows, vectors in usual if wide == 1 or rows * vectors >= _LEAST_SUMS]
     few = few_tiles(problem.n * problem.oh * problem.ow)
     few = [tile for tile in few if min(wide, _FEW_SUMS) <= tile[1] <= max(2, 2 * wide - 1)]
-    return [Config(rows=rows, vectors=vectors) for rows, vectors in few + usual]
+    return [Config(rows=rows, vectors=vectors) for rows, vectors in few + odd_tiles(wide) + usual]
 
 
 def _narrow_tiles(problem: Problem) -> list[Config]:

@@ -66,9 +66,11 @@ _FOLDED_BYTES, _FOLDED_TILES = 192 << 10, 12
 #: Tiles of the image are shared out evenly among passes, each by the lowest that holds them. Of widths that waste no
 #: more products than so many times the least, the first is used.
 _HEIGHTS = {
-    32: {4: (6, 5, 4, 3, 2), 3: (8, 7, 6, 5, 4), 2: (14, 12, 10, 8, 6, 4), 1: (10, 9, 8, 6, 4)},
+    32: {
+        4: (6, 5, 4, 3, 2), 3: (8, 7, 6, 5, 4), 2: (14, 12, 10, 8, 6, 4), 5: (5, 4, 3, 2), 1: (10, 9, 8, 6, 4),
+    },
     16: {2: (6, 5, 4, 3, 2), 3: (4, 3, 2), 1: (12, 11, 10, 8, 6, 4)},
-}
+}  # fmt: skip
 _WASTE = 1.05
 
 #: Filters are sent for ahead if they take more than this part of the last cache. Both is tried from the second part on.
@@ -341,7 +343,7 @@ class Winograd(PackedBackend):
     """Minimal filtering: small filters and lines of taps, of stride 1 and any dilation, or of stride 2."""
 
     name = "winograd"
-    version = 16
+    version = 17
     packing_cost = (5e-5, 1e-9)
     numerics = Numerics("transform", growth=_growth)
 

@@ -19,8 +19,8 @@ from convdispatch import registry
 from convdispatch.backend import Config
 from convdispatch.backends import _indirect, _memory, implicit_gemm
 from convdispatch.backends._memory import aligned
-from convdispatch.backends._tile import few_tiles, narrow_tiles, register_tiles
-from convdispatch.backends._vector import vector_bytes
+from convdispatch.backends._tile import few_tiles, narrow_tiles, odd_tiles, register_tiles
+from convdispatch.backends._vector import registers, vector_bytes
 from convdispatch.backends.implicit_gemm import ImplicitGemm
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import current
@@ -90,6 +90,29 @@ def test_few_pixels_have_tiles_of_their_own(text: str) -> None:
     for config in few:
         for threads in (1, 3):
             check(problem, Config(config, threads=threads))
+
+
+@pytest.mark.parametrize(
+    ("wide", "vectors"), [(5, [5]), (25, [5]), (7, [7]), (35, [5, 7]), (10, []), (15, []), (11, [])]
+)
+def test_filters_that_leave_vectors_of_other_tiles_empty_have_tiles_of_their_own(wide: int, vectors: list[int]) -> None:
+    if registers() == 16:
+        vectors = [count for count in vectors if count == 5]
+    assert [tile[1] for tile in odd_tiles(wide)] == vectors
+    problem = Problem.parse(f"1x28x28x8 * 1x1x8x{wide * vector_bytes() // 4 - 3} VALID")
+    offered = {config.integer("vectors", 0) for config in GEMM.configs(problem, "exhaustive")}
+    assert offered & {5, 7} == set(vectors)
+
+
+@pytest.mark.parametrize("text", [
+    "1x7x9x5 * 3x3x5x{} SAME +bias +residual +relu", "2x11x13x12 * 1x1x6x{} VALID",
+    "1x13x6x8 * 3x3x8x{} SAME stride=2 +bias",
+])  # fmt: skip
+def test_those_do_every_remainder(text: str) -> None:
+    for rows, vectors in (odd for wide in (5, 7) for odd in odd_tiles(wide)):
+        filters = 2 * (vectors * vector_bytes() // 4 - 1)  # two groups, or more than one block
+        for threads in (1, 3):
+            check(Problem.parse(text.format(filters)), Config(rows=rows, vectors=vectors, threads=threads))
 
 
 def test_more_pixels_have_none() -> None:

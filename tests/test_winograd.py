@@ -245,6 +245,23 @@ def test_small_problems_waste_few_products(count: int, k: int) -> None:
     assert jobs.waste <= {1: 2, 4: 1, 7: 1, 16: 1, 9: 1.3}[count]
 
 
+@pytest.mark.parametrize(
+    ("k", "vectors"), [(80, 5), (78, 5), (240, 3), (400, 5), (112, 1), (128, 4), (16, 1), (160, 2)]
+)
+def test_filters_are_multiplied_with_by_a_width_that_they_fill(k: int, vectors: int) -> None:
+    if vector_bytes() < 64:
+        pytest.skip("widths that are whole vectors of AVX-512")
+    problem = Problem.parse(f"1x28x28x32 * 3x3x32x{k} SAME")
+    assert _jobs(problem, _form(problem, Config(m=4)), 1).vectors == vectors
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_five_vectors_of_filters(threads: int) -> None:
+    lanes = vector_bytes() // 4
+    for text in (f"2x11x14x20 * 3x3x20x{5 * lanes} SAME +bias +relu", f"1x9x26x7 * 3x3x7x{5 * lanes - 1} SAME"):
+        walls.check(WINOGRAD, Problem.parse(text), Config(m=4, threads=threads))
+
+
 FOLDED = Config(m=4, folded=True)
 
 
