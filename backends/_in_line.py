@@ -9,6 +9,9 @@ Of a group's channels, only a few bytes of each pixel are read, and pixels may l
 same places of L1. So each group's channels are first copied to where they lie side by side, with zeros around the
 image; but not for a single tap, which reads each pixel once for all filters of a block. So is a small image of few
 channels that has padding, since every other window would reach beside it.
+
+A row of a tile may also be of two pixels side by side. Their outputs are neighbours in memory, and together fill
+vectors, where those of one alone would leave half of one empty.
 """
 
 import functools
@@ -22,14 +25,15 @@ from convdispatch.backends._put import finished, put
 from convdispatch.backends._tile import (
     add_to_all,
     multiply_add,
+    multiply_pairs,
     store,
     zeros,
 )
 from convdispatch.backends._vector import copy, hold, prefetch
 from convdispatch.backends._windows import copy_columns, copy_group, taps_inside
 
-#: ``filters`` is ``[groups, blocks of a group, KH, KW, C // groups, block]``, filled up with zeros, ``bias`` alike;
-#: ``coming`` how many cache lines of the input are sent for with each tile.
+#: ``filters`` is ``[groups, blocks of a group, KH, KW, C // groups, block]``, filled up with zeros, ``bias`` alike; all
+#: of them twice for pixels side by side. ``coming``: how many cache lines of the input are sent for with each tile.
 ARGUMENTS = Arguments(
     input=array_of(4), filters=array_of(6), bias=array_of(1), residual=array_of(4), out=array_of(4),
     pads=integers_of(2), strides=integers_of(2), dilations=integers_of(2), staged=INTEGER, streamed=INTEGER,
@@ -42,8 +46,8 @@ _AHEAD = 2
 
 
 @functools.cache
-def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKernel:  # noqa: C901, PLR0915
-    """Return the kernel of one tile, which is no longer than a line."""
+def compiled(rows: int, vectors: int, lanes: int, itemsize: int, pixels: int = 1) -> CompiledKernel:  # noqa: C901, PLR0915
+    """Return the kernel of one tile, which is no longer than a line, with so many pixels in a row: 1 or 2."""
     block = vectors * lanes
     step = block * itemsize
 
@@ -54,15 +58,17 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
         )
         groups, per_group, kh, kw, group_c, _ = w.shape
         height, width, channels = x.shape[1:]
-        lines, columns, filters = out.shape[1:]
+        lines, columns, filters = out.shape[1], out.shape[2] // pixels, out.shape[3] * pixels
         group_k, across = filters // groups, (columns + rows - 1) // rows
         span = (kw - 1) * dilations[1] + 1
-        wide = (columns - 1) * strides[1] + span if staged else width
+        stride, furthest = strides[1] * pixels, (out.shape[2] - 1) * strides[1]
+        wide = furthest + span if staged else width
         pixel, result = (group_c if staged else channels) * itemsize, filters * itemsize
-        apart, line_bytes, tap_bytes = strides[1] * pixel, wide * pixel, kw * group_c * step
+        apart, line_bytes, tap_bytes = stride * pixel, wide * pixel, kw * group_c * step
         first_tile, last_tile, first_block, last_block = parts[job]
-        reach, most = (rows - 1) * strides[1] + span, min(lines, (last_tile - first_tile) // across + 2)
-        beside = not staged and (pads[1] > 0 or (columns - 1) * strides[1] - pads[1] + span > width)
+        inner = (rows * pixels - 1) * strides[1]
+        reach, most = inner + span, min(lines, (last_tile - first_tile) // across + 2)
+        beside = not staged and (pads[1] > 0 or furthest - pads[1] + span > width)
         window = np.empty((kh if beside else 0, reach, channels), x.dtype)
         high_stage = (most - 1) * strides[0] + (kh - 1) * dilations[0] + 1
         stage = np.empty((high_stage if staged else 0, wide, group_c), x.dtype)
@@ -96,12 +102,11 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
                 now += stop - tile
                 for place in range(tile, stop):
                     ow = min(place * rows, columns - rows)
-                    left, to = ow * strides[1] - pads[1], to_line + ow * result
+                    left, to = ow * stride - pads[1], to_line + ow * result
                     begin, end, is_beside = 0, kw, left < 0 or left + reach > width
                     if is_beside:
                         # Taps that all pixels of the tile have beside the image are left out.
-                        nearest = left + (rows - 1) * strides[1]
-                        begin = taps_inside(nearest, dilations[1], kw, width)[0]
+                        begin = taps_inside(left + inner, dilations[1], kw, width)[0]
                         end = taps_inside(left, dilations[1], kw, width)[1]
                     at, down = from_line + ow * apart, dilations[0] * line_bytes
                     if number == first_block:  # for the others it is in L2
@@ -121,7 +126,10 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
                         for j in range(segments):
                             tap = at + behind + i * down + (begin + j) * dilations[1] * pixel
                             for _ in range(run):
-                                sums = multiply_add(sums, rows, (tap, apart), 0, packed, 1)
+                                if pixels > 1:
+                                    sums = multiply_pairs(sums, rows, (tap, apart), strides[1] * pixel, packed)
+                                else:
+                                    sums = multiply_add(sums, rows, (tap, apart), 0, packed, 1)
                                 tap += itemsize
                                 packed += step
                     sums = finished(sums, rows, (to, result), more, residual.size, code, count, block)

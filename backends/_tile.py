@@ -29,12 +29,14 @@ from convdispatch.backends._vector import (
     fused_multiply_add,
     intrinsic,
     load_at,
+    opaque,
     parts_of,
     registers,
     send_for,
     shuffled,
     spaced,
     store_past,
+    upper_half,
     vector_bytes,
 )
 from convdispatch.errors import ArgumentError
@@ -59,6 +61,9 @@ _FEW_TILES = {
 
 #: Tiles of half vectors, with 32 registers, for filters that do not fill whole ones.
 _NARROW_TILES = ((8, 3), (5, 5), (14, 1))
+
+#: Tiles of 32 registers whose rows are two pixels side by side: filters that fill a half vector more than whole ones.
+_PAIR_TILES = ((7, 3), (4, 5))
 
 _MOST_ROWS, _MOST_VECTORS = 28, 8
 
@@ -85,6 +90,11 @@ def few_tiles(pixels: int) -> list[tuple[int, int]]:
 def narrow_tiles() -> tuple[tuple[int, int], ...]:
     """Return the tiles, rows x half vectors, where vectors are the widest that there are."""
     return _NARROW_TILES if vector_bytes() == WIDEST else ()
+
+
+def pair_tiles() -> tuple[tuple[int, int], ...]:
+    """Return the tiles, pairs of pixels x vectors for both of a pair."""
+    return _PAIR_TILES if registers() == 32 else ()
 
 
 def register_tile(config: Config, backend: str, tiles: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -137,6 +147,35 @@ def multiply_add(
         return context.make_tuple(b, signature.return_type, sums)
 
     return tile(tile, rows, inputs, offset, filters, share), codegen
+
+
+@intrinsic
+def multiply_pairs(typing: Any, tile: Any, rows: Any, inputs: Any, between: Any, filters: Any) -> tuple[Any, Codegen]:
+    """Return the tile plus an outer product as of ``multiply_add``, where a row is of two pixels.
+
+    ``inputs`` is the first row's address and the bytes from one to the next. The second pixel's value is ``between``
+    bytes behind the first one's, and has the second half of the vectors at ``filters``; one halfway has both values.
+    """
+    count, vector = rows.literal_value, tile.dtype
+    vectors, size, lanes = len(tile) // count, vector.itemsize, vector.lanes
+    middle = vectors // 2 if vectors % 2 else None
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        values, _, where, apart, packed = arguments
+        sums = parts_of(b, values, len(tile))
+        weights = [load_at(b, vector.ir, packed, v * lanes * size, size) for v in range(vectors)]
+        place, step = parts_of(b, where, 2)
+        upper = upper_half(b, lanes)
+        for row in range(count):
+            # One address after the other: all at once, they take more registers than there are.
+            place = opaque(b, b.add(place, step)) if row else place
+            first, second = (_for_all_lanes(b, address, 1, vector) for address in (place, b.add(place, apart)))
+            for v in range(vectors):
+                x = b.select(upper, second, first) if v == middle else first if v < vectors / 2 else second
+                sums[row * vectors + v] = fused_multiply_add(b, x, weights[v], sums[row * vectors + v], vector)
+        return context.make_tuple(b, signature.return_type, sums)
+
+    return tile(tile, rows, inputs, between, filters), codegen
 
 
 @intrinsic

@@ -136,6 +136,15 @@ def opaque(b: Any, value: Any) -> Any:
     return b.call(ir.InlineAsm(ir.FunctionType(I64, [I64]), "", "=r,0"), [value])
 
 
+def upper_half(b: Any, lanes: int) -> Any:
+    """Return a mask of the upper half of a vector's lanes.
+
+    A constant one would make a permutation of a choice between two vectors, which has fewer units to run on.
+    """
+    bits = opaque(b, ir.Constant(I64, (1 << lanes) - (1 << lanes // 2)))
+    return b.bitcast(b.trunc(bits, ir.IntType(lanes)), ir.VectorType(ir.IntType(1), lanes))
+
+
 Codegen = Callable[[Any, Any, Any, Any], Any]
 
 

@@ -19,7 +19,7 @@ from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import CACHE_LINE, aligned, by_blocks, in_last_caches, streams
 from convdispatch.backends._packed import PackedBackend, flat
 from convdispatch.backends._threads import even_grid, grid, pieces
-from convdispatch.backends._tile import few_tiles, narrow_tiles, odd_tiles, register_tile, register_tiles
+from convdispatch.backends._tile import few_tiles, narrow_tiles, odd_tiles, pair_tiles, register_tile, register_tiles
 from convdispatch.backends._vector import halves_are_free, vector_bytes, whole_units
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine
@@ -163,15 +163,16 @@ class ImplicitGemm(PackedBackend):
 
     def configs_plain(self, problem: Problem, effort: Effort) -> Sequence[Config]:
         """Return tiles, the one with the smallest estimate first."""
-        return self._ranked(problem, _whole_tiles(problem) + _narrow_tiles(problem), effort)
+        choices = _whole_tiles(problem) + _narrow_tiles(problem) + _tiles_of_pairs(flat(problem))
+        return self._ranked(problem, choices, effort)
 
     def _ranked(self, problem: Problem, choices: Sequence[Config], effort: Effort) -> Sequence[Config]:
         return _rates.ranked(choices, functools.partial(self.estimate_plain, problem), effort, 4)
 
     def workspace_plain(self, problem: Problem, config: Config) -> int:
         """Return the bytes of each thread's table, or of a tile."""
-        p, (rows, vectors) = flat(problem), _tile(config)
-        block_bytes = vectors * _lanes(p, config) * item_bytes(p.dtype)
+        p, (rows, block) = flat(problem), _outputs(config, _lanes(problem, config))
+        block_bytes = block * item_bytes(p.dtype)
         blocks = p.groups * -(-p.group_k * item_bytes(p.dtype) // block_bytes)
         tiles, down, across = _cut(p, rows, blocks, config.threads)
         each = -(-tiles // down) * (1 + rows * (2 + p.kh * p.kw) * 8)
@@ -184,21 +185,21 @@ class ImplicitGemm(PackedBackend):
 
     def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return products, those with padding included, by what a tile loads for each; tables; filters' traffic."""
-        p, (rows, vectors) = flat(problem), _tile(config)
+        p, (sums_high, vectors) = flat(problem), _tile(config)
         whole = machine.vector_bytes // item_bytes(p.dtype)
         lanes = min(whole, config.integer("lanes", whole))
-        block = vectors * lanes
+        rows, block = _outputs(config, lanes)
         blocks = p.groups * -(-p.group_k // block)
         tiles, down, across = _cut(p, rows, blocks, config.threads)
         peak = _rates.peak(machine, item_bytes(p.dtype))
         a_load = _LOAD[whole_units() and lanes == whole] * whole / lanes
-        loads = (1 + a_load * (rows + vectors) / (rows * vectors)) * _crowding(p, rows, machine)
+        loads = (1 + a_load * (rows + vectors) * lanes / (rows * block)) * _crowding(p, rows, machine)
         if lanes < whole:
             loads *= _NARROW if halves_are_free() else whole / lanes
         compute = 2 * tiles * rows * blocks * block * p.taps * _met(p, rows) / peak * loads
         if _is_in_line(p, rows):
             copied = _staged(p, -(-tiles // down), rows) * p.groups * down * across if _is_staged(p) else 0
-            each = tiles * blocks * _TILE_SECONDS[rows > _FEW_ROWS] + copied / _STAGED_BYTES_PER_SECOND
+            each = tiles * blocks * _TILE_SECONDS[sums_high > _FEW_ROWS] + copied / _STAGED_BYTES_PER_SECOND
         else:
             each = tiles * (blocks * 15e-9 + rows * (4e-9 + _border(p) * p.kh * p.kw * 2e-9))
         filters = blocks * block * p.taps * item_bytes(p.dtype)
@@ -208,30 +209,30 @@ class ImplicitGemm(PackedBackend):
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Pack the filters by blocks; compile for the tile if that has not been done."""
-        p, tile = flat(problem), _tile(config)
-        lanes = _lanes(p, config)
-        block = tile[1] * lanes
+        p, tile, lanes, pixels = flat(problem), _tile(config), _lanes(problem, config), _pixels(problem, config)
+        block, rows = tile[1] * lanes, tile[0] * pixels
         grouped = filters.reshape(p.kh, p.kw, p.group_c, p.groups, p.group_k)
-        packed = by_blocks(grouped.transpose(3, 0, 1, 2, 4), block)
-        added = np.empty(0, p.dtype) if bias is None else by_blocks(bias.reshape(p.groups, p.group_k), block)
+        packed = by_blocks(np.tile(grouped, pixels).transpose(3, 0, 1, 2, 4), block)
+        added = np.empty(0, p.dtype)
+        if bias is not None:
+            added = by_blocks(np.tile(bias.reshape(p.groups, p.group_k), pixels), block)
         blocks = p.groups * packed.shape[1]
-        parts = _parts(p, tile[0], blocks, config.threads)
+        parts = _parts(p, rows, blocks, config.threads)
         values = {
             "filters": packed, "bias": added.reshape(-1),
-            "streamed": streams(p.output_shape, item_bytes(p.dtype), block, p.group_k, _cached_part(p)),
+            "streamed": streams(p.output_shape, item_bytes(p.dtype), block, pixels * p.group_k, _cached_part(p)),
             "code": p.epilogue.code, "slope": p.epilogue.slope, "parts": parts,
         }  # fmt: skip
-        if _is_in_line(p, tile[0]):
+        make = functools.partial(_indirect.compiled, *tile, lanes, item_bytes(p.dtype))
+        if _is_in_line(p, rows):
             values |= {"pads": p.pads[::2], "strides": p.strides, "dilations": p.dilations}
-            values["staged"], values["coming"] = int(_is_staged(p)), _coming(p, tile[0])
-            compiled = _in_line.compiled
+            values["staged"], values["coming"] = int(_is_staged(p)), _coming(p, rows)
+            make = functools.partial(_in_line.compiled, *tile, lanes, item_bytes(p.dtype), pixels)
         else:
             values |= {
                 "zero": aligned((p.c + lanes,), p.dtype), "groups": p.groups,
                 "window": (p.kh, p.kw, p.pads[0], p.pads[2], *p.strides, *p.dilations),
             }  # fmt: skip
-            compiled = _indirect.compiled
-        make = functools.partial(compiled, *tile, lanes, item_bytes(p.dtype))
         return PackedKernel(make, p, values, len(parts), config.threads)
 
 
@@ -293,7 +294,7 @@ def _crowding(problem: Problem, rows: int, machine: Machine) -> float:
 #: What a load for each product would take of its time: otherwise, and of whole vectors with units for whole ones.
 _LOAD = 0.1, 0.03
 
-#: To finish a tile of few rows, and one of more, whose sums leave no registers for that.
+#: To finish a tile with sums of few rows, and of more, whose sums leave no registers for that.
 _FEW_ROWS, _TILE_SECONDS = 8, (8e-9, 5e-8)
 
 _NARROW = 1.1  # measured: there are more loads and instructions for as many products
@@ -325,6 +326,38 @@ def _narrow_tiles(problem: Problem) -> list[Config]:
         for rows, vectors in narrow_tiles()
         if (vectors - 1) * lanes < filters <= vectors * lanes < -(-filters // whole) * whole
     ]
+
+
+def _tiles_of_pairs(problem: Problem) -> list[Config]:
+    """Return tiles of pairs of pixels: their outputs fill vectors, where those of one leave half of one empty."""
+    return [
+        Config(rows=rows, vectors=vectors, pixels=2)
+        for rows, vectors in pair_tiles()
+        if _fits_pairs(problem, rows, vectors)
+    ]
+
+
+def _fits_pairs(problem: Problem, rows: int, vectors: int) -> bool:
+    """Return whether a tile of pairs is filled by the filters, and lines by pairs."""
+    p, lanes = problem, vector_bytes() // item_bytes(problem.dtype)
+    return p.groups == 1 and p.ow % 2 == 0 and 2 * p.k == vectors * lanes and _is_in_line(p, 2 * rows)
+
+
+def _pixels(problem: Problem, config: Config) -> int:
+    """Return the pixels of a tile's row."""
+    pixels = config.integer("pixels", 1)
+    if pixels != 1 and not (pixels == 2 and "lanes" not in config and _fits_pairs(flat(problem), *_tile(config))):
+        raise ArgumentError(
+            "config pixels of implicit_gemm must be 1, or 2 for tiles of whole vectors that the filters of two pixels "
+            f"fill, in lines of an even number of pixels, at least a tile's; got {config}"
+        )
+    return pixels
+
+
+def _outputs(config: Config, lanes: int) -> tuple[int, int]:
+    """Return the pixels of a tile, and the filters."""
+    (rows, vectors), pixels = _tile(config), config.integer("pixels", 1)
+    return rows * pixels, vectors * lanes // pixels
 
 
 def _lanes(problem: Problem, config: Config) -> int:

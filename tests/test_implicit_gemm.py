@@ -19,7 +19,7 @@ from convdispatch import registry
 from convdispatch.backend import Config
 from convdispatch.backends import _indirect, _memory, implicit_gemm
 from convdispatch.backends._memory import aligned
-from convdispatch.backends._tile import few_tiles, narrow_tiles, odd_tiles, register_tiles
+from convdispatch.backends._tile import few_tiles, narrow_tiles, odd_tiles, pair_tiles, register_tiles
 from convdispatch.backends._vector import registers, vector_bytes
 from convdispatch.backends.implicit_gemm import ImplicitGemm
 from convdispatch.errors import ArgumentError
@@ -113,6 +113,53 @@ def test_those_do_every_remainder(text: str) -> None:
         filters = 2 * (vectors * vector_bytes() // 4 - 1)  # two groups, or more than one block
         for threads in (1, 3):
             check(Problem.parse(text.format(filters)), Config(rows=rows, vectors=vectors, threads=threads))
+
+
+PAIRS = pytest.mark.skipif(not pair_tiles(), reason="pairs of pixels take more than 16 registers")
+
+
+@PAIRS
+@pytest.mark.parametrize("text", [
+    "1x28x28x7 * 1x1x7x{k} VALID +bias +residual +relu",
+    "2x5x{w}x5 * 3x3x5x{k} SAME +bias +gelu",  # an activation after they are stored
+    "1x9x{w2}x8 * 3x5x8x{k} SAME stride=1x2 +residual",
+    "2x7x{w}x6 * 3x4x6x{k} pad=1,0,5,4 dilation=2x3 +bias",
+    "1x8x{w}x3 * 7x7x3x{k} SAME",  # a small image, copied with zeros around it
+    pytest.param("1x6x{w}x5 * 3x3x5x{k} SAME +bias float64", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_pairs_of_pixels_fill_vectors_together(text: str) -> None:
+    lanes = vector_bytes() // (8 if "float64" in text else 4)
+    for rows, vectors in pair_tiles():
+        wide = -(-24 // (2 * rows)) * 2 * rows - 2  # tiles that overlap by a pair
+        problem = Problem.parse(text.format(k=vectors * lanes // 2, w=wide, w2=2 * wide - 1))
+        for threads in (1, 3):
+            walls.check(GEMM, problem, Config(rows=rows, vectors=vectors, pixels=2, threads=threads))
+
+
+@PAIRS
+def test_pairs_are_offered_where_they_fill_vectors_and_lines() -> None:
+    lanes = vector_bytes() // 4
+
+    def offered(image: str, filters: int) -> set[int]:
+        problem = Problem.parse(f"1x{image}x16 * 3x3x16x{filters} SAME")
+        return {c.integer("vectors", 0) for c in GEMM.configs(problem, "exhaustive") if "pixels" in c}
+
+    assert offered("28x28", 3 * lanes // 2) == {3}
+    assert offered("8x24", 5 * lanes // 2) == {5}
+    assert not offered("28x28", 2 * lanes)
+    assert not offered("28x28", 3 * lanes // 2 - 1)
+    assert not offered("28x27", 3 * lanes // 2)
+
+
+@pytest.mark.parametrize("config", [
+    Config(pixels=3), Config(pixels=0), Config(pixels=2, rows=8, vectors=2),
+    Config(pixels=2, rows=7, vectors=3, lanes=vector_bytes() // 8),
+])  # fmt: skip
+def test_pairs_that_do_not_fit_are_refused(config: Config) -> None:
+    problem = Problem.parse("1x28x28x8 * 3x3x8x64 SAME")
+    arrays = Trial.random(problem)
+    with pytest.raises(ArgumentError, match="pixels of implicit_gemm must be 1, or 2 for tiles"):
+        GEMM.prepare(problem, arrays.filters, arrays.bias, config)
 
 
 def test_more_pixels_have_none() -> None:
