@@ -137,10 +137,14 @@ class ImplicitGemm(PackedBackend):
 
     def configs(self, problem: Problem, effort: Effort) -> Sequence[Config]:
         """Return tiles, the one with the smallest estimate first."""
-        if not _pixel_panels.suits(problem):
-            return super().configs(problem, effort)
-        turned = _pixel_panels.turned(problem)
-        return self._ranked(turned, _whole_tiles(turned), effort)
+        if _pixel_panels.suits(problem):
+            turned = _pixel_panels.turned(problem)
+            return self._ranked(turned, _whole_tiles(turned), effort)
+        found, plain = super().configs(problem, effort), self._plain(problem)
+        if self._is_plain(problem):
+            return found
+        # What is converted by bands is not one line: pairs are to fill each line of the image, and a line is cut.
+        return [c for c in found if "pixels" not in c or (plain.oh > 1 and _fits_pairs(plain, *_tile(c)))]
 
     def estimate(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return the predicted seconds of a call, copies of pixels or conversions included."""

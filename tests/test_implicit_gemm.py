@@ -151,6 +151,22 @@ def test_pairs_are_offered_where_they_fill_vectors_and_lines() -> None:
     assert not offered("28x27", 3 * lanes // 2)
 
 
+@PAIRS
+@pytest.mark.parametrize(("text", "offered"), [
+    ("2x9x28x12 * 1x1x12x{} VALID +residual +relu bfloat16", True),
+    ("3x12x28x28 * 3x3x12x{} SAME +bias NCHW", True),
+    ("1x28x27x12 * 1x1x12x{} VALID bfloat16", False),  # a band may have an odd number of pixels
+    ("1x1x3000x12 * 1x1x12x{} VALID bfloat16", False),
+])  # fmt: skip
+def test_what_is_converted_by_bands_has_pairs_in_each(text: str, offered: bool) -> None:
+    problem = Problem.parse(text.format(3 * vector_bytes() // 4 // 2))
+    configs = [config for config in GEMM.configs(problem, "exhaustive") if "pixels" in config]
+    assert bool(configs) == offered
+    for config in configs:
+        for threads in (1, 2, 3):
+            walls.check(GEMM, problem, Config(config, threads=threads))
+
+
 @pytest.mark.parametrize("config", [
     Config(pixels=3), Config(pixels=0), Config(pixels=2, rows=8, vectors=2),
     Config(pixels=2, rows=7, vectors=3, lanes=vector_bytes() // 8),
