@@ -12,7 +12,7 @@ _PEAK_PER_BYTE = 1.8e9
 #: Bytes a second that a thread reads from caches beyond its own, or from memory, if it reads on and on.
 _CACHED_BYTES, _MEMORY_BYTES = 1.2e11, 2e10
 #: Of what is read again and again, this part of the last cache is found there; of the rest, others took the place.
-_FOUND = 0.4
+FOUND = 0.4
 #: What backends' rates were measured on does vectors of 64 bytes by halves. Cores with two units for whole ones, and
 #: with ways to their caches to match, do so many times as much.
 _WHOLE_UNITS = 2.1
@@ -32,7 +32,7 @@ def peak(machine: Machine, itemsize: int) -> float:
 
 def filter_seconds(filter_bytes: int, machine: Machine) -> float:
     """Return how long one thread waits for so many bytes of filters, once, from where they stay between calls."""
-    found = min(filter_bytes, _FOUND * machine.caches[2])
+    found = min(filter_bytes, FOUND * machine.caches[2])
     return found / _CACHED_BYTES + (filter_bytes - found) / _MEMORY_BYTES
 
 

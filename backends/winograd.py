@@ -73,8 +73,9 @@ _HEIGHTS = {
 }  # fmt: skip
 _WASTE = 1.05
 
-#: Filters are sent for ahead if they take more than this part of the last cache. Both is tried from the second part on.
-_AHEAD, _DOUBTFUL = 0.4, 0.25
+#: Filters are sent for ahead if they take more of the last cache than is found there again. Both is tried from this
+#: part of it on.
+_DOUBTFUL = 0.25
 
 #: A dilation may make so many pictures, be there pixels for all of them or not.
 _PICTURES = 1 << 10
@@ -326,7 +327,7 @@ def _ahead(filter_bytes: int, config: Config, machine: Machine) -> bool:
     Where they come from memory, that saves up to a third of the time. Where they come from the last cache, one after
     another as they are read, a core of Zen 5 sends for them well enough by itself, and loses a tenth.
     """
-    asked = config.get("ahead", filter_bytes > _AHEAD * machine.caches[2])
+    asked = config.get("ahead", filter_bytes > _rates.FOUND * machine.caches[2])
     if not isinstance(asked, bool):
         raise ArgumentError(f"config ahead of winograd must be true or false; got {asked!r}")
     return asked

@@ -335,19 +335,20 @@ def _confirm_all(
 
     That is of ``new`` problems, in which everybody raced, where nothing disturbed it.
     """
-    found, asked = list(reports), list[tuple[int, Entry, list[Candidate]]]()
+    found, asked = list(reports), list[tuple[int, Entry, list[Candidate], list[Candidate]]]()
     for number, report in enumerate(reports):
         entry = report.entry
         if report.status == "tuned" and not report.busy and entry and entry.key in new:
-            asked.append((number, entry, contested(entry, _picks(entry.key, backends), backends)))
-    asked = [(number, entry, candidates) for number, entry, candidates in asked if candidates]
+            picks = _picks(entry.key, backends)
+            if candidates := contested(entry, picks, backends):
+                asked.append((number, entry, candidates, picks))
     if asked:
         on_wait(f"racing {len(asked)} winner{'s' * (len(asked) > 1)} once more against who came close")
-    for number, entry, candidates in asked:
+    for number, entry, candidates, picks in asked:
         still = left()
         if still is not None and still <= 0:
             break
-        after = confirm(entry, candidates, effort=effort, seconds=still, backends=backends)
+        after = confirm(entry, candidates, picks, effort=effort, seconds=still)
         if after is not entry:
             _store(after, path)
             found[number] = replace(found[number], entry=after)
@@ -505,10 +506,10 @@ def tune_problem(
 def confirm(
     entry: Entry,
     candidates: Sequence[Candidate],
+    picks: Sequence[Candidate],
     *,
     effort: Effort = "measure",
     seconds: float | None = None,
-    backends: dict[str, Backend] | None = None,
     clock: Clock = system_clock,
     rules: Rules | None = None,
 ) -> Entry:
@@ -517,10 +518,10 @@ def confirm(
     Args:
         entry: what ``tune_problem`` has measured.
         candidates: who races, the winner first.
-        effort, seconds, backends, clock, rules: as there.
+        picks: who would be used without tuning.
+        effort, seconds, clock, rules: as there.
     """
     rules, key = rules or RULES[effort], entry.key
-    picks = _picks(key, registry.available() if backends is None else backends)
 
     def again(candidates: Sequence[Candidate]) -> Sequence[Result]:
         arrays, runners = trial(key.problem), dict[str, Run]()
