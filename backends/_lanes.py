@@ -10,6 +10,7 @@ from numba import types
 from convdispatch.backends._tile import lane_masks, masked, starts
 from convdispatch.backends._vector import (
     I32,
+    I64,
     Codegen,
     address_of,
     fused_multiply_add,
@@ -29,7 +30,7 @@ def multiply_each(typing: Any, tile: Any, pixels: Any, inputs: Any, filters: Any
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         values, _, where, packed = arguments
-        places = list(starts(b, pixels.literal_value, inputs, where))
+        places = list(starts(b, pixels.literal_value, inputs, where, ir.Constant(I64, 0)))
         seen = [functools.partial(load_at, b, tile.dtype.ir, at, 0, tile.dtype.itemsize) for at in places]
         return context.make_tuple(b, tile, _products(b, tile, values, seen, packed))
 
@@ -46,7 +47,7 @@ def multiply_some(typing: Any, tile: Any, pixels: Any, inputs: Any, filters: Any
         (mask,) = lane_masks(b, vector, 1, valid)
         seen: list[Callable[[], Any]] = []
         align, none = ir.Constant(I32, vector.itemsize), ir.Constant(vector.ir, None)
-        for at in starts(b, pixels.literal_value, inputs, where):
+        for at in starts(b, pixels.literal_value, inputs, where, ir.Constant(I64, 0)):
             place = address_of(b, at, 0, vector.ir)
             load = masked(b, "load", vector, place)
             seen.append(functools.partial(b.call, load, [place, align, mask, none]))

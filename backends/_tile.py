@@ -29,12 +29,12 @@ from convdispatch.backends._vector import (
     fused_multiply_add,
     intrinsic,
     load_at,
-    opaque,
     parts_of,
     registers,
     send_for,
     shuffled,
     spaced,
+    spaced_in_turn,
     store_past,
     upper_half,
     vector_bytes,
@@ -66,6 +66,9 @@ _NARROW_TILES = ((8, 3), (5, 5), (14, 1))
 _PAIR_TILES = ((7, 3), (4, 5))
 
 _MOST_ROWS, _MOST_VECTORS = 28, 8
+
+#: Addresses that registers hold at once, besides what else a loop needs.
+_AT_ONCE = 10
 
 
 def register_tiles() -> tuple[tuple[int, int], ...]:
@@ -140,8 +143,8 @@ def multiply_add(
         values, _, where, behind, packed, _ = arguments
         sums = parts_of(b, values, len(tile))
         weights = [load_at(b, vector.ir, packed, v * vector.lanes * size, size) for v in range(vectors)]
-        for row, start in enumerate(starts(b, count, inputs, where)):
-            x = _for_all_lanes(b, b.add(start, behind), share.literal_value, vector)
+        for row, start in enumerate(starts(b, count, inputs, where, behind)):
+            x = _for_all_lanes(b, start, share.literal_value, vector)
             for v in range(vectors):
                 sums[row * vectors + v] = fused_multiply_add(b, x, weights[v], sums[row * vectors + v], vector)
         return context.make_tuple(b, signature.return_type, sums)
@@ -164,11 +167,8 @@ def multiply_pairs(typing: Any, tile: Any, rows: Any, inputs: Any, between: Any,
         values, _, where, apart, packed = arguments
         sums = parts_of(b, values, len(tile))
         weights = [load_at(b, vector.ir, packed, v * lanes * size, size) for v in range(vectors)]
-        place, step = parts_of(b, where, 2)
-        upper = upper_half(b, lanes)
-        for row in range(count):
-            # One address after the other: all at once, they take more registers than there are.
-            place = opaque(b, b.add(place, step)) if row else place
+        (start, step), upper = parts_of(b, where, 2), upper_half(b, lanes)
+        for row, place in enumerate(spaced_in_turn(b, start, step, count)):
             first, second = (_for_all_lanes(b, address, 1, vector) for address in (place, b.add(place, apart)))
             for v in range(vectors):
                 x = b.select(upper, second, first) if v == middle else first if v < vectors / 2 else second
@@ -193,7 +193,7 @@ def multiply_points(
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         values, _, where, behind, _, packed = arguments
         sums = parts_of(b, values, len(tile))
-        places = [b.add(start, behind) for start in starts(b, len(tile) // count, inputs, where)]
+        places = list(starts(b, len(tile) // count, inputs, where, behind))
         for point in range(count):
             weights = load_at(b, vector.ir, packed, point * vector.lanes * size, size)
             for row, start in enumerate(places):
@@ -241,15 +241,18 @@ def add_to_all(typing: Any, tile: Any, rows: Any, address: Any) -> tuple[Any, Co
     return tile(tile, rows, address), codegen
 
 
-def starts(b: Any, count: int, kind: Any, where: Any) -> Iterator[Any]:
-    """Yield the addresses of rows from what tells where they lie, which is of this Numba type."""
+def starts(b: Any, count: int, kind: Any, where: Any, offset: Any) -> Iterator[Any]:
+    """Yield the addresses ``offset`` bytes behind rows from what tells where they lie, which is of this Numba type."""
     if isinstance(kind, types.BaseTuple):
         first, step = parts_of(b, where, 2)
+        if count > _AT_ONCE:
+            yield from spaced_in_turn(b, b.add(first, offset), step, count)
+            return
         for row in range(count):
-            yield b.add(first, b.mul(step, ir.Constant(I64, row))) if row else first
+            yield b.add(b.add(first, b.mul(step, ir.Constant(I64, row))) if row else first, offset)
     else:
         for row in range(count):
-            yield load_at(b, I64, where, row * 8, 8)
+            yield b.add(load_at(b, I64, where, row * 8, 8), offset)
 
 
 def _places(b: Any, tile: Any, rows: Any, kind: Any, where: Any, offset: Any) -> Iterator[tuple[int, int, Any]]:
@@ -258,10 +261,9 @@ def _places(b: Any, tile: Any, rows: Any, kind: Any, where: Any, offset: Any) ->
     A row's places begin ``offset`` bytes behind where the row lies.
     """
     vector, vectors = tile.dtype, len(tile) // rows.literal_value
-    for row, start in enumerate(starts(b, rows.literal_value, kind, where)):
-        behind = b.add(start, offset)
+    for row, start in enumerate(starts(b, rows.literal_value, kind, where, offset)):
         for v in range(vectors):
-            yield row * vectors + v, v, address_of(b, behind, v * vector.lanes * vector.itemsize, vector.ir)
+            yield row * vectors + v, v, address_of(b, start, v * vector.lanes * vector.itemsize, vector.ir)
 
 
 @intrinsic

@@ -6,7 +6,7 @@ kernel closes over. What kernels do with tuples of vectors is in ``_tile``.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numba
@@ -134,6 +134,13 @@ def spaced(b: Any, first: Any, step: Any, count: int) -> list[Any]:
 def opaque(b: Any, value: Any) -> Any:
     """Return an integer that the compiler knows nothing of: it cannot compute it ahead and keep it on the stack."""
     return b.call(ir.InlineAsm(ir.FunctionType(I64, [I64]), "", "=r,0"), [value])
+
+
+def spaced_in_turn(b: Any, first: Any, step: Any, count: int) -> Iterator[Any]:
+    """Yield addresses that lie ``step`` bytes apart, each from the one before: for more than registers hold at once."""
+    for number in range(count):
+        first = opaque(b, b.add(first, step)) if number else first
+        yield first
 
 
 def upper_half(b: Any, lanes: int) -> Any:

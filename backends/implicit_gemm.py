@@ -133,7 +133,7 @@ class ImplicitGemm(PackedBackend):
     """Tiles of outputs summed in registers, the input read where it lies; any filter, stride and padding."""
 
     name = "implicit_gemm"
-    version = 18
+    version = 19
 
     def configs(self, problem: Problem, effort: Effort) -> Sequence[Config]:
         """Return tiles, the one with the smallest estimate first."""
@@ -189,21 +189,23 @@ class ImplicitGemm(PackedBackend):
 
     def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return products, those with padding included, by what a tile loads for each; tables; filters' traffic."""
-        p, (sums_high, vectors) = flat(problem), _tile(config)
+        p, (_, vectors) = flat(problem), _tile(config)
         whole = machine.vector_bytes // item_bytes(p.dtype)
         lanes = min(whole, config.integer("lanes", whole))
         rows, block = _outputs(config, lanes)
         blocks = p.groups * -(-p.group_k // block)
         tiles, down, across = _cut(p, rows, blocks, config.threads)
         peak = _rates.peak(machine, item_bytes(p.dtype))
-        a_load = _LOAD[whole_units() and lanes == whole] * whole / lanes
+        a_load = _LOAD[whole_units()] * whole / lanes
         loads = (1 + a_load * (rows + vectors) * lanes / (rows * block)) * _crowding(p, rows, machine)
         if lanes < whole:
             loads *= _NARROW if halves_are_free() else whole / lanes
         compute = 2 * tiles * rows * blocks * block * p.taps * _met(p, rows) / peak * loads
         if _is_in_line(p, rows):
             copied = _staged(p, -(-tiles // down), rows) * p.groups * down * across if _is_staged(p) else 0
-            each = tiles * blocks * _TILE_SECONDS[sums_high > _FEW_ROWS] + copied / _STAGED_BYTES_PER_SECOND
+            masked = p.groups * lanes / whole if p.group_k % block else 0  # the last block of each group
+            finishing = blocks * _ROW_SECONDS + masked * _MASKED_SECONDS
+            each = tiles * rows * finishing + copied / _STAGED_BYTES_PER_SECOND
         else:
             each = tiles * (blocks * 15e-9 + rows * (4e-9 + _border(p) * p.kh * p.kw * 2e-9))
         filters = blocks * block * p.taps * item_bytes(p.dtype)
@@ -295,11 +297,11 @@ def _crowding(problem: Problem, rows: int, machine: Machine) -> float:
     return 1 + _CROWDED * max(0.0, rows / _rates.places(apart, machine) - 1) ** 2
 
 
-#: What a load for each product would take of its time: otherwise, and of whole vectors with units for whole ones.
+#: What a load for each product would take of its time: otherwise, and with units for whole vectors.
 _LOAD = 0.1, 0.03
 
-#: To finish a tile with sums of few rows, and of more, whose sums leave no registers for that.
-_FEW_ROWS, _TILE_SECONDS = 8, (8e-9, 5e-8)
+#: To begin and finish a row of a tile; and to store one through a mask, which may cross a cache line.
+_ROW_SECONDS, _MASKED_SECONDS = 1.2e-9, 3e-9
 
 _NARROW = 1.1  # measured: there are more loads and instructions for as many products
 

@@ -344,7 +344,7 @@ class Winograd(PackedBackend):
     """Minimal filtering: small filters and lines of taps, of stride 1 and any dilation, or of stride 2."""
 
     name = "winograd"
-    version = 17
+    version = 18
     packing_cost = (5e-5, 1e-9)
     numerics = Numerics("transform", growth=_growth)
 
