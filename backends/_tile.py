@@ -43,7 +43,7 @@ from convdispatch.errors import ArgumentError
 
 #: Tiles, rows x vectors, by the number of vector registers: sums, one input and the filters' vectors fit in them.
 _TILES = {
-    32: ((6, 4), (5, 4), (14, 2), (8, 2), (7, 2), (8, 3), (10, 1)),
+    32: ((6, 4), (5, 4), (14, 2), (8, 2), (7, 2), (8, 3), (10, 1), (20, 1)),
     16: ((6, 2), (4, 3), (5, 2), (12, 1), (7, 1)),
 }
 
@@ -68,7 +68,7 @@ _PAIR_TILES = ((7, 3), (4, 5))
 _MOST_ROWS, _MOST_VECTORS = 28, 8
 
 #: Addresses that registers hold at once, besides what else a loop needs.
-_AT_ONCE = 10
+AT_ONCE = 10
 
 
 def register_tiles() -> tuple[tuple[int, int], ...]:
@@ -245,7 +245,7 @@ def starts(b: Any, count: int, kind: Any, where: Any, offset: Any) -> Iterator[A
     """Yield the addresses ``offset`` bytes behind rows from what tells where they lie, which is of this Numba type."""
     if isinstance(kind, types.BaseTuple):
         first, step = parts_of(b, where, 2)
-        if count > _AT_ONCE:
+        if count > AT_ONCE:
             yield from spaced_in_turn(b, b.add(first, offset), step, count)
             return
         for row in range(count):

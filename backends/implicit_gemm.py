@@ -19,7 +19,15 @@ from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._memory import CACHE_LINE, aligned, by_blocks, in_last_caches, streams
 from convdispatch.backends._packed import PackedBackend, flat
 from convdispatch.backends._threads import even_grid, grid, pieces
-from convdispatch.backends._tile import few_tiles, narrow_tiles, odd_tiles, pair_tiles, register_tile, register_tiles
+from convdispatch.backends._tile import (
+    AT_ONCE,
+    few_tiles,
+    narrow_tiles,
+    odd_tiles,
+    pair_tiles,
+    register_tile,
+    register_tiles,
+)
 from convdispatch.backends._vector import halves_are_free, vector_bytes, whole_units
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine
@@ -197,7 +205,9 @@ class ImplicitGemm(PackedBackend):
         tiles, down, across = _cut(p, rows, blocks, config.threads)
         peak = _rates.peak(machine, item_bytes(p.dtype))
         a_load = _LOAD[whole_units()] * whole / lanes
-        loads = (1 + a_load * (rows + vectors) * lanes / (rows * block)) * _crowding(p, rows, machine)
+        addresses = rows if rows > AT_ONCE and not _is_in_line(p, rows) else 0  # from the table, for every step
+        loads = 1 + a_load * (rows + vectors + addresses) * lanes / (rows * block)
+        loads *= _crowding(p, rows, machine)
         if lanes < whole:
             loads *= _NARROW if halves_are_free() else whole / lanes
         compute = 2 * tiles * rows * blocks * block * p.taps * _met(p, rows) / peak * loads
