@@ -51,7 +51,7 @@ def ranked(
 
 
 def shared(
-    seconds: float, used: int, *, efficiency: float = 0.97, call: float = 1.5e-6, launch: float = 1e-6,
+    seconds: float, used: int, *, efficiency: float = 0.97, call: float = 0.8e-6, launch: float = 0.5e-6,
     whole: float = _WHOLE_UNITS,
 ) -> float:  # fmt: skip
     """Return the seconds of a call.

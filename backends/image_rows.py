@@ -436,7 +436,8 @@ class ImageRows(PackedBackend):
             products = max(tile.rows * p.kw, loads)
         else:
             rows_loaded = p.strides[0] * (tile.rows + tile.taps - 1) * -(-inner.kh // tile.taps)
-            products = p.kw * (0.8 * max(tile.rows * p.kh * tile.together, 2 * rows_loaded) * tile.vectors + 4)
+            step = 0.8 * max(tile.rows * p.kh * tile.together, 2 * rows_loaded) + 0.25 * rows_loaded
+            products = p.kw * (step * tile.vectors + 4)
         peak = _rates.peak(machine, size)
         if tile.lanes * size < machine.vector_bytes and not halves_are_free():
             peak /= 2
@@ -448,11 +449,12 @@ class ImageRows(PackedBackend):
             woven = (1 if _planar(p) else p.c) * p.strides[1] in UNWOVEN
             copies += pixels * (1 + (inner.kh - 1) / (panels.shape[0] * high)) * (0.1e-9 if woven else 0.4e-9)
         if panels.staged:
-            copies += outputs * (0.25e-9 if _woven(p) <= WOVEN else 1e-9)
+            copies += outputs * (0.5e-9 if _woven(p) <= WOVEN else 1e-9)
         copies += outputs * 3e-9 * (p.epilogue.code > RELU6)
-        moved = (pixels + outputs * (2 if p.epilogue.residual else 1)) * size / _BYTES_PER_SECOND
+        moved = (pixels + outputs * (2 if p.epilogue.residual else 1)) * size
+        far = max(0.0, moved - _rates.FOUND * machine.caches[2])
         used = min(config.threads, machine.cores, panels.total)
-        return _rates.shared(compute + copies + moved, used)
+        return _rates.shared(compute + copies + moved / _BYTES_PER_SECOND + far / _FAR_BYTES_PER_SECOND, used)
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Reorder the filters; compile for the tile and the filter's height if that has not been done."""
@@ -474,4 +476,5 @@ class ImageRows(PackedBackend):
         return PackedKernel(functools.partial(_compiled, *constants), p, values, len(parts), config.threads)
 
 
-_BYTES_PER_SECOND = 4e10
+#: Of all that is read and written, and besides of what the last cache does not keep.
+_BYTES_PER_SECOND, _FAR_BYTES_PER_SECOND = 4e10, 2.7e10

@@ -84,8 +84,9 @@ _WRONG_SIZE = "filters are {}x{}; it does sides of 2 to 7 taps, and a single row
 
 # Rates of one core with 64-byte vectors; narrower ones are slower in proportion.
 _FLOPS = 1.1e11  # of the products, float32
-_TRANSFORM_VALUES = 1.2e10  # values of one-dimensional transforms a second
-_PIXEL_SECONDS = 2.1e-9  # finding one pixel of a tile, however wide vectors are
+_TRANSFORM_VALUES = 2.4e10  # values of one-dimensional transforms a second
+_OUTPUT_VALUES = 1.7  # what takes as long of the tiles as one of their outputs, with bias and what is not finite
+_PIXEL_SECONDS = 2.3e-9  # finding one pixel of a tile, however wide vectors are
 # Of the time of all products, what it takes to read the filters, for each tile, and to transform all tiles, for each
 # filter: measured on images of 7x7 to 20x20 pixels with 16 to 512 channels.
 _READ, _TRANSFORMED = 5, 40
@@ -426,9 +427,8 @@ def _seconds(problem: Problem, form: _Form, threads: int, machine: Machine) -> f
     products = 2 * form.points * form.depth * jobs.tiles * jobs.filters * jobs.waste / (_FLOPS * width)
     entered = form.groups * form.padded(machine.vector_bytes // size)
     lengths = _transformed_lengths(n), _transformed_lengths(n, m)
-    values = jobs.tiles * (lengths[0] * entered * jobs.across + lengths[1] * filters)
-    touched = form.groups * form.points * form.fold + math.prod(m) * jobs.blocks
-    pixels = jobs.tiles * touched * _PIXEL_SECONDS * _rates.pace()
+    values = jobs.tiles * (lengths[0] * entered * jobs.across + lengths[1] * filters * _OUTPUT_VALUES)
+    pixels = jobs.tiles * form.groups * form.points * form.fold * _PIXEL_SECONDS * _rates.pace()
     coming = jobs.down * _rates.filter_seconds(_filter_bytes(p, form), machine)
     transforms = values * (max(n) / form.stride + 1) / 2 / (_TRANSFORM_VALUES * width * 4)
     used = min(threads, machine.cores, jobs.down * jobs.across)

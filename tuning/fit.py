@@ -19,10 +19,12 @@ _NOISE = 0.3
 #: How far from 0 a coefficient is expected to lie: those of all backends, of one backend, of one config. Little, since
 #: some problems do not speak for all: where estimates are right, wider ones made choices worse.
 _COMMON_PRIOR = {"constant": 1.0, "threads": 0.3}
-_OWN_PRIOR = dict(zip(TERMS, (0.25, 0.1, 0.1, 0.05, 0.05), strict=True))
+_OWN_PRIOR = dict(zip(TERMS, (0.25, 0.07, 0.07, 0.035, 0.035), strict=True))
 _CONFIG_PRIOR = 0.05
+#: A config that fewer problems speak for has none.
+_FEWEST_OF_CONFIG = 3
 #: No coefficient lies farther than so many times that: a slope found in one corner would go wild in another.
-_FARTHEST = 5.0
+_FARTHEST = 10.0
 
 Vector = np.ndarray[tuple[int], np.dtype[np.float64]]
 Matrix = np.ndarray[tuple[int, int], np.dtype[np.float64]]
@@ -85,12 +87,11 @@ def fit(timings: Sequence[Timing], here: Machine, source: str) -> Calibration:
 def _design(timings: Sequence[Timing], here: Machine) -> tuple[list[tuple[str, str]], Matrix, list[float]]:
     """Return the unknowns by (backend or "" for all, term or "=config"), what multiplies them, and their priors."""
     backends = sorted({timing.backend for timing in timings})
-    several = {
-        (timing.backend, f"={timing.config}")
-        for timing in timings
-        if any(other.backend == timing.backend and other.config != timing.config for other in timings)
-    }
-    columns = [("", term) for term in _COMMON_PRIOR] + list(itertools.product(backends, TERMS)) + sorted(several)
+    measured: dict[tuple[str, str], set[Sizes]] = {}
+    for timing in timings:
+        measured.setdefault((timing.backend, f"={timing.config}"), set()).add(timing.sizes)
+    configs = {column for column, sizes in measured.items() if len(sizes) >= _FEWEST_OF_CONFIG}
+    columns = [("", term) for term in _COMMON_PRIOR] + list(itertools.product(backends, TERMS)) + sorted(configs)
     place = {column: number for number, column in enumerate(columns)}
     matrix = np.zeros((len(timings), len(columns)))
     for row, timing in zip(matrix, timings, strict=True):
