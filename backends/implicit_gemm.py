@@ -9,6 +9,7 @@ are applied before a sum leaves its register.
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -60,6 +61,32 @@ _MANY_TILES = 32
 _LEAST_SUMS = 8
 #: With one pixel or two, these are enough: reading filters takes as long.
 _FEW_SUMS = 4
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A register tile.
+
+    Attributes:
+        high, vectors: rows of sums, and the vectors of each.
+        lanes: values of a vector.
+        pixels: neighbours in one row, 1 or 2.
+    """
+
+    high: int
+    vectors: int
+    lanes: int
+    pixels: int
+
+    @property
+    def rows(self) -> int:
+        """Pixels of a tile."""
+        return self.high * self.pixels
+
+    @property
+    def block(self) -> int:
+        """Filters of a tile."""
+        return self.vectors * self.lanes // self.pixels
 
 
 def _is_turned(problem: Problem, config: Config) -> bool:
@@ -148,11 +175,12 @@ class ImplicitGemm(PackedBackend):
         if _pixel_panels.suits(problem):
             turned = _pixel_panels.turned(problem)
             return self._ranked(turned, _whole_tiles(turned), effort)
-        found, plain = super().configs(problem, effort), self._plain(problem)
-        if self._is_plain(problem):
-            return found
-        # What is converted by bands is not one line: pairs are to fill each line of the image, and a line is cut.
-        return [c for c in found if "pixels" not in c or (plain.oh > 1 and _fits_pairs(plain, *_tile(c)))]
+        plain = self._plain(problem)
+        choices = _choices(plain)
+        if not self._is_plain(problem):
+            # By bands it is not one line: pairs are to fill each line of the image, and a single one is cut.
+            choices = [c for c in choices if "pixels" not in c or (plain.oh > 1 and _fits_pairs(plain, *_tile(c)))]
+        return self._ranked(plain, choices, effort)
 
     def estimate(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return the predicted seconds of a call, copies of pixels or conversions included."""
@@ -175,16 +203,15 @@ class ImplicitGemm(PackedBackend):
 
     def configs_plain(self, problem: Problem, effort: Effort) -> Sequence[Config]:
         """Return tiles, the one with the smallest estimate first."""
-        choices = _whole_tiles(problem) + _narrow_tiles(problem) + _tiles_of_pairs(flat(problem))
-        return self._ranked(problem, choices, effort)
+        return self._ranked(problem, _choices(problem), effort)
 
     def _ranked(self, problem: Problem, choices: Sequence[Config], effort: Effort) -> Sequence[Config]:
         return _rates.ranked(choices, functools.partial(self.estimate_plain, problem), effort, 4)
 
     def workspace_plain(self, problem: Problem, config: Config) -> int:
         """Return the bytes of each thread's table, or of a tile."""
-        p, (rows, block) = flat(problem), _outputs(config, _lanes(problem, config))
-        block_bytes = block * item_bytes(p.dtype)
+        p, form = flat(problem), _form(problem, config)
+        rows, block_bytes = form.rows, form.block * item_bytes(p.dtype)
         blocks = p.groups * -(-p.group_k * item_bytes(p.dtype) // block_bytes)
         tiles, down, across = _cut(p, rows, blocks, config.threads)
         each = -(-tiles // down) * (1 + rows * (2 + p.kh * p.kw) * 8)
@@ -197,16 +224,14 @@ class ImplicitGemm(PackedBackend):
 
     def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return products, those with padding included, by what a tile loads for each; tables; filters' traffic."""
-        p, (_, vectors) = flat(problem), _tile(config)
-        whole = machine.vector_bytes // item_bytes(p.dtype)
-        lanes = min(whole, config.integer("lanes", whole))
-        rows, block = _outputs(config, lanes)
+        p, form = flat(problem), _form(problem, config, machine.vector_bytes)
+        rows, block, lanes, whole = form.rows, form.block, form.lanes, machine.vector_bytes // item_bytes(p.dtype)
         blocks = p.groups * -(-p.group_k // block)
         tiles, down, across = _cut(p, rows, blocks, config.threads)
         peak = _rates.peak(machine, item_bytes(p.dtype))
         a_load = _LOAD[whole_units()] * whole / lanes
         addresses = rows if rows > AT_ONCE and not _is_in_line(p, rows) else 0  # from the table, for every step
-        loads = 1 + a_load * (rows + vectors + addresses) * lanes / (rows * block)
+        loads = 1 + a_load * (rows + form.vectors + addresses) * lanes / (rows * block)
         loads *= _crowding(p, rows, machine)
         if lanes < whole:
             loads *= _NARROW if halves_are_free() else whole / lanes
@@ -225,8 +250,9 @@ class ImplicitGemm(PackedBackend):
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Pack the filters by blocks; compile for the tile if that has not been done."""
-        p, tile, lanes, pixels = flat(problem), _tile(config), _lanes(problem, config), _pixels(problem, config)
-        block, rows = tile[1] * lanes, tile[0] * pixels
+        p, form = flat(problem), _form(problem, config)
+        tile, lanes, rows, pixels = (form.high, form.vectors), form.lanes, form.rows, form.pixels
+        block = form.block * pixels
         grouped = filters.reshape(p.kh, p.kw, p.group_c, p.groups, p.group_k)
         packed = by_blocks(np.tile(grouped, pixels).transpose(3, 0, 1, 2, 4), block)
         added = np.empty(0, p.dtype)
@@ -320,6 +346,11 @@ _CROWDED = 0.65  # measured: 14 pixels in 8 places take 1.25 to 1.55 times as lo
 _STAGED_BYTES_PER_SECOND = 1.2e10
 
 
+def _choices(problem: Problem) -> list[Config]:
+    """Return all tiles that suit a plain problem."""
+    return _whole_tiles(problem) + _narrow_tiles(problem) + _tiles_of_pairs(flat(problem))
+
+
 def _whole_tiles(problem: Problem) -> list[Config]:
     """Return the tiles that are no wider than a group's filters, and at least one."""
     lanes = vector_bytes() // item_bytes(problem.dtype)
@@ -359,33 +390,26 @@ def _fits_pairs(problem: Problem, rows: int, vectors: int) -> bool:
     return p.groups == 1 and p.ow % 2 == 0 and 2 * p.k == vectors * lanes and _is_in_line(p, 2 * rows)
 
 
-def _pixels(problem: Problem, config: Config) -> int:
-    """Return the pixels of a tile's row."""
-    pixels = config.integer("pixels", 1)
-    if pixels != 1 and not (pixels == 2 and "lanes" not in config and _fits_pairs(flat(problem), *_tile(config))):
-        raise ArgumentError(
-            "config pixels of implicit_gemm must be 1, or 2 for tiles of whole vectors that the filters of two pixels "
-            f"fill, in lines of an even number of pixels, at least a tile's; got {config}"
-        )
-    return pixels
+@functools.lru_cache(maxsize=4096)
+def _form(problem: Problem, config: Config, width: int = 0) -> _Form:
+    """Return what a config asks for, where vectors have so many bytes; this machine's where 0.
 
-
-def _outputs(config: Config, lanes: int) -> tuple[int, int]:
-    """Return the pixels of a tile, and the filters."""
-    (rows, vectors), pixels = _tile(config), config.integer("pixels", 1)
-    return rows * pixels, vectors * lanes // pixels
-
-
-def _lanes(problem: Problem, config: Config) -> int:
-    """Return the values of a vector."""
-    whole = vector_bytes() // item_bytes(problem.dtype)
-    lanes = config.integer("lanes", whole)
+    Raises:
+        ArgumentError: if registers, vectors or lines of the output do not hold it.
+    """
+    (high, vectors), whole = _tile(config), (width or vector_bytes()) // item_bytes(problem.dtype)
+    lanes, pixels = config.integer("lanes", whole), config.integer("pixels", 1)
     if lanes not in {whole, whole // 2}:
         raise ArgumentError(
             f"config lanes of implicit_gemm must be a vector's {whole} values or half of them, {whole // 2}; "
             f"got {lanes}"
         )
-    return lanes
+    if pixels != 1 and not (pixels == 2 and lanes == whole and _fits_pairs(flat(problem), high, vectors)):
+        raise ArgumentError(
+            "config pixels of implicit_gemm must be 1, or 2 for tiles of whole vectors that the filters of two pixels "
+            f"fill, in lines of an even number of pixels, at least a tile's; got {config}"
+        )
+    return _Form(high, vectors, lanes, pixels)
 
 
 @functools.lru_cache(maxsize=1024)
