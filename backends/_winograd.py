@@ -18,7 +18,8 @@ import numpy as np
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_at, array_of, integers_of
 from convdispatch.backends._epilogue import RELU6, activate
 from convdispatch.backends._jit import compilable, inlined, outlined
-from convdispatch.backends._put import clamped
+from convdispatch.backends._memory import CACHE_LINE
+from convdispatch.backends._put import clamped, put_whole
 from convdispatch.backends._scratch import borrow, give_back
 from convdispatch.backends._tile import (
     add_doubts,
@@ -367,10 +368,12 @@ def _leaving(algorithm: Algorithm, share: int, lanes: int, itemsize: int) -> Any
 
     @compilable
     def leave(  # type: ignore[no-untyped-def]
-        products, bias, tiles, first, count, step, out, residual, k0, valid, dilations, code, slope, doubts, half, rows
+        products, bias, tiles, first, count, step, out, residual, k0, valid, dilations, past, code, slope, doubts, half,
+        rows,
     ):  # fmt: skip
         """Transform products back, finish them and store ``valid`` filters from ``k0`` on; return the doubts.
 
+        Whole tiles are stored ``past`` the caches if so told.
         ``bias`` is the address of these filters' bias, or 0. ``half``, the address of m0 * n1 vectors, and
         ``rows [2 * m1 * lanes]`` are for what is under way.
         """
@@ -409,7 +412,7 @@ def _leaving(algorithm: Algorithm, share: int, lanes: int, itemsize: int) -> Any
                     if inside[1] == m1:
                         if residual.size:
                             sums = add_to_each(sums, m1, (to, across), more)
-                        store(clamped(sums, code), m1, (to, across), 0)
+                        put_whole(clamped(sums, code), m1, (to, across), 0, past)
                         continue
                     if residual.size:
                         for j in range(inside[1]):
@@ -426,8 +429,8 @@ def _leaving(algorithm: Algorithm, share: int, lanes: int, itemsize: int) -> Any
 #: ``filters`` is ``[groups, blocks of a group, points, values summed, block]``, its ends zeros; so is ``bias``.
 ARGUMENTS = Arguments(
     input=array_of(4), filters=array_of(5), bias=array_of(1), residual=array_of(4), out=array_of(4),
-    pads=integers_of(2), strides=integers_of(2), dilations=integers_of(2), groups=INTEGER, code=INTEGER, slope=FLOAT,
-    parts=array_of(2, "int64"), spoiled=INTEGER,
+    pads=integers_of(2), strides=integers_of(2), dilations=integers_of(2), groups=INTEGER, streamed=INTEGER,
+    code=INTEGER, slope=FLOAT, parts=array_of(2, "int64"), spoiled=INTEGER,
 )  # fmt: skip
 unpack = ARGUMENTS.unpack
 _SPOILED_AT = 8 * ARGUMENTS.at["spoiled"]
@@ -444,13 +447,16 @@ def compiled(algorithm: Algorithm, fold: int, staged: int, passes: Passes) -> Co
 
     def convolve(arguments, number):  # type: ignore[no-untyped-def]
         """Compute the tiles ``part[0:2]`` for the blocks of filters ``part[2:4]``."""
-        x, u, bias, residual, out, pads, strides, dilations, groups, code, slope, parts, _ = unpack(arguments, itemsize)
+        x, u, bias, residual, out, pads, strides, dilations, groups, streamed, code, slope, parts, _ = unpack(
+            arguments, itemsize
+        )
         first, last, first_block, last_block = parts[number]
         group_k, per_group = out.shape[3] // groups, u.shape[1]
         group_c = x.shape[3] // groups
         runs, point_bytes = (fold, fold * group_c), u.shape[3] * step
         here = (np.int64(x.ctypes.data), x.shape[0], x.shape[1], x.shape[2], x.shape[3])
         padded = fold * -(-runs[1] // lanes) * lanes
+        past = streamed and out.ctypes.data % CACHE_LINE == 0
         count, tiles = last - first, tiles_of_picture(out.shape, (m0, m1), dilations)
         entering, leaving = odd_lines(count * padded, itemsize), odd_lines(count * block, itemsize)
         beyond = -(-least * max(padded, block) // lanes) * lanes  # a register tile may be longer than what is left
@@ -488,7 +494,7 @@ def compiled(algorithm: Algorithm, fold: int, staged: int, passes: Passes) -> Co
             valid = min(block, group_k - member * block)
             doubts = leave(
                 products, added, tiles, first, count, step, out, residual, group * group_k + member * block, valid,
-                dilations, code, slope, doubts, half, done,
+                dilations, past, code, slope, doubts, half, done,
             )  # fmt: skip
         report(doubts, arguments + _SPOILED_AT)
         give_back(scratch)

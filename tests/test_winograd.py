@@ -9,12 +9,13 @@ import pytest
 import walls
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import examples, judge
+from strategies import examples, judge, numbers
 
 from convdispatch import machine
 from convdispatch.arguments import Array
 from convdispatch.backend import Config
-from convdispatch.backends._memory import CACHE_LINE
+from convdispatch.backends import winograd
+from convdispatch.backends._memory import CACHE_LINE, aligned
 from convdispatch.backends._toomcook import Matrix, amplification, points, strided, transforms
 from convdispatch.backends._transforms import odd_lines
 from convdispatch.backends._vector import vector_bytes
@@ -368,6 +369,28 @@ def test_filters_sent_for_ahead_change_nothing(text: str) -> None:
     x, w = draw_arrays(problem)
     sent, read = (run(problem, Config(m=4, threads=2, ahead=ahead), x, w) for ahead in (True, False))
     np.testing.assert_array_equal(sent, read)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1x13x15x8 * 3x3x8x32 SAME +bias +relu",
+        "2x11x9x16 * 5x5x8x64 SAME +residual",
+        "1x13x15x8 * 3x3x4x48 SAME",
+        "1x12x12x8 * 3x3x8x72 SAME stride=2 +bias",
+        "2x9x9x8 * 3x3x8x32 SAME dilation=2 +gelu",
+        "1x1x70x8 * 1x5x8x32 SAME float64",
+        "1x20x20x16 * 3x3x4x16 SAME +relu6",
+    ],
+)
+def test_what_is_stored_past_the_caches_is_the_same(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, config = Problem.parse(text), Config(m=4, threads=2)
+    kept = walls.check(WINOGRAD, problem, config)
+    monkeypatch.setattr(winograd, "_CACHED_OUTPUT", 0.0)
+    case, out = numbers(problem), aligned(problem.output_shape, problem.dtype)
+    out[...] = np.nan
+    WINOGRAD.prepare(problem, case.w, case.bias, config)(case.x, out, case.residual)
+    np.testing.assert_array_equal(out, kept)
 
 
 # Claims ---------------------------------------------------------------------------------------------------
