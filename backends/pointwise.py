@@ -16,12 +16,12 @@ from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, Compiled
 from convdispatch.backends._epilogue import RELU6, activate, finish
 from convdispatch.backends._jit import outlined
 from convdispatch.backends._kernel import PackedKernel
-from convdispatch.backends._memory import CACHE_LINE, aligned, for_columns, streams
+from convdispatch.backends._memory import CACHE_LINE, aligned, for_columns, in_last_caches, streams
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._put import put_tile
 from convdispatch.backends._threads import split
 from convdispatch.backends._tile import add_to_each, load_apart
-from convdispatch.backends._vector import vector_bytes
+from convdispatch.backends._vector import prefetch, vector_bytes
 from convdispatch.backends._weave import mixed, unwoven, woven
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem
@@ -35,7 +35,7 @@ _PART = 1 << 12
 #: first one, and the one behind the last.
 _ARGUMENTS = Arguments(
     input=array_of(4), filters=array_of(2), bias=array_of(2), residual=array_of(4), out=array_of(4), pixels=INTEGER,
-    streamed=INTEGER, code=INTEGER, slope=FLOAT, parts=array_of(2, "int64"),
+    streamed=INTEGER, coming=INTEGER, code=INTEGER, slope=FLOAT, parts=array_of(2, "int64"),
 )  # fmt: skip
 unpack = _ARGUMENTS.unpack
 
@@ -60,13 +60,17 @@ def _one_by_one(x, w, bias, residual, out, at, to, count, steps, code, slope):  
             out[put] = activate(out[put], code, slope)
 
 
+#: Bytes that woven pixels are sent for ahead, where input and output have more than this part of the last cache.
+_AHEAD, _CACHED_TRAFFIC = 16384, 0.8
+
+
 @functools.cache
 def _compiled(channels: int, filters: int, planar: int, lanes: int, itemsize: int) -> CompiledKernel:
     """Return the kernel for so many channels and filters, in planes or woven."""
 
     def convolve(arguments, number):  # type: ignore[no-untyped-def]
         """Compute a part of an image's pixels."""
-        x, w, bias, residual, out, pixels, streamed, code, slope, parts = unpack(arguments, itemsize)
+        x, w, bias, residual, out, pixels, streamed, coming, code, slope, parts = unpack(arguments, itemsize)
         image, first, last = parts[number]
         entered, left = image * pixels * channels, image * pixels * filters
         here, there = np.int64(x.ctypes.data) + entered * itemsize, np.int64(out.ctypes.data) + left * itemsize
@@ -82,6 +86,9 @@ def _compiled(channels: int, filters: int, planar: int, lanes: int, itemsize: in
         for p in range(first, last, lanes):
             at = min(p, last - lanes)
             source, to = here + at * steps[0] * itemsize, there + at * steps[1] * itemsize
+            if coming:
+                for line in range(channels):
+                    prefetch(source + _AHEAD + line * CACHE_LINE)
             if planar:
                 tile = load_apart(source, between, channels, lanes, itemsize)
             else:
@@ -121,6 +128,7 @@ class Pointwise(PackedBackend):
     """1x1 filters on one to four channels, taken apart and woven in registers."""
 
     name = "pointwise"
+    version = 2
     packing_cost = (3e-5, 0.0)
     takes_planes = True
 
@@ -166,7 +174,8 @@ class Pointwise(PackedBackend):
         values = {
             "filters": matrix, "bias": for_columns(bias, p.dtype, lanes), "pixels": pixels,
             "streamed": streams(p.output_shape, size, lanes, pixels if planar else lanes * p.k),
-            "code": p.epilogue.code, "slope": p.epilogue.slope, "parts": parts,
+            "coming": not planar and in_last_caches(p) > _CACHED_TRAFFIC, "code": p.epilogue.code,
+            "slope": p.epilogue.slope, "parts": parts,
         }  # fmt: skip
         make = functools.partial(_compiled, p.c, p.k, int(planar), lanes, size)
         return PackedKernel(make, p, values, len(parts), config.threads)

@@ -72,6 +72,14 @@ def test_threads_and_pickling_do_not_change_a_bit(text: str) -> None:
     walls.check_bits(BACKEND, problem, Config(), check(problem).tobytes())
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_pixels_sent_for_ahead_change_nothing(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem.parse(f"2x5x70x{channels} * 1x1x{channels}x3 VALID +bias")
+    cached = check(problem)
+    monkeypatch.setattr(pointwise, "_CACHED_TRAFFIC", 0.0)
+    np.testing.assert_array_equal(check(problem), cached)
+
+
 @pytest.mark.parametrize("text", ["1x64x64x3 * 1x1x3x2 VALID +residual", "1x3x64x64 NCHW * 1x1x3x2 VALID"])
 def test_what_goes_past_the_caches_arrives(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem.parse(text)
