@@ -50,9 +50,12 @@ _FEW_CHANNELS, _SMALL_IMAGE = 8, 64 << 10
 #: An output is written past the caches only if it is as large as the last of them. One of half that size takes 1.3 to
 #: 1.5 times as long that way, however it is with what is written in other orders; a larger one as long either way.
 _CACHED_OUTPUT = 1.0
-#: Where input and output together are larger than it, smaller ones too, since the input drives them out; and of such an
-#: input, and one somewhat smaller, cache lines are sent for ahead. That pays from so many filters on.
-_CROWDED_OUTPUT, _CACHED_TRAFFIC, _MANY_FILTERS = 0.2, 0.5, 64
+#: Where input and output together are larger than it, smaller ones too, since the input drives them out: of so many
+#: filters and more.
+_CROWDED_OUTPUT, _MANY_FILTERS = 0.2, 64
+#: Where input and output together have more than so many times the last cache, cache lines of the input are sent for
+#: ahead: with few filters, where there is little to do meanwhile and the input must be most of it, and with many.
+_CACHED_TRAFFIC = 0.8, 0.5
 #: FLOP a second of a core, about, by which work is cut.
 _FLOPS = 1.5e11
 #: Tiles of a thread, if all have as many, from which on one more or less makes no difference.
@@ -284,13 +287,10 @@ def _cached_part(problem: Problem) -> float:
 
 
 def _coming(problem: Problem, rows: int) -> int:
-    """Return how many cache lines are sent for with each tile: of 1x1 layers whose input comes from memory.
-
-    With few filters there would be too little to do meanwhile.
-    """
+    """Return how many cache lines are sent for with each tile: of 1x1 layers whose input comes from memory."""
     p = problem
-    plain = p.kh == p.kw == p.strides[1] == p.groups == 1
-    if not plain or p.k < _MANY_FILTERS or in_last_caches(p) <= _CACHED_TRAFFIC:
+    plain, many = p.kh == p.kw == p.strides[1] == p.groups == 1, p.k >= _MANY_FILTERS
+    if not plain or (p.c < p.k and not many) or in_last_caches(p) <= _CACHED_TRAFFIC[many]:
         return 0
     return -(-rows * p.c * item_bytes(p.dtype) // CACHE_LINE)
 

@@ -431,7 +431,7 @@ def test_what_comes_from_memory_and_goes_there(rest: str, monkeypatch: pytest.Mo
     problem = Problem.parse(f"3x9x11x{shape.split('x')[0]} * 1x1x{shape} {' '.join(more)}")
     case, config = numbers(problem), Config(rows=6, vectors=1, threads=2)
     expected = walls.run(GEMM, case, config)
-    monkeypatch.setattr(implicit_gemm, "_CACHED_TRAFFIC", 0.0)
+    monkeypatch.setattr(implicit_gemm, "_CACHED_TRAFFIC", (0.0, 0.0))
     monkeypatch.setattr(implicit_gemm, "streams", lambda *_: problem.k % 16 == 0)
     assert implicit_gemm._coming(problem, 6) == -(-6 * problem.c * 4 // 64)
     out = aligned(problem.output_shape, "float32")
