@@ -87,8 +87,8 @@ def _compiled(channels: int, filters: int, planar: int, lanes: int, itemsize: in
             at = min(p, last - lanes)
             source, to = here + at * steps[0] * itemsize, there + at * steps[1] * itemsize
             if coming:
-                for line in range(channels):
-                    prefetch(source + _AHEAD + line * CACHE_LINE)
+                for line in range(0, channels * lanes * itemsize, CACHE_LINE):
+                    prefetch(source + _AHEAD + line)
             if planar:
                 tile = load_apart(source, between, channels, lanes, itemsize)
             else:
