@@ -399,6 +399,8 @@ def _form(problem: Problem, config: Config, width: int = 0) -> _Form:
     """
     (high, vectors), whole = _tile(config), (width or vector_bytes()) // item_bytes(problem.dtype)
     lanes, pixels = config.integer("lanes", whole), config.integer("pixels", 1)
+    if width:
+        lanes = min(lanes, whole)  # another machine's vectors may be narrower than what suits this one
     if lanes not in {whole, whole // 2}:
         raise ArgumentError(
             f"config lanes of implicit_gemm must be a vector's {whole} values or half of them, {whole // 2}; "
