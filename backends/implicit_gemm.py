@@ -233,13 +233,14 @@ class ImplicitGemm(PackedBackend):
         tiles, down, across = _cut(p, rows, blocks, config.threads)
         peak = _rates.peak(machine, item_bytes(p.dtype))
         a_load = _LOAD[whole_units()] * whole / lanes
-        addresses = rows if rows > AT_ONCE and not _is_in_line(p, rows) else 0  # from the table, for every step
+        in_line = _is_in_line(p, rows)
+        addresses = rows if rows > AT_ONCE and not in_line else 0  # from the table, for every step
         loads = 1 + a_load * (rows + form.vectors + addresses) * lanes / (rows * block)
         loads *= _crowding(p, rows, machine)
         if lanes < whole:
             loads *= _NARROW if halves_are_free() else whole / lanes
         compute = 2 * tiles * rows * blocks * block * p.taps * _met(p, rows) / peak * loads
-        if _is_in_line(p, rows):
+        if in_line:
             copied = _staged(p, -(-tiles // down), rows) * p.groups * down * across if _is_staged(p) else 0
             masked = p.groups * lanes / whole if p.group_k % block else 0  # the last block of each group
             finishing = blocks * _ROW_SECONDS + masked * _MASKED_SECONDS

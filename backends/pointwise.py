@@ -30,6 +30,8 @@ from convdispatch.problem import Problem
 _MOST = 4
 #: Pixels of a part at least: less is not worth another thread.
 _PART = 1 << 12
+#: Bytes that woven pixels are sent for ahead, where input and output have more than this part of the last cache.
+_AHEAD, _CACHED_TRAFFIC = 16384, 0.8
 
 #: ``filters`` is ``[K, C]``, ``bias`` ``[K, lanes]`` or empty. A part is a run of pixels of an image: its number, the
 #: first one, and the one behind the last.
@@ -58,10 +60,6 @@ def _one_by_one(x, w, bias, residual, out, at, to, count, steps, code, slope):  
             if residual.size:
                 out[put] += residual[put]
             out[put] = activate(out[put], code, slope)
-
-
-#: Bytes that woven pixels are sent for ahead, where input and output have more than this part of the last cache.
-_AHEAD, _CACHED_TRAFFIC = 16384, 0.8
 
 
 @functools.cache
