@@ -523,6 +523,13 @@ def test_an_old_winner_in_quarantine_does_not_race(quick: FakeClock) -> None:
     assert rows(tune(PROBLEM, threads=1, deployments=("plan",), retune=True)) == ({"direct"}, {})
 
 
+def test_an_entry_that_is_measured_again_still_says_who_is_quarantined(quick: FakeClock) -> None:
+    only(Villain("villain", "aborts"), registry.get("direct"))
+    first = rows(tune(PROBLEM, threads=1, deployments=("plan",)))
+    assert first[1].keys() == {"villain"}
+    assert rows(tune(PROBLEM, threads=1, deployments=("plan",), retune=True)) == first
+
+
 def test_tuning_on_a_miss_survives_who_does_harm(quick: FakeClock) -> None:
     only(Villain("villain", "reads null"), registry.get("direct"))
     with settings.options(tuning="on-miss", threads=1):

@@ -499,7 +499,8 @@ def tune_problem(
     ordered = _ordered(measured, picks, incumbent, rules.margin)
     entry = Entry(key, tuple(ordered), tuple(measured.failures), effort, flags=(BUSY,) if measured.busy else ())
     if incumbent is not None and (again is not None or incumbent.key == key):
-        entry = carry_on(entry, incumbent, renewed=taking_part if again is None else ())
+        able = {name for name, backend in taking_part.items() if quarantine.of(backend) is None}
+        entry = carry_on(entry, incumbent, renewed=able if again is None else ())
     return Outcome(entry, left_out, measured.busy)
 
 
