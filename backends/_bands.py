@@ -148,7 +148,7 @@ def computed_dtype(problem: Problem) -> str:
     """Return the dtype that kernels compute in: of integers, floats that hold their sums exactly.
 
     Raises:
-        ArgumentError: if no floats do; ``exact_floats`` tells beforehand.
+        ArgumentError: if no floats do; ``obstacle`` tells beforehand.
     """
     if not problem.is_integer:
         return problem.sum_dtype

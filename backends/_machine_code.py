@@ -27,6 +27,7 @@ from numba.core.runtime.nrt import rtsys
 
 from convdispatch.backends._compiling import compiling
 from convdispatch.backends._jit import DIGEST_BYTES, FOR_C, check_wanted, digest, sources
+from convdispatch.locks import module_rlock
 
 _SUFFIX = ".kernel"
 #: Seconds that another process is waited for which compiles the same.
@@ -37,6 +38,7 @@ _HERE = Path(__file__).parent
 _alive: list[Any] = []
 #: Names of what was compiled here and could not be kept.
 _unkept: set[str] = set()
+_one_thread_at_a_time = module_rlock()
 
 
 @functools.cache
@@ -150,23 +152,25 @@ def _remove_outdated(folder: Path) -> None:
 
 def _load(symbol: str, code: bytes) -> int:
     """Return the address of a function in object code, where it stays."""
-    machine = llvm.Target.from_triple(llvm.get_process_triple()).create_target_machine()
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
-    engine.finalize_object()
-    _alive.append(engine)
-    return int(engine.get_function_address(symbol))
+    with compiling():
+        machine = llvm.Target.from_triple(llvm.get_process_triple()).create_target_machine()
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+        engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+        engine.finalize_object()
+        _alive.append(engine)
+        return int(engine.get_function_address(symbol))
 
 
 def _compile(signature: Any, function: Callable[..., Any]) -> tuple[int, str, bytes]:
     """Return the address of a compiled function, where it stays, its symbol, and its object code."""
-    dispatcher: Any = numba.njit([signature], **FOR_C)(function)
-    _alive.append(dispatcher)
-    compiled = dispatcher.overloads[signature.args]
-    symbol, library = compiled.fndesc.llvm_cfunc_wrapper_name, compiled.library
-    address = library.get_pointer_to_function(symbol)
-    _, _, (code, _) = library.serialize_using_object_code()
-    return address, symbol, code
+    with compiling():
+        dispatcher: Any = numba.njit([signature], **FOR_C)(function)
+        _alive.append(dispatcher)
+        compiled = dispatcher.overloads[signature.args]
+        symbol, library = compiled.fndesc.llvm_cfunc_wrapper_name, compiled.library
+        address = library.get_pointer_to_function(symbol)
+        _, _, (code, _) = library.serialize_using_object_code()
+        return address, symbol, code
 
 
 def compiled_address(signature: Any, function: Callable[..., Any]) -> int:
@@ -180,7 +184,7 @@ def compiled_address(signature: Any, function: Callable[..., Any]) -> int:
         TypeError: if it closes over anything else.
         NotCompiledError: if ``compiling_only`` forbids to compile it.
     """
-    with compiling():
+    with _one_thread_at_a_time:
         if not sources():
             _unkept.add(function.__qualname__)
             return _compile(signature, function)[0]

@@ -70,10 +70,16 @@ def on_huge_pages(size: int) -> Array:
 
     Small pages lie wherever the system had some, so that it is luck, another in each process, how many of an array's
     want the same places of a core's second cache.
+
+    Raises:
+        MemoryError: if the system has not so many.
     """
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return aligned((size,), "uint8", zero=False)
-    memory = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"cannot map {size} bytes: {error.strerror}") from error
     with contextlib.suppress(OSError):  # a system may know the word and have none
         memory.madvise(mmap.MADV_HUGEPAGE)
     whole = np.frombuffer(memory, np.uint8)

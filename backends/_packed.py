@@ -8,7 +8,7 @@ from typing import ClassVar
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config, Effort, Kernel
 from convdispatch.backends import _bands
-from convdispatch.backends._exact import NARROW, exact_floats
+from convdispatch.backends._exact import obstacle
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem
@@ -44,8 +44,8 @@ class PackedBackend(Backend):
         if problem.is_integer:
             if self.numerics.kind != "local":
                 return "the transforms have fractions, and integer results are exact"
-            if problem.dtype not in NARROW or exact_floats(problem) is None:
-                return f"its vectors hold floats, in which sums of {problem.dtype} may not be exact"
+            if reason := obstacle(problem):
+                return reason
         return self.rejects_plain(self._plain(problem))
 
     def _takes(self, problem: Problem) -> bool:

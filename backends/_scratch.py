@@ -1,9 +1,9 @@
-"""Memory in which a part of a kernel works: rooms that stay where they are, two for each core, on huge pages.
+"""Memory in which a part of a kernel works: rooms that stay where they are, some for each core, on huge pages.
 
 The pages that malloc gives lie wherever the system had some: of the places of a core's own cache they want some often
 and others never, each process in its own way, which makes some slower by a few per cent for as long as they live. A
 huge page wants all places alike. A core has rooms of its own, so that what they hold is in its cache, and nobody waits
-for one: who finds them taken goes to the next core's, and who finds none, or needs more than a room, to malloc.
+for one: who finds all of them taken, or needs more than a room, goes to malloc.
 """
 
 import os
@@ -15,18 +15,27 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from convdispatch.arguments import Array
 from convdispatch.backends._atomics import CAN_SLEEP, allocate, current_core, exchange_if, free, read, write
 from convdispatch.backends._jit import compilable
 from convdispatch.backends._memory import CACHE_LINE, address, aligned, on_huge_pages
 from convdispatch.backends._vector import I64, Codegen, intrinsic
 
-#: Bytes of a room, and rooms of a core: a kernel that converts a band of an image runs another on it.
-ROOM, _EACH = 1 << 20, 2
-#: Rooms that are tried, the core's own first.
-_TRIES = 4
-_COUNT = _EACH << (os.cpu_count() or 1).bit_length()
+#: Bytes of a room, and rooms of a core: a kernel that converts a band of an image runs another on it, and a thread that
+#: must give way while it works takes its rooms with it.
+ROOM, _EACH = 1 << 20, 4
 
-_memory = on_huge_pages(_COUNT * ROOM)
+
+def _mapped() -> Array:
+    """Return the rooms' memory, their number a power of two; none where address space is short."""
+    try:
+        return on_huge_pages(ROOM * _EACH << ((os.cpu_count() or 1) - 1).bit_length())
+    except MemoryError:
+        return np.empty(0, np.uint8)
+
+
+_memory = _mapped()
+_COUNT = len(_memory) // ROOM
 #: Whether each room is taken, on a line of cache of its own.
 _taken = aligned((_COUNT, CACHE_LINE // 8), "int64")
 #: Where compiled code finds the rooms: their address, that of the words above, and how many there are.
@@ -68,9 +77,9 @@ def borrow(size):  # type: ignore[no-untyped-def]
     """Return the address of so many bytes, which begins a line of cache; 0 if there are none to be had."""
     if size <= ROOM:
         table = _rooms()
-        first, mask = _core() * _EACH, read(table + 16) - 1
-        for turn in range(_TRIES):
-            number = (first + turn) & mask
+        first, rooms = _core() * _EACH, read(table + 16)
+        for turn in range(min(_EACH, rooms)):
+            number = (first + turn) & (rooms - 1)
             if exchange_if(read(table + 8) + number * CACHE_LINE, 0, 1):
                 return read(table) + number * ROOM
     found = allocate(size + 2 * CACHE_LINE)

@@ -1,5 +1,6 @@
 """Threads for jobs of Python and NumPy, and BLAS kept from using its own; compiled kernels have ``_team``."""
 
+import collections
 import contextlib
 import functools
 import itertools
@@ -118,7 +119,11 @@ class _Work:
 
     def take(self) -> None:
         for job in self._jobs:
-            job()
+            try:
+                job()
+            except BaseException:
+                collections.deque(self._jobs, maxlen=0)  # what nobody has begun is left undone
+                raise
 
     def help(self) -> None:
         with self._lock:

@@ -174,13 +174,14 @@ class Profile:
     def machines(self) -> dict[str, dict[str, Any]]:
         """Return each machine that the file describes: its id, and its fields as in ``Machine.describe``."""
         if self._machines is None:
-            self._machines = {}
+            found = {}  # other threads are to see all of them, or none
             for key in self._places:
                 if key.startswith(MACHINE):
                     try:
-                        self._machines[key.removeprefix(MACHINE).strip()] = parse_machine(self._texts(key)[-1])
+                        found[key.removeprefix(MACHINE).strip()] = parse_machine(self._texts(key)[-1])
                     except Exception as error:  # noqa: BLE001  # as in _parse
                         self._warn(key, error)
+            self._machines = found
         return self._machines
 
     def alike(self, key: Key, here: Machine) -> list[tuple[Entry, tuple[str, ...]]]:
@@ -206,9 +207,10 @@ class Profile:
         if text in self._places:
             return text
         if self._spellings is None:
-            self._spellings = {}
+            spellings: dict[str, list[str]] = {}
             for chunk in self._chunks:
-                self._spellings.setdefault(first_shape(chunk.key), []).append(chunk.key)
+                spellings.setdefault(first_shape(chunk.key), []).append(chunk.key)
+            self._spellings = spellings
         for other in self._spellings.get(first_shape(text), ()):
             if signature(other) == signature(text):
                 with contextlib.suppress(ConvDispatchError):

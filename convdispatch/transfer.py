@@ -139,7 +139,9 @@ _as_then: weakref.WeakKeyDictionary[Backend, dict[bool, bool]] = weakref.WeakKey
 
 def _estimates_as_then(backend: Backend, neighbour: Neighbour, row: Row) -> bool:
     """Return whether stored estimates of a backend are those it would make now; one is tried, once a process."""
-    known = _as_then.setdefault(backend, {})
+    known = _as_then.get(backend)
+    if known is None:  # `setdefault` would make a weak reference with a callback every time
+        known = _as_then[backend] = {}
     if neighbour.here not in known:
         try:
             problem = Problem.parse(neighbour.text)

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from strategies import FLOAT_DTYPES, USABLE_DTYPES, examples, judge, numbers
 
 import convdispatch
+from convdispatch import registry
 from convdispatch.backend import Config
 from convdispatch.backends import _bands
-from convdispatch.backends._exact import exact_floats
+from convdispatch.backends._exact import exact_floats, obstacle
 from convdispatch.backends._layout import SAME, STORAGES, stage, unstage
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._vector import vector_bytes
@@ -205,7 +206,20 @@ def test_integers_are_exact_as_floats(text: str, dtype: str) -> None:
     ],
 )
 def test_integers_are_summed_in_floats_that_hold_every_sum(text: str, dtype: str | None) -> None:
-    assert exact_floats(Problem.parse(text)) == dtype
+    problem = Problem.parse(text)
+    assert exact_floats(problem) == dtype
+    assert (obstacle(problem) is None) == (dtype is not None)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("1x9x9x8 * 3x3x8x8 int8 +bias +relu", "do not wrap before an activation"),
+        ("1x9x9x8 * 3x3x8x8 int32 +relu", "sums of int32 may not be exact"),
+    ],
+)
+def test_why_integers_are_refused_is_told(text: str, reason: str) -> None:
+    assert reason in str(registry.get("implicit_gemm").rejects(Problem.parse(text)))
 
 
 @given(

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -61,5 +62,26 @@ def test_what_a_child_says_can_be_read_while_it_writes_and_after_its_end() -> No
 
 
 def test_a_child_that_cannot_be_started_is_an_error() -> None:
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ChildLostError, match="could not be started: No such file"):
         Child(["/nowhere/python"], {})
+
+
+@pytest.mark.parametrize("beginning", [0, 1])
+def test_a_child_that_no_thread_can_be_had_for_is_an_error_and_ends(
+    monkeypatch: pytest.MonkeyPatch, beginning: int
+) -> None:
+    begun: list[threading.Thread] = []
+    begin = threading.Thread.start
+
+    def some(thread: threading.Thread) -> None:
+        if len(begun) == beginning:
+            raise RuntimeError("can't start new thread")
+        begun.append(thread)
+        begin(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", some)
+    with pytest.raises(ChildLostError, match="could not be started: can't start new thread"):
+        _child(_ECHO.replace("END", "''"))
+    for thread in begun:  # it reads until the process has ended
+        thread.join(60)
+        assert not thread.is_alive()

@@ -113,3 +113,17 @@ def test_a_moment_that_favoured_somebody_does_not_decide(monkeypatch: pytest.Mon
     profile.forget()
     stored = next(iter(profile.find_in(report.profile, entry.key)))
     assert stored.entry.winner.backend == "better"
+
+
+def test_a_backend_that_fails_when_it_is_asked_again_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeClock()
+    better = Scripted("better", clock, 0.9, expected=1.1)
+    only(Scripted("worse", clock, 1.0, expected=1.0), better)
+    race_by(monkeypatch, clock)
+    again: list[str] = []
+    better.fails_in = lambda where, _: where == "prepare" and bool(again)
+    report = tune([PROBLEM], deployments=["plan"], threads=1, on_wait=again.append)
+    assert again
+    entry = report.layers[0].entry
+    assert entry is not None
+    assert entry.winner.backend == "better"

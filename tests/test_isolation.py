@@ -362,7 +362,7 @@ def test_a_child_that_cannot_be_started_is_waited_for_by_nobody(
     monkeypatch.setattr("convdispatch.tuning.child.subprocess.Popen", refuse)
     assert tried("right") == Finding(
         note="backend 'villain' cannot be tried in a child process, so it is tried here: "
-        "no process could be started: no"
+        "its process could not be started: no"
     )
 
 

@@ -1,6 +1,7 @@
 """Machine code on disk: found again, never believed when it is damaged or of other sources, and no need of Numba's."""
 
 import ctypes
+import gc
 import os
 import subprocess
 import sys
@@ -193,6 +194,28 @@ def test_processes_that_start_together_compile_each_kernel_once(tmp_path: Path) 
     kept = [path.name for path in cache.iterdir()]
     assert sum(counts) == len(kept) > 0
     assert all(name.endswith(".kernel") for name in kept)  # no lock is left
+
+
+def test_nothing_is_held_back_while_another_process_is_waited_for(
+    folders: list[Path], compilations: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Garbage collection stands for all that ``compiling`` holds back."""
+    collects: list[bool] = []
+
+    class Lock:
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def __enter__(self) -> None:
+            collects.append(gc.isenabled())
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr("filelock.FileLock", Lock)
+    assert gc.isenabled()
+    assert called(times(3)) == 21
+    assert (collects, compilations) == ([True], ["multiply"])
 
 
 def test_where_no_lock_is_to_be_had_it_is_compiled_all_the_same(

@@ -90,6 +90,25 @@ def test_kernels_find_room_when_all_is_taken(name: str, text: str, request: pyte
     np.testing.assert_array_equal(walls.run(backend, case, config), expected)
 
 
+def test_where_address_space_is_short_there_are_no_rooms_and_kernels_work_all_the_same() -> None:
+    said = run_well(
+        "import mmap\n"
+        "class Short(mmap.mmap):\n"
+        "    def __new__(cls, file, size, *more, **options):\n"
+        "        if size > 1 << 20:\n"
+        "            raise OSError(12, 'Cannot allocate memory')\n"
+        "        return super().__new__(cls, file, size, *more, **options)\n"
+        "mmap.mmap = Short\n"
+        "import numpy as np\n"
+        "import convdispatch\n"
+        "from convdispatch.backends import _memory, _scratch\n"
+        "x, w = np.ones((1, 9, 9, 32), np.float32), np.ones((3, 3, 32, 32), np.float32)\n"
+        "y = convdispatch.conv2d(x, w, padding='VALID', backend='winograd')\n"
+        "print(len(_scratch._taken) if hasattr(mmap, 'MADV_HUGEPAGE') else 0, bool(np.allclose(y, 288, rtol=1e-4)))\n"
+    )
+    assert said.strip() == "0 True"
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_has_all_rooms() -> None:
     said = run_well(

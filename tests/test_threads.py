@@ -4,6 +4,7 @@ import functools
 import itertools
 import os
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,23 @@ def test_an_error_in_a_job_is_raised_after_all_that_were_begun_have_ended() -> N
         _threads.run_all(jobs, 4)
     before = list(ended)
     assert len(ended) == len(set(ended)) == len(before)
+
+
+def test_after_an_error_no_more_jobs_are_begun() -> None:
+    begun: list[int] = []
+    both = threading.Barrier(2, timeout=60)
+
+    def job(number: int) -> None:
+        begun.append(number)
+        if number < 2:
+            both.wait()
+        if number == 0:
+            raise ValueError("first")
+        time.sleep(0.2)  # the other one fails meanwhile
+
+    with pytest.raises(ValueError, match="first"):
+        _threads.run_all([functools.partial(job, number) for number in range(20)], 2)
+    assert sorted(begun) == [0, 1]
 
 
 def test_the_caller_does_the_jobs_that_nobody_else_comes_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """The tuner under a fake clock, with backends that take, do and fail as scripted. No real time is measured."""
 
+import errno
 import itertools
+import mmap
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -739,6 +741,19 @@ def test_a_problem_that_no_memory_holds_is_reported_and_the_others_go_on(clock: 
     report = tune([large, OTHER], deployments=["plan"])
     assert statuses(report) == ["failed", "tuned"]
     assert f"no memory for the arrays of {large}" in report.layers[0].reason
+
+
+def test_so_is_one_whose_arrays_the_system_does_not_map(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    only(Scripted("a", clock))
+    monkeypatch.setattr(mmap, "mmap", none)
+    large = Problem.parse("9x64x64x3 * 1x1x3x4 VALID")
+    report = tune([large, OTHER], deployments=["plan"])
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        assert statuses(report) == ["failed", "tuned"]
+        assert f"no memory for the arrays of {large}: cannot map" in report.layers[0].reason
 
 
 @pytest.mark.parametrize("text", ["0x6x6x2 * 3x3x2x3", "0x2x6x6 NCHW * 3x3x2x3 int8 +residual"])

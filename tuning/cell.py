@@ -88,9 +88,9 @@ class Cell:
                 "convdispatch.tuning.isolation_worker",
                 [os.path.abspath(entry) for entry in sys.path],  # noqa: PTH100  # "" is here
             )
-        except Exception as error:  # noqa: BLE001  # no memory, no thread, no process: it is tried here instead
+        except ChildLostError as error:  # it is tried here instead
             self._remove()
-            raise UnsentError(f"no process could be started: {error}") from None
+            raise UnsentError(f"its process {error}") from None
 
     @property
     def usable(self) -> bool:

@@ -73,7 +73,7 @@ def search_path() -> str:
 
 
 class ChildLostError(Exception):
-    """A child crashed; the message says how."""
+    """A child crashed, or could not be started; the message says how, or why."""
 
 
 class Child:
@@ -87,19 +87,31 @@ class Child:
             environment: all of its environment variables; what it calls is not recorded in any case.
 
         Raises:
-            OSError: if it cannot be started; or whatever else keeps it from that.
+            ChildLostError: if it cannot be started.
         """
         self._said, self._closed = "", False
         self._replies: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        try:
+            self._begin(command, environment)
+        except Exception as error:  # no memory, no thread, no process, no such interpreter
+            why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise ChildLostError(f"could not be started: {why}") from error
+
+    def _begin(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Start the process, and the threads that read what it writes."""
         started: queue.SimpleQueue[subprocess.Popen[str] | BaseException] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._run, args=(command, environment, started), daemon=True)
+        self._listener = threading.Thread(target=self._listen, daemon=True)
         self._reader.start()
         outcome = started.get()
         if isinstance(outcome, BaseException):
             raise outcome
         self._process = outcome
-        self._listener = threading.Thread(target=self._listen, daemon=True)
-        self._listener.start()
+        try:
+            self._listener.start()
+        except RuntimeError:
+            self._process.kill()
+            raise
 
     def _run(
         self, command: Sequence[str], environment: Mapping[str, str],
@@ -230,7 +242,7 @@ def start(module: str, path: Sequence[str] = ()) -> Child:
         path: where else it is to find modules. What lies there may hide Python's own, so only who needs it has it.
 
     Raises:
-        OSError: if it cannot be started; or whatever else keeps it from that.
+        ChildLostError: if it cannot be started.
     """
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(entry for entry in (search_path(), *path) if entry)),

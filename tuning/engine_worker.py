@@ -158,8 +158,8 @@ class Worker:
         command = [python or sys.executable, "-m", "convdispatch.tuning.engine_worker", engine, str(threads)]
         try:
             self._child = Child(command, environment)
-        except OSError as error:
-            raise EngineLostError(f"{python}: {error.strerror}") from None
+        except ChildLostError as error:
+            raise EngineLostError(f"{command[0]} {error}") from None
         self.version = self._greeting()
         self._child.pause()
 

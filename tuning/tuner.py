@@ -528,8 +528,11 @@ def confirm(
         arrays, runners = trial(key.problem), dict[str, Run]()
         with _one_at_a_time, settings.options(tuning="off"), observe.unwatched():
             for candidate in candidates:
-                plan = arrays.plan(candidate)
-                plan.complete()
+                try:
+                    plan = arrays.plan(candidate)
+                    plan.complete()
+                except (Exception, SystemExit):  # noqa: BLE001  # it did well before: nothing is learnt of its time
+                    return ()
                 runners[candidate.name] = arrays.runner(plan, key.deployment)
             table, busy = _race_in_quiet(runners, rules, clock, key.threads, seconds, on_failure=lambda *_: None)
         if busy or not table:
