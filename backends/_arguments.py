@@ -27,8 +27,8 @@ from convdispatch.arguments import Array
 from convdispatch.backends._atomics import write_call
 from convdispatch.backends._jit import array, integers
 from convdispatch.backends._machine_code import compiled_address
-from convdispatch.backends._memory import address
 from convdispatch.backends._vector import I64, Codegen, intrinsic, parts_of
+from convdispatch.memory import address
 
 _SIGNATURE = types.int64(types.int64, types.int64)
 

@@ -21,13 +21,14 @@ from convdispatch.backends import _sequence
 from convdispatch.backends._arguments import INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import call_kernel, write
 from convdispatch.backends._exact import NARROW, exact_floats
+from convdispatch.backends._jobs import split
 from convdispatch.backends._kernel import PackedKernel, WrappedKernel
-from convdispatch.backends._layout import SAME, STORAGES, stage, stored_bytes, unstage, whole_lines
-from convdispatch.backends._memory import CACHE_LINE
+from convdispatch.backends._layout import SAME, STORAGES, stage, stored_bytes, unstage
+from convdispatch.backends._lines import whole_lines
 from convdispatch.backends._scratch import borrow, give_back
-from convdispatch.backends._threads import split
 from convdispatch.backends._vector import vector_bytes
 from convdispatch.errors import ArgumentError
+from convdispatch.memory import CACHE_LINE
 from convdispatch.problem import Problem
 
 #: Bytes of a band: most of a second-level cache, whose rest is for what the kernel needs; if that makes for too few

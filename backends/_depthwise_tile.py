@@ -18,11 +18,11 @@ import numpy as np
 
 from convdispatch.backends._epilogue import RELU, RELU6
 from convdispatch.backends._jit import compilable, inlined
-from convdispatch.backends._memory import CACHE_LINE
 from convdispatch.backends._put import put_whole
 from convdispatch.backends._slide import slide, slide_found
 from convdispatch.backends._tile import add_to_all, add_to_each, clamp, zeros
 from convdispatch.backends._vector import prefetch
+from convdispatch.memory import CACHE_LINE
 
 
 @dataclass(frozen=True)

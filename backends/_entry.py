@@ -30,9 +30,9 @@ from convdispatch.backends._arguments import INTEGER, Arguments, CompiledKernel,
 from convdispatch.backends._atomics import CAN_SLEEP, read, stack
 from convdispatch.backends._jit import compilable
 from convdispatch.backends._machine_code import compiled_address
-from convdispatch.backends._memory import address
 from convdispatch.backends._shares import MOST_WORDS, layout, own_block, spoiled_word
 from convdispatch.backends._vector import I64, Codegen, intrinsic
+from convdispatch.memory import address
 
 Entry = Callable[[Array, Array], bool | None]
 ArrayKind = tuple[tuple[int, ...], np.dtype[Any]]

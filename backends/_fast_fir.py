@@ -11,6 +11,7 @@ import numpy as np
 
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_at, array_of, integers_of
 from convdispatch.backends._jit import compilable
+from convdispatch.backends._lines import odd_lines
 from convdispatch.backends._planes import callees, fill, put_line
 from convdispatch.backends._scratch import borrow, give_back
 from convdispatch.backends._taps import chunks
@@ -23,7 +24,7 @@ from convdispatch.backends._tile import (
     store,
     zeros,
 )
-from convdispatch.backends._transforms import leave_columns, odd_lines, report, transform_input, transform_output
+from convdispatch.backends._transforms import leave_columns, report, transform_input, transform_output
 from convdispatch.backends._vector import copy, hold
 from convdispatch.backends._weave import add_rows, unweave, weave
 

@@ -20,7 +20,6 @@ import numpy as np
 
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._epilogue import RELU6, finish
-from convdispatch.backends._memory import CACHE_LINE
 from convdispatch.backends._put import finished, put
 from convdispatch.backends._tile import (
     add_to_all,
@@ -31,6 +30,7 @@ from convdispatch.backends._tile import (
 )
 from convdispatch.backends._vector import copy, hold, prefetch
 from convdispatch.backends._windows import copy_columns, copy_group, taps_inside
+from convdispatch.memory import CACHE_LINE
 
 #: ``filters`` is ``[groups, blocks of a group, KH, KW, C // groups, block]``, filled up with zeros, ``bias`` alike; all
 #: of them twice for pixels side by side. ``coming``: how many cache lines of the input are sent for with each tile.

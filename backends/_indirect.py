@@ -12,7 +12,6 @@ import numpy as np
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._epilogue import RELU6, finish
 from convdispatch.backends._jit import compilable, inlined
-from convdispatch.backends._memory import CACHE_LINE
 from convdispatch.backends._put import finished, put
 from convdispatch.backends._tile import (
     add_to_all,
@@ -22,6 +21,7 @@ from convdispatch.backends._tile import (
     zeros,
 )
 from convdispatch.backends._vector import hold, prefetch
+from convdispatch.memory import CACHE_LINE
 
 #: Filters with more bytes than this are taken by parts, but not for fewer tiles than these.
 FAR, _LEAST_TILES = 4 << 20, 4

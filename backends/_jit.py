@@ -12,7 +12,7 @@ import numba
 import numpy as np
 from numba import extending, types
 
-from convdispatch import epilogue
+from convdispatch import epilogue, memory
 from convdispatch.backends._compiling import compiling
 from convdispatch.backends._whole import ApartCompiler, IngredientCompiler, WholeCompiler
 
@@ -38,7 +38,7 @@ def sources() -> str:
 
     It is empty where the sources cannot be read, as in an archive; then nothing is kept on disk.
     """
-    files = *sorted(Path(__file__).parent.glob("*.py")), Path(epilogue.__file__)
+    files = *sorted(Path(__file__).parent.glob("*.py")), Path(epilogue.__file__), Path(memory.__file__)
     try:
         return digest(*(file.read_bytes() for file in files)).hex()
     except OSError:

@@ -6,8 +6,8 @@ from typing import Any
 from convdispatch.arguments import Array
 from convdispatch.backends._arguments import CompiledKernel
 from convdispatch.backends._entry import ArrayKind, Entry, entry
-from convdispatch.backends._memory import address
 from convdispatch.backends._team import run_parts
+from convdispatch.memory import address
 from convdispatch.problem import Problem
 
 

@@ -11,7 +11,6 @@ from llvmlite import ir
 from numba import types
 
 from convdispatch.backends._jit import compilable
-from convdispatch.backends._memory import CACHE_LINE
 from convdispatch.backends._vector import (
     I32,
     I64,
@@ -26,6 +25,7 @@ from convdispatch.backends._vector import (
     parts_of,
     spaced,
 )
+from convdispatch.memory import CACHE_LINE
 
 #: How numbers lie in memory: as the kernel computes with them, as floats of 16 bits, or as integers.
 SAME, FLOAT16, BFLOAT16, INT8, UINT8, INT16, UINT16, INT32 = range(8)
@@ -50,12 +50,6 @@ def stored_bytes(typing: Any, storage: Any, itemsize: Any) -> tuple[Any, Codegen
         return ir.Constant(I64, size)
 
     return types.int64(storage, itemsize), codegen
-
-
-@compilable
-def whole_lines(count: int) -> int:
-    """Return a number of bytes, or an address, rounded up to whole cache lines."""
-    return -(-count // CACHE_LINE) * CACHE_LINE
 
 
 def _decoded(b: Any, vector: Vector, storage: int, address: Any) -> Any:

@@ -16,11 +16,12 @@ from convdispatch.backend import item_bytes
 from convdispatch.backends import _in_line
 from convdispatch.backends._arguments import INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import call_kernel
+from convdispatch.backends._caches import streams
+from convdispatch.backends._jobs import grid, pieces, split
 from convdispatch.backends._kernel import PackedKernel, WrappedKernel
-from convdispatch.backends._memory import CACHE_LINE, aligned, streams
 from convdispatch.backends._scratch import borrow, give_back
-from convdispatch.backends._threads import grid, pieces, split
 from convdispatch.backends._vector import clear, copy, load, save, vector_bytes
+from convdispatch.memory import CACHE_LINE, aligned
 from convdispatch.problem import Problem
 
 #: Bytes of a panel, and of the filters that are read again for each of its blocks: both stay in L2.

@@ -11,10 +11,10 @@ from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, Compiled
 from convdispatch.backends._epilogue import finish
 from convdispatch.backends._jit import compilable
 from convdispatch.backends._layout import SAME, gather_planes
-from convdispatch.backends._memory import CACHE_LINE
 from convdispatch.backends._tile import zeros
 from convdispatch.backends._vector import clear, copy
 from convdispatch.backends._weave import unweave, weave
+from convdispatch.memory import CACHE_LINE
 
 #: Up to so many filters are interleaved in registers.
 WOVEN = 4

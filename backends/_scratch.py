@@ -18,8 +18,8 @@ from numba.core import cgutils
 from convdispatch.arguments import Array
 from convdispatch.backends._atomics import CAN_SLEEP, allocate, current_core, exchange_if, free, read, write
 from convdispatch.backends._jit import compilable
-from convdispatch.backends._memory import CACHE_LINE, address, aligned, on_huge_pages
 from convdispatch.backends._vector import I64, Codegen, intrinsic
+from convdispatch.memory import CACHE_LINE, address, aligned, on_huge_pages
 
 #: Bytes of a room, and rooms of a core: a kernel that converts a band of an image runs another on it, and a thread that
 #: must give way while it works takes its rooms with it.

@@ -20,11 +20,11 @@ from convdispatch.arguments import Array
 from convdispatch.backends._arguments import INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import add, allocate, exchange_if, free, read, wait_for, write
 from convdispatch.backends._jit import compilable
-from convdispatch.backends._layout import whole_lines
-from convdispatch.backends._memory import CACHE_LINE
+from convdispatch.backends._lines import whole_lines
 from convdispatch.backends._shares import SHARE_BYTES, take_parts
 from convdispatch.backends._team import useful
 from convdispatch.backends._vector import clear, copy
+from convdispatch.memory import CACHE_LINE
 
 #: What an address in a stage's block is of: an array of the call, or the scratch memory.
 INPUT, RESIDUAL, OUT, SCRATCH = range(4)

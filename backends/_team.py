@@ -38,7 +38,6 @@ from convdispatch.backends._atomics import (
 from convdispatch.backends._cores import Helpers
 from convdispatch.backends._jit import compilable
 from convdispatch.backends._machine_code import compiled_address
-from convdispatch.backends._memory import aligned
 from convdispatch.backends._shares import (
     BITS,
     ENDED,
@@ -50,6 +49,7 @@ from convdispatch.backends._shares import (
     take_parts,
 )
 from convdispatch.backends._threads import run_all
+from convdispatch.memory import aligned
 
 #: Looks at memory before a helper falls asleep; each takes some 20 ns where the processor has an instruction to pause.
 _ALERT_TURNS = 2500

@@ -16,7 +16,6 @@ from numba.core import cgutils
 
 from convdispatch.backend import Config
 from convdispatch.backends._linear import Arithmetic, product
-from convdispatch.backends._memory import CACHE_LINE
 from convdispatch.backends._vector import (
     I32,
     I64,
@@ -40,6 +39,7 @@ from convdispatch.backends._vector import (
     vector_bytes,
 )
 from convdispatch.errors import ArgumentError
+from convdispatch.memory import CACHE_LINE
 
 #: Tiles, rows x vectors, by the number of vector registers: sums, one input and the filters' vectors fit in them.
 _TILES = {

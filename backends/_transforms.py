@@ -2,22 +2,11 @@
 
 from convdispatch.backends._atomics import write
 from convdispatch.backends._jit import compilable, inlined
-from convdispatch.backends._memory import CACHE_LINE
 from convdispatch.backends._tile import any_doubt, linear, load_apart, save_apart
 from convdispatch.backends._toomcook import strided
 
 transform_input = linear(lambda m, r, stride: strided(m, r, stride).bt)
 transform_output = linear(lambda m, r, stride: strided(m, r, stride).at)
-
-
-@compilable
-def odd_lines(count: int, itemsize: int) -> int:
-    """Return at least so many values that fill an odd number of cache lines.
-
-    Values that are transformed together lie so far apart; were that a multiple of 4 KiB, all of them would want the
-    same few places of L1.
-    """
-    return (-(-count * itemsize // CACHE_LINE) | 1) * CACHE_LINE // itemsize
 
 
 @inlined

@@ -9,7 +9,7 @@ from typing import Any
 import llvmlite.binding as llvm
 from numba.core import codegen, compiler
 
-from convdispatch.backends._memory import CACHE_LINE
+from convdispatch.memory import CACHE_LINE
 
 
 class _Whole(codegen.JITCodeLibrary):

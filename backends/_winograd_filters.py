@@ -12,7 +12,7 @@ from convdispatch.arguments import Array
 from convdispatch.backends._arguments import Arguments, CompiledKernel, array_of
 from convdispatch.backends._jit import compilable
 from convdispatch.backends._kernel import run
-from convdispatch.backends._memory import aligned
+from convdispatch.memory import aligned
 
 #: Channels that are transformed together: loops must be long, and what they work on must stay in a core's caches.
 _TOGETHER = 32

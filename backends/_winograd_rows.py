@@ -14,14 +14,14 @@ import numpy as np
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._epilogue import RELU6, finish
 from convdispatch.backends._jit import compilable, inlined
-from convdispatch.backends._layout import whole_lines
-from convdispatch.backends._memory import CACHE_LINE
+from convdispatch.backends._lines import whole_lines
 from convdispatch.backends._row_passes import RowForm, passing
 from convdispatch.backends._scratch import borrow, give_back
 from convdispatch.backends._tile import load_apart, save_apart, zeros
 from convdispatch.backends._transforms import report, transform_input
 from convdispatch.backends._vector import hold, load, save
 from convdispatch.backends._windows import copy_columns, taps_inside
+from convdispatch.memory import CACHE_LINE
 
 #: ``filters`` is ``[blocks, groups, turns, KH, chunks, C // groups, points of a turn, lanes]``, a group's last block
 #: moved back until it fits; ``stage`` the rows of outputs and the tiles of one that are worked on together, and the

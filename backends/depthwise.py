@@ -26,18 +26,20 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, item_bytes
 from convdispatch.backends import _rates
+from convdispatch.backends._caches import in_last_caches, streams
 from convdispatch.backends._depthwise import in_place
 from convdispatch.backends._depthwise_staged import staged
 from convdispatch.backends._depthwise_tile import DepthwiseForm, shared_out
 from convdispatch.backends._epilogue import RELU6
+from convdispatch.backends._jobs import grid, pieces
 from convdispatch.backends._kernel import PackedKernel
-from convdispatch.backends._memory import CACHE_LINE, aligned, by_vectors, in_last_caches, streams
+from convdispatch.backends._lines import odd_lines
 from convdispatch.backends._packed import PackedBackend
-from convdispatch.backends._threads import grid, pieces
-from convdispatch.backends._transforms import odd_lines
+from convdispatch.backends._packing import by_vectors
 from convdispatch.backends._vector import registers, vector_bytes
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine, current
+from convdispatch.memory import CACHE_LINE, aligned
 from convdispatch.problem import Problem, dtype_of
 
 #: Outputs of a tile, by the number of vector registers: sums, one row of taps and an input fit in them.

@@ -20,17 +20,18 @@ from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, Numerics, item_bytes
 from convdispatch.backends import _rates
 from convdispatch.backends._fast_fir import compiled
+from convdispatch.backends._jobs import split
 from convdispatch.backends._kernel import PackedKernel
-from convdispatch.backends._memory import aligned, by_phases, for_columns
+from convdispatch.backends._lines import odd_lines
 from convdispatch.backends._packed import PackedBackend
+from convdispatch.backends._packing import by_phases, for_columns
 from convdispatch.backends._taps import by_chunks, taps_together
-from convdispatch.backends._threads import split
 from convdispatch.backends._tile import register_tile
 from convdispatch.backends._toomcook import amplification, roundings, transforms
-from convdispatch.backends._transforms import odd_lines
 from convdispatch.backends._vector import registers, vector_bytes
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine
+from convdispatch.memory import aligned
 from convdispatch.problem import Problem
 
 #: Sides of output tiles; with 5 and more, rounding errors are too large for float32.

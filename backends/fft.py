@@ -24,7 +24,8 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config, Effort, Kernel, Numerics, item_bytes
 from convdispatch.backends import _rates
-from convdispatch.backends._threads import run_numpy, split, too_many
+from convdispatch.backends._jobs import split, too_many
+from convdispatch.backends._threads import run_numpy
 from convdispatch.backends._windows import overlap
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine

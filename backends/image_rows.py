@@ -31,22 +31,24 @@ from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, item_bytes
 from convdispatch.backends import _rates
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_at, array_of, integers_of
+from convdispatch.backends._caches import streams
 from convdispatch.backends._epilogue import RELU6, finish
 from convdispatch.backends._jit import inlined
+from convdispatch.backends._jobs import split
 from convdispatch.backends._kernel import PackedKernel
-from convdispatch.backends._memory import CACHE_LINE, aligned, for_columns, streams
 from convdispatch.backends._packed import PackedBackend
+from convdispatch.backends._packing import for_columns
 from convdispatch.backends._panels import Panels, panels_of, place
 from convdispatch.backends._planes import UNWOVEN, WOVEN, callees, fill, put_line
 from convdispatch.backends._put import put_tile
 from convdispatch.backends._scratch import borrow, give_back
 from convdispatch.backends._taps import by_chunks, chunks, taps_together
-from convdispatch.backends._threads import split
 from convdispatch.backends._tile import add_to_all, register_tile, store, zeros
 from convdispatch.backends._vector import halves_are_free, registers, vector_bytes
 from convdispatch.backends._weave import add_rows, add_rows_of_all, woven
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine
+from convdispatch.memory import CACHE_LINE, aligned
 from convdispatch.problem import Problem
 
 #: Beyond these, vectors of filters do better, which need neither planes nor interleaving. A single plane under filters

@@ -16,10 +16,11 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, Kernel, item_bytes
 from convdispatch.backends import _in_line, _indirect, _pixel_panels, _rates
+from convdispatch.backends._caches import in_last_caches, streams
+from convdispatch.backends._jobs import even_grid, grid, pieces
 from convdispatch.backends._kernel import PackedKernel
-from convdispatch.backends._memory import CACHE_LINE, aligned, by_blocks, in_last_caches, streams
 from convdispatch.backends._packed import PackedBackend, flat
-from convdispatch.backends._threads import even_grid, grid, pieces
+from convdispatch.backends._packing import by_blocks
 from convdispatch.backends._tile import (
     AT_ONCE,
     few_tiles,
@@ -32,6 +33,7 @@ from convdispatch.backends._tile import (
 from convdispatch.backends._vector import halves_are_free, vector_bytes, whole_units
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine
+from convdispatch.memory import CACHE_LINE, aligned
 from convdispatch.problem import Problem
 
 #: Bytes of a job's input, and of its tables of addresses, that stay in a core's L2 cache; and of the input where

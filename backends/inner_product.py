@@ -17,13 +17,13 @@ from convdispatch.backend import Config, Effort, item_bytes
 from convdispatch.backends import _rates
 from convdispatch.backends._epilogue import RELU6
 from convdispatch.backends._inner_product import compiled
+from convdispatch.backends._jobs import grid, pieces, too_many
 from convdispatch.backends._kernel import PackedKernel
-from convdispatch.backends._memory import aligned
 from convdispatch.backends._packed import PackedBackend, flat
-from convdispatch.backends._threads import grid, pieces, too_many
 from convdispatch.backends._vector import registers, vector_bytes
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine, current
+from convdispatch.memory import aligned
 from convdispatch.problem import Problem, dtype_of
 
 #: Sums of a tile at most, by the number of vector registers, and of the other tiles that are tried.

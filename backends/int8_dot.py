@@ -20,9 +20,9 @@ from convdispatch.backends import _dot, _rates
 from convdispatch.backends._arguments import Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._dot import LANES, dot_add, start
 from convdispatch.backends._jit import compilable
+from convdispatch.backends._jobs import pieces, split
 from convdispatch.backends._kernel import PackedKernel
-from convdispatch.backends._memory import by_blocks
-from convdispatch.backends._threads import pieces, split
+from convdispatch.backends._packing import by_blocks
 from convdispatch.backends._tile import store
 from convdispatch.backends._vector import hold
 from convdispatch.errors import ArgumentError

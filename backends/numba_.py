@@ -18,7 +18,8 @@ from convdispatch.backend import Backend, Config, Effort, Kernel, item_bytes
 from convdispatch.backends import _rates
 from convdispatch.backends._epilogue import activate
 from convdispatch.backends._jit import array, compilable, integers, njit
-from convdispatch.backends._threads import run_all, split
+from convdispatch.backends._jobs import split
+from convdispatch.backends._threads import run_all
 from convdispatch.backends._windows import taps_inside
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine

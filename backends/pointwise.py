@@ -13,17 +13,19 @@ from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, item_bytes
 from convdispatch.backends import _rates
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of
+from convdispatch.backends._caches import in_last_caches, streams
 from convdispatch.backends._epilogue import RELU6, activate, finish
 from convdispatch.backends._jit import outlined
+from convdispatch.backends._jobs import split
 from convdispatch.backends._kernel import PackedKernel
-from convdispatch.backends._memory import CACHE_LINE, aligned, for_columns, in_last_caches, streams
 from convdispatch.backends._packed import PackedBackend
+from convdispatch.backends._packing import for_columns
 from convdispatch.backends._put import put_tile
-from convdispatch.backends._threads import split
 from convdispatch.backends._tile import add_to_each, load_apart
 from convdispatch.backends._vector import prefetch, vector_bytes
 from convdispatch.backends._weave import mixed, unwoven, woven
 from convdispatch.machine import Machine
+from convdispatch.memory import CACHE_LINE, aligned
 from convdispatch.problem import Problem
 
 #: Channels, and filters, that are taken apart and woven in registers.

@@ -19,21 +19,23 @@ from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config, Effort, item_bytes
 from convdispatch.backends import _rates
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_at, array_of, integers_of
+from convdispatch.backends._caches import streams
 from convdispatch.backends._epilogue import RELU6, finish
 from convdispatch.backends._jit import compilable, inlined
+from convdispatch.backends._jobs import split
 from convdispatch.backends._kernel import PackedKernel
-from convdispatch.backends._memory import CACHE_LINE, aligned, for_columns, streams
+from convdispatch.backends._packing import for_columns
 from convdispatch.backends._panels import Panels, panels_of, place
 from convdispatch.backends._planes import WOVEN, fill_line, put_line, putting
 from convdispatch.backends._put import put_tile
 from convdispatch.backends._scratch import borrow, give_back
 from convdispatch.backends._taps import chunks, taps_together
-from convdispatch.backends._threads import split
 from convdispatch.backends._tile import add_to_all, register_tile, store, zeros
 from convdispatch.backends._vector import registers, vector_bytes
 from convdispatch.backends._weave import add_rows
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine
+from convdispatch.memory import CACHE_LINE, aligned
 from convdispatch.problem import Problem
 from convdispatch.separation import factors, unsuited
 

@@ -24,12 +24,13 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, Numerics, item_bytes
 from convdispatch.backends import _rates
+from convdispatch.backends._caches import streams
+from convdispatch.backends._jobs import grid, too_many
 from convdispatch.backends._kernel import PackedKernel
-from convdispatch.backends._memory import by_blocks, by_phases, streams
+from convdispatch.backends._lines import odd_lines
 from convdispatch.backends._packed import PackedBackend
-from convdispatch.backends._threads import grid, too_many
+from convdispatch.backends._packing import by_blocks, by_phases
 from convdispatch.backends._toomcook import amplification, roundings, strided
-from convdispatch.backends._transforms import odd_lines
 from convdispatch.backends._vector import registers, vector_bytes
 from convdispatch.backends._winograd import Algorithm, Passes, compiled, is_staged, stage_shape
 from convdispatch.backends._winograd_filters import transformed

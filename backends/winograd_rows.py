@@ -27,16 +27,18 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, Numerics, item_bytes
 from convdispatch.backends import _rates
+from convdispatch.backends._caches import streams
+from convdispatch.backends._jobs import grid, pieces, too_many
 from convdispatch.backends._kernel import PackedKernel
-from convdispatch.backends._memory import CACHE_LINE, by_vectors, streams
 from convdispatch.backends._packed import PackedBackend
+from convdispatch.backends._packing import by_vectors
 from convdispatch.backends._row_passes import RowForm
-from convdispatch.backends._threads import grid, pieces, too_many
 from convdispatch.backends._toomcook import amplification, roundings, strided
 from convdispatch.backends._vector import registers, vector_bytes, whole_units
 from convdispatch.backends._winograd_rows import compiled
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine
+from convdispatch.memory import CACHE_LINE
 from convdispatch.problem import Problem
 
 #: Outputs of a tile, the best first: more gain nothing, since transforms take longer then. Fewer are tried where they

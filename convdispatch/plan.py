@@ -17,13 +17,13 @@ import numpy as np
 from convdispatch import epilogue, heuristic, observe, registry, settings
 from convdispatch.arguments import Array, as_array
 from convdispatch.backend import Candidate, Config, Kernel, seen_by
-from convdispatch.backends._memory import room_for
 from convdispatch.errors import (
     ArgumentError,
     ArgumentTypeError,
     BackendRejectedError,
     BackendUnavailableError,
 )
+from convdispatch.memory import room_for
 from convdispatch.problem import Problem, dtype_of
 
 #: Usual calls of a plan before it gets a short way into its kernel, unless ``complete`` does: what is called once is

@@ -10,11 +10,11 @@ from strategies import Case, examples, numbers
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort
 from convdispatch.backends import depthwise
-from convdispatch.backends._memory import aligned
 from convdispatch.backends._vector import registers, vector_bytes
 from convdispatch.backends.depthwise import Depthwise, _tiling
 from convdispatch.epilogue import ACTIVATIONS, Epilogue
 from convdispatch.errors import ArgumentError
+from convdispatch.memory import aligned
 from convdispatch.problem import Problem
 
 DEPTHWISE = Depthwise()

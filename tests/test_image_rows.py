@@ -10,8 +10,8 @@ from strategies import examples, numbers
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort
 from convdispatch.backends import _panels, image_rows
+from convdispatch.backends._caches import streams
 from convdispatch.backends._kernel import PackedKernel
-from convdispatch.backends._memory import streams
 from convdispatch.backends._panels import panels_of
 from convdispatch.backends._vector import registers, vector_bytes
 from convdispatch.backends.image_rows import ImageRows

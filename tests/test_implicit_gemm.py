@@ -17,13 +17,13 @@ from strategies import judge, numbers
 
 from convdispatch import registry
 from convdispatch.backend import Config
-from convdispatch.backends import _indirect, _memory, implicit_gemm
-from convdispatch.backends._memory import aligned
+from convdispatch.backends import _caches, _indirect, implicit_gemm
 from convdispatch.backends._tile import few_tiles, narrow_tiles, odd_tiles, pair_tiles, register_tiles
 from convdispatch.backends._vector import registers, vector_bytes
 from convdispatch.backends.implicit_gemm import ImplicitGemm
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import current
+from convdispatch.memory import aligned
 from convdispatch.problem import Problem
 from convdispatch.tuning.gate import Trial
 
@@ -279,12 +279,12 @@ def test_what_goes_past_the_caches_arrives(
     backend: str, text: str, offset: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = dataclasses.replace(current(), caches=(0, 0, 0))
-    monkeypatch.setattr(_memory, "current", lambda: here)  # nothing fits in no cache
+    monkeypatch.setattr(_caches, "current", lambda: here)  # nothing fits in no cache
     problem, one = Problem.parse(text), registry.get(backend)
     arrays = Trial.random(problem)
     for config in one.configs(problem, "exhaustive"):
         kernel = one.prepare(problem, arrays.filters, arrays.bias, Config(config, threads=2))
-        room = _memory.aligned((math.prod(problem.output_shape) + 16,), problem.dtype)
+        room = aligned((math.prod(problem.output_shape) + 16,), problem.dtype)
         out = room[offset : offset + math.prod(problem.output_shape)].reshape(problem.output_shape)
         kernel(arrays.input, out, arrays.residual)
         verdict = judge(problem, one.numerics, config, arrays.input, arrays.filters, out, arrays.bias, arrays.residual)

@@ -101,7 +101,7 @@ def test_where_address_space_is_short_there_are_no_rooms_and_kernels_work_all_th
         "mmap.mmap = Short\n"
         "import numpy as np\n"
         "import convdispatch\n"
-        "from convdispatch.backends import _memory, _scratch\n"
+        "from convdispatch.backends import _scratch\n"
         "x, w = np.ones((1, 9, 9, 32), np.float32), np.ones((3, 3, 32, 32), np.float32)\n"
         "y = convdispatch.conv2d(x, w, padding='VALID', backend='winograd')\n"
         "print(len(_scratch._taken) if hasattr(mmap, 'MADV_HUGEPAGE') else 0, bool(np.allclose(y, 288, rtol=1e-4)))\n"

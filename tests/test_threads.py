@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from programs import run_well
 
 import convdispatch
-from convdispatch.backends import _arguments, _memory, _team, _threads
+from convdispatch import memory
+from convdispatch.backends import _arguments, _jobs, _team, _threads
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.problem import Problem
 
@@ -49,6 +50,7 @@ _FORKS = """
 import os, sys, warnings
 import numpy as np
 import convdispatch
+from convdispatch import memory
 
 warnings.simplefilter("ignore", DeprecationWarning)  # of forking a process with threads, which is the point
 x, w = np.ones((1, 20, 20, 16), np.float32), np.ones((3, 3, 16, 32), np.float32)
@@ -140,15 +142,15 @@ def test_blas_threads_are_restored() -> None:
 
 
 def test_a_grid_is_each_range_with_each_other() -> None:
-    jobs = _threads.grid((5, 2), (3, 3))
+    jobs = _jobs.grid((5, 2), (3, 3))
     assert jobs.tolist() == [[*rows, *columns] for rows in ((0, 2), (2, 5)) for columns in ((0, 1), (1, 2), (2, 3))]
     assert jobs.flags.c_contiguous
-    assert _threads.grid((5, 2), (0, 3)).shape == (0, 4)
+    assert _jobs.grid((5, 2), (0, 3)).shape == (0, 4)
 
 
 @pytest.mark.parametrize(("count", "parts"), [(10, 3), (3, 10), (0, 4), (7, 1)])
 def test_split_covers_everything_once_in_even_pieces(count: int, parts: int) -> None:
-    pieces = _threads.split(count, parts)
+    pieces = _jobs.split(count, parts)
     assert [number for start, end in pieces for number in range(start, end)] == list(range(count))
     sizes = [end - start for start, end in pieces]
     assert not sizes or (len(sizes) <= parts and max(sizes) - min(sizes) <= 1)
@@ -211,6 +213,7 @@ def test_without_a_way_to_sleep_the_parts_are_run_all_the_same(monkeypatch: pyte
 _THE_SAME = """
 import numpy as np
 import convdispatch
+from convdispatch import memory
 x, w = np.random.rand(1, 40, 40, 16).astype("f4"), np.random.rand(3, 3, 16, 16).astype("f4")
 y = convdispatch.conv2d(x, w, backend="direct")
 for backend in %r:
@@ -254,8 +257,8 @@ machine.current = lambda: changed
 def test_an_address_is_where_the_first_element_lies() -> None:
     array = np.arange(24.0).reshape(2, 3, 4)
     for view in (array, array[1:], array[:, ::-1], array[..., 2], np.empty((0, 3)), array.astype(np.float32)):
-        assert _memory.address(view) == view.ctypes.data
-        assert _memory._address(view) == view.ctypes.data
+        assert memory.address(view) == view.ctypes.data
+        assert memory._address(view) == view.ctypes.data
 
 
 def _fail(arguments, number):  # type: ignore[no-untyped-def]
@@ -289,7 +292,7 @@ def test_an_even_grid_has_every_pair_once_and_as_many_for_each_thread(
     outer: int, inner: int, threads: int, pieces: int
 ) -> None:
     threads = min(threads, outer * inner)
-    jobs = _threads.even_grid(outer, inner, threads, pieces)
+    jobs = _jobs.even_grid(outer, inner, threads, pieces)
     pairs = [
         [(i, j) for first, last, begin, end in share for i in range(first, last) for j in range(begin, end)]
         for share in np.split(jobs, threads)
@@ -300,5 +303,5 @@ def test_an_even_grid_has_every_pair_once_and_as_many_for_each_thread(
 
 
 def test_short_work_is_cut_into_one_job_a_thread_and_long_work_into_more() -> None:
-    assert [_threads.pieces(seconds, 2) for seconds in (1e-6, 5e-5, 1e-4, 1e-2)] == [2, 2, 4, 8]
-    assert _threads.pieces(1.0, 1) == 1
+    assert [_jobs.pieces(seconds, 2) for seconds in (1e-6, 5e-5, 1e-4, 1e-2)] == [2, 2, 4, 8]
+    assert _jobs.pieces(1.0, 1) == 1

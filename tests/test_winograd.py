@@ -15,13 +15,13 @@ from convdispatch import machine
 from convdispatch.arguments import Array
 from convdispatch.backend import Config
 from convdispatch.backends import winograd
-from convdispatch.backends._memory import CACHE_LINE, aligned
+from convdispatch.backends._lines import odd_lines
 from convdispatch.backends._toomcook import Matrix, amplification, points, strided, transforms
-from convdispatch.backends._transforms import odd_lines
 from convdispatch.backends._vector import vector_bytes
 from convdispatch.backends.winograd import BLOCK_BYTES, Winograd, _form, _jobs
 from convdispatch.backends.winograd import SIZES as ALL_SIZES
 from convdispatch.errors import ArgumentError
+from convdispatch.memory import CACHE_LINE, aligned
 from convdispatch.problem import Problem
 
 WINOGRAD = Winograd()

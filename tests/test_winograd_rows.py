@@ -12,10 +12,10 @@ from strategies import examples, numbers
 from convdispatch.arguments import Array
 from convdispatch.backend import Config
 from convdispatch.backends import winograd_rows
-from convdispatch.backends._memory import aligned
 from convdispatch.backends._vector import vector_bytes
 from convdispatch.backends.winograd_rows import SIZES, SIZES_OF_CHUNKS, WinogradRows
 from convdispatch.errors import ArgumentError
+from convdispatch.memory import aligned
 from convdispatch.problem import Problem
 
 BACKEND = WinogradRows()

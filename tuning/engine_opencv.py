@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from convdispatch.arguments import Array
-from convdispatch.backends._memory import aligned
+from convdispatch.memory import aligned
 from convdispatch.problem import Problem
 from convdispatch.tuning.engine_onnx import onnx_model
 from convdispatch.tuning.engines import Build, Case, Deployment, Pass, load, nchw, nhwc, only

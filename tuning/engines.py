@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from convdispatch.arguments import Array
-from convdispatch.backends._memory import aligned
 from convdispatch.epilogue import Epilogue
+from convdispatch.memory import aligned
 from convdispatch.problem import Problem
 from convdispatch.separation import factors
 from convdispatch.tuning.gate import Trial

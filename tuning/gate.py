@@ -11,8 +11,8 @@ import numpy as np
 from convdispatch import separation
 from convdispatch.arguments import Array
 from convdispatch.backend import Candidate
-from convdispatch.backends._memory import CACHE_LINE, LARGE, on_huge_pages, room_for
 from convdispatch.errors import BackendError
+from convdispatch.memory import CACHE_LINE, LARGE, on_huge_pages, room_for
 from convdispatch.plan import Plan
 from convdispatch.problem import Problem, dtype_of
 from convdispatch.reference import Oracle, Verdict

@@ -20,7 +20,7 @@ import psutil
 
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config, Kernel
-from convdispatch.backends._memory import aligned
+from convdispatch.memory import aligned
 from convdispatch.problem import Problem
 
 #: Bytes of marks on either side of an array.
