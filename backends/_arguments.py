@@ -1,13 +1,13 @@
 """A kernel's arguments as one block of whole numbers, so that any thread can call any kernel by two of them.
 
-A kernel is compiled as ``kernel(block, number)``: the address of its arguments, and which part of the work to do. So a
+A kernel is compiled as ``kernel(block, job)``: the address of its arguments, and which job of its work to do. So a
 team of threads can run it without the interpreter (``_team``), and Python fills in a few addresses instead of taking
 five arrays apart in every call. An array is its address and its shape; it is C-contiguous, and empty where the
 address is 0. A float is its bits.
 
 Kernels may call functions that are compiled likewise, once for all of them: their addresses are among the arguments.
 
-Compiled code that is called like this cannot raise. So a kernel returns 1 at its end, and a part that lacked memory
+Compiled code that is called like this cannot raise. So a kernel returns 1 at its end, and a job that lacked memory
 returned 0. Threads write nothing into a block that others read: each miss of such a line would take as long as some
 dozens of products.
 """
@@ -171,13 +171,13 @@ class CompiledKernel:
         *,
         is_shared: bool = False,
     ) -> None:
-        """Compile ``function(block, number)``, which returns 1, kept on disk where some folder is writable.
+        """Compile ``function(block, job)``, which returns 1, kept on disk where some folder is writable.
 
         Args:
             function: what to compile.
             arguments: what a block is made of.
             calls: addresses of functions that it calls, by the names of the arguments.
-            is_shared: whether parts change words of the block that others read: all threads must have the same one.
+            is_shared: whether jobs change words of the block that others read: all threads must have the same one.
         """
         self.is_shared = is_shared
         self.address = compiled_address(_SIGNATURE, function)

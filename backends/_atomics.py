@@ -207,7 +207,7 @@ def write_call(b: Any, function: Any, block: Any, number: Any) -> Any:
 
 @intrinsic
 def call_kernel(typing: Any, function: Any, block: Any, number: Any) -> tuple[Any, Codegen]:
-    """Call a compiled kernel by its address; return 1 if this part of its work came to its end, else 0."""
+    """Call a compiled kernel by its address; return 1 if this job came to its end, else 0."""
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         return write_call(b, *arguments)

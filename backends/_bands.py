@@ -39,14 +39,14 @@ _BAND_BYTES, _LARGEST_BAND = 768 << 10, 4 << 20
 _WASTE, _WHOLE_BYTES = 0.08, 32 << 20
 #: Most numbers of bands that are thought of: with many rows, a few more bands or less make no difference.
 _MOST_COUNTS = 256
-#: Parts of a whole image's conversion for each thread, so that one that comes late leaves its parts to the others.
-_PARTS = 2
+#: Jobs of a whole image's conversion for each thread, so that one that comes late leaves its own to the others.
+_JOBS = 2
 #: Pixels that are copied and multiplied together, about.
 _PIXELS = 16
 
 _ARGUMENTS = Arguments(
     input=array_of(4), residual=array_of(4), out=array_of(4), template=array_of(1, "int64"), places=integers_of(3),
-    kernel=INTEGER, parts=INTEGER, spoiled_at=INTEGER, inner=integers_of(3), outer=integers_of(3),
+    kernel=INTEGER, jobs=INTEGER, spoiled_at=INTEGER, inner=integers_of(3), outer=integers_of(3),
     rows=integers_of(4), planar=INTEGER, spoiled=INTEGER,
 )  # fmt: skip
 unpack = _ARGUMENTS.unpack
@@ -57,13 +57,13 @@ _SPOILED_AT = 8 * _ARGUMENTS.at["spoiled"]
 def _by_bands(lanes: int, itemsize: int, storage: int, made_storage: int) -> CompiledKernel:
     """Return the kernel that runs another kernel on one band, from one storage into another."""
 
-    def convolve(arguments, number):  # type: ignore[no-untyped-def]
+    def convolve(arguments, job):  # type: ignore[no-untyped-def]
         (
-            x, residual, out, template, places, kernel, parts, spoiled_at, inner, outer, rows, planar, _,
+            x, residual, out, template, places, kernel, jobs, spoiled_at, inner, outer, rows, planar, _,
         ) = unpack(arguments, itemsize)  # fmt: skip
         taken, made, step, top = rows
         bands = (outer[0] + made - 1) // made
-        image, band = divmod(number, bands)
+        image, band = divmod(job, bands)
         first = min(band * made, outer[0] - made)
         stored, made_stored = stored_bytes(storage, itemsize), stored_bytes(made_storage, itemsize)
         wide, deep = inner[1] * inner[2], outer[1] * outer[2]
@@ -83,8 +83,8 @@ def _by_bands(lanes: int, itemsize: int, storage: int, made_storage: int) -> Com
             stage(at_residual, added, first, made, outer, planar, lanes, itemsize, made_storage)
             block[places[2]] = added
         done = 0
-        for part in range(parts):
-            done += call_kernel(kernel, block.ctypes.data, part)
+        for inner_job in range(jobs):
+            done += call_kernel(kernel, block.ctypes.data, inner_job)
         if spoiled_at >= 0 and block[spoiled_at]:
             write(arguments + _SPOILED_AT, 1)
         # What the band before has made is left to it: tiles of a transform fall differently here, and round so.
@@ -92,24 +92,24 @@ def _by_bands(lanes: int, itemsize: int, storage: int, made_storage: int) -> Com
         own = result + again * deep * itemsize
         unstage(own, at_out, band * made, made - again, outer, planar, lanes, itemsize, made_storage)
         give_back(source)
-        return 1 if done == parts else 0
+        return 1 if done == jobs else 0
 
     return CompiledKernel(convolve, _ARGUMENTS)
 
 
 _COPY = Arguments(
-    source=INTEGER, target=INTEGER, shape=integers_of(3), planar=INTEGER, back=INTEGER, parts=array_of(2, "int64")
+    source=INTEGER, target=INTEGER, shape=integers_of(3), planar=INTEGER, back=INTEGER, jobs=array_of(2, "int64")
 )
 unpack_copy = _COPY.unpack
 
 
 @functools.cache
 def _by_rows(lanes: int, itemsize: int, storage: int) -> CompiledKernel:
-    """Return the kernel that converts rows ``part[1]`` to ``part[2]`` of image ``part[0]``, or turns them back."""
+    """Return the kernel that converts some rows of an image, or turns them back; a job is the image, and which rows."""
 
-    def convert(arguments, number):  # type: ignore[no-untyped-def]
-        source, target, shape, planar, back, parts = unpack_copy(arguments, itemsize)
-        image, first, last = parts[number]
+    def convert(arguments, job):  # type: ignore[no-untyped-def]
+        source, target, shape, planar, back, jobs = unpack_copy(arguments, itemsize)
+        image, first, last = jobs[job]
         size, line = shape[0] * shape[1] * shape[2], shape[1] * shape[2]
         stored, computed = image * size * stored_bytes(storage, itemsize), (image * size + first * line) * itemsize
         if back:
@@ -250,7 +250,7 @@ class BandedKernel(WrappedKernel):
         p, form = _upright(problem), _Storage.of(problem)
         values = {
             "template": inner.block, "places": inner.places, "kernel": inner.kernel.address,
-            "parts": inner.count, "spoiled_at": -1 if inner.spoiled_at is None else inner.spoiled_at,
+            "jobs": inner.count, "spoiled_at": -1 if inner.spoiled_at is None else inner.spoiled_at,
             "inner": (p.h, p.w, p.c), "outer": (p.oh, p.ow, p.k), "planar": form.planar,
             "rows": (_taken(p, rows), rows, p.strides[0], p.pads[0]),
         }  # fmt: skip
@@ -284,9 +284,9 @@ class ConvertedKernel(WrappedKernel):
         result = _sequence.SCRATCH, converted[_sequence.OUT]
         stages.append(conversion(form.made, (p.oh, p.ow, p.k), result, (_sequence.OUT, 0), back=True))
         scratch = taken + (2 if p.epilogue.residual else 1) * made
-        values, parts = _sequence.values(stages, scratch, threads, told)
+        values, jobs = _sequence.values(stages, scratch, threads, told)
         self._alive = inner, stages
-        around = PackedKernel(_sequence.in_order, p, values, parts, threads)
+        around = PackedKernel(_sequence.in_order, p, values, jobs, threads)
         super().__init__(around, (inner, problem, threads), reports=inner.spoiled_at is not None)
 
 
@@ -302,11 +302,11 @@ def _conversion(
     back: bool = False,
 ) -> _sequence.Stage:
     """Return the stage that converts images whole, of which what lies where; or turns them ``back``."""
-    cut = threads * _PARTS
-    parts = np.array([(n, *rows) for n in range(images) for rows in split(shape[0], cut)], np.int64).reshape(-1, 3)
-    block = _COPY.pack(shape=shape, planar=form.planar, back=back, parts=parts)
+    cut = threads * _JOBS
+    jobs = np.array([(n, *rows) for n in range(images) for rows in split(shape[0], cut)], np.int64).reshape(-1, 3)
+    block = _COPY.pack(shape=shape, planar=form.planar, back=back, jobs=jobs)
     addresses = {_COPY.at["source"]: source, _COPY.at["target"]: target}
-    return _sequence.Stage(_by_rows(form.lanes, form.itemsize, storage), block, len(parts), addresses, parts)
+    return _sequence.Stage(_by_rows(form.lanes, form.itemsize, storage), block, len(jobs), addresses, jobs)
 
 
 def prepare(problem: Problem, step: int, config: Config, inside: Callable[[Problem, Config], PackedKernel]) -> Kernel:

@@ -18,8 +18,10 @@ def in_last_caches(problem: Problem) -> float:
     return values * item_bytes(p.dtype) / max(1, current().caches[2])
 
 
-def streams(shape: tuple[int, ...], itemsize: int, run: int, row: int, part: float = CACHED_OUTPUT) -> bool:
-    """Return whether outputs are better written past the caches, which hold the input and other things too.
+def should_stream(shape: tuple[int, ...], itemsize: int, run: int, row: int, part: float = CACHED_OUTPUT) -> bool:
+    """Return whether outputs are better written by streaming (non-temporal) stores, past the caches.
+
+    An ordinary store first loads the line that it overwrites, and drives out the input and other things.
 
     Args:
         shape: of the output.

@@ -62,7 +62,7 @@ def _spread(out, residual, bias, scratch, where, k0, member):  # type: ignore[no
 #: ``filters`` is ``[blocks, members, KH, KW, C // groups, lanes]``, a block being what a vector of outputs needs.
 _ARGUMENTS = Arguments(
     input=array_of(4), filters=array_of(6), bias=array_of(1), residual=array_of(4), out=array_of(4), zero=array_of(1),
-    window=integers_of(8), strip=INTEGER, code=INTEGER, slope=FLOAT, parts=array_of(2, "int64"),
+    window=integers_of(8), strip=INTEGER, code=INTEGER, slope=FLOAT, jobs=array_of(2, "int64"),
 )  # fmt: skip
 unpack = _ARGUMENTS.unpack
 
@@ -85,8 +85,8 @@ def in_place(form: DepthwiseForm) -> CompiledKernel:  # noqa: C901, PLR0915
 
     def convolve(arguments, job):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
         """Compute some rows of all images and some columns of these, as the job says."""
-        x, w, bias, residual, out, zero, window, strip, code, slope, parts = unpack(arguments, itemsize)
-        first_row, last_row, first_column, last_column = parts[job]
+        x, w, bias, residual, out, zero, window, strip, code, slope, jobs = unpack(arguments, itemsize)
+        first_row, last_row, first_column, last_column = jobs[job]
         kh, kw, top, left, sh, sw, dh, dw = window
         height, width, channels = x.shape[1:]
         rows, columns, filters = out.shape[1:]

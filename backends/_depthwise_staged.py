@@ -20,7 +20,7 @@ from convdispatch.backends._vector import clear, copy, hold
 #: together, and the bytes from one pixel to the next.
 _ARGUMENTS = Arguments(
     input=array_of(4), filters=array_of(6), bias=array_of(1), residual=array_of(4), out=array_of(4), zero=array_of(1),
-    window=integers_of(8), stage=integers_of(3), code=INTEGER, slope=FLOAT, parts=array_of(2, "int64"),
+    window=integers_of(8), stage=integers_of(3), code=INTEGER, slope=FLOAT, jobs=array_of(2, "int64"),
 )  # fmt: skip
 unpack = _ARGUMENTS.unpack
 
@@ -47,8 +47,8 @@ def staged(form: DepthwiseForm) -> CompiledKernel:
 
     def convolve(arguments, job):  # type: ignore[no-untyped-def]
         """Compute some rows of all images and some columns of these, as the job says."""
-        x, w, bias, residual, out, zero, window, stage, code, slope, parts = unpack(arguments, itemsize)
-        first_row, last_row, first_column, last_column = parts[job]
+        x, w, bias, residual, out, zero, window, stage, code, slope, jobs = unpack(arguments, itemsize)
+        first_row, last_row, first_column, last_column = jobs[job]
         kh, kw, top, left, sh, sw, _, _ = window
         at_once, strip, pixel = stage
         rows, columns, filters = out.shape[1:]

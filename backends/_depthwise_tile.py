@@ -40,8 +40,8 @@ class DepthwiseForm:
         group_k: filters of such a group; both are 1 where a vector holds filters of neighbouring channels.
         lanes: filters of a vector.
         itemsize: bytes of a value.
-        is_streamed: whether outputs go past the caches, where they begin at a cache line.
-        is_ahead: whether pixels are sent for a tile ahead.
+        is_streamed: whether outputs are streamed past the caches, where they begin at a cache line.
+        prefetches: whether pixels are prefetched a tile ahead.
     """
 
     tile: int
@@ -55,7 +55,7 @@ class DepthwiseForm:
     lanes: int
     itemsize: int
     is_streamed: bool
-    is_ahead: bool
+    prefetches: bool
 
     @property
     def span(self) -> int:
@@ -113,8 +113,8 @@ def ending(bias, zero, residual, out, streamed, code, itemsize):  # type: ignore
         start, step = np.int64(zero.ctypes.data), 0
     beside = np.int64(residual.ctypes.data) - np.int64(out.ctypes.data)
     low, high = (0.0 if RELU <= code <= RELU6 else -math.inf), (6.0 if code == RELU6 else math.inf)
-    past = streamed and out.ctypes.data % CACHE_LINE == 0
-    return start, step, residual.size > 0, beside, low, high, past
+    streams = streamed and out.ctypes.data % CACHE_LINE == 0
+    return start, step, residual.size > 0, beside, low, high, streams
 
 
 @inlined
@@ -126,10 +126,10 @@ def begun(count, ends, k0, lanes, itemsize):  # type: ignore[no-untyped-def]
 @inlined
 def leave(sums, count, outputs, offset, ends):  # type: ignore[no-untyped-def]
     """Store sums brought between the limits; with the residual, if there is one."""
-    _, _, adds, beside, low, high, past = ends
+    _, _, adds, beside, low, high, streams = ends
     if adds:
         sums = add_to_each(sums, count, outputs, beside + offset)
-    put_whole(clamp(sums, low, high), count, outputs, offset, past)
+    put_whole(clamp(sums, low, high), count, outputs, offset, streams)
 
 
 @functools.cache
@@ -219,12 +219,12 @@ def found_tile(form: DepthwiseForm) -> Any:
 def high_tile(form: DepthwiseForm) -> Any:
     """Return what sums a tile of ``form.high`` rows of outputs, under whole filters; of one row there is nothing."""
     high, down, taps, stride, vector = form.high, form.down, form.taps, form.stride, form.lanes * form.itemsize
-    seen, span, ahead = form.seen_rows, form.span, form.tile if form.is_ahead else 0
+    seen, span, ahead = form.seen_rows, form.span, form.tile if form.prefetches else 0
 
     @inlined
     def add_window(sums, pixels, offset, weights):  # type: ignore[no-untyped-def]
         first, row_step, _, step = pixels
-        # Each vector of filters sends for a part of the next tile's pixels, in the order in which these lie in memory.
+        # Each vector of filters prefetches some of the next tile's pixels, in the order in which these lie in memory.
         coming = first + span * step + ahead * offset
         for i in range(seen - high, seen):
             for q in range(ahead):

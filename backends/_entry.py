@@ -3,7 +3,7 @@
 To check two arrays, put their addresses into a block and start a kernel takes the interpreter some three microseconds,
 as long as a small layer. So a plan's usual call goes to a function of CPython's own kind, compiled like the kernels: it
 reads what it must know of the arrays from their objects, copies the block of arguments to the stack, releases the
-interpreter's lock and runs the parts. It answers True if all is done. It answers None, and has done nothing that
+interpreter's lock and runs the jobs. It answers True if all is done. It answers None, and has done nothing that
 matters, wherever something is out of the ordinary (another dtype, shape or layout, arrays that overlap, sums that are
 not finite, helpers that are missing or on the caller's core): then the call goes the long way, which knows all cases
 and has the words for errors.
@@ -51,7 +51,7 @@ _FASTCALL = 0x80
 #: What the function must know of a kernel: ``template`` is its block but for two arrays, whose addresses go where
 #: ``layout`` says; ``whereabouts`` has the address of the team's words, ``shapes`` are input's and out's.
 _RECIPE = Arguments(
-    template=INTEGER, layout=INTEGER, is_shared=INTEGER, kernel=INTEGER, parts=INTEGER, threads=INTEGER,
+    template=INTEGER, layout=INTEGER, is_shared=INTEGER, kernel=INTEGER, jobs=INTEGER, threads=INTEGER,
     whereabouts=INTEGER, array_type=INTEGER, dtypes=integers_of(2),
     sizes=integers_of(2), ndim=INTEGER, shapes=integers_of(2 * _MOST_DIMENSIONS), answers=integers_of(2),
 )  # fmt: skip
@@ -123,7 +123,7 @@ def _is_usual(array, flags, kind, dtype, ndim, shape, first):  # type: ignore[no
 def _enter(recipe, given, count):  # type: ignore[no-untyped-def]
     """Run a recipe's kernel on two arrays: a ``PyObject *(*)(PyObject *, PyObject *const *, Py_ssize_t)``."""
     (
-        template, form, is_shared, kernel, parts, threads, whereabouts, array_type, dtypes, sizes, ndim, shapes,
+        template, form, is_shared, kernel, jobs, threads, whereabouts, array_type, dtypes, sizes, ndim, shapes,
         answers,
     ) = unpack(_at(recipe + _DATA), 4)  # fmt: skip
     answer = answers[0]
@@ -138,14 +138,13 @@ def _enter(recipe, given, count):  # type: ignore[no-untyped-def]
             block = own_block(template, form, source, target, stack(MOST_WORDS))
             state = _release_lock()
             if threads <= 1:
-                ended = _team.alone(kernel, block, 0, parts)
-            elif is_shared:
-                ended = _team.share(team, kernel, block, block, 0, 0, 0, parts, threads - 1)
+                ended = _team.alone(kernel, block, 0, jobs)
             else:
-                ended = _team.share(team, kernel, block, template, form, source, target, parts, threads - 1)
+                common, how = (block, 0) if is_shared else (template, form)
+                ended = _team.share(team, (kernel, common, how, source, target), block, jobs, threads - 1)
             _take_lock(state)
             word = spoiled_word(block, form)
-            if ended == parts and (word == 0 or read(word) == 0):
+            if ended == jobs and (word == 0 or read(word) == 0):
                 answer = answers[1]
     _count_reference(answer)
     return answer
@@ -207,7 +206,7 @@ def entry(
         block: its arguments but for two arrays; what it means must outlive the entry.
         places: where in the block the addresses of input and out go.
         spoiled_at: where it reports sums that are not finite, if it does.
-        count: parts of its work.
+        count: jobs of its work.
         threads: most threads to use.
         input_like, out_like: shape and dtype of the arrays that are taken.
     """
@@ -217,7 +216,7 @@ def entry(
     like = (input_like, out_like)
     recipe = _RECIPE.pack(
         template=address(block), layout=layout(len(block), places, spoiled_at),
-        is_shared=kernel.is_shared, kernel=kernel.address, parts=count,
+        is_shared=kernel.is_shared, kernel=kernel.address, jobs=count,
         threads=_team.useful(threads, count), whereabouts=address(_team.whereabouts), array_type=id(np.ndarray),
         dtypes=[id(dtype) for _, dtype in like], sizes=[math.prod(shape) * dtype.itemsize for shape, dtype in like],
         ndim=ndim, shapes=[length for shape, _ in like for length in (*shape, *[0] * (_MOST_DIMENSIONS - ndim))],

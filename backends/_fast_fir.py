@@ -139,7 +139,7 @@ def _leave(  # type: ignore[no-untyped-def]
 ARGUMENTS = Arguments(
     input=array_of(4), filters=array_of(4), bias=array_of(2), residual=array_of(4), out=array_of(4),
     pads=integers_of(2), short=integers_of(2), shape=integers_of(2), code=INTEGER, slope=FLOAT,
-    parts=array_of(2, "int64"), spoiled=INTEGER, filler=INTEGER, putter=INTEGER,
+    jobs=array_of(2, "int64"), spoiled=INTEGER, filler=INTEGER, putter=INTEGER,
 )  # fmt: skip
 unpack = ARGUMENTS.unpack
 _SPOILED_AT = 8 * ARGUMENTS.at["spoiled"]
@@ -151,12 +151,12 @@ def compiled(m: int, rows: int, vectors: int, taps: int, lanes: int, itemsize: i
     n, across = 2 * m - 1, vectors * lanes
     points, fewer = n * n, max(1, taps - 1)
 
-    def convolve(arguments, number):  # type: ignore[no-untyped-def]
-        """Compute panels ``part[0]`` to ``part[1]``, each ``shape[0]`` by ``across * shape[1]`` tiles."""
-        x, u, bias, residual, out, pads, short, shape, code, slope, parts, _, filler, putter = unpack(
+    def convolve(arguments, job):  # type: ignore[no-untyped-def]
+        """Compute the panels ``jobs[job]``, each of ``shape[0]`` by ``across * shape[1]`` tiles."""
+        x, u, bias, residual, out, pads, short, shape, code, slope, jobs, _, filler, putter = unpack(
             arguments, itemsize
         )
-        part = parts[number]
+        first_panel, last_panel = jobs[job]
         filters, _, group_c, _ = u.shape
         (a, b), cut = short, chunks(short[0], taps)
         channels = x.shape[3]
@@ -177,7 +177,7 @@ def compiled(m: int, rows: int, vectors: int, taps: int, lanes: int, itemsize: i
         half = scratch + (entered + made + ready) * itemsize
         doubts = zeros(1, 1, lanes, itemsize)[0]
         bias_at = np.int64(bias.ctypes.data)
-        for task in range(part[0], part[1]):
+        for task in range(first_panel, last_panel):
             rest, s = divmod(task, strips)
             image, block = divmod(rest, blocks)
             top, left = block * high, s * strip

@@ -33,15 +33,15 @@ from convdispatch.backends._windows import copy_columns, copy_group, taps_inside
 from convdispatch.memory import CACHE_LINE
 
 #: ``filters`` is ``[groups, blocks of a group, KH, KW, C // groups, block]``, filled up with zeros, ``bias`` alike; all
-#: of them twice for pixels side by side. ``coming``: how many cache lines of the input are sent for with each tile.
+#: of them twice for pixels side by side. ``prefetched``: how many cache lines of the input are so with each tile.
 ARGUMENTS = Arguments(
     input=array_of(4), filters=array_of(6), bias=array_of(1), residual=array_of(4), out=array_of(4),
     pads=integers_of(2), strides=integers_of(2), dilations=integers_of(2), staged=INTEGER, streamed=INTEGER,
-    coming=INTEGER, code=INTEGER, slope=FLOAT, parts=array_of(2, "int64"),
+    prefetched=INTEGER, code=INTEGER, slope=FLOAT, jobs=array_of(2, "int64"),
 )  # fmt: skip
 unpack = ARGUMENTS.unpack
 
-#: So many tiles ahead.
+#: So many tiles ahead are they prefetched.
 _AHEAD = 2
 
 
@@ -52,8 +52,8 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int, pixels: int = 1
     step = block * itemsize
 
     def convolve(arguments, job):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
-        """Compute the tiles ``part[0:2]``, line by line, for the blocks of filters ``part[2:4]``."""
-        x, w, bias, residual, out, pads, strides, dilations, staged, streamed, coming, code, slope, parts = unpack(
+        """Compute the tiles ``jobs[job, 0:2]``, line by line, for the blocks of filters ``jobs[job, 2:4]``."""
+        x, w, bias, residual, out, pads, strides, dilations, staged, streamed, prefetched, code, slope, jobs = unpack(
             arguments, itemsize
         )
         groups, per_group, kh, kw, group_c, _ = w.shape
@@ -65,7 +65,7 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int, pixels: int = 1
         wide = furthest + span if staged else width
         pixel, result = (group_c if staged else channels) * itemsize, filters * itemsize
         apart, line_bytes, tap_bytes = stride * pixel, wide * pixel, kw * group_c * step
-        first_tile, last_tile, first_block, last_block = parts[job]
+        first_tile, last_tile, first_block, last_block = jobs[job]
         inner = (rows * pixels - 1) * strides[1]
         reach, most = inner + span, min(lines, (last_tile - first_tile) // across + 2)
         beside = not staged and (pads[1] > 0 or furthest - pads[1] + span > width)
@@ -110,8 +110,8 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int, pixels: int = 1
                         end = taps_inside(left, dilations[1], kw, width)[1]
                     at, down = from_line + ow * apart, dilations[0] * line_bytes
                     if number == first_block:  # for the others it is in L2
-                        for line_ahead in range(coming):
-                            prefetch(at + _AHEAD * rows * apart + line_ahead * CACHE_LINE)
+                        for line in range(prefetched):
+                            prefetch(at + _AHEAD * rows * apart + line * CACHE_LINE)
                     if is_beside and not staged:
                         for i in range(low, high):
                             copy_columns(np.int64(window[i].ctypes.data), at + i * down, left, reach, width, pixel)

@@ -128,7 +128,7 @@ def _add_products(  # type: ignore[no-untyped-def]
         walk: taps of a row, bytes from a row of taps to the next and from a tap to the next, taps that are one run
             through memory, values of a tap.
         weights, step: where the filters lie, and how far it is from one value's to the next.
-        coming: where the filters lie that are used next: before each ``stretch``, so many ``lines`` are sent for.
+        coming: where the filters lie that are used next: before each ``stretch``, so many ``lines`` are prefetched.
     """
     kw, down, across, together, depth = walk
     c, i, j, left, packed = part[0], 0, 0, part[1] - part[0], weights + part[0] * step
@@ -166,7 +166,7 @@ def _add_products(  # type: ignore[no-untyped-def]
 ARGUMENTS = Arguments(
     input=array_of(4), filters=array_of(6), bias=array_of(1), residual=array_of(4), out=array_of(4), zero=array_of(1),
     window=integers_of(8), groups=INTEGER, streamed=INTEGER, code=INTEGER,
-    slope=FLOAT, parts=array_of(2, "int64"),
+    slope=FLOAT, jobs=array_of(2, "int64"),
 )  # fmt: skip
 unpack = ARGUMENTS.unpack
 
@@ -178,9 +178,9 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
     step, vector_bytes = block * itemsize, lanes * itemsize
 
     def convolve(arguments, job):  # type: ignore[no-untyped-def]
-        """Compute the tiles of pixels ``part[0:2]`` for the blocks of filters ``part[2:4]``."""
-        x, w, bias, residual, out, zero, window, groups, streamed, code, slope, parts = unpack(arguments, itemsize)
-        first_tile, last_tile, first_block, last_block = parts[job]
+        """Compute the tiles of pixels ``jobs[job, 0:2]`` for the blocks of filters ``jobs[job, 2:4]``."""
+        x, w, bias, residual, out, zero, window, groups, streamed, code, slope, jobs = unpack(arguments, itemsize)
+        first_tile, last_tile, first_block, last_block = jobs[job]
         kh, kw, _, _, _, _, dh, dw = window
         channels, filters = x.shape[3], out.shape[3]
         group_c, group_k, per_group = channels // groups, filters // groups, w.shape[1]

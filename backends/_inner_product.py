@@ -25,12 +25,12 @@ from convdispatch.backends._windows import copy_columns, taps_inside
 
 #: ``filters`` is ``[KH, runs, steps, K, lanes]``, ends of runs filled up with zeros; of tiles that slide, runs are the
 #: vectors of a pixel's channels, and steps the taps. ``bias`` is repeated for each pixel of a tile, and filled up
-#: likewise. ``window`` is the taps of a row, and the values of a run. A part is some lines of output, and some tiles of
+#: likewise. ``window`` is the taps of a row, and the values of a run. A job is some lines of output, and some tiles of
 #: each.
 ARGUMENTS = Arguments(
     input=array_of(4), filters=array_of(5), bias=array_of(1), residual=array_of(4), out=array_of(4),
     pads=integers_of(2), strides=integers_of(2), dilations=integers_of(2), window=integers_of(2), code=INTEGER,
-    slope=FLOAT, parts=array_of(2, "int64"),
+    slope=FLOAT, jobs=array_of(2, "int64"),
 )  # fmt: skip
 unpack = ARGUMENTS.unpack
 
@@ -77,12 +77,12 @@ def compiled(pixels: int, filters: int, taps: int, stride: int, lanes: int, item
     add_row = _adding(pixels, filters, taps, stride, lanes, itemsize)
 
     def convolve(arguments, job):  # type: ignore[no-untyped-def]
-        """Compute the tiles ``part[2:4]`` of the lines ``part[0:2]``."""
-        x, w, bias, residual, out, pads, strides, dilations, window, code, slope, parts = unpack(arguments, itemsize)
+        """Compute the tiles ``jobs[job, 2:4]`` of the lines ``jobs[job, 0:2]``."""
+        x, w, bias, residual, out, pads, strides, dilations, window, code, slope, jobs = unpack(arguments, itemsize)
         kh, runs, steps = w.shape[:3]
         height, width, channels = x.shape[1:]
         lines, columns = out.shape[1], out.shape[2]
-        first_line, last_line, first_tile, last_tile = parts[job]
+        first_line, last_line, first_tile, last_tile = jobs[job]
         pixel, result, row_bytes = channels * itemsize, filters * itemsize, runs * steps * filters * vector
         kw, values = window
         reach = (pixels - 1) * strides[1] + (kw - 1) * dilations[1] + 1

@@ -34,6 +34,14 @@ def pieces(seconds: float, threads: int) -> int:
     return threads * (1 if each < _TWO else 2 if each < _FOUR else 4)
 
 
+def several(threads: int) -> int:
+    """Return into how many jobs work is cut if nobody knows well how long it takes.
+
+    A thread that comes late, or is held up, leaves its jobs to the others.
+    """
+    return 4 * threads if threads > 1 else 1
+
+
 def grid(*axes: tuple[int, int]) -> Array:
     """Return jobs: each range of the first axis with each range of the second and so on, as rows of starts and ends.
 

@@ -6,25 +6,25 @@ from typing import Any
 from convdispatch.arguments import Array
 from convdispatch.backends._arguments import CompiledKernel
 from convdispatch.backends._entry import ArrayKind, Entry, entry
-from convdispatch.backends._team import run_parts
+from convdispatch.backends._team import run_jobs
 from convdispatch.memory import address
 from convdispatch.problem import Problem
 
 
 def run(kernel: CompiledKernel, block: Array, count: int, threads: int) -> None:
-    """Run the parts of a kernel's work on up to this many threads.
+    """Run the jobs of a kernel's work on up to this many threads.
 
     Args:
         kernel: what to run.
         block: its packed arguments; the arrays they mean must be alive.
-        count: how many parts there are.
+        count: how many jobs there are.
         threads: most threads to use.
 
     Raises:
-        MemoryError: if a part did not come to its end.
+        MemoryError: if a job did not come to its end.
     """
-    if (done := run_parts(kernel.address, address(block), count, threads)) != count:
-        raise MemoryError(f"{count - done} of {count} parts of a convolution failed")
+    if (done := run_jobs(kernel.address, address(block), count, threads)) != count:
+        raise MemoryError(f"{count - done} of {count} jobs of a convolution failed")
 
 
 class PackedKernel:
@@ -38,7 +38,7 @@ class PackedKernel:
         block: its packed arguments, but for the addresses of a call's arrays.
         places: where in the block the addresses of input, out and residual go.
         spoiled_at: where in the block it reports sums that are not finite, None if it does not.
-        count: parts of its work.
+        count: jobs of its work.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class PackedKernel:
             compiled: returns the compiled kernel; a pickle has this in place of machine code.
             problem: what is computed, as the backend sees it.
             values: the kernel's arguments by name, except for the arrays of a call.
-            count: parts of the work.
+            count: jobs of the work.
             threads: most threads to use.
         """
         self._recipe = compiled, problem, values, count, threads
@@ -99,7 +99,7 @@ class PackedKernel:
 
 
 class WrappedKernel:
-    """A kernel that is run, part by part, from within another that is compiled for that."""
+    """A kernel that is run, job by job, from within another that is compiled for that."""
 
     def __init__(self, around: PackedKernel, recipe: tuple[Any, ...], *, reports: bool) -> None:
         """Take the kernel around.

@@ -16,7 +16,7 @@ from convdispatch.backend import item_bytes
 from convdispatch.backends import _in_line
 from convdispatch.backends._arguments import INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import call_kernel
-from convdispatch.backends._caches import streams
+from convdispatch.backends._caches import should_stream
 from convdispatch.backends._jobs import grid, pieces, split
 from convdispatch.backends._kernel import PackedKernel, WrappedKernel
 from convdispatch.backends._scratch import borrow, give_back
@@ -44,11 +44,11 @@ def _by_panels(vectors: int, lanes: int, itemsize: int) -> CompiledKernel:
     block = vectors * lanes
     step = block * itemsize
 
-    def convolve(arguments, number):  # type: ignore[no-untyped-def]
+    def convolve(arguments, job):  # type: ignore[no-untyped-def]
         (
             x, residual, out, ones, template, places, kernel, panels, channels, depth, pixels, ranges, per_image,
         ) = unpack(arguments, itemsize)  # fmt: skip
-        image, first, last = panels[number]
+        image, first, last = panels[job]
         panel = borrow((last - first) * depth * step)
         if panel == 0:
             return 0
@@ -71,7 +71,7 @@ def _by_panels(vectors: int, lanes: int, itemsize: int) -> CompiledKernel:
             words[places[2]] = np.int64(residual.ctypes.data) + before
         done = 0
         for part in range(ranges):
-            done += call_kernel(kernel, words.ctypes.data, part * per_image + number % per_image)
+            done += call_kernel(kernel, words.ctypes.data, part * per_image + job % per_image)
         give_back(panel)
         return 1 if done == ranges else 0
 
@@ -149,18 +149,18 @@ class PanelKernel(WrappedKernel):
         if bias is not None:
             weights[:, p.c] = bias
         blocks, panels, ranges = _cut(p, tile, threads)
-        parts = grid((-(-p.k // tile[0]), ranges), (blocks, panels))
+        jobs = grid((-(-p.k // tile[0]), ranges), (blocks, panels))
         inner, arguments = _in_line.compiled(*tile, lanes, size), _in_line.ARGUMENTS
         template = arguments.pack(
-            input=weights.reshape(1, 1, p.k, depth), pads=(0, 0), strides=(1, 1), dilations=(1, 1), parts=parts,
-            streamed=streams(p.output_shape, size, block, pixels), code=p.epilogue.code, slope=p.epilogue.slope,
+            input=weights.reshape(1, 1, p.k, depth), pads=(0, 0), strides=(1, 1), dilations=(1, 1), jobs=jobs,
+            streamed=should_stream(p.output_shape, size, block, pixels), code=p.epilogue.code, slope=p.epilogue.slope,
         )  # fmt: skip
         shapes: dict[str, tuple[int, ...]] = {"filters": (1, blocks, 1, 1, depth, block), "out": (1, 1, p.k, pixels)}
         if p.epilogue.residual:
             shapes["residual"] = shapes["out"]
         for name, shape in shapes.items():
             template[arguments.at[name] + 1 : arguments.at[name] + 1 + len(shape)] = shape
-        self._alive = weights, parts
+        self._alive = weights, jobs
         values = {
             "ones": np.ones(block, p.dtype), "template": template,
             "places": [arguments.at[name] for name in ("filters", "out", "residual")], "kernel": inner.address,

@@ -119,17 +119,17 @@ def _fill(panel, image, first_row, step, first_column, spacing, rows, columns, l
 
 
 @compilable
-def _weave_pixels(target, source, apart, first, last, filters, past, like, itemsize):  # type: ignore[no-untyped-def]
+def _weave_pixels(target, source, apart, first, last, filters, streams, like, itemsize):  # type: ignore[no-untyped-def]
     """Interleave two to four planes, from one pixel to another; the last vector moves back until it fits."""
     lanes, pixel = like[0].lanes, filters * itemsize
     for i in range(first, last, lanes):
         o = min(i, last - lanes)
         if filters == 2:
-            weave(target + o * pixel, source + o * itemsize, apart, 2, past, like)
+            weave(target + o * pixel, source + o * itemsize, apart, 2, streams, like)
         elif filters == 3:
-            weave(target + o * pixel, source + o * itemsize, apart, 3, past, like)
+            weave(target + o * pixel, source + o * itemsize, apart, 3, streams, like)
         else:
-            weave(target + o * pixel, source + o * itemsize, apart, 4, past, like)
+            weave(target + o * pixel, source + o * itemsize, apart, 4, streams, like)
 
 
 @compilable

@@ -32,26 +32,26 @@ def finished(sums, rows, outputs, offset, adds, code, count, whole):  # type: ig
 
 
 @inlined
-def put_whole(sums, rows, outputs, offset, past):  # type: ignore[no-untyped-def]
-    """Store a tile; past the caches if so told."""
-    if past:
+def put_whole(sums, rows, outputs, offset, streams):  # type: ignore[no-untyped-def]
+    """Store a tile; if it ``streams``, past the caches."""
+    if streams:
         stream(sums, rows, outputs, offset)
     else:
         store(sums, rows, outputs, offset)
 
 
 @inlined
-def put(sums, rows, outputs, offset, count, whole, past):  # type: ignore[no-untyped-def]
-    """Store ``count`` values of each row of a tile, ``whole`` at most; whole rows past the caches if so told."""
+def put(sums, rows, outputs, offset, count, whole, streams):  # type: ignore[no-untyped-def]
+    """Store ``count`` values of each row of a tile, ``whole`` at most, and whole rows as ``put_whole`` does."""
     if count < whole:
         store_some(sums, rows, outputs, offset, count)
     else:
-        put_whole(sums, rows, outputs, offset, past)
+        put_whole(sums, rows, outputs, offset, streams)
 
 
 @inlined
-def put_tile(sums, rows, outputs, offset, adds, beside, code, past):  # type: ignore[no-untyped-def]
-    """Store a tile, clamped; past the caches if so told. If it ``adds`` a residual, that is ``beside`` bytes away."""
+def put_tile(sums, rows, outputs, offset, adds, beside, code, streams):  # type: ignore[no-untyped-def]
+    """Store a tile, clamped, as ``put_whole`` does. If it ``adds`` a residual, that is ``beside`` bytes away."""
     if adds:
         sums = add_to_each(sums, rows, outputs, beside + offset)
-    put_whole(clamped(sums, code), rows, outputs, offset, past)
+    put_whole(clamped(sums, code), rows, outputs, offset, streams)

@@ -102,7 +102,7 @@ def _finishing(form: RowForm) -> Any:
     m, r, stride = form.m, form.r, form.stride
 
     @inlined
-    def finish(sums, number, outputs, step, offset, bias, adds, code, past, doubts):  # type: ignore[no-untyped-def]
+    def finish(sums, number, outputs, step, offset, bias, adds, code, streams, doubts):  # type: ignore[no-untyped-def]
         """Do so; return the doubts.
 
         Of each tile, ``outputs`` has the address, and how far its residual is from there; pixels are ``step`` apart.
@@ -111,7 +111,7 @@ def _finishing(form: RowForm) -> Any:
         doubts = add_doubts(doubts, results)
         if bias:
             results = add_to_all(results, m, bias)
-        put_tile(results, m, (outputs[number, 0], step), offset, adds, outputs[number, 1], code, past)
+        put_tile(results, m, (outputs[number, 0], step), offset, adds, outputs[number, 1], code, streams)
         return doubts
 
     return finish
@@ -125,17 +125,17 @@ def _leaving(form: RowForm, number: int) -> Any:
     n, finish = form.n, _finishing(form)
 
     @inlined
-    def leave_one(sums, outputs, step, offset, bias, adds, code, past, doubts):  # type: ignore[no-untyped-def]
-        return finish(part(sums, number, n), number, outputs, step, offset, bias, adds, code, past, doubts)
+    def leave_one(sums, outputs, step, offset, bias, adds, code, streams, doubts):  # type: ignore[no-untyped-def]
+        return finish(part(sums, number, n), number, outputs, step, offset, bias, adds, code, streams, doubts)
 
     if number + 1 == form.together:
         return leave_one
     leave_others = _leaving(form, number + 1)
 
     @inlined
-    def leave(sums, outputs, step, offset, bias, adds, code, past, doubts):  # type: ignore[no-untyped-def]
-        doubts = leave_one(sums, outputs, step, offset, bias, adds, code, past, doubts)
-        return leave_others(sums, outputs, step, offset, bias, adds, code, past, doubts)
+    def leave(sums, outputs, step, offset, bias, adds, code, streams, doubts):  # type: ignore[no-untyped-def]
+        doubts = leave_one(sums, outputs, step, offset, bias, adds, code, streams, doubts)
+        return leave_others(sums, outputs, step, offset, bias, adds, code, streams, doubts)
 
     return leave
 
@@ -153,18 +153,18 @@ def passing(form: RowForm) -> Any:
         multiply, leave = _multiplying(form, form.n), _leaving(form, 0)
 
         @inlined
-        def at_once(where, filters, _, outputs, step, offset, bias, adds, code, past, doubts):  # type: ignore[no-untyped-def]
+        def at_once(where, filters, _, outputs, step, offset, bias, adds, code, streams, doubts):  # type: ignore[no-untyped-def]
             values, apart, rows, chunks, channels = where
             packed, row_bytes, _ = filters
             sums = multiply(values, apart, packed, row_bytes, (rows, chunks, channels))
-            return leave(sums, outputs, step, offset, bias, adds, code, past, doubts)
+            return leave(sums, outputs, step, offset, bias, adds, code, streams, doubts)
 
         return at_once
     n, together, lanes, itemsize, vector = form.n, form.together, form.lanes, form.itemsize, form.vector
     multiply, finish, point = _multiplying(form, 1), _finishing(form), form.room * form.itemsize
 
     @compilable
-    def in_turn(where, filters, memory, outputs, step, offset, bias, adds, code, past, doubts):  # type: ignore[no-untyped-def]
+    def in_turn(where, filters, memory, outputs, step, offset, bias, adds, code, streams, doubts):  # type: ignore[no-untyped-def]
         values, apart, rows, chunks, channels = where
         packed, row_bytes, turn = filters
         for number in range(n):
@@ -172,7 +172,7 @@ def passing(form: RowForm) -> Any:
             store(sums, together, (memory + number * vector, n * vector), 0)
         for number in range(together):
             sums = load_apart(memory + number * n * vector, vector, n, lanes, itemsize)
-            doubts = finish(sums, number, outputs, step, offset, bias, adds, code, past, doubts)
+            doubts = finish(sums, number, outputs, step, offset, bias, adds, code, streams, doubts)
         return doubts
 
     return in_turn

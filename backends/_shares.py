@@ -1,8 +1,8 @@
-"""How threads share out the parts of a kernel's work: each has a share of its own, and then takes what others left.
+"""How threads share out the jobs of a kernel's work: each has a share of its own, and then takes what others left.
 
-A share is some parts that follow each other, the same in every call: what a thread read and wrote last time is still in
+A share is some jobs that follow each other, the same in every call: what a thread read and wrote last time is still in
 its core's caches. How many of them are taken is one word, on a line of cache of its own, which as a rule nobody but its
-thread changes; who is done with a share takes parts of the others'. The word also has the number of the call, so none
+thread changes; who is done with a share takes jobs of the others'. The word also has the number of the call, so none
 need be reset before a call, and who comes too late for one takes nothing of the next.
 
 A kernel's block of arguments is the same in every call but for two addresses. So threads copy it from where it lies for
@@ -14,10 +14,10 @@ from convdispatch.backends._jit import compilable
 from convdispatch.backends._vector import copy
 
 #: Bytes of a share's line of cache, which begins with the word that says what is taken: the call's number, times two to
-#: the power of ``BITS``, and how many parts.
+#: the power of ``BITS``, and how many jobs.
 SHARE_BYTES, BITS = 64, 24
 _COUNT = (1 << BITS) - 1
-#: Behind it, what the thread of this share has to report: parts done by it, wherever they were from (with the call's
+#: Behind it, what the thread of this share has to report: jobs done by it, wherever they were from (with the call's
 #: number, likewise), how many of these came to their end, and whether a sum was not finite.
 DONE, ENDED, SPOILED = 8, 16, 24
 
@@ -53,7 +53,7 @@ def spoiled_word(block, layout):  # type: ignore[no-untyped-def]
 
 @compilable
 def _claim(share, call, length):  # type: ignore[no-untyped-def]
-    """Take the next part of a share of so many; return its number among these, or -1 if none is left."""
+    """Take the next job of a share of so many; return its number among these, or -1 if none is left."""
     while True:
         word = read(share)
         last, taken = word >> BITS, word & _COUNT
@@ -67,27 +67,27 @@ def _claim(share, call, length):  # type: ignore[no-untyped-def]
 
 @compilable
 def reported(share, call):  # type: ignore[no-untyped-def]
-    """Return how many parts of a call the thread of a share has reported as done so far."""
+    """Return how many jobs of a call the thread of a share has reported as done so far."""
     word = read(share + DONE)
     return word & _COUNT if word >> BITS == call else 0
 
 
 @compilable
-def take_parts(shares, call, number, count, parts, task, room, report):  # type: ignore[no-untyped-def]
-    """Do the parts of the share of this number, then those left of others'; return how many, and how many ended well.
+def take_jobs(shares, call, number, count, jobs, task, room, report):  # type: ignore[no-untyped-def]
+    """Do the jobs of the share of this number, then those left of others'; return how many, and how many ended well.
 
     Args:
         shares: the address of the shares.
         call: the call's number, larger than that of any before.
         number, count: which thread this is, of how many.
-        parts: the first of those that are shared out, and the one behind the last.
+        jobs: the first of those that are shared out, and the one behind the last.
         task: function, block, layout, source and target: what to call, and of what to make its block. They are not
-            looked at before a part is taken, since until then nobody waits and they may be gone.
+            looked at before a job is taken, since until then nobody waits and they may be gone.
         room: where this thread's copy of the block goes.
         report: whether to report on this number's share, whenever all of a share has been done.
     """
     function, block, form, source, target = task
-    first, size = parts[0], parts[1] - parts[0]
+    first, size = jobs[0], jobs[1] - jobs[0]
     done, ended, mine = 0, 0, room
     for turn in range(number, number + count):
         owner, before = turn % count, done

@@ -2,12 +2,12 @@
 
 Waking a sleeping thread takes tens of microseconds, and so does handing it Python's lock: as long as a small layer.
 Here a helper waits in compiled code, watching memory for about a twentieth of a millisecond after it has worked, then
-asleep; who calls takes parts of the work too, and waits only for helpers that came. One call at a time is shared out,
+asleep; who calls takes jobs of the work too, and waits only for helpers that came. One call at a time is shared out,
 and none where callers keep the cores busy as it is; the others do their work alone, so nobody waits for a lock.
 
 What one core writes, another reads a tenth to a third of a microsecond later, and a locked instruction waits for all
 that was written before. So a call is announced by one line of cache, written without any lock; the caller begins with a
-part that nobody else may take; and helpers write to their own lines only, which the caller reads once it is done.
+job that nobody else may take; and helpers write to their own lines only, which the caller reads once it is done.
 """
 
 import ctypes
@@ -46,7 +46,7 @@ from convdispatch.backends._shares import (
     SPOILED,
     reported,
     spoiled_word,
-    take_parts,
+    take_jobs,
 )
 from convdispatch.backends._threads import run_all
 from convdispatch.memory import aligned
@@ -56,13 +56,13 @@ _ALERT_TURNS = 2500
 
 # The words of a team, those that different threads change on cache lines of their own: bytes from its address.
 _LOCK, _CALLERS, _SLEEPERS, _COMMAND, _KNOWN = (64 * line for line in range(5))
-#: The call that is shared out: its number, 0 while the others change; how many threads it is for, and its parts.
-_CALL, _FUNCTION, _BLOCK, _LAYOUT, _SOURCE, _TARGET, _COUNT, _PARTS = (_COMMAND + 8 * word for word in range(8))
+#: The call that is shared out: its number, 0 while the others change; how many threads it is for, and its jobs.
+_CALL, _FUNCTION, _BLOCK, _LAYOUT, _SOURCE, _TARGET, _COUNT, _JOBS = (_COMMAND + 8 * word for word in range(8))
 _CORES, _HELPERS, _AVOIDED = (_KNOWN + 8 * word for word in range(3))
 #: Then the shares; a helper's has another word, which is 1 while it sleeps.
 _SHARES, _ASLEEP = 64 * 5, 56
-#: Threads that a call is shared out to at most, the caller included, and its parts.
-MOST_SHARES, _MOST_PARTS = 256, 1 << BITS
+#: Threads that a call is shared out to at most, the caller included, and its jobs.
+MOST_SHARES, _MOST_JOBS = 256, 1 << BITS
 _WORDS = (_SHARES + MOST_SHARES * SHARE_BYTES) // 8
 
 
@@ -73,15 +73,13 @@ def _serve(team, number):  # type: ignore[no-untyped-def]
     while True:
         call = read(team + _CALL)
         if call != 0 and call != served:  # noqa: PLR1714  # Numba would make a tuple
-            task = (
-                read(team + _FUNCTION), read(team + _BLOCK), read(team + _LAYOUT), read(team + _SOURCE),
-                read(team + _TARGET),
-            )  # fmt: skip
-            count, parts = read(team + _COUNT), read(team + _PARTS)
+            function, block, layout = read(team + _FUNCTION), read(team + _BLOCK), read(team + _LAYOUT)
+            task = function, block, layout, read(team + _SOURCE), read(team + _TARGET)
+            count, jobs = read(team + _COUNT), read(team + _JOBS)
             if read(team + _CALL) == call:  # all of it is of one call
                 served = call
                 if number < count:
-                    take_parts(team + _SHARES, call, number, count, (1, parts), task, room, True)
+                    take_jobs(team + _SHARES, call, number, count, (1, jobs), task, room, True)
                     turns = 0
             continue
         pause()
@@ -98,7 +96,7 @@ def _serve(team, number):  # type: ignore[no-untyped-def]
 
 @compilable
 def alone(function, block, first, last):  # type: ignore[no-untyped-def]
-    """Run some parts of a kernel's work; return how many came to their end."""
+    """Run some jobs of a kernel's work; return how many came to their end."""
     ended = 0
     for number in range(first, last):
         ended += call_kernel(function, block, number)
@@ -117,7 +115,7 @@ def _wake_helpers(team, count):  # type: ignore[no-untyped-def]
 
 @compilable
 def _done_by_helpers(team, call, count):  # type: ignore[no-untyped-def]
-    """Return how many parts of a call helpers have reported as done so far."""
+    """Return how many jobs of a call helpers have reported as done so far."""
     done = 0
     for number in range(1, count):
         done += reported(team + _SHARES + number * SHARE_BYTES, call)
@@ -126,7 +124,7 @@ def _done_by_helpers(team, call, count):  # type: ignore[no-untyped-def]
 
 @compilable
 def _wait_for_helpers(team, call, count, missing):  # type: ignore[no-untyped-def]
-    """Wait until helpers have done the missing parts; return how many ended well, and whether a sum is not finite."""
+    """Wait until helpers have done the missing jobs; return how many ended well, and whether a sum is not finite."""
     turns = 0
     while _done_by_helpers(team, call, count) < missing:
         turns += 1
@@ -141,20 +139,20 @@ def _wait_for_helpers(team, call, count, missing):  # type: ignore[no-untyped-de
 
 
 @compilable
-def share(team, function, mine, block, layout, source, target, parts, places):  # type: ignore[no-untyped-def]
-    """Run all parts of a kernel's work together with up to ``places`` helpers; return how many came to their end.
+def share(team, task, mine, jobs, places):  # type: ignore[no-untyped-def]
+    """Run all jobs of a kernel's work together with up to ``places`` helpers; return how many came to their end.
 
     Args:
         team: where its words are.
-        function: the kernel.
+        task: the kernel, and of what helpers make their blocks; see ``take_jobs``.
         mine: the caller's own block.
-        block, layout, source, target: of what helpers make theirs; see ``own_block``.
-        parts: how many there are.
+        jobs: how many there are.
         places: how many helpers may take part.
     """
+    function, block, layout, source, target = task
     callers = add(team + _CALLERS, 1) + 1
     if callers > max(1, read(team + _CORES) // 2) or not exchange_if(team + _LOCK, 0, 1):
-        ended = alone(function, mine, 0, parts)
+        ended = alone(function, mine, 0, jobs)
         add(team + _CALLERS, -1)
         return ended
     call, count = read(team + _CALL) + 1, places + 1
@@ -165,17 +163,17 @@ def share(team, function, mine, block, layout, source, target, parts, places):  
     write(team + _SOURCE, source)
     write(team + _TARGET, target)
     write(team + _COUNT, count)
-    write(team + _PARTS, parts)
+    write(team + _JOBS, jobs)
     write(team + _CALL, call)
     _wake_helpers(team, count)
     ended = call_kernel(function, mine, 0)
     # Who fell asleep at the very moment may not have been seen: now all cores see what was written.
     add(team + _CALLERS, 0)
     _wake_helpers(team, count)
-    done, well = take_parts(team + _SHARES, call, 0, count, (1, parts), (function, mine, 0, 0, 0), mine, False)
+    done, well = take_jobs(team + _SHARES, call, 0, count, (1, jobs), (function, mine, 0, 0, 0), mine, False)
     ended += well
-    if done + 1 < parts:
-        well, spoiled = _wait_for_helpers(team, call, count, parts - 1 - done)
+    if done + 1 < jobs:
+        well, spoiled = _wait_for_helpers(team, call, count, jobs - 1 - done)
         ended += well
         word = spoiled_word(mine, layout)
         if spoiled and word:
@@ -183,6 +181,12 @@ def share(team, function, mine, block, layout, source, target, parts, places):  
     write(team + _LOCK, 0)
     add(team + _CALLERS, -1)
     return ended
+
+
+@compilable
+def _share_block(team, function, block, jobs, places):  # type: ignore[no-untyped-def]
+    """Do as ``share`` does, with one block for all."""
+    return share(team, (function, block, 0, 0, 0), block, jobs, places)
 
 
 @compilable
@@ -206,7 +210,7 @@ def _from_python(function: Any, words: int, result: Any = types.int64) -> Callab
 _alone_from_python = _from_python(alone, 4)
 if CAN_SLEEP:
     _serve_from_python = _from_python(_serve, 2, types.void)
-    _share_from_python = _from_python(share, 9)
+    _share_from_python = _from_python(_share_block, 5)
 
 
 class _Team:
@@ -244,21 +248,21 @@ if hasattr(os, "register_at_fork"):
 
 
 def useful(threads: int, count: int) -> int:
-    """Return how many of the threads a call of so many parts has work for."""
-    return min(threads, count, MOST_SHARES) if count < _MOST_PARTS else 1
+    """Return how many of the threads a call of so many jobs has work for."""
+    return min(threads, count, MOST_SHARES) if count < _MOST_JOBS else 1
 
 
-def run_parts(kernel: int, block: int, count: int, threads: int) -> int:
-    """Run the parts 0 to ``count`` of a kernel's work on up to this many threads, this one among them.
+def run_jobs(kernel: int, block: int, count: int, threads: int) -> int:
+    """Run the jobs 0 to ``count`` of a kernel's work on up to this many threads, this one among them.
 
     Args:
         kernel: address of the compiled kernel.
         block: address of its packed arguments; the arrays they mean must be alive.
-        count: how many parts there are.
+        count: how many jobs there are.
         threads: most threads to use.
 
     Returns:
-        How many parts came to their end.
+        How many jobs came to their end.
     """
     threads = useful(threads, count)
     if threads <= 1:
@@ -266,7 +270,7 @@ def run_parts(kernel: int, block: int, count: int, threads: int) -> int:
     if CAN_SLEEP:
         team = _team
         team.prepare(threads - 1)
-        return _share_from_python(team.address, kernel, block, block, 0, 0, 0, count, threads - 1)
+        return _share_from_python(team.address, kernel, block, count, threads - 1)
     ended: list[int] = []
 
     def run(number: int) -> None:

@@ -29,12 +29,12 @@ from convdispatch.backends._vector import (
     intrinsic,
     load_at,
     parts_of,
+    prefetch_at,
     registers,
-    send_for,
     shuffled,
     spaced,
     spaced_in_turn,
-    store_past,
+    stream_at,
     upper_half,
     vector_bytes,
 )
@@ -221,7 +221,7 @@ def prefetch_filters(typing: Any, tile: Any, rows: Any, address: Any) -> tuple[A
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         for offset in range(0, vectors * vector.lanes * vector.itemsize, CACHE_LINE):
-            send_for(b, arguments[2], offset)
+            prefetch_at(b, arguments[2], offset)
         return context.get_dummy_value()
 
     return types.void(tile, rows, address), codegen
@@ -312,7 +312,7 @@ def store(typing: Any, tile: Any, rows: Any, outputs: Any, offset: Any) -> tuple
 
 @intrinsic
 def stream(typing: Any, tile: Any, rows: Any, outputs: Any, offset: Any) -> tuple[Any, Codegen]:
-    """Do as ``store`` does, past the caches: for results too large to be found there again.
+    """Do as ``store`` does by streaming (non-temporal) stores, past the caches: for results too large to stay there.
 
     A line of memory is not loaded before it is written then, which is half of the traffic. Every vector's place must be
     a multiple of its bytes, and lines should be written whole. Threads that report the end of a part make others see it
@@ -323,7 +323,7 @@ def stream(typing: Any, tile: Any, rows: Any, outputs: Any, offset: Any) -> tupl
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         sums = parts_of(b, arguments[0], len(tile))
         for i, _, place in _places(b, tile, rows, outputs, *arguments[2:]):
-            store_past(b, sums[i], place, vector)
+            stream_at(b, sums[i], place, vector)
         return context.get_dummy_value()
 
     return types.void(tile, rows, outputs, offset), codegen

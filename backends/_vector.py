@@ -222,13 +222,13 @@ def copy(typing: Any, target: Any, source: Any, count: Any) -> tuple[Any, Codege
     return types.void(types.int64, types.int64, types.int64), codegen
 
 
-def store_past(b: Any, value: Any, pointer: Any, vector: Vector) -> None:
-    """Store a vector past the caches, at a multiple of its bytes."""
-    past = b.module.add_metadata([ir.Constant(I32, 1)])
-    b.store(value, pointer, align=vector.lanes * vector.itemsize).set_metadata("nontemporal", past)
+def stream_at(b: Any, value: Any, pointer: Any, vector: Vector) -> None:
+    """Store a vector past the caches, by a streaming (non-temporal) store, at a multiple of its bytes."""
+    hint = b.module.add_metadata([ir.Constant(I32, 1)])
+    b.store(value, pointer, align=vector.lanes * vector.itemsize).set_metadata("nontemporal", hint)
 
 
-def send_for(b: Any, address: Any, offset: int) -> None:
+def prefetch_at(b: Any, address: Any, offset: int) -> None:
     """Have a cache line on its way to L2, before it is needed; any address will do."""
     pointer = address_of(b, address, offset, I8)
     kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
@@ -242,7 +242,7 @@ def prefetch(typing: Any, address: Any) -> tuple[Any, Codegen]:
     """Send for the cache line at an address."""
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        send_for(b, arguments[0], 0)
+        prefetch_at(b, arguments[0], 0)
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen

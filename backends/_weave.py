@@ -19,7 +19,7 @@ from convdispatch.backends._vector import (
     opaque,
     parts_of,
     spaced,
-    store_past,
+    stream_at,
 )
 
 
@@ -115,13 +115,15 @@ def _together(b: Any, vectors: list[Any]) -> list[Any]:
 
 
 @intrinsic
-def weave(typing: Any, target: Any, source: Any, apart: Any, count: Any, past: Any, like: Any) -> tuple[Any, Codegen]:
+def weave(
+    typing: Any, target: Any, source: Any, apart: Any, count: Any, streams: Any, like: Any
+) -> tuple[Any, Codegen]:
     """Interleave ``count`` vectors, ``apart`` bytes apart at ``source``, into as many in a row at ``target``.
 
-    If ``past`` is 1, they are stored past the caches, and must begin at a multiple of a vector's bytes. ``like`` is a
-    tuple of vectors of the kind that is meant.
+    If ``streams`` is 1, they go past the caches, and must begin at a multiple of a vector's bytes. ``like`` is a tuple
+    of vectors of the kind that is meant.
     """
-    vector, number, streamed = like.dtype, count.literal_value, past.literal_value
+    vector, number, streamed = like.dtype, count.literal_value, streams.literal_value
 
     def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         place, values = arguments[1], []
@@ -131,12 +133,12 @@ def weave(typing: Any, target: Any, source: Any, apart: Any, count: Any, past: A
         for v, value in enumerate(_together(b, values)):
             to = address_of(b, arguments[0], v * vector.lanes * vector.itemsize, vector.ir)
             if streamed:
-                store_past(b, value, to, vector)
+                stream_at(b, value, to, vector)
             else:
                 b.store(value, to, align=vector.itemsize)
         return context.get_dummy_value()
 
-    return types.void(target, source, apart, count, past, like), codegen
+    return types.void(target, source, apart, count, streams, like), codegen
 
 
 def _in_a_row(b: Any, vector: Vector, count: int, address: Any) -> list[Any]:

@@ -69,7 +69,7 @@ class Passes:
         heights: rows of the register tiles, the highest first.
         vectors: of a row.
         share: groups that share a vector.
-        ahead: whether filters are sent for a point ahead.
+        prefetches: whether filters are prefetched a point ahead.
         lanes: values of a vector.
         itemsize: bytes of a value.
     """
@@ -77,7 +77,7 @@ class Passes:
     heights: tuple[int, ...]
     vectors: int
     share: int
-    ahead: bool
+    prefetches: bool
     lanes: int
     itemsize: int
 
@@ -229,8 +229,8 @@ def _entering_groups(algorithm: Algorithm, share: int, lanes: int, itemsize: int
 
 def _pass(form: Passes, rows: int) -> Any:
     """Return what makes a pass by register tiles of so many rows."""
-    vectors, share, ahead, lanes, itemsize, step = (
-        form.vectors, form.share, form.ahead, form.lanes, form.itemsize, form.step
+    vectors, share, prefetches, lanes, itemsize, step = (
+        form.vectors, form.share, form.prefetches, form.lanes, form.itemsize, form.step
     )  # fmt: skip
 
     @inlined
@@ -238,13 +238,13 @@ def _pass(form: Passes, rows: int) -> Any:
         """Store the products of ``rows`` tiles at one point, whose values and products lie as ``_tile`` tells.
 
         Of each tile, ``runs[0]`` times ``runs[1]`` values count, ``share`` at a time; each run fills up vectors. The
-        filters of the next point, sent for meanwhile or not, are ``point_bytes`` further.
+        filters of the next point, prefetched meanwhile or not, are ``point_bytes`` further.
         """
         sums, room = zeros(rows, vectors, lanes, itemsize), -(-runs[1] // lanes) * lanes
         for run in range(runs[0]):
             for c in range(0, runs[1], share):
                 sums = multiply_add(sums, rows, inputs, (run * room + c) * itemsize, weights, share)
-                if ahead:
+                if prefetches:
                     prefetch_filters(sums, rows, weights + point_bytes)
                 weights += step
         store(sums, rows, outputs, 0)
@@ -369,12 +369,12 @@ def _leaving(algorithm: Algorithm, share: int, lanes: int, itemsize: int) -> Any
 
     @compilable
     def leave(  # type: ignore[no-untyped-def]
-        products, bias, tiles, first, count, step, out, residual, k0, valid, dilations, past, code, slope, doubts, half,
-        rows,
+        products, bias, tiles, first, count, step, out, residual, k0, valid, dilations, streams, code, slope, doubts,
+        half, rows,
     ):  # fmt: skip
         """Transform products back, finish them and store ``valid`` filters from ``k0`` on; return the doubts.
 
-        Whole tiles are stored ``past`` the caches if so told.
+        If it ``streams``, whole tiles are stored past the caches.
         ``bias`` is the address of these filters' bias, or 0. ``half``, the address of m0 * n1 vectors, and
         ``rows [2 * m1 * lanes]`` are for what is under way.
         """
@@ -413,7 +413,7 @@ def _leaving(algorithm: Algorithm, share: int, lanes: int, itemsize: int) -> Any
                     if inside[1] == m1:
                         if residual.size:
                             sums = add_to_each(sums, m1, (to, across), more)
-                        put_whole(clamped(sums, code), m1, (to, across), 0, past)
+                        put_whole(clamped(sums, code), m1, (to, across), 0, streams)
                         continue
                     if residual.size:
                         for j in range(inside[1]):
@@ -431,7 +431,7 @@ def _leaving(algorithm: Algorithm, share: int, lanes: int, itemsize: int) -> Any
 ARGUMENTS = Arguments(
     input=array_of(4), filters=array_of(5), bias=array_of(1), residual=array_of(4), out=array_of(4),
     pads=integers_of(2), strides=integers_of(2), dilations=integers_of(2), groups=INTEGER, streamed=INTEGER,
-    code=INTEGER, slope=FLOAT, parts=array_of(2, "int64"), spoiled=INTEGER,
+    code=INTEGER, slope=FLOAT, jobs=array_of(2, "int64"), spoiled=INTEGER,
 )  # fmt: skip
 unpack = ARGUMENTS.unpack
 _SPOILED_AT = 8 * ARGUMENTS.at["spoiled"]
@@ -447,17 +447,17 @@ def compiled(algorithm: Algorithm, fold: int, staged: int, passes: Passes) -> Co
     least, multiply = passes.heights[-1], _multiplier(passes)
 
     def convolve(arguments, number):  # type: ignore[no-untyped-def]
-        """Compute the tiles ``part[0:2]`` for the blocks of filters ``part[2:4]``."""
-        x, u, bias, residual, out, pads, strides, dilations, groups, streamed, code, slope, parts, _ = unpack(
+        """Compute the tiles ``jobs[job, 0:2]`` for the blocks of filters ``jobs[job, 2:4]``."""
+        x, u, bias, residual, out, pads, strides, dilations, groups, streamed, code, slope, jobs, _ = unpack(
             arguments, itemsize
         )
-        first, last, first_block, last_block = parts[number]
+        first, last, first_block, last_block = jobs[number]
         group_k, per_group = out.shape[3] // groups, u.shape[1]
         group_c = x.shape[3] // groups
         runs, point_bytes = (fold, fold * group_c), u.shape[3] * step
         here = (np.int64(x.ctypes.data), x.shape[0], x.shape[1], x.shape[2], x.shape[3])
         padded = fold * -(-runs[1] // lanes) * lanes
-        past = streamed and out.ctypes.data % CACHE_LINE == 0
+        streams = streamed and out.ctypes.data % CACHE_LINE == 0
         count, tiles = last - first, tiles_of_picture(out.shape, (m0, m1), dilations)
         entering, leaving = odd_lines(count * padded, itemsize), odd_lines(count * block, itemsize)
         beyond = -(-least * max(padded, block) // lanes) * lanes  # a register tile may be longer than what is left
@@ -495,7 +495,7 @@ def compiled(algorithm: Algorithm, fold: int, staged: int, passes: Passes) -> Co
             valid = min(block, group_k - member * block)
             doubts = leave(
                 products, added, tiles, first, count, step, out, residual, group * group_k + member * block, valid,
-                dilations, past, code, slope, doubts, half, done,
+                dilations, streams, code, slope, doubts, half, done,
             )  # fmt: skip
         report(doubts, arguments + _SPOILED_AT)
         give_back(scratch)

@@ -38,12 +38,12 @@ def _add_products(sums, factors, values, some):  # type: ignore[no-untyped-def]
 
 @functools.cache
 def _compiled(block: int, itemsize: int) -> CompiledKernel:
-    def transform(arguments, number):  # type: ignore[no-untyped-def]
+    def transform(arguments, job):  # type: ignore[no-untyped-def]
         """Transform the filters of one block."""
         w, down, across, packed = unpack(arguments, itemsize)
         groups, per_group, _, depth, _ = packed.shape
         (high, taps_down), (wide, taps_across) = down.shape, across.shape
-        group, member = divmod(number, per_group)
+        group, member = divmod(job, per_group)
         group_k = w.shape[3] // groups
         first, count = group * group_k + member * block, min(block, group_k - member * block)
         taps = np.zeros(

@@ -29,7 +29,7 @@ from convdispatch.memory import CACHE_LINE
 ARGUMENTS = Arguments(
     input=array_of(4), filters=array_of(8), bias=array_of(1), residual=array_of(4), out=array_of(4),
     pads=integers_of(2), strides=integers_of(2), dilation=INTEGER, stage=integers_of(3), code=INTEGER, slope=FLOAT,
-    streamed=INTEGER, parts=array_of(2, "int64"), spoiled=INTEGER,
+    streamed=INTEGER, jobs=array_of(2, "int64"), spoiled=INTEGER,
 )  # fmt: skip
 unpack = ARGUMENTS.unpack
 _SPOILED_AT = 8 * ARGUMENTS.at["spoiled"]
@@ -102,10 +102,10 @@ def compiled(form: RowForm) -> CompiledKernel:  # noqa: C901, PLR0915
 
     def convolve(arguments, job):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
         """Compute some rows of all images and some tiles of these, as the job says."""
-        x, u, bias, residual, out, pads, strides, dilation, stage, code, slope, streamed, parts, _ = unpack(
+        x, u, bias, residual, out, pads, strides, dilation, stage, code, slope, streamed, jobs, _ = unpack(
             arguments, itemsize
         )
-        first_row, last_row, first_tile, last_tile, first_group, last_group = parts[job]
+        first_row, last_row, first_tile, last_tile, first_group, last_group = jobs[job]
         at_once, strip, row_bytes = stage
         blocks, groups, turns, kh, chunks, channels, points, _ = u.shape
         rows, columns, filters = out.shape[1:]
@@ -119,7 +119,7 @@ def compiled(form: RowForm) -> CompiledKernel:  # noqa: C901, PLR0915
         line, scratch = values + rows_bytes, values + rows_bytes + line_bytes
         spill, outputs = scratch + sums_bytes, np.empty((strip, 2), np.int64)
         adds, beside = residual.size > 0, np.int64(residual.ctypes.data) - np.int64(out.ctypes.data)
-        past, doubts = streamed and out.ctypes.data % CACHE_LINE == 0, zeros(1, 1, lanes, itemsize)[0]
+        streams, doubts = streamed and out.ctypes.data % CACHE_LINE == 0, zeros(1, 1, lanes, itemsize)[0]
         for begin in range(first_tile, last_tile, strip):
             end = min(begin + strip, last_tile)
             first = max(first_tile, min(begin, end - together))
@@ -165,7 +165,8 @@ def compiled(form: RowForm) -> CompiledKernel:  # noqa: C901, PLR0915
                                             spill + m * result, place + beside, result, inside, lanes, itemsize
                                         )
                                 doubts = make_pass(
-                                    where, at, scratch, outputs[now:], result, offset, added, adds, code, past, doubts
+                                    where, at, scratch, outputs[now:], result, offset, added, adds, code, streams,
+                                    doubts,
                                 )  # fmt: skip
                                 if spills:
                                     _copy_vectors(place, spill, result, inside, lanes, itemsize)

@@ -26,7 +26,7 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, item_bytes
 from convdispatch.backends import _rates
-from convdispatch.backends._caches import in_last_caches, streams
+from convdispatch.backends._caches import in_last_caches, should_stream
 from convdispatch.backends._depthwise import in_place
 from convdispatch.backends._depthwise_staged import staged
 from convdispatch.backends._depthwise_tile import DepthwiseForm, shared_out
@@ -135,17 +135,17 @@ class _Tiling:
     def jobs(self, threads: int) -> Array:
         """Return jobs, each some rows of all images and some columns of these: where they begin and end."""
         p, (down, across, as_one) = self.seen, self.cut(threads)
-        parts = grid(down, across).copy()
-        parts[:, :2] = np.minimum(parts[:, :2] * as_one, p.n * p.oh)
-        parts[:, 2:] *= self.whole
+        jobs = grid(down, across).copy()
+        jobs[:, :2] = np.minimum(jobs[:, :2] * as_one, p.n * p.oh)
+        jobs[:, 2:] *= self.whole
         whole = across[0] * self.whole
-        parts[parts[:, 3] == whole, 3] = p.ow  # less than a tile is moved back, but not into another job
-        return parts
+        jobs[jobs[:, 3] == whole, 3] = p.ow  # less than a tile is moved back, but not into another job
+        return jobs
 
     @property
-    def is_ahead(self) -> bool:
-        """Whether pixels are sent for a tile ahead; those that are copied first are in L2."""
-        return self.rows > 1 and not self.is_staged and _is_ahead(self.seen)
+    def prefetches(self) -> bool:
+        """Whether pixels are prefetched a tile ahead; those that are copied first are in L2."""
+        return self.rows > 1 and not self.is_staged and _prefetches(self.seen)
 
     def form(self) -> DepthwiseForm:
         """Return what a kernel is compiled for."""
@@ -155,7 +155,7 @@ class _Tiling:
         return DepthwiseForm(
             self.columns, self.rows, p.kh if is_whole else 0, taps, stride,
             taps > 1 and p.dilations[1] > 1, *group, _lanes(p, vector_bytes()), item_bytes(p.dtype), _is_streamed(p),
-            self.is_ahead,
+            self.prefetches,
         )  # fmt: skip
 
 
@@ -233,7 +233,7 @@ class Depthwise(PackedBackend):
             seconds += math.prod(p.input_shape) * size * (1 + again) / _STAGED_BYTES
         used = min(config.threads, machine.cores, down * across)
         traffic = (math.prod(problem.input_shape) + math.prod(p.output_shape)) * size
-        rate = _AHEAD_BYTES_PER_SECOND if tiling.is_ahead else _MEMORY_BYTES_PER_SECOND
+        rate = _AHEAD_BYTES_PER_SECOND if tiling.prefetches else _MEMORY_BYTES_PER_SECOND
         missed = max(0, traffic - machine.caches[2] // 2) / rate
         return _rates.shared(seconds + missed, used)
 
@@ -246,15 +246,15 @@ class Depthwise(PackedBackend):
         lanes, members = form.lanes, 1 if _shares_vectors(p) else p.group_k
         by_member = filters.reshape(p.kh, p.kw, p.group_c, p.k // members, members).transpose(4, 0, 1, 2, 3)
         kept = np.empty(0, dtype_of(p.dtype)) if bias is None else np.array(bias)
-        parts = tiling.jobs(config.threads)
+        jobs = tiling.jobs(config.threads)
         values = {
             "filters": by_vectors(by_member, lanes), "bias": kept, "zero": aligned((p.c + 2 * lanes,), p.dtype),
             "window": (p.kh, p.kw, p.pads[0], p.pads[2], *p.strides, *p.dilations),
-            "code": p.epilogue.code, "slope": p.epilogue.slope, "parts": parts,
+            "code": p.epilogue.code, "slope": p.epilogue.slope, "jobs": jobs,
             **({"stage": tiling.stage} if tiling.is_staged else {"strip": tiling.strip}),
         }  # fmt: skip
         make = functools.partial(staged if tiling.is_staged else in_place, form)
-        return PackedKernel(make, p, values, len(parts), config.threads)
+        return PackedKernel(make, p, values, len(jobs), config.threads)
 
 
 _FLOPS = 8e10  # a second of a core, about, by which work is cut
@@ -379,11 +379,11 @@ def _is_streamed(problem: Problem) -> bool:
     """Return whether outputs are written past the caches; not those that are read again to be finished."""
     p = problem
     at_once = (_shares_vectors(p) or p.group_k == 1) and p.epilogue.code <= RELU6
-    return at_once and streams(p.output_shape, item_bytes(p.dtype), _lanes(p, vector_bytes()), p.k)
+    return at_once and should_stream(p.output_shape, item_bytes(p.dtype), _lanes(p, vector_bytes()), p.k)
 
 
-def _is_ahead(problem: Problem) -> bool:
-    """Return whether pixels are sent for a tile ahead: of images from memory, or nearly.
+def _prefetches(problem: Problem) -> bool:
+    """Return whether pixels are prefetched a tile ahead: of images from memory, or nearly.
 
     From caches, it takes a twentieth longer. With stride 2 there is as much to come from memory, and less to do
     meanwhile: the cores wait for it in any case.

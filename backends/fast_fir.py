@@ -20,7 +20,7 @@ from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, Numerics, item_bytes
 from convdispatch.backends import _rates
 from convdispatch.backends._fast_fir import compiled
-from convdispatch.backends._jobs import split
+from convdispatch.backends._jobs import several, split
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._lines import odd_lines
 from convdispatch.backends._packed import PackedBackend
@@ -188,13 +188,13 @@ class FastFir(PackedBackend):
         packed[...] = by_chunks(short.reshape(p.k, -1, p.group_c, a, b), taps_together(a))
         added = for_columns(bias, p.dtype, lanes)
         cut = _cut(p, m, tile, lanes)
-        parts = split(cut.panels, 4 * config.threads if config.threads > 1 else 1)
+        jobs = split(cut.panels, several(config.threads))
         values = {
             "filters": packed, "bias": added, "pads": p.pads[::2], "short": (a, b), "shape": cut.shape,
-            "code": p.epilogue.code, "slope": p.epilogue.slope, "parts": np.array(parts, np.int64),
+            "code": p.epilogue.code, "slope": p.epilogue.slope, "jobs": np.array(jobs, np.int64),
         }  # fmt: skip
         make = functools.partial(compiled, m, *tile, taps_together(a), lanes, size)
-        return PackedKernel(make, p, values, len(parts), config.threads)
+        return PackedKernel(make, p, values, len(jobs), config.threads)
 
 
 _BYTES_PER_SECOND = 4e10

@@ -31,10 +31,10 @@ from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, item_bytes
 from convdispatch.backends import _rates
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_at, array_of, integers_of
-from convdispatch.backends._caches import streams
+from convdispatch.backends._caches import should_stream
 from convdispatch.backends._epilogue import RELU6, finish
 from convdispatch.backends._jit import inlined
-from convdispatch.backends._jobs import split
+from convdispatch.backends._jobs import several, split
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._packing import for_columns
@@ -74,7 +74,7 @@ _ARGUMENTS = Arguments(
     chunks=array_of(2, "int64"), shifts=array_of(1, "int64"), reach=INTEGER, strides=integers_of(2),
     pads=integers_of(4), dilations=integers_of(2), shape=integers_of(2), counts=integers_of(3), window=integers_of(2),
     stage_width=INTEGER, planar=INTEGER, in_place=INTEGER, streamed=INTEGER, code=INTEGER, slope=FLOAT,
-    parts=array_of(2, "int64"), filler=INTEGER, putter=INTEGER,
+    jobs=array_of(2, "int64"), filler=INTEGER, putter=INTEGER,
 )  # fmt: skip
 unpack = _ARGUMENTS.unpack
 
@@ -127,13 +127,13 @@ def _compiled(  # noqa: C901, PLR0915
     high, across = (1, rows * run) if along else (rows, run)
     fewer, wide = max(1, taps - 1), vectors * together
 
-    def convolve(arguments, number):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
-        """Compute the panels from ``part[0]`` to ``part[1]``: ``high * shape[0]`` by ``across * shape[1]`` outputs."""
+    def convolve(arguments, job):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
+        """Compute the panels ``jobs[job]``, each of ``high * shape[0]`` by ``across * shape[1]`` outputs."""
         (
             x, w, bias, residual, out, chunks, shifts, reach, strides, pads, dilations, shape, counts, window,
-            stage_width, planar, in_place, streamed, code, slope, parts, filler, putter,
+            stage_width, planar, in_place, streamed, code, slope, jobs, filler, putter,
         ) = unpack(arguments, itemsize)  # fmt: skip
-        part = parts[number]
+        first_panel, last_panel = jobs[job]
         (known, group_c, values), height, width, channels = w.shape, x.shape[1], x.shape[2], x.shape[3]
         _, all_rows, columns, filters = out.shape
         group_k, sets = filters // (channels // group_c), known // filters  # images in turn have these
@@ -161,7 +161,7 @@ def _compiled(  # noqa: C901, PLR0915
         more = np.int64(residual.ctypes.data) - there
         filters_at, bias_at, own = np.int64(w.ctypes.data), np.int64(bias.ctypes.data), group_c * values * itemsize
         table = places.ctypes.data
-        for task in range(part[0], part[1]):
+        for task in range(first_panel, last_panel):
             n, phase, top, bottom, left, right = place(
                 task, counts, all_rows, columns, dh, high * shape[0], across * shape[1]
             )
@@ -219,10 +219,10 @@ def _compiled(  # noqa: C901, PLR0915
                             store(sums, rows, table, offset + k * high * stage_line)
                             continue
                         offset += k * all_rows * columns * itemsize  # of whom there are several only in planes
-                        past = streamed and (there + left * together * itemsize + offset) % CACHE_LINE == 0
+                        streams = streamed and (there + left * together * itemsize + offset) % CACHE_LINE == 0
                         if together > 1:
                             sums = woven(sums, rows)
-                        put_tile(sums, rows, table, offset, residual.size, more, code, past)
+                        put_tile(sums, rows, table, offset, residual.size, more, code, streams)
                         if code > RELU6:
                             for r in range(high):
                                 line = results[n * copies + k, phase + (oh + r) * dh, left + ow : left + ow + across]
@@ -464,18 +464,18 @@ class ImageRows(PackedBackend):
         packed = aligned((problem.k, p.group_c, p.kh * p.kw), p.dtype)
         packed[...] = _packed(filters, p.strides, tile)
         panels = _panels(p, tile)
-        parts = split(panels.total, 4 * config.threads if config.threads > 1 else 1)
+        jobs = split(panels.total, several(config.threads))
         values = {
             "filters": packed, "bias": for_columns(bias, p.dtype, tile.run), "strides": p.strides, "pads": p.pads,
             "chunks": _chunks(p, tile), "shifts": _shifts(p, panels.window),
             "reach": _without_strides(p).extent[1] - 1,
             "dilations": p.dilations, "shape": panels.shape, "counts": panels.counts, "window": panels.window,
             "stage_width": panels.width * panels.staged, "planar": _planar(p), "in_place": panels.in_place,
-            "streamed": streams(p.output_shape, size, tile.run, p.ow * _woven(p)),
-            "code": p.epilogue.code, "slope": p.epilogue.slope, "parts": np.array(parts, np.int64),
+            "streamed": should_stream(p.output_shape, size, tile.run, p.ow * _woven(p)),
+            "code": p.epilogue.code, "slope": p.epilogue.slope, "jobs": np.array(jobs, np.int64),
         }  # fmt: skip
         constants = tile.rows, tile.vectors, tile.together, tile.taps, tile.along, tile.lanes, size
-        return PackedKernel(functools.partial(_compiled, *constants), p, values, len(parts), config.threads)
+        return PackedKernel(functools.partial(_compiled, *constants), p, values, len(jobs), config.threads)
 
 
 #: Of all that is read and written, and besides of what the last cache does not keep.

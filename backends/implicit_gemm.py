@@ -16,7 +16,7 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, Kernel, item_bytes
 from convdispatch.backends import _in_line, _indirect, _pixel_panels, _rates
-from convdispatch.backends._caches import in_last_caches, streams
+from convdispatch.backends._caches import in_last_caches, should_stream
 from convdispatch.backends._jobs import even_grid, grid, pieces
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._packed import PackedBackend, flat
@@ -55,8 +55,8 @@ _CACHED_OUTPUT = 1.0
 #: Where input and output together are larger than it, smaller ones too, since the input drives them out: of so many
 #: filters and more.
 _CROWDED_OUTPUT, _MANY_FILTERS = 0.2, 64
-#: Where input and output together have more than so many times the last cache, cache lines of the input are sent for
-#: ahead: with few filters, where there is little to do meanwhile and the input must be most of it, and with many.
+#: Where input and output together have more than so many times the last cache, cache lines of the input are
+#: prefetched: with few filters, where there is little to do meanwhile and the input must be most of it, and with many.
 _CACHED_TRAFFIC = 0.8, 0.5
 #: FLOP a second of a core, about, by which work is cut.
 _FLOPS = 1.5e11
@@ -155,7 +155,7 @@ def _cut(problem: Problem, rows: int, blocks: int, threads: int) -> tuple[int, i
     return tiles, down, min(blocks, -(-wanted // down))
 
 
-def _parts(problem: Problem, rows: int, blocks: int, threads: int) -> Array:
+def _jobs(problem: Problem, rows: int, blocks: int, threads: int) -> Array:
     """Return the parts of the work, each some tiles for some blocks of filters, as many for each thread."""
     tiles, down, across = _cut(problem, rows, blocks, threads)
     if down >= across:
@@ -265,23 +265,23 @@ class ImplicitGemm(PackedBackend):
         if bias is not None:
             added = by_blocks(np.tile(bias.reshape(p.groups, p.group_k), pixels), block)
         blocks = p.groups * packed.shape[1]
-        parts = _parts(p, rows, blocks, config.threads)
+        jobs = _jobs(p, rows, blocks, config.threads)
         values = {
             "filters": packed, "bias": added.reshape(-1),
-            "streamed": streams(p.output_shape, item_bytes(p.dtype), block, pixels * p.group_k, _cached_part(p)),
-            "code": p.epilogue.code, "slope": p.epilogue.slope, "parts": parts,
+            "streamed": should_stream(p.output_shape, item_bytes(p.dtype), block, pixels * p.group_k, _cached_part(p)),
+            "code": p.epilogue.code, "slope": p.epilogue.slope, "jobs": jobs,
         }  # fmt: skip
         make = functools.partial(_indirect.compiled, *tile, lanes, item_bytes(p.dtype))
         if _is_in_line(p, rows):
             values |= {"pads": p.pads[::2], "strides": p.strides, "dilations": p.dilations}
-            values["staged"], values["coming"] = int(_is_staged(p)), _coming(p, rows)
+            values["staged"], values["prefetched"] = int(_is_staged(p)), _prefetched(p, rows)
             make = functools.partial(_in_line.compiled, *tile, lanes, item_bytes(p.dtype), pixels)
         else:
             values |= {
                 "zero": aligned((p.c + lanes,), p.dtype), "groups": p.groups,
                 "window": (p.kh, p.kw, p.pads[0], p.pads[2], *p.strides, *p.dilations),
             }  # fmt: skip
-        return PackedKernel(make, p, values, len(parts), config.threads)
+        return PackedKernel(make, p, values, len(jobs), config.threads)
 
 
 def _cached_part(problem: Problem) -> float:
@@ -289,8 +289,8 @@ def _cached_part(problem: Problem) -> float:
     return _CROWDED_OUTPUT if in_last_caches(problem) > 1 and problem.k >= _MANY_FILTERS else _CACHED_OUTPUT
 
 
-def _coming(problem: Problem, rows: int) -> int:
-    """Return how many cache lines are sent for with each tile: of 1x1 layers whose input comes from memory."""
+def _prefetched(problem: Problem, rows: int) -> int:
+    """Return how many cache lines are prefetched with each tile: of 1x1 layers whose input comes from memory."""
     p = problem
     plain, many = p.kh == p.kw == p.strides[1] == p.groups == 1, p.k >= _MANY_FILTERS
     if not plain or (p.c < p.k and not many) or in_last_caches(p) <= _CACHED_TRAFFIC[many]:

@@ -148,13 +148,13 @@ class InnerProduct(PackedBackend):
         if bias is not None:
             repeated[: pixels * p.k] = np.tile(bias, pixels)
         lines, tiles, down, strips = _cut(p, pixels, config.threads)
-        parts = grid((lines, down), (tiles, strips))
+        jobs = grid((lines, down), (tiles, strips))
         values_by_name = {
             "filters": packed, "bias": repeated, "pads": p.pads[::2], "strides": p.strides, "dilations": p.dilations,
-            "window": (p.kw, values), "code": p.epilogue.code, "slope": p.epilogue.slope, "parts": parts,
+            "window": (p.kw, values), "code": p.epilogue.code, "slope": p.epilogue.slope, "jobs": jobs,
         }  # fmt: skip
         make = functools.partial(compiled, pixels, p.k, taps, p.strides[1] if taps else 1, lanes, size)
-        return PackedKernel(make, p, values_by_name, len(parts), config.threads)
+        return PackedKernel(make, p, values_by_name, len(jobs), config.threads)
 
 
 _FLOPS = 1e11  # a second of a core, about, by which work is cut

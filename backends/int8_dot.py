@@ -64,7 +64,7 @@ def _copy_shifted(image, first, top, left, rows):  # type: ignore[no-untyped-def
 _ARGUMENTS = Arguments(
     input=array_of(4, "int8"), filters=array_of(6, "int32"), offsets=array_of(3, "int32"),
     residual=array_of(4, "int32"), out=array_of(4, "int32"), window=integers_of(8), padded=integers_of(2),
-    parts=array_of(2, "int64"),
+    jobs=array_of(2, "int64"),
 )  # fmt: skip
 unpack = _ARGUMENTS.unpack
 
@@ -75,10 +75,10 @@ def _compiled(rows: int, vectors: int) -> CompiledKernel:
     block = vectors * LANES
     step = block * 4
 
-    def convolve(arguments, number):  # type: ignore[no-untyped-def]
-        """Compute rows ``part[1]`` to ``part[2]`` of image ``part[0]``."""
-        x, w, offsets, _, out, window, padded, parts = unpack(arguments, 4)
-        image, first_row, last_row = parts[number]
+    def convolve(arguments, job):  # type: ignore[no-untyped-def]
+        """Compute rows ``jobs[job, 1]`` to ``jobs[job, 2]`` of image ``jobs[job, 0]``."""
+        x, w, offsets, _, out, window, padded, jobs = unpack(arguments, 4)
+        image, first_row, last_row = jobs[job]
         kh, kw, top, left, sh, sw, dh, dw = window
         groups, per_group, _, _, fours, _ = w.shape
         columns, filters = out.shape[2], out.shape[3]
@@ -189,9 +189,9 @@ class Int8Dot(Backend):
             "window": (p.kh, p.kw, p.pads[0], p.pads[2], *p.strides, *p.dilations), "padded": (width, channels),
         }  # fmt: skip
         height = _band_rows(p, config.threads)
-        parts = [(n, *part) for n in range(p.n) for part in split(p.oh, -(-p.oh // height))]
-        values["parts"] = np.array(parts, np.int64)
-        return PackedKernel(functools.partial(_compiled, rows, vectors), p, values, len(parts), config.threads)
+        jobs = [(n, *part) for n in range(p.n) for part in split(p.oh, -(-p.oh // height))]
+        values["jobs"] = np.array(jobs, np.int64)
+        return PackedKernel(functools.partial(_compiled, rows, vectors), p, values, len(jobs), config.threads)
 
 
 def _padded(problem: Problem) -> tuple[int, int]:

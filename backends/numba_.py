@@ -18,15 +18,13 @@ from convdispatch.backend import Backend, Config, Effort, Kernel, item_bytes
 from convdispatch.backends import _rates
 from convdispatch.backends._epilogue import activate
 from convdispatch.backends._jit import array, compilable, integers, njit
-from convdispatch.backends._jobs import split
+from convdispatch.backends._jobs import several, split
 from convdispatch.backends._threads import run_all
 from convdispatch.backends._windows import taps_inside
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem, dtype_of
 
-#: Parts of the work for each thread, so that one that comes late or is held up leaves its parts to the others.
-_PARTS = 4
 _LOOPS = ("filters", "channels", "columns")
 FILTERS, CHANNELS, COLUMNS = range(3)
 
@@ -178,9 +176,12 @@ class NumbaKernel:
             _compiled(p.dtype, p.sum_dtype), input, self.filters, self.bias, added, out,
             p.pads, p.strides, p.dilations, p.groups, self.loop, self.block, p.epilogue.code, p.epilogue.slope,
         )  # fmt: skip
-        parts = 1 if self.threads == 1 else self.threads * _PARTS
         run_all(
-            [functools.partial(convolve, part) for part in split(_tasks(p, self.loop, self.block), parts)], self.threads
+            [
+                functools.partial(convolve, tasks)
+                for tasks in split(_tasks(p, self.loop, self.block), several(self.threads))
+            ],
+            self.threads,
         )
 
 

@@ -13,10 +13,10 @@ from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, item_bytes
 from convdispatch.backends import _rates
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of
-from convdispatch.backends._caches import in_last_caches, streams
+from convdispatch.backends._caches import in_last_caches, should_stream
 from convdispatch.backends._epilogue import RELU6, activate, finish
 from convdispatch.backends._jit import outlined
-from convdispatch.backends._jobs import split
+from convdispatch.backends._jobs import several, split
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._packing import for_columns
@@ -32,14 +32,14 @@ from convdispatch.problem import Problem
 _MOST = 4
 #: Pixels of a part at least: less is not worth another thread.
 _PART = 1 << 12
-#: Bytes that woven pixels are sent for ahead, where input and output have more than this part of the last cache.
+#: Bytes that woven pixels are prefetched ahead, where input and output have more than this part of the last cache.
 _AHEAD, _CACHED_TRAFFIC = 16384, 0.8
 
-#: ``filters`` is ``[K, C]``, ``bias`` ``[K, lanes]`` or empty. A part is a run of pixels of an image: its number, the
+#: ``filters`` is ``[K, C]``, ``bias`` ``[K, lanes]`` or empty. A job is a run of pixels of an image: its number, the
 #: first one, and the one behind the last.
 _ARGUMENTS = Arguments(
     input=array_of(4), filters=array_of(2), bias=array_of(2), residual=array_of(4), out=array_of(4), pixels=INTEGER,
-    streamed=INTEGER, coming=INTEGER, code=INTEGER, slope=FLOAT, parts=array_of(2, "int64"),
+    streamed=INTEGER, prefetched=INTEGER, code=INTEGER, slope=FLOAT, jobs=array_of(2, "int64"),
 )  # fmt: skip
 unpack = _ARGUMENTS.unpack
 
@@ -68,10 +68,10 @@ def _one_by_one(x, w, bias, residual, out, at, to, count, steps, code, slope):  
 def _compiled(channels: int, filters: int, planar: int, lanes: int, itemsize: int) -> CompiledKernel:
     """Return the kernel for so many channels and filters, in planes or woven."""
 
-    def convolve(arguments, number):  # type: ignore[no-untyped-def]
-        """Compute a part of an image's pixels."""
-        x, w, bias, residual, out, pixels, streamed, coming, code, slope, parts = unpack(arguments, itemsize)
-        image, first, last = parts[number]
+    def convolve(arguments, job):  # type: ignore[no-untyped-def]
+        """Compute a run of an image's pixels."""
+        x, w, bias, residual, out, pixels, streamed, prefetched, code, slope, jobs = unpack(arguments, itemsize)
+        image, first, last = jobs[job]
         entered, left = image * pixels * channels, image * pixels * filters
         here, there = np.int64(x.ctypes.data) + entered * itemsize, np.int64(out.ctypes.data) + left * itemsize
         more = np.int64(residual.ctypes.data) - np.int64(out.ctypes.data)
@@ -86,7 +86,7 @@ def _compiled(channels: int, filters: int, planar: int, lanes: int, itemsize: in
         for p in range(first, last, lanes):
             at = min(p, last - lanes)
             source, to = here + at * steps[0] * itemsize, there + at * steps[1] * itemsize
-            if coming:
+            if prefetched:
                 for line in range(0, channels * lanes * itemsize, CACHE_LINE):
                     prefetch(source + _AHEAD + line)
             if planar:
@@ -96,11 +96,11 @@ def _compiled(channels: int, filters: int, planar: int, lanes: int, itemsize: in
             sums = mixed(tile, w.ctypes.data, filters)
             if bias.size:
                 sums = add_to_each(sums, filters, (np.int64(bias.ctypes.data), lanes * itemsize), 0)
-            past = streamed and to % CACHE_LINE == 0
+            streams = streamed and to % CACHE_LINE == 0
             if planar:
-                put_tile(sums, filters, (to, between), 0, residual.size, more, code, past)
+                put_tile(sums, filters, (to, between), 0, residual.size, more, code, streams)
             else:
-                put_tile(woven(sums, 1), 1, (to, between), 0, residual.size, more, code, past)
+                put_tile(woven(sums, 1), 1, (to, between), 0, residual.size, more, code, streams)
             if code > RELU6:
                 start, runs = left + at * steps[1], filters if planar else 1
                 for run in range(runs):
@@ -117,9 +117,9 @@ def _runs(problem: Problem) -> tuple[int, int]:
     return (p.n, p.h * p.w) if p.data_format == "NCHW" else (1, p.n * p.h * p.w)
 
 
-def _parts(images: int, pixels: int, threads: int, lanes: int) -> Array:
-    """Return the parts of the work: runs that begin where vectors do."""
-    each = max(1, min(-(-4 * threads // max(1, images)), pixels // _PART)) if threads > 1 else 1
+def _jobs(images: int, pixels: int, threads: int, lanes: int) -> Array:
+    """Return jobs: runs that begin where vectors do."""
+    each = max(1, min(-(-several(threads) // max(1, images)), pixels // _PART)) if threads > 1 else 1
     runs = [(first * lanes, min(last * lanes, pixels)) for first, last in split(-(-pixels // lanes), each)]
     return np.array([(image, *run) for image in range(images) for run in runs], np.int64).reshape(-1, 3)
 
@@ -170,15 +170,15 @@ class Pointwise(PackedBackend):
         matrix = aligned((p.k, p.c), p.dtype)
         matrix[...] = filters[0, 0].T
         images, pixels = _runs(p)
-        parts = _parts(images, pixels, config.threads, lanes)
+        jobs = _jobs(images, pixels, config.threads, lanes)
         values = {
             "filters": matrix, "bias": for_columns(bias, p.dtype, lanes), "pixels": pixels,
-            "streamed": streams(p.output_shape, size, lanes, pixels if planar else lanes * p.k),
-            "coming": not planar and in_last_caches(p) > _CACHED_TRAFFIC, "code": p.epilogue.code,
-            "slope": p.epilogue.slope, "parts": parts,
+            "streamed": should_stream(p.output_shape, size, lanes, pixels if planar else lanes * p.k),
+            "prefetched": not planar and in_last_caches(p) > _CACHED_TRAFFIC, "code": p.epilogue.code,
+            "slope": p.epilogue.slope, "jobs": jobs,
         }  # fmt: skip
         make = functools.partial(_compiled, p.c, p.k, int(planar), lanes, size)
-        return PackedKernel(make, p, values, len(parts), config.threads)
+        return PackedKernel(make, p, values, len(jobs), config.threads)
 
 
 _STEP_SECONDS = 2e-10

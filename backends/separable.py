@@ -19,10 +19,10 @@ from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config, Effort, item_bytes
 from convdispatch.backends import _rates
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_at, array_of, integers_of
-from convdispatch.backends._caches import streams
+from convdispatch.backends._caches import should_stream
 from convdispatch.backends._epilogue import RELU6, finish
 from convdispatch.backends._jit import compilable, inlined
-from convdispatch.backends._jobs import split
+from convdispatch.backends._jobs import several, split
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._packing import for_columns
 from convdispatch.backends._panels import Panels, panels_of, place
@@ -57,7 +57,7 @@ _ARGUMENTS = Arguments(
     input=array_of(4), down=array_of(2), along=array_of(2), bias=array_of(2), residual=array_of(4), out=array_of(4),
     pads=integers_of(4), dilations=integers_of(2), shape=integers_of(2), counts=integers_of(3), width=INTEGER,
     stage_width=INTEGER, spacing=INTEGER, turns=INTEGER, planar=INTEGER, streamed=INTEGER, code=INTEGER, slope=FLOAT,
-    parts=array_of(2, "int64"), putter=INTEGER,
+    jobs=array_of(2, "int64"), putter=INTEGER,
 )  # fmt: skip
 unpack = _ARGUMENTS.unpack
 
@@ -113,13 +113,13 @@ def _compiled(  # noqa: C901, PLR0915
     count, beside, narrow, more = along.count, along.vectors, along.lanes, along.taps
     lines = 1 if more > 1 else count
 
-    def convolve(arguments, number):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
-        """Compute the panels from ``part[0]`` to ``part[1]``: ``rows * shape[0]`` by ``block * shape[1]`` outputs."""
+    def convolve(arguments, job):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
+        """Compute the panels ``jobs[job]``, each of ``rows * shape[0]`` by ``block * shape[1]`` outputs."""
         (
             x, w_down, w_along, bias, residual, out, pads, dilations, shape, counts, width, stage_width, spacing,
-            turns, planar, streamed, code, slope, parts, putter,
+            turns, planar, streamed, code, slope, jobs, putter,
         ) = unpack(arguments, itemsize)  # fmt: skip
-        part = parts[number]
+        first_panel, last_panel = jobs[job]
         (images, height, row_length, _), (_, all_rows, columns, _) = x.shape, out.shape
         (filters, kh), kw, (dh, dw) = w_down.shape, w_along.shape[1], dilations
         # Results of several filters are planes, or woven into pixels.
@@ -143,7 +143,7 @@ def _compiled(  # noqa: C901, PLR0915
         more_at = np.int64(residual.ctypes.data) - there
         down_at, along_at = np.int64(w_down.ctypes.data), np.int64(w_along.ctypes.data)
         bias_at = np.int64(bias.ctypes.data)
-        for task in range(part[0], part[1]):
+        for task in range(first_panel, last_panel):
             made, phase, top, bottom, left, right = place(
                 task, counts, all_rows, columns, dh, rows * shape[0], block * shape[1]
             )
@@ -194,8 +194,8 @@ def _compiled(  # noqa: C901, PLR0915
                                 if staged:
                                     store(sums, count, (line, apart), offset)
                                 else:
-                                    past = streamed and (line + offset) % CACHE_LINE == 0
-                                    put_tile(sums, count, (line, apart), offset, residual.size, more_at, code, past)
+                                    streams = streamed and (line + offset) % CACHE_LINE == 0
+                                    put_tile(sums, count, (line, apart), offset, residual.size, more_at, code, streams)
                             if code > RELU6 and not staged:
                                 for each in range(lines):
                                     finish(
@@ -285,7 +285,7 @@ def _along(problem: Problem, tile: tuple[int, int], vector_bytes: int, registers
     lanes, across = min(vector_bytes, _SHARED_BYTES) // size, vectors * vector_bytes // size
     taps = -(-p.kw // lanes)
     # Vectors that lie apart do not fill lines of memory one after another, as those do that go past the caches.
-    near = dilation == 1 or not _streams(p, CACHE_LINE // size)
+    near = dilation == 1 or not _should_stream(p, CACHE_LINE // size)
     if near and p.kw >= 1.5 * lanes and taps <= _MOST_TAPS:
         for count in _RUNS[registers]:
             if across <= count * lanes * dilation <= p.ow:  # both passes' tiles are to fit
@@ -295,9 +295,9 @@ def _along(problem: Problem, tile: tuple[int, int], vector_bytes: int, registers
     return _Along(alone, spacing=1, turns=p.kw)
 
 
-def _streams(problem: Problem, values: int) -> bool:
+def _should_stream(problem: Problem, values: int) -> bool:
     """Return whether results go past the caches, so many at a time."""
-    return streams(problem.output_shape, item_bytes(problem.dtype), values, problem.ow * problem.k)
+    return should_stream(problem.output_shape, item_bytes(problem.dtype), values, problem.ow * problem.k)
 
 
 def _panels(problem: Problem, rows: int, along: _Along) -> Panels:
@@ -372,16 +372,16 @@ class Separable(Backend):
         down, along = (aligned(values.shape, p.dtype) for values in pair)
         down[...], along[...] = pair[0], how.ordered(pair[1])
         added = for_columns(bias, p.dtype, how.tile.vectors * how.tile.lanes)
-        parts = split(panels.total, 4 * config.threads if config.threads > 1 else 1)
+        jobs = split(panels.total, several(config.threads))
         values = {
             "down": down, "along": along, "bias": added, "pads": p.pads, "dilations": p.dilations,
             "shape": panels.shape, "counts": panels.counts, "width": panels.width,
             "stage_width": panels.width * panels.staged, "spacing": how.spacing, "turns": how.turns,
-            "planar": by_results.n != p.n, "streamed": how.spacing == 1 and _streams(by_results, how.block),
-            "code": p.epilogue.code, "slope": p.epilogue.slope, "parts": np.array(parts, np.int64),
+            "planar": by_results.n != p.n, "streamed": how.spacing == 1 and _should_stream(by_results, how.block),
+            "code": p.epilogue.code, "slope": p.epilogue.slope, "jobs": np.array(jobs, np.int64),
         }  # fmt: skip
         constants = *tile, taps_together(p.kh), vector_bytes() // size, how.tile, size
-        return PackedKernel(functools.partial(_compiled, *constants), p, values, len(parts), config.threads)
+        return PackedKernel(functools.partial(_compiled, *constants), p, values, len(jobs), config.threads)
 
 
 _BYTES_PER_SECOND = 4e10

@@ -24,7 +24,7 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, Numerics, item_bytes
 from convdispatch.backends import _rates
-from convdispatch.backends._caches import streams
+from convdispatch.backends._caches import should_stream
 from convdispatch.backends._jobs import grid, too_many
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._lines import odd_lines
@@ -78,7 +78,7 @@ _WASTE = 1.05
 #: then waits for memory: of equal layers in turn, those at the edge gain with one thread what they lose with two.
 _CACHED_OUTPUT = 0.35
 
-#: Filters are sent for ahead if they take more of the last cache than is found there again. Both is tried from this
+#: Filters are prefetched if they take more of the last cache than is found there again. Both is tried from this
 #: part of it on.
 _DOUBTFUL = 0.25
 
@@ -327,15 +327,15 @@ def _filter_bytes(problem: Problem, form: _Form) -> int:
     return form.points * form.depth * problem.k * item_bytes(problem.dtype)
 
 
-def _ahead(filter_bytes: int, config: Config, machine: Machine) -> bool:
-    """Return whether filters are sent for a point ahead: as the config says, or if they crowd the last cache.
+def _prefetches(filter_bytes: int, config: Config, machine: Machine) -> bool:
+    """Return whether filters are prefetched a point ahead: as the config says, or if they crowd the last cache.
 
     Where they come from memory, that saves up to a third of the time. Where they come from the last cache, one after
-    another as they are read, a core of Zen 5 sends for them well enough by itself, and loses a tenth.
+    another as they are read, a core of Zen 5 foresees them well enough by itself, and loses a tenth.
     """
-    asked = config.get("ahead", filter_bytes > _rates.FOUND * machine.caches[2])
+    asked = config.get("prefetch", filter_bytes > _rates.FOUND * machine.caches[2])
     if not isinstance(asked, bool):
-        raise ArgumentError(f"config ahead of winograd must be true or false; got {asked!r}")
+        raise ArgumentError(f"config prefetch of winograd must be true or false; got {asked!r}")
     return asked
 
 
@@ -350,7 +350,7 @@ class Winograd(PackedBackend):
     """Minimal filtering: small filters and lines of taps, of stride 1 and any dilation, or of stride 2."""
 
     name = "winograd"
-    version = 18
+    version = 19
     packing_cost = (5e-5, 1e-9)
     numerics = Numerics("transform", growth=_growth)
 
@@ -378,7 +378,7 @@ class Winograd(PackedBackend):
         for config in tuple(choices):
             filter_bytes = _filter_bytes(problem, _form(problem, config))
             if filter_bytes > _DOUBTFUL * here.caches[2]:
-                choices.append(Config(config, ahead=not _ahead(filter_bytes, config, here)))
+                choices.append(Config(config, prefetch=not _prefetches(filter_bytes, config, here)))
         choices += [Config(m=_FOLDED_SIZE, folded=True)] * _folds(problem)
         return sorted(choices, key=lambda config: self.estimate_plain(problem, config, here))
 
@@ -410,16 +410,22 @@ class Winograd(PackedBackend):
         packed = transformed(filters, (down, across), form.groups, jobs.block, config.threads)
         if bias is not None:
             added = by_blocks(_in_turn(bias, form).reshape(form.groups, form.filters), jobs.block)
-        parts = grid((jobs.tiles, jobs.down), (jobs.blocks, jobs.across))
+        listed = grid((jobs.tiles, jobs.down), (jobs.blocks, jobs.across))
         values = {
             "filters": packed, "bias": added.reshape(-1), "pads": p.pads[::2], "strides": p.strides,
             "dilations": p.dilations, "groups": form.groups, "code": p.epilogue.code, "slope": p.epilogue.slope,
-            "parts": parts, "streamed": streams(p.output_shape, size, lanes, form.filters, _CACHED_OUTPUT),
+            "jobs": listed, "streamed": should_stream(p.output_shape, size, lanes, form.filters, _CACHED_OUTPUT),
         }  # fmt: skip
-        heights, ahead = _HEIGHTS[registers()][jobs.vectors], _ahead(_filter_bytes(p, form), config, current())
-        passes, staged = Passes(heights, jobs.vectors, form.share, ahead, lanes, size), is_staged(p.groups, p.dilations)
+        heights, prefetches = (
+            _HEIGHTS[registers()][jobs.vectors],
+            _prefetches(_filter_bytes(p, form), config, current()),
+        )
+        passes, staged = (
+            Passes(heights, jobs.vectors, form.share, prefetches, lanes, size),
+            is_staged(p.groups, p.dilations),
+        )
         make = functools.partial(compiled, Algorithm(form.m, form.r, form.stride), form.fold, int(staged), passes)
-        return PackedKernel(make, p, values, len(parts), config.threads)
+        return PackedKernel(make, p, values, len(listed), config.threads)
 
 
 @functools.lru_cache(maxsize=1024)

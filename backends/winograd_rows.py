@@ -27,7 +27,7 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, Numerics, item_bytes
 from convdispatch.backends import _rates
-from convdispatch.backends._caches import streams
+from convdispatch.backends._caches import should_stream
 from convdispatch.backends._jobs import grid, pieces, too_many
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._packed import PackedBackend
@@ -187,7 +187,7 @@ def _choice(problem: Problem, config: Config) -> tuple[int, bool]:
     return int(m), in_turn
 
 
-def _parts(problem: Problem, cut: _Cut, threads: int) -> Array:
+def _jobs(problem: Problem, cut: _Cut, threads: int) -> Array:
     """Return jobs, each some rows of all images, some tiles of these, and some groups: one of these axes is cut."""
     p, rows, jobs = problem, problem.n * problem.oh, pieces(problem.flops / _FLOPS, threads)
     if rows >= jobs:
@@ -254,7 +254,7 @@ class WinogradRows(PackedBackend):
         line = ((cut.seen - 1) * form.m * form.stride + form.n) * p.group_c + form.room
         each = _reach(p, cut.at_once) * cut.row_bytes + (line + 2 * form.m * p.k) * form.itemsize + form.sums_bytes
         each += 2 * CACHE_LINE + 16 * cut.strip
-        return min(config.threads, len(_parts(p, cut, config.threads))) * each
+        return min(config.threads, len(_jobs(p, cut, config.threads))) * each
 
     def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return the time of the passes over tiles, and of transforming rows of the image, more than once at edges."""
@@ -266,15 +266,15 @@ class WinogradRows(PackedBackend):
         work = passes * _pass(p, form)
         if not form.in_turn and (filter_bytes := depth * form.n * machine.vector_bytes) > machine.caches[0]:
             work = max(work, passes * filter_bytes / _L2_BYTES / instruction)
-        parts = len(_parts(p, cut, config.threads))
-        blocks = max(parts, p.n * -(-p.oh // cut.at_once))
+        jobs = len(_jobs(p, cut, config.threads))
+        blocks = max(jobs, p.n * -(-p.oh // cut.at_once))
         rows = p.n * p.oh * p.strides[0] + blocks * max(0, _reach(p, 1) - p.strides[0])
         entered = rows * p.groups * cut.tiles * (cut.seen / cut.strip)
         work += entered * _ENTERING * form.n * -(-form.room // form.lanes)
         seconds = work * instruction
         if (all_filters := depth * form.n * p.k * form.itemsize) > machine.caches[1]:  # each pass has them come
             seconds += p.n * p.oh * -(-cut.tiles // form.together) * _rates.filter_seconds(all_filters, machine)
-        return _rates.shared(seconds, min(config.threads, machine.cores, parts))
+        return _rates.shared(seconds, min(config.threads, machine.cores, jobs))
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Transform the filters in float64 and round them once."""
@@ -287,15 +287,15 @@ class WinogradRows(PackedBackend):
         turns = (form.n, 1) if form.in_turn else (1, form.n)
         by_groups = transformed.reshape(*transformed.shape[:3], *turns, p.groups, p.group_k)
         by_turns = np.moveaxis(by_groups, (-2, 3), (0, 1)).astype(p.dtype)
-        parts = _parts(p, cut, config.threads)
+        jobs = _jobs(p, cut, config.threads)
         values = {
             "filters": by_vectors(by_turns, lanes), "bias": np.empty(0, p.dtype) if bias is None else np.array(bias),
             "pads": p.pads[::2], "strides": p.strides, "dilation": p.dilations[0],
             "stage": (cut.at_once, cut.strip, cut.row_bytes),
-            "streamed": streams(p.output_shape, form.itemsize, lanes, p.k, _CACHED_OUTPUT),
-            "code": p.epilogue.code, "slope": p.epilogue.slope, "parts": parts,
+            "streamed": should_stream(p.output_shape, form.itemsize, lanes, p.k, _CACHED_OUTPUT),
+            "code": p.epilogue.code, "slope": p.epilogue.slope, "jobs": jobs,
         }  # fmt: skip
-        return PackedKernel(functools.partial(compiled, form), p, values, len(parts), config.threads)
+        return PackedKernel(functools.partial(compiled, form), p, values, len(jobs), config.threads)
 
 
 #: An output is written past the caches only if it is as large as the last of them, as ``implicit_gemm`` does.

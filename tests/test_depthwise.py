@@ -129,14 +129,14 @@ def test_the_last_rows_of_a_job_are_a_tile_moved_back(staged: bool) -> None:
 def test_what_comes_from_memory_and_goes_there(
     rest: str, config: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sent for ahead, and stored past the caches where outputs begin at a cache line: to the last bit the same."""
+    """Pixels prefetched, and outputs streamed where they begin at a cache line: to the last bit the same."""
     side, more = rest.split(" ", 1)
     problem, forced = Problem.parse(f"2x13x23x32 * {side}x1x32 {more}"), Config(config, threads=2)
     expected = run(numbers(problem), forced)
-    monkeypatch.setattr(depthwise, "streams", lambda *_: True)
+    monkeypatch.setattr(depthwise, "should_stream", lambda *_: True)
     monkeypatch.setattr(depthwise, "_CACHED", 0.0)
     assert _tiling(problem, forced).form().is_streamed is ("silu" not in rest)
-    assert _tiling(problem, forced).form().is_ahead is ("stride" not in rest and "rows" in config)
+    assert _tiling(problem, forced).form().prefetches is ("stride" not in rest and "rows" in config)
     case, out = numbers(problem), aligned(problem.output_shape, "float32")
     DEPTHWISE.prepare(problem, case.w, case.bias, forced)(case.x, out, case.residual)
     np.testing.assert_array_equal(out, expected)

@@ -10,7 +10,7 @@ from strategies import examples, numbers
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort
 from convdispatch.backends import _panels, image_rows
-from convdispatch.backends._caches import streams
+from convdispatch.backends._caches import should_stream
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._panels import panels_of
 from convdispatch.backends._vector import registers, vector_bytes
@@ -308,6 +308,6 @@ def test_results_written_past_the_caches(filters: int, columns: int, monkeypatch
 
 def test_outputs_larger_than_their_part_of_the_cache_are_written_past_it() -> None:
     rows = current().caches[2] // (4 * 64)
-    assert streams((1, rows, 8, 8), 4, 16, 64)
-    assert not streams((1, rows // 4, 8, 8), 4, 16, 64)
-    assert not streams((1, rows, 8, 8), 4, 8, 64)
+    assert should_stream((1, rows, 8, 8), 4, 16, 64)
+    assert not should_stream((1, rows // 4, 8, 8), 4, 16, 64)
+    assert not should_stream((1, rows, 8, 8), 4, 8, 64)

@@ -319,7 +319,7 @@ def test_small_layers_have_work_for_every_thread(text: str) -> None:
     for rows, vectors in register_tiles():
         blocks = -(-problem.k * 4 // (vectors * vector_bytes()))
         tiles = -(-problem.oh * problem.ow // rows)
-        assert len(implicit_gemm._parts(problem, rows, blocks, 2)) >= min(2, max(tiles, blocks))
+        assert len(implicit_gemm._jobs(problem, rows, blocks, 2)) >= min(2, max(tiles, blocks))
 
 
 def test_few_sums_are_for_a_single_vector_of_filters() -> None:
@@ -426,14 +426,14 @@ def test_code_for_other_machines_is_right_too(
 
 @pytest.mark.parametrize("rest", ["64x80 VALID +bias +relu", "20x64 VALID +silu"])
 def test_what_comes_from_memory_and_goes_there(rest: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Input sent for ahead and outputs stored past the caches: the same to the last bit."""
+    """Input prefetched and outputs streamed past the caches: the same to the last bit."""
     shape, *more = rest.split()
     problem = Problem.parse(f"3x9x11x{shape.split('x')[0]} * 1x1x{shape} {' '.join(more)}")
     case, config = numbers(problem), Config(rows=6, vectors=1, threads=2)
     expected = walls.run(GEMM, case, config)
     monkeypatch.setattr(implicit_gemm, "_CACHED_TRAFFIC", (0.0, 0.0))
-    monkeypatch.setattr(implicit_gemm, "streams", lambda *_: problem.k % 16 == 0)
-    assert implicit_gemm._coming(problem, 6) == -(-6 * problem.c * 4 // 64)
+    monkeypatch.setattr(implicit_gemm, "should_stream", lambda *_: problem.k % 16 == 0)
+    assert implicit_gemm._prefetched(problem, 6) == -(-6 * problem.c * 4 // 64)
     out = aligned(problem.output_shape, "float32")
     GEMM.prepare(problem, case.w, case.bias, config)(case.x, out, None)
     np.testing.assert_array_equal(out, expected)

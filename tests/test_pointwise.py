@@ -73,7 +73,7 @@ def test_threads_and_pickling_do_not_change_a_bit(text: str) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_pixels_sent_for_ahead_change_nothing(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefetched_pixels_change_nothing(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem.parse(f"2x5x70x{channels} * 1x1x{channels}x3 VALID +bias")
     cached = check(problem)
     monkeypatch.setattr(pointwise, "_CACHED_TRAFFIC", 0.0)
@@ -84,7 +84,7 @@ def test_pixels_sent_for_ahead_change_nothing(channels: int, monkeypatch: pytest
 def test_what_goes_past_the_caches_arrives(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem.parse(text)
     expected = check(problem).tobytes()
-    monkeypatch.setattr(pointwise, "streams", lambda *_: True)
+    monkeypatch.setattr(pointwise, "should_stream", lambda *_: True)
     assert check(problem).tobytes() == expected
 
 

@@ -20,7 +20,7 @@ unpack = _ARGUMENTS.unpack
 
 @functools.cache
 def recorder() -> CompiledKernel:
-    """Return a kernel whose parts write down when they begin and end, by a clock that ticks at every look."""
+    """Return a kernel whose jobs write down when they begin and end, by a clock that ticks at every look."""
 
     def record(arguments, number):  # type: ignore[no-untyped-def]
         clock, begins, ends, failing = unpack(arguments, 4)
@@ -40,9 +40,9 @@ def stage(times: tuple[Array, Array], failing: int = -1) -> _sequence.Stage:
 
 def run_in_order(stages: list[_sequence.Stage], threads: int) -> None:
     out = np.zeros((1, 1, 1, 4))
-    values, parts = _sequence.values(stages, 0, threads)
-    run(_sequence.in_order(), _sequence.ARGUMENTS.pack(out=out, **values), parts, parts)
-    assert out.view(np.int64)[0, 0, 0].tolist() == [0, 2 * sum(stage.parts for stage in stages), 0, 0]
+    values, jobs = _sequence.values(stages, 0, threads)
+    run(_sequence.in_order(), _sequence.ARGUMENTS.pack(out=out, **values), jobs, jobs)
+    assert out.view(np.int64)[0, 0, 0].tolist() == [0, 2 * sum(stage.jobs for stage in stages), 0, 0]
 
 
 def never(count: int) -> tuple[Array, Array]:
@@ -62,7 +62,7 @@ def test_a_kernel_begins_when_the_one_before_has_ended(counts: list[int], thread
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_part_that_fails_is_an_error_and_holds_up_nobody(threads: int) -> None:
     times = [never(4), never(4)]
-    with pytest.raises(MemoryError, match=r"1 of . parts"):
+    with pytest.raises(MemoryError, match=r"1 of . jobs"):
         run_in_order([stage(times[0], failing=2), stage(times[1])], threads)
     assert (times[1][1] >= 0).all()
 
@@ -70,9 +70,9 @@ def test_a_part_that_fails_is_an_error_and_holds_up_nobody(threads: int) -> None
 @pytest.mark.parametrize("threads", [1, 3])
 def test_without_memory_it_is_an_error_and_nobody_waits(threads: int) -> None:
     times = never(4)
-    values, parts = _sequence.values([stage(times)], 1 << 60, threads)
-    with pytest.raises(MemoryError, match=r"1 of . parts"):
-        run(_sequence.in_order(), _sequence.ARGUMENTS.pack(**values), parts, parts)
+    values, jobs = _sequence.values([stage(times)], 1 << 60, threads)
+    with pytest.raises(MemoryError, match=r"1 of . jobs"):
+        run(_sequence.in_order(), _sequence.ARGUMENTS.pack(**values), jobs, jobs)
     assert (times[0] == -1).all()
 
 
@@ -80,11 +80,11 @@ def test_scratch_memory_begins_at_a_cache_line_and_is_where_stages_look_for_it()
     times = never(2)
     first = stage(times)
     places = {_ARGUMENTS.at["clock"]: (_sequence.OUT, 0), _ARGUMENTS.at["begins"]: (_sequence.SCRATCH, 64)}
-    values, parts = _sequence.values([first._replace(addresses=places)], 64 + 16, 2)
+    values, jobs = _sequence.values([first._replace(addresses=places)], 64 + 16, 2)
     out = np.zeros((1, 1, 1, 1))
     block = _sequence.ARGUMENTS.pack(out=out, **values)
     for _ in range(100):
-        run(_sequence.in_order(), block.copy(), parts, parts)
+        run(_sequence.in_order(), block.copy(), jobs, jobs)
     assert out.view(np.int64).item() == 400
     assert (times[0] == -1).all()  # which it had in mind before
     assert (times[1] > 0).all()

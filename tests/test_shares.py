@@ -13,7 +13,7 @@ from convdispatch.backends import _shares
 from convdispatch.backends._arguments import INTEGER, Arguments, CompiledKernel
 from convdispatch.backends._atomics import write
 from convdispatch.backends._machine_code import compiled_address
-from convdispatch.backends._shares import take_parts
+from convdispatch.backends._shares import take_jobs
 
 _ARGUMENTS = Arguments(input=INTEGER, out=INTEGER, spoiling=INTEGER, failing=INTEGER, spoiled=INTEGER)
 unpack = _ARGUMENTS.unpack
@@ -31,7 +31,7 @@ def _note(arguments, number):  # type: ignore[no-untyped-def]
 
 def _take(shares, call, number, count, first, last, function, block, form, source, target, room, report):  # type: ignore[no-untyped-def]
     task = function, block, form, source, target
-    done, ended = take_parts(shares, call, number, count, (first, last), task, room, report)
+    done, ended = take_jobs(shares, call, number, count, (first, last), task, room, report)
     return 1000 * done + ended
 
 
@@ -48,7 +48,7 @@ def taking() -> Callable[..., int]:
 
 
 class Call:
-    """A call of eight parts, from the second on, by two threads that come one after the other."""
+    """A call of eight jobs, from the second on, by two threads that come one after the other."""
 
     def __init__(self, **values: int) -> None:
         self.shares = np.zeros(2 * _shares.SHARE_BYTES // 8, np.int64)
@@ -56,7 +56,7 @@ class Call:
         self.noted = np.zeros(8, np.int64)
 
     def take(self, call: int, number: int, *, copied: bool = True) -> tuple[int, int]:
-        """Let a thread take parts; return how many it did, and how many of these ended well."""
+        """Let a thread take jobs; return how many it did, and how many of these ended well."""
         room, block = np.zeros(_shares.MOST_WORDS, np.int64), self.template.copy()
         form = _shares.layout(len(block), (0, 1), _ARGUMENTS.at["spoiled"]) if copied else 0
         if not copied:
@@ -68,7 +68,7 @@ class Call:
         return divmod(took, 1000)
 
     def told(self, number: int) -> list[int]:
-        """Return what a thread has reported: the call, the parts it did, those that ended well, and spoiling."""
+        """Return what a thread has reported: the call, the jobs it did, those that ended well, and spoiling."""
         first = number * _shares.SHARE_BYTES // 8
         words: Array = self.shares[first + 1 : first + 4]
         return [*divmod(int(words[0]), 1 << _shares.BITS), *words[1:].tolist()]

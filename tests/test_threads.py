@@ -188,7 +188,7 @@ def test_every_part_is_run_once_however_many_call_and_help() -> None:
             for _ in range(100):
                 done = np.zeros(count, np.int64)
                 block = _NOTES.pack(done=done, value=7)
-                ended = _team.run_parts(kernel.address, block.ctypes.data, count, threads)
+                ended = _team.run_jobs(kernel.address, block.ctypes.data, count, threads)
                 if ended != count or not (done == 7).all():
                     wrong.append(f"{count} parts on {threads} threads: {done}")
 
@@ -206,7 +206,7 @@ def test_without_a_way_to_sleep_the_parts_are_run_all_the_same(monkeypatch: pyte
     monkeypatch.setattr(_team, "CAN_SLEEP", False)
     done = np.zeros(50, np.int64)
     block = _NOTES.pack(done=done, value=3)
-    assert _team.run_parts(kernel.address, block.ctypes.data, 50, 3) == 50
+    assert _team.run_jobs(kernel.address, block.ctypes.data, 50, 3) == 50
     assert (done == 3).all()
 
 

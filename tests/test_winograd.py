@@ -364,10 +364,10 @@ def test_threads_and_pickling_change_nothing(m: int, filters: int) -> None:
 @pytest.mark.parametrize(
     "text", ["1x13x15x40 * 3x3x40x70 SAME", "2x9x9x64 * 3x3x8x64 SAME", "1x1x50x24 * 1x3x24x70 SAME"]
 )
-def test_filters_sent_for_ahead_change_nothing(text: str) -> None:
+def test_prefetched_filters_change_nothing(text: str) -> None:
     problem = Problem.parse(text)
     x, w = draw_arrays(problem)
-    sent, read = (run(problem, Config(m=4, threads=2, ahead=ahead), x, w) for ahead in (True, False))
+    sent, read = (run(problem, Config(m=4, threads=2, prefetch=prefetch), x, w) for prefetch in (True, False))
     np.testing.assert_array_equal(sent, read)
 
 
@@ -446,17 +446,17 @@ def test_a_wrong_size_says_what_would_do(m: int | str) -> None:
         WINOGRAD.prepare(problem, draw_arrays(problem)[1], None, Config(m=m))
 
 
-def test_whether_filters_come_ahead_is_tried_where_they_are_large() -> None:
+def test_whether_to_prefetch_filters_is_tried_where_they_are_large() -> None:
     def tried(text: str) -> set[object]:
-        return {config.get("ahead") for config in WINOGRAD.configs(Problem.parse(text), "measure")}
+        return {config.get("prefetch") for config in WINOGRAD.configs(Problem.parse(text), "measure")}
 
     assert tried("1x56x56x64 * 3x3x64x64 SAME") == {None}
     large = machine.current().caches[2] // 4 // 64 + 64  # bytes of F(2) for a filter of one channel: 64
     channels = int(large**0.5) + 1
     assert tried(f"1x14x14x{channels} * 3x3x{channels}x{channels} SAME") > {None}
     problem = Problem.parse("1x9x9x4 * 3x3x4x4 SAME")
-    with pytest.raises(ArgumentError, match="ahead of winograd must be true or false; got 1"):
-        WINOGRAD.prepare(problem, draw_arrays(problem)[1], None, Config(m=4, ahead=1))
+    with pytest.raises(ArgumentError, match="prefetch of winograd must be true or false; got 1"):
+        WINOGRAD.prepare(problem, draw_arrays(problem)[1], None, Config(m=4, prefetch=1))
 
 
 @pytest.mark.parametrize(("text", "config", "words"), [

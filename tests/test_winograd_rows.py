@@ -120,7 +120,7 @@ def test_threads_strips_and_pickling_do_not_change_a_bit(
 def test_what_goes_past_the_caches_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem.parse(f"1x9x21x3 * 3x3x3x{2 * LANES} SAME +bias")
     expected = check(problem, Config(m=4))
-    monkeypatch.setattr(winograd_rows, "streams", lambda *_: True)
+    monkeypatch.setattr(winograd_rows, "should_stream", lambda *_: True)
     case, out = numbers(problem), aligned(problem.output_shape, "float32")
     BACKEND.prepare(problem, case.w, case.bias, Config(m=4))(case.x, out, None)
     np.testing.assert_array_equal(out, expected)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from convdispatch.backends._arguments import INTEGER, Arguments, CompiledKernel, array_of
-from convdispatch.backends._team import run_parts
+from convdispatch.backends._team import run_jobs
 from convdispatch.backends._tile import save_apart, zeros
 from convdispatch.backends._vector import Codegen, fused_multiply_add, intrinsic, load_at, parts_of, vector_bytes
 
@@ -59,7 +59,7 @@ def flops(threads: int) -> float:
 
     def sample() -> float:
         before = time.perf_counter()
-        run_parts(kernel.address, block.ctypes.data, threads, threads)
+        run_jobs(kernel.address, block.ctypes.data, threads, threads)
         return threads * _TURNS * _SUMS * lanes * 2 / (time.perf_counter() - before)
 
     sample()
