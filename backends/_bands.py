@@ -37,6 +37,8 @@ _BAND_BYTES, _LARGEST_BAND = 768 << 10, 4 << 20
 #: Rows that are computed twice or in vain by bands cost time; with more than this part, the image is converted whole,
 #: unless its copies would take more than so many bytes.
 _WASTE, _WHOLE_BYTES = 0.08, 32 << 20
+#: What converting a value takes, of all that is done with it.
+_CONVERTED = 0.03
 #: Most numbers of bands that are thought of: with many rows, a few more bands or less make no difference.
 _MOST_COUNTS = 256
 #: Jobs of a whole image's conversion for each thread, so that one that comes late leaves its own to the others.
@@ -214,7 +216,7 @@ def _least_wasteful(problem: Problem, step: int, threads: int, most: int, least:
         waste = bands * -(-rows // step) * step / (-(-p.oh // step) * step)
         waste *= -(-p.n * bands // threads) * threads / (p.n * bands)  # some threads have one band more
         waste *= -(-rows * p.ow // _PIXELS) * _PIXELS / (rows * p.ow)
-        waste += 0.03 * max(0.0, again)
+        waste += _CONVERTED * max(0.0, again)
         if waste < least:
             best, least = rows, waste
     return best

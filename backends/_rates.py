@@ -3,14 +3,18 @@
 import math
 from collections.abc import Callable, Sequence
 
-from convdispatch.backend import Config, Effort
+from convdispatch.backend import Config, Effort, item_bytes
+from convdispatch.backends._epilogue import RELU6
 from convdispatch.backends._vector import whole_units
 from convdispatch.machine import Machine, current
+from convdispatch.problem import Problem
 
 #: FLOP/s of one core for each byte of vector width, in float32.
 _PEAK_PER_BYTE = 1.8e9
 #: Bytes a second that a thread reads from caches beyond its own, or from memory, if it reads on and on.
 _CACHED_BYTES, _MEMORY_BYTES = 1.2e11, 2e10
+#: Of an activation's value, in a loop of its own.
+_ACTIVATION_SECONDS = 3e-9
 #: Of what is read again and again, this part of the last cache is found there; of the rest, others took the place.
 FOUND = 0.4
 #: What backends' rates were measured on does vectors of 64 bytes by halves. Cores with two units for whole ones, and
@@ -34,6 +38,18 @@ def filter_seconds(filter_bytes: int, machine: Machine) -> float:
     """Return how long one thread waits for so many bytes of filters, once, from where they stay between calls."""
     found = min(filter_bytes, FOUND * machine.caches[2])
     return found / _CACHED_BYTES + (filter_bytes - found) / _MEMORY_BYTES
+
+
+def activation_seconds(problem: Problem) -> float:
+    """Return how long one thread takes for activations that are more than a clamp: value by value, on stored sums."""
+    return _ACTIVATION_SECONDS * math.prod(problem.output_shape) if problem.epilogue.code > RELU6 else 0.0
+
+
+def moved_bytes(problem: Problem) -> int:
+    """Return the bytes of input, output and residual."""
+    p = problem
+    outputs = math.prod(p.output_shape) * (2 if p.epilogue.residual else 1)
+    return (math.prod(p.input_shape) + outputs) * item_bytes(p.dtype)
 
 
 def places(apart: int, machine: Machine) -> float:

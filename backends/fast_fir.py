@@ -11,6 +11,7 @@ Transactions on Signal Processing 39(6), 1991; for the matrices, ``_toomcook``. 
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -168,11 +169,10 @@ class FastFir(PackedBackend):
         products = passes * (p.group_c * b * steps + 2 * tile[0] * tile[1])
         entering = cut.entered * p.c * (m + n) * n * (n - 1) / lanes
         leaving = cut.filtered * p.k * (n + m) * m * n / lanes + cut.filtered * p.k * m * m * 4 / lanes
-        operations = (products + 1.4 * (entering + leaving)) * lanes
+        operations = (products + _TRANSFORMS * (entering + leaving)) * lanes
         compute = 2 * operations / _rates.peak(machine, size)
-        moved = p.n * (p.h * p.w * p.c + p.oh * p.ow * p.k * (2 if p.epilogue.residual else 1)) * size
-        copies = p.n * (p.h * p.w * p.c + p.oh * p.ow * p.k) * 0.2e-9
-        work = compute + copies + moved / _BYTES_PER_SECOND
+        copies = (math.prod(p.input_shape) + math.prod(p.output_shape)) * _VALUE_SECONDS
+        work = compute + copies + _rates.moved_bytes(p) / _BYTES_PER_SECOND
         used = min(config.threads, machine.cores, cut.panels)
         return _rates.shared(work, used)
 
@@ -197,4 +197,6 @@ class FastFir(PackedBackend):
         return PackedKernel(make, p, values, len(jobs), config.threads)
 
 
+#: What the transforms' operations take, in products; and a value that is copied in or out.
+_TRANSFORMS, _VALUE_SECONDS = 1.4, 2e-10
 _BYTES_PER_SECOND = 4e10

@@ -27,6 +27,8 @@ _BLOCKS_KIB = (2048, 512, 128, 8192)
 _PEAK_PER_BYTE = 1.5e9  # FLOP/s of a float32 GEMM for each byte of vector width
 _INTEGER_RATE = 0.8e9
 _BLOCK_SECONDS = 12e-6
+_GROUP_SECONDS = 6e-7  # of a group's product, besides its FLOP
+_LONE_SECONDS, _VALUE_SECONDS, _RUN_SECONDS = 7e-10, 1.5e-10, 5e-9  # of values that are copied, and of a run of them
 _COPY_SECONDS = 2.5e-6  # of a block's copy of one tap; these hold the interpreter, and threads do not help
 _LAUNCH_SECONDS = 100e-6
 _WHOLE = 1.5  # times as fast with two units for whole vectors
@@ -140,10 +142,10 @@ class Im2col(Backend):
         peak = _INTEGER_RATE if dtype == "int64" else _PEAK_PER_BYTE * machine.vector_bytes * 4 / item_bytes(dtype)
         fill = p.group_k / (p.group_k + 8) * p.taps / (p.taps + 24) * pixels / (pixels + 16)
         work = p.flops / (peak * fill) + blocks * _rates.filter_seconds(p.taps * p.k * item_bytes(dtype), machine)
-        calls = blocks * (_BLOCK_SECONDS + 0.6e-6 * p.groups)
+        calls = blocks * (_BLOCK_SECONDS + _GROUP_SECONDS * p.groups)
         if not in_place:
             # One channel's pixels lie side by side; more make a run of their own for each pixel.
-            element = 0.7e-9 if p.c == 1 else 0.15e-9 + 5e-9 / p.group_c
+            element = _LONE_SECONDS if p.c == 1 else _VALUE_SECONDS + _RUN_SECONDS / p.group_c
             work += p.n * p.oh * p.ow * p.taps * p.groups * element
             calls += blocks * p.kh * p.kw * _COPY_SECONDS
         used = min(threads, blocks)

@@ -432,28 +432,27 @@ class ImageRows(PackedBackend):
         panels, (high, across) = _panels(p, tile), tile.shape
         inner, phases = _without_strides(p), min(p.dilations[0], p.oh)
         tiles = p.n * phases * -(-p.oh // (phases * high)) * -(-p.ow // across)
-        # A vector of input that lies across two cache lines takes as long as two products.
         if tile.along:
-            loads = 1.5 * tile.turns * (tile.rows * -(-tile.height // tile.taps) + tile.height)
+            loads = _LOAD_ALONG * tile.turns * (tile.rows * -(-tile.height // tile.taps) + tile.height)
             products = max(tile.rows * p.kw, loads)
         else:
             rows_loaded = p.strides[0] * (tile.rows + tile.taps - 1) * -(-inner.kh // tile.taps)
-            step = 0.8 * max(tile.rows * p.kh * tile.together, 2 * rows_loaded) + 0.25 * rows_loaded
-            products = p.kw * (step * tile.vectors + 4)
+            step = _PRODUCT * max(tile.rows * p.kh * tile.together, 2 * rows_loaded) + _ROW_LOAD * rows_loaded
+            products = p.kw * (step * tile.vectors + _COLUMN)
         peak = _rates.peak(machine, size)
         if tile.lanes * size < machine.vector_bytes and not halves_are_free():
             peak /= 2
         passes = p.k // tile.together * p.group_c
-        compute = tiles * passes * products * tile.lanes * 2 / peak + tiles * 20e-9
-        pixels, outputs = p.n * p.h * p.w * p.c, p.n * p.oh * p.ow * p.k
+        compute = tiles * passes * products * tile.lanes * 2 / peak + tiles * _TILE_SECONDS
         copies = 0.0
         if not panels.in_place:
             woven = (1 if _planar(p) else p.c) * p.strides[1] in UNWOVEN
-            copies += pixels * (1 + (inner.kh - 1) / (panels.shape[0] * high)) * (0.1e-9 if woven else 0.4e-9)
+            again = (inner.kh - 1) / (panels.shape[0] * high)
+            copies += math.prod(p.input_shape) * (1 + again) * (_PIXEL_SECONDS if woven else _PICKED_SECONDS)
         if panels.staged:
-            copies += outputs * (0.5e-9 if _woven(p) <= WOVEN else 1e-9)
-        copies += outputs * 3e-9 * (p.epilogue.code > RELU6)
-        moved = (pixels + outputs * (2 if p.epilogue.residual else 1)) * size
+            copies += math.prod(p.output_shape) * (_WOVEN_SECONDS if _woven(p) <= WOVEN else _SCATTERED_SECONDS)
+        copies += _rates.activation_seconds(p)
+        moved = _rates.moved_bytes(p)
         far = max(0.0, moved - _rates.FOUND * machine.caches[2])
         used = min(config.threads, machine.cores, panels.total)
         return _rates.shared(compute + copies + moved / _BYTES_PER_SECOND + far / _FAR_BYTES_PER_SECOND, used)
@@ -478,5 +477,12 @@ class ImageRows(PackedBackend):
         return PackedKernel(functools.partial(_compiled, *constants), p, values, len(jobs), config.threads)
 
 
+#: Fitted, like the rest: what loads along rows take, of which many lie across two cache lines, and what is left of a
+#: step's products, what its loads add, and a column of taps; in products of a vector.
+_LOAD_ALONG, _PRODUCT, _ROW_LOAD, _COLUMN = 1.5, 0.8, 0.25, 4
+#: Of a tile; of a pixel that is copied by whole vectors, or picked one by one; of an output that is woven likewise.
+_TILE_SECONDS = 2e-8
+_PIXEL_SECONDS, _PICKED_SECONDS = 1e-10, 4e-10
+_WOVEN_SECONDS, _SCATTERED_SECONDS = 5e-10, 1e-9
 #: Of all that is read and written, and besides of what the last cache does not keep.
 _BYTES_PER_SECOND, _FAR_BYTES_PER_SECOND = 4e10, 2.7e10

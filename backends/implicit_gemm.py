@@ -248,9 +248,10 @@ class ImplicitGemm(PackedBackend):
             finishing = blocks * _ROW_SECONDS + masked * _MASKED_SECONDS
             each = tiles * rows * finishing + copied / _STAGED_BYTES_PER_SECOND
         else:
-            each = tiles * (blocks * 15e-9 + rows * (4e-9 + _border(p) * p.kh * p.kw * 2e-9))
+            each = tiles * blocks * _TILE_SECONDS
+            each += tiles * rows * (_PIXEL_SECONDS + _border(p) * p.kh * p.kw * _TAP_SECONDS)
         filters = blocks * block * p.taps * item_bytes(p.dtype)
-        traffic = _rates.filter_seconds(filters, machine) * (down if filters > 1 << 19 else 1)
+        traffic = _rates.filter_seconds(filters, machine) * (down if filters > _KEPT_FILTERS else 1)
         used = min(config.threads, machine.cores, down * across)
         return _rates.shared(compute + each + traffic, used, efficiency=0.98)
 
@@ -341,6 +342,11 @@ _LOAD = 0.1, 0.03
 
 #: To begin and finish a row of a tile; and to store one through a mask, which may cross a cache line.
 _ROW_SECONDS, _MASKED_SECONDS = 1.2e-9, 3e-9
+
+#: Of a tile that goes by a table of addresses; of finding one of its pixels, and a tap that may lie outside the image.
+_TILE_SECONDS, _PIXEL_SECONDS, _TAP_SECONDS = 1.5e-8, 4e-9, 2e-9
+
+_KEPT_FILTERS = 1 << 19  # bytes up to which they stay in a core's own caches from one range of tiles to the next
 
 _NARROW = 1.1  # measured: there are more loads and instructions for as many products
 

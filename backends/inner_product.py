@@ -15,7 +15,6 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, item_bytes
 from convdispatch.backends import _rates
-from convdispatch.backends._epilogue import RELU6
 from convdispatch.backends._inner_product import compiled
 from convdispatch.backends._jobs import grid, pieces, too_many
 from convdispatch.backends._kernel import PackedKernel
@@ -125,8 +124,7 @@ class InnerProduct(PackedBackend):
         loads = (_UNALIGNED * seen + p.k * (1 if filters < machine.caches[0] else _FROM_L2)) / (pixels * p.k)
         seconds = 2 * products / _rates.peak(machine, size) * max(1, loads)
         seconds += lines * tiles * (_TILE_SECONDS + pixels * p.k * _SUM_SECONDS)
-        if p.epilogue.code > RELU6:
-            seconds += math.prod(p.output_shape) * _VALUE_SECONDS
+        seconds += _rates.activation_seconds(p)
         traffic = max(0, math.prod(p.input_shape) * size - machine.caches[1]) / _BYTES_PER_SECOND
         return _rates.shared(max(seconds, traffic), min(config.threads, machine.cores, down * strips))
 
@@ -161,5 +159,4 @@ _FLOPS = 1e11  # a second of a core, about, by which work is cut
 _FROM_L2 = 2  # a load of a filter that L1 does not hold, beside one that it does
 _UNALIGNED = 1.5  # vectors of a pixel that lie across two lines of cache take two loads, as many do
 _TILE_SECONDS, _SUM_SECONDS = 1e-8, 8e-10
-_VALUE_SECONDS = 3e-9
 _BYTES_PER_SECOND = 3e10

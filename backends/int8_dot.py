@@ -37,6 +37,7 @@ _OPERATIONS = 5e11
 #: Bytes of the rows that one row of output needs; with dilations these may be far apart.
 _LARGEST_BAND = 256 << 20
 _PRODUCTS_PER_SECOND = 2.7e11  # of one core
+_LOAD, _TILE_SECONDS = 0.35, 2e-8  # of a load, in instructions of products; and what a tile takes besides
 _COPIED_PER_SECOND = 4e9
 
 
@@ -166,10 +167,10 @@ class Int8Dot(Backend):
         tiles = -(-p.n * p.oh * p.ow // rows)
         blocks = p.groups * -(-p.group_k // (vectors * LANES))
         products = tiles * rows * blocks * vectors * LANES * p.kh * p.kw * (channels // p.groups)
-        loads = 1 + 0.35 * (rows + vectors) / (rows * vectors)
+        loads = 1 + _LOAD * (rows + vectors) / (rows * vectors)
         seconds = products * loads / _PRODUCTS_PER_SECOND + p.n * p.h * width * channels / _COPIED_PER_SECOND
         used = min(config.threads, machine.cores)
-        return _rates.shared(seconds + tiles * blocks * 2e-8, used, efficiency=0.95, call=2e-6)
+        return _rates.shared(seconds + tiles * blocks * _TILE_SECONDS, used, efficiency=0.95, call=2e-6)
 
     def prepare(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:  # noqa: ARG002
         """Pack the filters by fours of channels and blocks, and sum up what shifting the input will add."""

@@ -155,10 +155,10 @@ class Pointwise(PackedBackend):
         """Return the time of taking apart, mixing and weaving, or of memory, whichever is longer."""
         p, size = problem, item_bytes(problem.dtype)
         pixels, lanes = p.n * p.h * p.w, machine.vector_bytes // size
-        moved = pixels * (p.c + p.k * (2 if p.epilogue.residual else 1)) * size
+        moved = _rates.moved_bytes(p)
         planar = p.data_format == "NCHW"
         steps = p.c * p.k + 2 * (p.c + p.k) + (0 if planar else 2 * (p.c * (p.c - 1) + p.k * (p.k - 1)))
-        compute = pixels / lanes * steps * _STEP_SECONDS + pixels * p.k * 3e-9 * (p.epilogue.code > RELU6)
+        compute = pixels / lanes * steps * _STEP_SECONDS + _rates.activation_seconds(p)
         rate = _CACHED_BYTES_PER_SECOND if 2 * moved <= machine.caches[2] else _BYTES_PER_SECOND
         used = min(config.threads, machine.cores, max(1, pixels // _PART))
         return _rates.shared(max(compute, moved / rate), used)

@@ -10,6 +10,7 @@ as many images; in NHWC they are one image with as many times the columns, whose
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -347,14 +348,13 @@ class Separable(Backend):
         wide = -(-p.ow // along.block) * along.block
         first = wide + (p.extent[1] - 1) * -(-wide // (panels.shape[1] * along.block)) + across
         shared = along.tile.taps > 1
-        loads = 1.5 * (along.turns * (1 + along.tile.taps / along.tile.count) if shared else p.kw)
-        products = lines * (first * (p.kh + 2) + wide * (max(p.kw, loads) + 2))
+        loads = _LOAD_ALONG * (along.turns * (1 + along.tile.taps / along.tile.count) if shared else p.kw)
+        products = lines * (first * (p.kh + _PASS) + wide * (max(p.kw, loads) + _PASS))
         compute = products * 2 / _rates.peak(machine, size)
-        pixels, outputs = p.n * p.h * p.w, p.n * p.oh * p.ow * p.k
         if panels.staged:
-            compute += outputs * (0.25e-9 if p.k <= WOVEN else 1e-9)
-        compute += outputs * 3e-9 * (p.epilogue.code > RELU6)
-        moved = (pixels + outputs * (2 if p.epilogue.residual else 1)) * size / _BYTES_PER_SECOND
+            compute += math.prod(p.output_shape) * (_WOVEN_SECONDS if p.k <= WOVEN else _SCATTERED_SECONDS)
+        compute += _rates.activation_seconds(p)
+        moved = _rates.moved_bytes(p) / _BYTES_PER_SECOND
         return _rates.shared(compute + moved, min(config.threads, machine.cores, panels.total))
 
     def prepare(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
@@ -384,6 +384,10 @@ class Separable(Backend):
         return PackedKernel(functools.partial(_compiled, *constants), p, values, len(jobs), config.threads)
 
 
+#: In products: a load along the row, of which many lie across two cache lines; and what a vector takes in each pass.
+_LOAD_ALONG, _PASS = 1.5, 2
+#: Of an output that is woven by whole vectors, or stored one by one.
+_WOVEN_SECONDS, _SCATTERED_SECONDS = 2.5e-10, 1e-9
 _BYTES_PER_SECOND = 4e10
 
 
