@@ -145,6 +145,29 @@ unpack = ARGUMENTS.unpack
 _SPOILED_AT = 8 * ARGUMENTS.at["spoiled"]
 
 
+@compilable
+def scratch_of(channels, filters, reach, high, strip, m, tile, lanes, itemsize):  # type: ignore[no-untyped-def]
+    """Return how a job's scratch memory is divided, in values.
+
+    Args:
+        channels, filters: of the image, and how many results there are.
+        reach: rows and columns of tiles that a panel sees.
+        high, strip: rows of tiles that are done together, and a panel's columns of tiles.
+        m: the tiles' size.
+        tile: values of a register tile.
+        lanes, itemsize: of a vector.
+
+    Returns:
+        What a point takes of all transformed tiles, and of the products; where products begin, results, and the
+        transforms' halves; and how many values there are.
+    """
+    n = 2 * m - 1
+    between, leaving = odd_lines(channels * reach[0] * reach[1], itemsize), odd_lines(tile, itemsize)
+    results = n * n * (between + leaving)
+    half = results + filters * high * m * strip * m
+    return between, leaving, n * n * between, results, half, half + (n + 1) * m * lanes
+
+
 @functools.cache
 def compiled(m: int, rows: int, vectors: int, taps: int, lanes: int, itemsize: int) -> CompiledKernel:
     """Return the kernel for tiles of m x m that takes a short filter's rows ``taps`` at a time, or one fewer."""
@@ -166,15 +189,16 @@ def compiled(m: int, rows: int, vectors: int, taps: int, lanes: int, itemsize: i
         high, strip = shape[0], across * shape[1]
         blocks, strips = -(-down // high), -(-along // strip)
         widest, most = -(-(strip + b - 1) // lanes) * lanes, high + a - 1
-        between, leaving = odd_lines(channels * most * widest, itemsize), odd_lines(rows * across, itemsize)
-        entered, made, ready = points * between, points * leaving, filters * rows * m * strip * m
-        scratch = borrow((entered + made + ready + (n + 1) * m * lanes) * itemsize)
+        between, leaving, products_at, stage_at, half_at, size = scratch_of(
+            channels, filters, (most, widest), rows, strip, m, rows * across, lanes, itemsize
+        )
+        scratch = borrow(size * itemsize)
         if scratch == 0:
             return 0
         values = array_at(scratch, (points, between), itemsize)
-        products = array_at(scratch + entered * itemsize, (points, leaving), itemsize)
-        stage = array_at(scratch + (entered + made) * itemsize, (filters, rows * m, strip * m), itemsize)
-        half = scratch + (entered + made + ready) * itemsize
+        products = array_at(scratch + products_at * itemsize, (points, leaving), itemsize)
+        stage = array_at(scratch + stage_at * itemsize, (filters, rows * m, strip * m), itemsize)
+        half = scratch + half_at * itemsize
         doubts = zeros(1, 1, lanes, itemsize)[0]
         bias_at = np.int64(bias.ctypes.data)
         for task in range(first_panel, last_panel):

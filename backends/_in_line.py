@@ -19,16 +19,14 @@ import functools
 import numpy as np
 
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
-from convdispatch.backends._epilogue import RELU6, finish
-from convdispatch.backends._put import finished, put
+from convdispatch.backends._put import finish_and_put
 from convdispatch.backends._tile import (
     add_to_all,
     multiply_add,
     multiply_pairs,
-    store,
     zeros,
 )
-from convdispatch.backends._vector import copy, hold, prefetch
+from convdispatch.backends._vector import hold, prefetch
 from convdispatch.backends._windows import copy_columns, copy_group, taps_inside
 from convdispatch.memory import CACHE_LINE
 
@@ -50,6 +48,7 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int, pixels: int = 1
     """Return the kernel of one tile, which is no longer than a line, with so many pixels in a row: 1 or 2."""
     block = vectors * lanes
     step = block * itemsize
+    words = rows * step // 8
 
     def convolve(arguments, job):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915
         """Compute the tiles ``jobs[job, 0:2]``, line by line, for the blocks of filters ``jobs[job, 2:4]``."""
@@ -132,16 +131,10 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int, pixels: int = 1
                                     sums = multiply_add(sums, rows, (tap, apart), 0, packed, 1)
                                 tap += itemsize
                                 packed += step
-                    sums = finished(sums, rows, (to, result), more, residual.size, code, count, block)
-                    if code > RELU6:  # not where they belong: another thread may have done some of them
-                        scratch = np.empty((rows, block), x.dtype)
-                        store(sums, rows, (np.int64(scratch.ctypes.data), step), 0)
-                        for r in range(rows):
-                            finish(scratch[r, :count], code, slope)
-                            copy(to + r * result, np.int64(scratch[r].ctypes.data), count * itemsize)
-                        hold(scratch)
-                    else:
-                        put(sums, rows, (to, result), 0, count, block, streams)
+                    finish_and_put(
+                        sums, rows, (to, result), residual.size, more, code, slope, count, block, streams, words,
+                        itemsize,
+                    )  # fmt: skip
         hold(window), hold(stage)
         return 1
 

@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
-from convdispatch.backends._epilogue import RELU6, finish
 from convdispatch.backends._jit import inlined
 from convdispatch.backends._lanes import multiply_each, multiply_some, slide_each, sum_lanes
-from convdispatch.backends._put import finished, put
-from convdispatch.backends._tile import add_to_all, store, zeros
-from convdispatch.backends._vector import copy, hold
+from convdispatch.backends._put import finish_and_put
+from convdispatch.backends._tile import add_to_all, zeros
+from convdispatch.backends._vector import hold
 from convdispatch.backends._windows import copy_columns, taps_inside
 
 #: ``filters`` is ``[KH, runs, steps, K, lanes]``, ends of runs filled up with zeros; of tiles that slide, runs are the
@@ -74,6 +73,7 @@ def compiled(pixels: int, filters: int, taps: int, stride: int, lanes: int, item
     """
     sums_of_tile, vector = pixels * filters, lanes * itemsize
     block = -(-sums_of_tile // lanes) * lanes
+    words = block * itemsize // 8
     add_row = _adding(pixels, filters, taps, stride, lanes, itemsize)
 
     def convolve(arguments, job):  # type: ignore[no-untyped-def]
@@ -110,15 +110,9 @@ def compiled(pixels: int, filters: int, taps: int, stride: int, lanes: int, item
                 made, to = sum_lanes(sums), np.int64(out.ctypes.data) + (line * columns + ow) * result
                 if bias.size:
                     made = add_to_all(made, 1, np.int64(bias.ctypes.data))
-                made = finished(made, 1, (to, result), more, residual.size, code, sums_of_tile, block)
-                if code > RELU6:  # not where they belong: another thread may have done some of them
-                    scratch = np.empty(block, x.dtype)
-                    store(made, 1, (np.int64(scratch.ctypes.data), vector), 0)
-                    finish(scratch, code, slope)
-                    copy(to, np.int64(scratch.ctypes.data), sums_of_tile * itemsize)
-                    hold(scratch)
-                else:
-                    put(made, 1, (to, result), 0, sums_of_tile, block, 0)
+                finish_and_put(
+                    made, 1, (to, result), residual.size, more, code, slope, sums_of_tile, block, 0, words, itemsize
+                )  # fmt: skip
         hold(copied)
         return 1
 

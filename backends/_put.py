@@ -5,9 +5,12 @@
 
 import math
 
-from convdispatch.backends._epilogue import RELU, RELU6
+from convdispatch.backends._arguments import array_at
+from convdispatch.backends._atomics import stack
+from convdispatch.backends._epilogue import RELU, RELU6, finish
 from convdispatch.backends._jit import inlined
 from convdispatch.backends._tile import add_some_to_each, add_to_each, clamp, store, store_some, stream
+from convdispatch.backends._vector import copy
 
 
 @inlined
@@ -55,3 +58,20 @@ def put_tile(sums, rows, outputs, offset, adds, beside, code, streams):  # type:
     if adds:
         sums = add_to_each(sums, rows, outputs, beside + offset)
     put_whole(clamped(sums, code), rows, outputs, offset, streams)
+
+
+@inlined
+def finish_and_put(sums, rows, outputs, adds, beside, code, slope, count, whole, streams, words, itemsize):  # type: ignore[no-untyped-def]
+    """Store a tile as ``put`` does, with what it ``adds`` and its activation; a tile takes so many ``words``.
+
+    An activation that is no clamp is not done where the values belong: another thread may have done some of them.
+    """
+    sums = finished(sums, rows, outputs, beside, adds, code, count, whole)
+    if code > RELU6:
+        room, step = stack(words), whole * itemsize
+        store(sums, rows, (room, step), 0)
+        for r in range(rows):
+            finish(array_at(room + r * step, (count,), itemsize), code, slope)
+            copy(outputs[0] + r * outputs[1], room + r * step, count * itemsize)
+    else:
+        put(sums, rows, outputs, 0, count, whole, streams)

@@ -437,6 +437,30 @@ unpack = ARGUMENTS.unpack
 _SPOILED_AT = 8 * ARGUMENTS.at["spoiled"]
 
 
+@compilable
+def scratch_of(count, padded, block, room, points, across, least, lanes, itemsize):  # type: ignore[no-untyped-def]
+    """Return how a job's scratch memory is divided, in values.
+
+    Args:
+        count: tiles.
+        padded, block: values of a tile's point, as it enters and as it leaves.
+        room: values of a pixel that is copied for a patch.
+        points, across: of a tile, and its columns of outputs.
+        least: rows of the lowest register tile, which may be longer than what is left.
+        lanes, itemsize: of a vector.
+
+    Returns:
+        What a point takes of all transformed tiles, and of all products; where the transforms' halves begin, what is
+        done and the patch; and how many values there are, the stage not counted, which lies behind them.
+    """
+    entering, leaving = odd_lines(count * padded, itemsize), odd_lines(count * block, itemsize)
+    # What may be stored beyond the products lies behind them and in front of the rest.
+    half = points * (entering + leaving) + -(-least * max(padded, block) // lanes) * lanes
+    done = half + points * lanes
+    patch = done + 2 * across * lanes
+    return entering, leaving, half, done, patch, patch + points * room
+
+
 @functools.cache
 def compiled(algorithm: Algorithm, fold: int, staged: int, passes: Passes) -> CompiledKernel:
     """Return the kernel of an algorithm; if ``staged``, groups are copied. Groups that share a vector are one to it."""
@@ -446,33 +470,29 @@ def compiled(algorithm: Algorithm, fold: int, staged: int, passes: Passes) -> Co
     enter_group = _entering_groups(algorithm, share, lanes, itemsize)
     least, multiply = passes.heights[-1], _multiplier(passes)
 
-    def convolve(arguments, number):  # type: ignore[no-untyped-def]
+    def convolve(arguments, job):  # type: ignore[no-untyped-def]
         """Compute the tiles ``jobs[job, 0:2]`` for the blocks of filters ``jobs[job, 2:4]``."""
         x, u, bias, residual, out, pads, strides, dilations, groups, streamed, code, slope, jobs, _ = unpack(
             arguments, itemsize
         )
-        first, last, first_block, last_block = jobs[number]
+        first, last, first_block, last_block = jobs[job]
         group_k, per_group = out.shape[3] // groups, u.shape[1]
         group_c = x.shape[3] // groups
         runs, point_bytes = (fold, fold * group_c), u.shape[3] * step
         here = (np.int64(x.ctypes.data), x.shape[0], x.shape[1], x.shape[2], x.shape[3])
-        padded = fold * -(-runs[1] // lanes) * lanes
+        room = -(-runs[1] // lanes) * lanes
         streams = streamed and out.ctypes.data % CACHE_LINE == 0
         count, tiles = last - first, tiles_of_picture(out.shape, (m0, m1), dilations)
-        entering, leaving = odd_lines(count * padded, itemsize), odd_lines(count * block, itemsize)
-        beyond = -(-least * max(padded, block) // lanes) * lanes  # a register tile may be longer than what is left
+        entering, leaving, half_at, done_at, patch_at, size = scratch_of(
+            count, fold * room, block, room, points, m1, least, lanes, itemsize
+        )
         high, wide = stage_shape(count, out.shape[1:3], staged, (m0, m1), strides, (n0, n1))
-        room = -(-runs[1] // lanes) * lanes
-        # What may be stored beyond the products lies behind them and in front of the rest.
-        before = points * (entering + leaving) + beyond
-        within = before + points * lanes, before + (points + 2 * m1) * lanes
-        size = within[1] + points * room
         scratch = borrow((size + high * wide * group_c) * itemsize)
         if scratch == 0:
             return 0
         values, products = (scratch, entering), (scratch + points * entering * itemsize, leaving)
-        half, done = scratch + before * itemsize, array_at(scratch + within[0] * itemsize, (2 * m1 * lanes,), itemsize)
-        patch = (scratch + within[1] * itemsize, room)
+        half, done = scratch + half_at * itemsize, array_at(scratch + done_at * itemsize, (2 * m1 * lanes,), itemsize)
+        patch = (scratch + patch_at * itemsize, room)
         stage = array_at(scratch + size * itemsize, (high, wide, group_c), itemsize)
         doubts = zeros(1, 1, lanes, itemsize)[0]
         entered = -1

@@ -20,10 +20,9 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, Numerics, item_bytes
 from convdispatch.backends import _rates
-from convdispatch.backends._fast_fir import compiled
+from convdispatch.backends._fast_fir import compiled, scratch_of
 from convdispatch.backends._jobs import several, split
 from convdispatch.backends._kernel import PackedKernel
-from convdispatch.backends._lines import odd_lines
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._packing import by_phases, for_columns
 from convdispatch.backends._taps import by_chunks, taps_together
@@ -97,12 +96,12 @@ def _cut(problem: Problem, m: int, tile: tuple[int, int], lanes: int) -> _Cut:
     _, high, strip = min(choices)
     blocks, strips = -(-passes // high), -(-runs // strip)
     wide = -(-(strip * across + b - 1) // lanes) * lanes
-    values = points * odd_lines(p.c * (high * rows + a - 1) * wide, size)
+    reach = high * rows + a - 1, wide
+    *_, values = scratch_of(p.c, p.k, reach, rows, strip * across, m, rows * across, lanes, size)
     lines = (p.c + 1) * m * (wide + lanes) + p.c * points * wide
-    results = points * odd_lines(rows * across, size) + p.k * m * m * rows * strip * across
     return _Cut(
         (high * rows, strip), p.n * blocks * strips, p.n * (passes * rows + blocks * (a - 1)) * strips * wide,
-        p.n * passes * rows * runs * across, (values + lines + results) * size,
+        p.n * passes * rows * runs * across, (values + lines) * size,
     )  # fmt: skip
 
 

@@ -27,12 +27,11 @@ from convdispatch.backends import _rates
 from convdispatch.backends._caches import should_stream
 from convdispatch.backends._jobs import grid, too_many
 from convdispatch.backends._kernel import PackedKernel
-from convdispatch.backends._lines import odd_lines
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._packing import by_blocks, by_phases
 from convdispatch.backends._toomcook import amplification, roundings, strided
 from convdispatch.backends._vector import registers, vector_bytes
-from convdispatch.backends._winograd import Algorithm, Passes, compiled, is_staged, stage_shape
+from convdispatch.backends._winograd import Algorithm, Passes, compiled, is_staged, scratch_of, stage_shape
 from convdispatch.backends._winograd_filters import transformed
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine, current
@@ -299,15 +298,14 @@ def _scratch(problem: Problem, form: _Form, jobs: _Jobs) -> int:
     """Return how many values a job keeps: the transformed tiles, the products and what is copied."""
     p, size = problem, item_bytes(problem.dtype)
     lanes = vector_bytes() // size
-    entered, left = jobs.count * form.padded(lanes), jobs.count * jobs.block
-    beyond = _HEIGHTS[registers()][jobs.vectors][-1] * max(form.padded(lanes), jobs.block)
-    copied = form.points * form.padded(lanes) // form.fold + beyond
-    copied += (form.points + 2 * form.m[1]) * lanes
+    padded, least = form.padded(lanes), _HEIGHTS[registers()][jobs.vectors][-1]
+    *_, values = scratch_of(
+        jobs.count, padded, jobs.block, padded // form.fold, form.points, form.m[1], least, lanes, size
+    )  # fmt: skip
     stage: tuple[int, int] = stage_shape(
         jobs.count, (p.oh, p.ow), is_staged(p.groups, p.dilations), form.m, p.strides, form.n
     )
-    a_point: int = odd_lines(entered, size) + odd_lines(left, size)
-    return form.points * a_point + copied + math.prod(stage) * form.run
+    return int(values) + math.prod(stage) * form.run
 
 
 def _transformed_lengths(n: tuple[int, int], m: tuple[int, int] | None = None) -> int:
