@@ -4,6 +4,7 @@ import functools
 
 import numpy as np
 
+from convdispatch.backends._activation import RELU6, activate_all
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._depthwise_tile import (
     DepthwiseForm,
@@ -17,7 +18,6 @@ from convdispatch.backends._depthwise_tile import (
     place,
     rows_together,
 )
-from convdispatch.backends._epilogue import RELU6, finish
 from convdispatch.backends._jit import compilable
 from convdispatch.backends._slide import slide_found
 from convdispatch.backends._tile import store, zeros
@@ -163,7 +163,7 @@ def in_place(form: DepthwiseForm) -> CompiledKernel:  # noqa: C901, PLR0915
                     if finishes:
                         for upper in range(together):
                             for o in range(tile):
-                                finish(out[n, oh + upper, ow + o * apart], code, slope)
+                                activate_all(out[n, oh + upper, ow + o * apart], code, slope)
                 row += together
         hold(pixels), hold(outputs)
         return 1

@@ -9,9 +9,9 @@ import functools
 
 import numpy as np
 
+from convdispatch.backends._activation import RELU6, activate_all
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._depthwise_tile import DepthwiseForm, ending, flat_tile, high_tile, place, rows_together
-from convdispatch.backends._epilogue import RELU6, finish
 from convdispatch.backends._jit import compilable
 from convdispatch.backends._scratch import borrow, give_back
 from convdispatch.backends._vector import clear, copy, hold
@@ -86,7 +86,7 @@ def staged(form: DepthwiseForm) -> CompiledKernel:
                         if code > RELU6:
                             for i in range(together):
                                 for o in range(tile):
-                                    finish(out[n, oh + done + i, ow + o], code, slope)
+                                    activate_all(out[n, oh + done + i, ow + o], code, slope)
                     done += together
                 row += count
         give_back(pixels), hold(outputs)

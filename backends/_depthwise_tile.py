@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from convdispatch.backends._epilogue import RELU, RELU6
+from convdispatch.backends._activation import RELU, RELU6
 from convdispatch.backends._jit import compilable, inlined
 from convdispatch.backends._put import put_whole
 from convdispatch.backends._slide import slide, slide_found

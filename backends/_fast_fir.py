@@ -15,16 +15,9 @@ from convdispatch.backends._lines import odd_lines
 from convdispatch.backends._planes import callees, fill, put_line
 from convdispatch.backends._scratch import borrow, give_back
 from convdispatch.backends._taps import chunks
-from convdispatch.backends._tile import (
-    add_doubts,
-    add_to_all,
-    gather,
-    load_apart,
-    save_apart,
-    store,
-    zeros,
-)
+from convdispatch.backends._tile import add_to_all, store, zeros
 from convdispatch.backends._transforms import leave_columns, report, transform_input, transform_output
+from convdispatch.backends._tuples import add_doubts, gather, load_apart, save_apart
 from convdispatch.backends._vector import copy, hold
 from convdispatch.backends._weave import add_rows, unweave, weave
 

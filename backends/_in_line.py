@@ -20,12 +20,7 @@ import numpy as np
 
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._put import finish_and_put
-from convdispatch.backends._tile import (
-    add_to_all,
-    multiply_add,
-    multiply_pairs,
-    zeros,
-)
+from convdispatch.backends._tile import add_to_all, multiply_add, multiply_pairs, zeros
 from convdispatch.backends._vector import hold, prefetch
 from convdispatch.backends._windows import copy_columns, copy_group, taps_inside
 from convdispatch.memory import CACHE_LINE

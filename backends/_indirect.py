@@ -9,17 +9,12 @@ import functools
 
 import numpy as np
 
+from convdispatch.backends._activation import RELU6, activate_all
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
-from convdispatch.backends._epilogue import RELU6, finish
 from convdispatch.backends._jit import compilable, inlined
 from convdispatch.backends._put import finished, put
-from convdispatch.backends._tile import (
-    add_to_all,
-    load_apart,
-    multiply_add,
-    save_apart,
-    zeros,
-)
+from convdispatch.backends._tile import add_to_all, multiply_add, zeros
+from convdispatch.backends._tuples import load_apart, save_apart
 from convdispatch.backends._vector import hold, prefetch
 from convdispatch.memory import CACHE_LINE
 
@@ -232,7 +227,7 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
                     if code > RELU6:
                         first = (first_tile + t) * rows
                         for r in range(first, min(first + rows, pixels)):
-                            finish(flat[r, k0 : k0 + count], code, slope)
+                            activate_all(flat[r, k0 : k0 + count], code, slope)
         hold(table), hold(partial)
         return 1
 

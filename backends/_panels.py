@@ -24,7 +24,7 @@ def _pieces(length: int, unit: int, least: int) -> int:
 
 
 @compilable
-def place(panel, counts, all_rows, columns, dilation, down, along):  # type: ignore[no-untyped-def]
+def panel_at(panel, counts, all_rows, columns, dilation, down, along):  # type: ignore[no-untyped-def]
     """Return where the panel of this number lies: image, phase, first row and the one behind its last, and columns.
 
     Rows are counted in the phase. ``counts`` are phases, and panels down and across; ``down`` and ``along`` a panel's

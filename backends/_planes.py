@@ -7,8 +7,8 @@ import functools
 
 import numpy as np
 
+from convdispatch.backends._activation import activate_all
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, call
-from convdispatch.backends._epilogue import finish
 from convdispatch.backends._jit import compilable
 from convdispatch.backends._layout import SAME, gather_planes
 from convdispatch.backends._tile import zeros
@@ -210,7 +210,7 @@ def putting(lanes: int, itemsize: int) -> int:
         flat, more = line.reshape(line.size), added.reshape(added.size)
         for i in range(more.size):
             flat[i] += more[i]
-        finish(flat, code, slope)
+        activate_all(flat, code, slope)
         return 1
 
     return CompiledKernel(put, _LINE).address

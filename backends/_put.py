@@ -5,9 +5,9 @@
 
 import math
 
+from convdispatch.backends._activation import RELU, RELU6, activate_all
 from convdispatch.backends._arguments import array_at
 from convdispatch.backends._atomics import stack
-from convdispatch.backends._epilogue import RELU, RELU6, finish
 from convdispatch.backends._jit import inlined
 from convdispatch.backends._tile import add_some_to_each, add_to_each, clamp, store, store_some, stream
 from convdispatch.backends._vector import copy
@@ -71,7 +71,7 @@ def finish_and_put(sums, rows, outputs, adds, beside, code, slope, count, whole,
         room, step = stack(words), whole * itemsize
         store(sums, rows, (room, step), 0)
         for r in range(rows):
-            finish(array_at(room + r * step, (count,), itemsize), code, slope)
+            activate_all(array_at(room + r * step, (count,), itemsize), code, slope)
             copy(outputs[0] + r * outputs[1], room + r * step, count * itemsize)
     else:
         put(sums, rows, outputs, 0, count, whole, streams)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from convdispatch.backend import Config, Effort, item_bytes
-from convdispatch.backends._epilogue import RELU6
+from convdispatch.backends._activation import RELU6
 from convdispatch.backends._vector import whole_units
 from convdispatch.machine import Machine, current
 from convdispatch.problem import Problem

@@ -12,8 +12,9 @@ from typing import Any
 from convdispatch.backends._jit import compilable, inlined
 from convdispatch.backends._lines import odd_lines, whole_lines
 from convdispatch.backends._put import put_tile
-from convdispatch.backends._tile import add_doubts, add_to_all, load_apart, multiply_points, part, store, zeros
+from convdispatch.backends._tile import add_to_all, multiply_points, store, zeros
 from convdispatch.backends._transforms import transform_output
+from convdispatch.backends._tuples import add_doubts, load_apart, part
 
 #: Tiles of fewer bytes follow one another.
 _SMALL = 1024

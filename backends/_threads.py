@@ -1,4 +1,4 @@
-"""Threads for jobs of Python and NumPy, and BLAS kept from using its own; compiled kernels have ``_team``."""
+"""A pool of threads for jobs of Python and NumPy, and BLAS kept from using its own; compiled kernels have ``_team``."""
 
 import collections
 import contextlib
@@ -82,7 +82,7 @@ def _one_blas_thread() -> Iterator[None]:
         _scope.leave()
 
 
-class _Team:
+class _Pool:
     """Threads that wait for work."""
 
     def __init__(self) -> None:
@@ -142,12 +142,12 @@ class _Work:
             raise self._errors[0]
 
 
-_team = _Team()
+_pool = _Pool()
 
 
 def _after_fork() -> None:
-    global _team  # noqa: PLW0603  # a child has none of its parent's threads, and locks as they happened to be
-    _team = _Team()
+    global _pool  # noqa: PLW0603  # a child has none of its parent's threads, and locks as they happened to be
+    _pool = _Pool()
     _scope.begin_anew()
 
 
@@ -167,7 +167,7 @@ def run_all(jobs: Sequence[Job], threads: int) -> None:
             job()
         return
     work = _Work(jobs)
-    _team.offer(work, threads - 1)
+    _pool.offer(work, threads - 1)
     try:
         work.take()
     finally:

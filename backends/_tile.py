@@ -7,20 +7,17 @@ Where a tile's rows lie in memory is told in one of two ways: by the address of 
 row; or, if they are equally far apart, by a pair, the first row's address and the bytes from one to the next.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from convdispatch.backend import Config
-from convdispatch.backends._linear import Arithmetic, product
 from convdispatch.backends._vector import (
     I32,
     I64,
     SCALARS,
-    WIDEST,
     Codegen,
     Vector,
     address_of,
@@ -30,89 +27,15 @@ from convdispatch.backends._vector import (
     load_at,
     parts_of,
     prefetch_at,
-    registers,
     shuffled,
-    spaced,
     spaced_in_turn,
     stream_at,
     upper_half,
-    vector_bytes,
 )
-from convdispatch.errors import ArgumentError
 from convdispatch.memory import CACHE_LINE
-
-#: Tiles, rows x vectors, by the number of vector registers: sums, one input and the filters' vectors fit in them.
-_TILES = {
-    32: ((6, 4), (5, 4), (14, 2), (8, 2), (7, 2), (8, 3), (10, 1), (20, 1)),
-    16: ((6, 2), (4, 3), (5, 2), (12, 1), (7, 1)),
-}
-
-#: The same for filters that fill so many vectors, or some times as many, and would leave some of the others' empty.
-_ODD_TILES = {
-    32: ((4, 5), (3, 7)),
-    16: ((2, 5),),
-}
-
-#: The same for so few pixels that the others would do most of their rows for nothing.
-_FEW_TILES = {
-    32: ((1, 8), (1, 4), (1, 2), (2, 8), (2, 4), (2, 2)),
-    16: ((1, 8), (1, 4), (1, 2), (2, 6), (2, 4), (2, 2)),
-}
-
-#: Tiles of half vectors, with 32 registers, for filters that do not fill whole ones.
-_NARROW_TILES = ((8, 3), (5, 5), (14, 1))
-
-#: Tiles of 32 registers whose rows are two pixels side by side: filters that fill a half vector more than whole ones.
-_PAIR_TILES = ((7, 3), (4, 5))
-
-_MOST_ROWS, _MOST_VECTORS = 28, 8
 
 #: Addresses that registers hold at once, besides what else a loop needs.
 AT_ONCE = 10
-
-
-def register_tiles() -> tuple[tuple[int, int], ...]:
-    """Return the tiles, rows x vectors, that suit the registers."""
-    return _TILES[registers()]
-
-
-def odd_tiles(wide: int) -> list[tuple[int, int]]:
-    """Return the tiles, rows x vectors, that filters of so many vectors fill, where none of several vectors else is."""
-    usual = [vectors for _, vectors in register_tiles() if vectors > 1]
-    if any(wide % vectors == 0 for vectors in usual):
-        return []
-    return [tile for tile in _ODD_TILES[registers()] if wide % tile[1] == 0]
-
-
-def few_tiles(pixels: int) -> list[tuple[int, int]]:
-    """Return the tiles, rows x vectors, for fewer pixels than the others have rows; none where there are more."""
-    enough = [tile for tile in _FEW_TILES[registers()] if tile[0] >= pixels]
-    return [tile for tile in enough if tile[0] == enough[0][0]]
-
-
-def narrow_tiles() -> tuple[tuple[int, int], ...]:
-    """Return the tiles, rows x half vectors, where vectors are the widest that there are."""
-    return _NARROW_TILES if vector_bytes() == WIDEST else ()
-
-
-def pair_tiles() -> tuple[tuple[int, int], ...]:
-    """Return the tiles, pairs of pixels x vectors for both of a pair."""
-    return _PAIR_TILES if registers() == 32 else ()
-
-
-def register_tile(config: Config, backend: str, tiles: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Return the tile that a config asks for by ``rows`` and ``vectors``; of ``tiles`` the first if it does not say.
-
-    Raises:
-        ArgumentError: if registers cannot hold its sums.
-    """
-    rows, vectors = config.integer("rows", tiles[0][0]), config.integer("vectors", tiles[0][1])
-    if 1 <= rows <= _MOST_ROWS and 1 <= vectors <= _MOST_VECTORS and rows * vectors < 32:
-        return rows, vectors
-    known = " or ".join(f"{rows}x{vectors}" for rows, vectors in tiles)
-    raise ArgumentError(
-        f"config rows x vectors of {backend} must be sums that fit in registers, such as {known}; got {rows}x{vectors}"
-    )
 
 
 @intrinsic
@@ -377,147 +300,3 @@ def masked(b: Any, what: str, vector: Vector, pointer: Any) -> Any:
     else:
         kind = ir.FunctionType(vector.ir, [pointer.type, I32, mask, vector.ir])
     return cgutils.get_or_insert_function(b.module, kind, name)  # type: ignore[no-untyped-call]
-
-
-# Tuples of vectors that lie apart in memory, or hang together otherwise.
-
-
-@intrinsic
-def gather(
-    typing: Any, table: Any, step: Any, offset: Any, count: Any, lanes: Any, itemsize: Any
-) -> tuple[Any, Codegen]:
-    """Return ``count`` vectors, each ``offset`` bytes behind an address; the addresses are ``step`` bytes apart."""
-    vector = Vector(itemsize.literal_value, lanes.literal_value)
-    kind = types.UniTuple(vector, count.literal_value)  # type: ignore[no-untyped-call]
-
-    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        table, step, offset, *_ = arguments
-        starts = [load_at(b, I64, place, 0, 8) for place in spaced(b, table, step, count.literal_value)]
-        values = [load_at(b, vector.ir, b.add(start, offset), 0, vector.itemsize) for start in starts]
-        return context.make_tuple(b, kind, values)
-
-    return kind(types.int64, types.int64, types.int64, count, lanes, itemsize), codegen
-
-
-@intrinsic
-def load_apart(typing: Any, address: Any, step: Any, count: Any, lanes: Any, itemsize: Any) -> tuple[Any, Codegen]:
-    """Return ``count`` vectors that lie ``step`` bytes apart."""
-    vector = Vector(itemsize.literal_value, lanes.literal_value)
-    kind = types.UniTuple(vector, count.literal_value)  # type: ignore[no-untyped-call]
-
-    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        places = spaced(b, arguments[0], arguments[1], count.literal_value)
-        values = [load_at(b, vector.ir, place, 0, vector.itemsize) for place in places]
-        return context.make_tuple(b, kind, values)
-
-    return kind(types.int64, types.int64, count, lanes, itemsize), codegen
-
-
-@intrinsic
-def save_apart(typing: Any, address: Any, step: Any, tile: Any) -> tuple[Any, Codegen]:
-    """Store vectors ``step`` bytes apart."""
-    vector = tile.dtype
-
-    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        places = spaced(b, arguments[0], arguments[1], len(tile))
-        for value, place in zip(parts_of(b, arguments[2], len(tile)), places, strict=True):
-            b.store(value, address_of(b, place, 0, vector.ir), align=vector.itemsize)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, tile), codegen
-
-
-@intrinsic
-def add_doubts(typing: Any, doubts: Any, tile: Any) -> tuple[Any, Codegen]:
-    """Return a vector that becomes NaN where any of the tile's values is NaN or infinite, and stays 0 elsewhere.
-
-    Values that overflow when summed are doubted too. Their sum keeps what waits for the doubts before short.
-    """
-
-    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        values = parts_of(b, arguments[1], len(tile))
-        while len(values) > 1:
-            values = [b.fadd(*pair) for pair in zip(values[::2], values[1::2], strict=False)] + values[
-                len(values) & ~1 :
-            ]
-        return fused_multiply_add(b, values[0], ir.Constant(doubts.ir, None), arguments[0], doubts)
-
-    return doubts(doubts, tile), codegen
-
-
-@intrinsic
-def any_doubt(typing: Any, doubts: Any) -> tuple[Any, Codegen]:
-    """Return whether a lane of ``add_doubts``' vector is not 0."""
-
-    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        lanes = b.fcmp_unordered("!=", arguments[0], ir.Constant(doubts.ir, None))
-        every = ir.IntType(doubts.lanes)
-        return b.icmp_unsigned("!=", b.bitcast(lanes, every), ir.Constant(every, 0))
-
-    return types.boolean(doubts), codegen
-
-
-@intrinsic
-def part(typing: Any, tile: Any, number: Any, count: Any) -> tuple[Any, Codegen]:
-    """Return part ``number`` of a tile, each of ``count`` vectors."""
-    length = count.literal_value
-    first = number.literal_value * length
-    kind = types.UniTuple(tile.dtype, length)  # type: ignore[no-untyped-call]
-
-    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        return context.make_tuple(b, kind, parts_of(b, arguments[0], len(tile))[first : first + length])
-
-    return kind(tile, number, count), codegen
-
-
-@intrinsic
-def separate(typing: Any, tile: Any, groups: Any) -> tuple[Any, Codegen]:
-    """Return the tile with the lanes of so many groups, which lie in turn, one group after another."""
-    lanes = [
-        lane for first in range(groups.literal_value) for lane in range(tile.dtype.lanes)[first :: groups.literal_value]
-    ]
-
-    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        values = parts_of(b, arguments[0], len(tile))
-        if groups.literal_value > 1:
-            values = [shuffled(b, value, lanes) for value in values]
-        return context.make_tuple(b, signature.return_type, values)
-
-    return tile(tile, groups), codegen
-
-
-def linear(matrices: Callable[..., Any]) -> Any:
-    """Return an intrinsic that multiplies a tuple of vectors with a constant matrix, written out.
-
-    Args:
-        matrices: from literal integers to the matrix, rows of fractions.
-    """
-
-    @intrinsic
-    def combine(typing: Any, tile: Any, m: Any, r: Any, stride: Any) -> tuple[Any, Codegen]:
-        """Return ``matrices(m, r, stride) @ tile``."""
-        matrix = matrices(m.literal_value, r.literal_value, stride.literal_value)
-        kind = types.UniTuple(tile.dtype, len(matrix))  # type: ignore[no-untyped-call]
-
-        def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-            values = parts_of(b, arguments[0], len(tile))
-            return context.make_tuple(b, kind, product(matrix, values, _arithmetic(b, tile.dtype)))
-
-        return kind(tile, m, r, stride), codegen
-
-    return combine
-
-
-def _arithmetic(b: Any, vector: Vector) -> Arithmetic:
-    """Return what writes instructions on vectors."""
-
-    def constant(value: float) -> Any:
-        return ir.Constant(vector.ir, [value] * vector.lanes)
-
-    return Arithmetic(
-        add=b.fadd,
-        subtract=b.fsub,
-        scale=lambda value, weight: b.fmul(value, constant(weight)),
-        multiply_add=lambda value, weight, total: fused_multiply_add(b, value, constant(weight), total, vector),
-        zero=ir.Constant(vector.ir, None),
-    )

@@ -2,8 +2,8 @@
 
 from convdispatch.backends._atomics import write
 from convdispatch.backends._jit import compilable, inlined
-from convdispatch.backends._tile import any_doubt, linear, load_apart, save_apart
 from convdispatch.backends._toomcook import strided
+from convdispatch.backends._tuples import any_doubt, linear, load_apart, save_apart
 
 transform_input = linear(lambda m, r, stride: strided(m, r, stride).bt)
 transform_output = linear(lambda m, r, stride: strided(m, r, stride).at)

@@ -15,26 +15,16 @@ from typing import Any
 
 import numpy as np
 
+from convdispatch.backends._activation import RELU6, activate
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_at, array_of, integers_of
-from convdispatch.backends._epilogue import RELU6, activate
 from convdispatch.backends._jit import compilable, inlined, outlined
 from convdispatch.backends._lines import odd_lines
 from convdispatch.backends._put import clamped, put_whole
 from convdispatch.backends._scratch import borrow, give_back
-from convdispatch.backends._tile import (
-    add_doubts,
-    add_to_all,
-    add_to_each,
-    load_apart,
-    multiply_add,
-    prefetch_filters,
-    save_apart,
-    separate,
-    store,
-    zeros,
-)
+from convdispatch.backends._tile import add_to_all, add_to_each, multiply_add, prefetch_filters, store, zeros
 from convdispatch.backends._tiling import corner, following, outputs_inside, place_of, tiles_of_picture
 from convdispatch.backends._transforms import leave_columns, report, transform_input, transform_output
+from convdispatch.backends._tuples import add_doubts, load_apart, save_apart, separate
 from convdispatch.backends._vector import clear, copy
 from convdispatch.backends._windows import copy_columns, copy_group
 from convdispatch.memory import CACHE_LINE

@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from convdispatch.backends._activation import RELU6, activate_all
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
-from convdispatch.backends._epilogue import RELU6, finish
 from convdispatch.backends._jit import compilable, inlined
 from convdispatch.backends._lines import whole_lines
 from convdispatch.backends._row_passes import RowForm, passing
 from convdispatch.backends._scratch import borrow, give_back
-from convdispatch.backends._tile import load_apart, save_apart, zeros
+from convdispatch.backends._tile import zeros
 from convdispatch.backends._transforms import report, transform_input
+from convdispatch.backends._tuples import load_apart, save_apart
 from convdispatch.backends._vector import hold, load, save
 from convdispatch.backends._windows import copy_columns, taps_inside
 from convdispatch.memory import CACHE_LINE
@@ -71,7 +72,7 @@ def _entering(form: RowForm) -> Any:
 def _finish(pixels, code, slope):  # type: ignore[no-untyped-def]
     """Apply an activation that is no clamp to neighbouring pixels."""
     for pixel in pixels:
-        finish(pixel, code, slope)
+        activate_all(pixel, code, slope)
 
 
 @inlined

@@ -26,11 +26,11 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, item_bytes
 from convdispatch.backends import _rates
+from convdispatch.backends._activation import RELU6
 from convdispatch.backends._caches import in_last_caches, should_stream
 from convdispatch.backends._depthwise import in_place
 from convdispatch.backends._depthwise_staged import staged
 from convdispatch.backends._depthwise_tile import DepthwiseForm, shared_out
-from convdispatch.backends._epilogue import RELU6
 from convdispatch.backends._jobs import grid, pieces
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._lines import odd_lines
@@ -181,7 +181,7 @@ class Depthwise(PackedBackend):
     version = 11
 
     def rejects_plain(self, problem: Problem) -> str | None:
-        """Return None, or why the problem is not depthwise, or that integers are missing."""
+        """Return None, or why the problem is not depthwise."""
         if problem.groups == 1:
             return "it wants groups, and there is one for all"
         if not _shares_vectors(problem) and problem.group_c != 1:

@@ -14,7 +14,7 @@ from numba import types
 
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config, Kernel
-from convdispatch.backends._epilogue import activate
+from convdispatch.backends._activation import activate
 from convdispatch.backends._jit import array, integers, njit
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem, dtype_of

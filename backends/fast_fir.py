@@ -25,8 +25,8 @@ from convdispatch.backends._jobs import several, split
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._packing import by_phases, for_columns
+from convdispatch.backends._register_tiles import register_tile
 from convdispatch.backends._taps import by_chunks, taps_together
-from convdispatch.backends._tile import register_tile
 from convdispatch.backends._toomcook import amplification, roundings, transforms
 from convdispatch.backends._vector import registers, vector_bytes
 from convdispatch.errors import ArgumentError

@@ -21,8 +21,7 @@ from convdispatch.backends._jobs import even_grid, grid, pieces
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._packed import PackedBackend, flat
 from convdispatch.backends._packing import by_blocks
-from convdispatch.backends._tile import (
-    AT_ONCE,
+from convdispatch.backends._register_tiles import (
     few_tiles,
     narrow_tiles,
     odd_tiles,
@@ -30,6 +29,7 @@ from convdispatch.backends._tile import (
     register_tile,
     register_tiles,
 )
+from convdispatch.backends._tile import AT_ONCE
 from convdispatch.backends._vector import halves_are_free, vector_bytes, whole_units
 from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine

@@ -16,7 +16,7 @@ from numba import types
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config, Effort, Kernel, item_bytes
 from convdispatch.backends import _rates
-from convdispatch.backends._epilogue import activate
+from convdispatch.backends._activation import activate
 from convdispatch.backends._jit import array, compilable, integers, njit
 from convdispatch.backends._jobs import several, split
 from convdispatch.backends._threads import run_all

@@ -12,16 +12,17 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, item_bytes
 from convdispatch.backends import _rates
+from convdispatch.backends._activation import RELU6, activate, activate_all
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of
 from convdispatch.backends._caches import in_last_caches, should_stream
-from convdispatch.backends._epilogue import RELU6, activate, finish
 from convdispatch.backends._jit import outlined
 from convdispatch.backends._jobs import several, split
 from convdispatch.backends._kernel import PackedKernel
 from convdispatch.backends._packed import PackedBackend
 from convdispatch.backends._packing import for_columns
 from convdispatch.backends._put import put_tile
-from convdispatch.backends._tile import add_to_each, load_apart
+from convdispatch.backends._tile import add_to_each
+from convdispatch.backends._tuples import load_apart
 from convdispatch.backends._vector import prefetch, vector_bytes
 from convdispatch.backends._weave import mixed, unwoven, woven
 from convdispatch.machine import Machine
@@ -105,7 +106,7 @@ def _compiled(channels: int, filters: int, planar: int, lanes: int, itemsize: in
                 start, runs = left + at * steps[1], filters if planar else 1
                 for run in range(runs):
                     begin = start + run * pixels
-                    finish(flat[begin : begin + lanes * filters // runs], code, slope)
+                    activate_all(flat[begin : begin + lanes * filters // runs], code, slope)
         return 1
 
     return CompiledKernel(convolve, _ARGUMENTS)

@@ -209,7 +209,7 @@ def _growth(problem: Problem, config: Config) -> float:
 
 
 class WinogradRows(PackedBackend):
-    """Minimal filtering along rows: up to 11 columns of taps, stride 1 or 2 along rows, any down, few channels."""
+    """Minimal filtering along rows: any number of columns of taps, any stride down, few channels."""
 
     name = "winograd_rows"
     packing_cost = (5e-5, 1.8e-9)

@@ -18,7 +18,7 @@ from strategies import judge, numbers
 from convdispatch import registry
 from convdispatch.backend import Config
 from convdispatch.backends import _caches, _indirect, implicit_gemm
-from convdispatch.backends._tile import few_tiles, narrow_tiles, odd_tiles, pair_tiles, register_tiles
+from convdispatch.backends._register_tiles import few_tiles, narrow_tiles, odd_tiles, pair_tiles, register_tiles
 from convdispatch.backends._vector import registers, vector_bytes
 from convdispatch.backends.implicit_gemm import ImplicitGemm
 from convdispatch.errors import ArgumentError

@@ -10,7 +10,7 @@ from convdispatch import registry
 from convdispatch.backend import Candidate, Config
 from convdispatch.backends import _pixel_panels
 from convdispatch.backends._pixel_panels import PanelKernel
-from convdispatch.backends._tile import register_tiles
+from convdispatch.backends._register_tiles import register_tiles
 from convdispatch.problem import Problem
 
 BACKEND = registry.get("implicit_gemm")

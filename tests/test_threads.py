@@ -126,7 +126,7 @@ def test_the_caller_does_the_jobs_that_nobody_else_comes_for(monkeypatch: pytest
     def nobody_comes(work: object, places: int) -> None:
         pass
 
-    monkeypatch.setattr(_threads._team, "offer", nobody_comes)
+    monkeypatch.setattr(_threads._pool, "offer", nobody_comes)
     done: list[int] = []
     _threads.run_all([functools.partial(done.append, number) for number in range(9)], 4)
     assert done == list(range(9))

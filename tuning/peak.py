@@ -9,7 +9,8 @@ import numpy as np
 
 from convdispatch.backends._arguments import INTEGER, Arguments, CompiledKernel, array_of
 from convdispatch.backends._team import run_jobs
-from convdispatch.backends._tile import save_apart, zeros
+from convdispatch.backends._tile import zeros
+from convdispatch.backends._tuples import save_apart
 from convdispatch.backends._vector import Codegen, fused_multiply_add, intrinsic, load_at, parts_of, vector_bytes
 
 #: Sums under way at once: enough to hide the latency of a product, few enough for 16 registers.

@@ -57,7 +57,7 @@ def _overload_activate(v: Any, code: int, slope: float) -> Any:  # noqa: ARG001 
 
 
 @compilable
-def finish(values, code, slope):  # type: ignore[no-untyped-def]
+def activate_all(values, code, slope):  # type: ignore[no-untyped-def]
     """Apply an activation to values that lie side by side."""
     if code == RELU:
         for i in range(values.size):
