@@ -81,6 +81,8 @@ def bench(
 ) -> None:
     """Compare convdispatch with other engines on every layer of WORKLOAD, as --against torch onnxruntime openvino.
 
+    WORKLOAD is written as in tune: a packaged one, a YAML file, an ONNX model, or a problem.
+
     Engines: torch, onnxruntime, openvino, xnnpack (LiteRT), opencv, scipy; module:class for your own; ENGINE@PYTHON
     for one that is installed for another interpreter. Each runs in its own process with the same threads, in its
     fastest deployment, is checked against the float64 reference, and takes turns with the others in every round.

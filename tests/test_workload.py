@@ -285,9 +285,9 @@ def test_broken_files_say_where_and_what(text: str, message: str, tmp_path: Path
 
 
 def test_files_that_are_no_text(tmp_path: Path) -> None:
-    path = tmp_path / "model.onnx"
+    path = tmp_path / "model.bin"
     path.write_bytes(bytes(range(256)))
-    with pytest.raises(WorkloadError, match=r"model\.onnx: this is not YAML"):
+    with pytest.raises(WorkloadError, match=r"model\.bin: this is not YAML"):
         load(str(path))
     with pytest.raises(WorkloadError, match="this file cannot be read"):
         load(tmp_path)

@@ -155,7 +155,7 @@ def merge(path: Path, recorded: Workload) -> None:
         WorkloadError: if the file there is no workload, or it cannot be written; it is then as it was.
     """
     try:
-        place = safe_file.real(path)
+        place = workloads.place_of(path)
         place.parent.mkdir(parents=True, exist_ok=True)
         with safe_file.exclusive(place):
             if place.exists() and place.stat().st_size:
@@ -229,8 +229,10 @@ def record(path: str | os.PathLike[str] | None = None) -> Iterator[Recording]:
         raise ArgumentTypeError(f"path must be a path of a file, or None; got {path!r:.80}")
     recording = Recording()
     target = None if path is None else Path(path).absolute()  # the block may go elsewhere
-    if target is not None and target.exists() and (not target.is_file() or target.stat().st_size):
-        workloads.load(target)  # or it could not be added to
+    if target is not None:
+        place = workloads.place_of(target)
+        if place.exists() and (not place.is_file() or place.stat().st_size):
+            workloads.load(target)  # or it could not be added to
     _start(recording)
     try:
         yield recording

@@ -139,8 +139,8 @@ def tune(
     ``"busy"``. What is flagged is measured again at the end, if there is a quiet moment then, or by the next run.
 
     Args:
-        workload: a packaged workload's name, a YAML file, a problem or its text, a ``Workload``, what ``record``
-            recorded, or several problems.
+        workload: a packaged workload's name, a YAML file, an ONNX model's file, a problem or its text, a
+            ``Workload``, what ``record`` recorded, or several problems.
         effort: ``"measure"``, ``"patient"`` or ``"exhaustive"``.
         time_limit: seconds for the whole run; what it leaves undone is reported as left. Nothing new begins after
             them, but who takes part in what was begun is still checked, and races for three rounds.

@@ -1,4 +1,4 @@
-"""Workloads: named lists of problems with how often each runs, and the YAML that holds them.
+"""Workloads: named lists of problems with how often each runs, and the YAML or the ONNX model that holds them.
 
 A workload file is::
 
@@ -17,6 +17,8 @@ layer's first call in a process, which may have waited for a compiler or a race,
 later ones; with its own time only where there was no other yet when it was written. Anything else is an error, since
 a misspelt ``count`` would silently weigh a layer wrongly. So are aliases: nobody needs them here, and a small file of
 them can stand for an enormous one.
+
+A file whose name ends in ``.onnx`` is a model, each of its different convolutions a layer; see ``onnx_model``.
 """
 
 import difflib
@@ -34,6 +36,7 @@ from convdispatch import safe_file, safe_yaml
 from convdispatch.arguments import check_deployment
 from convdispatch.errors import ArgumentError, ArgumentTypeError, WorkloadError
 from convdispatch.problem import Problem
+from convdispatch.tuning import onnx_model
 
 _EXAMPLE = "1x56x56x64 * 3x3x64x64 SAME"
 #: A larger file is some other file; a recording of a hundred thousand problems fits.
@@ -149,13 +152,15 @@ class Workload:
         """Write a workload file, whole or not at all, in place of what is there.
 
         Raises:
-            WorkloadError: if the file cannot be written.
+            WorkloadError: if the file cannot be written, or its name is an ONNX model's.
 
         """
         try:
-            place = safe_file.real(Path(path))
+            place = place_of(Path(path))
             with safe_file.exclusive(place):
                 safe_file.replace(place, self.to_yaml().encode())
+        except WorkloadError:
+            raise
         except (OSError, ValueError) as error:
             raise WorkloadError(f"{path}: the workload cannot be written: {error}") from None
 
@@ -178,9 +183,9 @@ def load(what: "str | os.PathLike[str] | Problem | Workload | Iterable[Problem |
     """Return the workload that ``what`` stands for.
 
     Args:
-        what: a packaged workload's name; the path of a workload file (as text it needs a suffix or a
-            separator, such as ``my.yaml`` or ``./mine``); a problem or its text; an iterable of problems,
-            their texts and layers; or a workload, which is returned as it is.
+        what: a packaged workload's name; the path of a workload file or of an ONNX model (as text it needs a suffix or
+            a separator, such as ``my.yaml``, ``./mine`` or ``model.onnx``); a problem or its text; an iterable of
+            problems, their texts and layers; or a workload, which is returned as it is.
 
     Raises:
         WorkloadError: naming the file, the layer, what is wrong with it and what would do.
@@ -212,7 +217,7 @@ def _named(text: str) -> Workload:
         file = importlib.resources.files("convdispatch.configs").joinpath(f"{text}.yaml")
         return _parse(text, text, file.read_bytes())
     path = Path(text)
-    if "*" in text and path.suffix not in {".yaml", ".yml"}:
+    if "*" in text and path.suffix not in {".yaml", ".yml"} and not _is_model(path):
         return load(_layer("workload", text).problem)
     if path.suffix or len(path.parts) > 1 or text.startswith(("/", ".")):
         return _file(path)
@@ -226,8 +231,12 @@ def _named(text: str) -> Workload:
 
 def _file(path: Path) -> Workload:
     try:
+        if _is_model(path):
+            return _model(path)
         with path.open("rb") as file:
             data = file.read(_MOST_BYTES + 1)
+    except WorkloadError:
+        raise
     except FileNotFoundError:
         known = ", ".join(packaged())
         if str(path) in packaged():
@@ -238,6 +247,27 @@ def _file(path: Path) -> Workload:
     if len(data) > _MOST_BYTES:
         raise WorkloadError(f"{path}: a workload file has at most {_MOST_BYTES} bytes; this one has more")
     return _parse(str(path), path.stem, data)
+
+
+def place_of(path: Path) -> Path:
+    """Return the file behind a path and its links, where a workload may be written.
+
+    Raises:
+        WorkloadError: for a model's name: the model there would be lost, and none would be read from what is written.
+    """
+    place = safe_file.real(path)
+    if _is_model(place):
+        raise WorkloadError(f"{path}: a workload is not written to {place.name}, an ONNX model's name; call it .yaml")
+    return place
+
+
+def _is_model(path: Path) -> bool:
+    return path.suffix.lower() == ".onnx"
+
+
+def _model(path: Path) -> Workload:
+    layers = tuple(Layer(problem, 1, name) for name, problem in onnx_model.convolutions(path))
+    return Workload(path.stem, layers, source=str(path)).distinct()
 
 
 def _parse(where: str, name: str, data: bytes) -> Workload:
