@@ -1,4 +1,4 @@
-"""Activations of values, for compiled kernels; they add bias and residual themselves."""
+"""Activations of single values, for compiled kernels; they add bias and residual themselves."""
 
 import math
 from typing import Any
@@ -54,14 +54,3 @@ def _activate_integer(v: Any, code: int, slope: float) -> Any:  # noqa: ARG001  
 @overload(activate)
 def _overload_activate(v: Any, code: int, slope: float) -> Any:  # noqa: ARG001  # Numba matches by name
     return _activate_integer if isinstance(v, types.Integer) else _activate_float
-
-
-@compilable
-def activate_all(values, code, slope):  # type: ignore[no-untyped-def]
-    """Apply an activation to values that lie side by side."""
-    if code == RELU:
-        for i in range(values.size):
-            values[i] = max(values[i], 0)
-    elif code:
-        for i in range(values.size):
-            values[i] = activate(values[i], code, slope)

@@ -3,6 +3,7 @@
 import math
 
 from convdispatch.backend import item_bytes
+from convdispatch.backends._activation import RELU6
 from convdispatch.machine import current
 from convdispatch.memory import CACHE_LINE
 from convdispatch.problem import Problem
@@ -18,17 +19,17 @@ def in_last_caches(problem: Problem) -> float:
     return values * item_bytes(p.dtype) / max(1, current().caches[2])
 
 
-def should_stream(shape: tuple[int, ...], itemsize: int, run: int, row: int, part: float = CACHED_OUTPUT) -> bool:
+def should_stream(problem: Problem, run: int, row: int, part: float = CACHED_OUTPUT) -> bool:
     """Return whether outputs are better written by streaming (non-temporal) stores, past the caches.
 
     An ordinary store first loads the line that it overwrites, and drives out the input and other things.
 
     Args:
-        shape: of the output.
-        itemsize: bytes of a value.
+        problem: what is computed; what is stored before its activation is done must stay in the caches.
         run: values that are written at a time; they must be whole cache lines.
         row: values from one run's beginning to the next's; they must be so too, or lines would begin elsewhere.
         part: of the last cache, which is left to the output.
     """
-    whole = run * itemsize % CACHE_LINE == row * itemsize % CACHE_LINE == 0
-    return whole and math.prod(shape) * itemsize > part * current().caches[2]
+    size = item_bytes(problem.dtype)
+    whole = run * size % CACHE_LINE == row * size % CACHE_LINE == 0 and problem.epilogue.code <= RELU6
+    return whole and math.prod(problem.output_shape) * size > part * current().caches[2]

@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 
-from convdispatch.backends._activation import RELU6, activate_all
+from convdispatch.backends._activation import RELU6
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._depthwise_tile import (
     DepthwiseForm,
@@ -22,6 +22,7 @@ from convdispatch.backends._jit import compilable
 from convdispatch.backends._slide import slide_found
 from convdispatch.backends._tile import store, zeros
 from convdispatch.backends._vector import hold
+from convdispatch.backends._vector_activation import activate_pixels
 from convdispatch.backends._windows import taps_inside
 
 
@@ -161,9 +162,8 @@ def in_place(form: DepthwiseForm) -> CompiledKernel:  # noqa: C901, PLR0915
                                         out[n, oh + upper], added, bias, scratch, (ow, apart), k0, (members, member)
                                     )
                     if finishes:
-                        for upper in range(together):
-                            for o in range(tile):
-                                activate_all(out[n, oh + upper, ow + o * apart], code, slope)
+                        at, steps = out.ctypes.data + (row * columns + ow) * result, (columns * result, apart * result)
+                        activate_pixels(at, steps, (together, tile), filters, code, slope, itemsize)
                 row += together
         hold(pixels), hold(outputs)
         return 1

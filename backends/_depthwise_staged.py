@@ -9,12 +9,13 @@ import functools
 
 import numpy as np
 
-from convdispatch.backends._activation import RELU6, activate_all
+from convdispatch.backends._activation import RELU6
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._depthwise_tile import DepthwiseForm, ending, flat_tile, high_tile, place, rows_together
 from convdispatch.backends._jit import compilable
 from convdispatch.backends._scratch import borrow, give_back
 from convdispatch.backends._vector import clear, copy, hold
+from convdispatch.backends._vector_activation import activate_pixels
 
 #: ``filters`` is ``[blocks, 1, KH, KW, 1, lanes]``; ``stage`` the rows and columns of outputs whose pixels are copied
 #: together, and the bytes from one pixel to the next.
@@ -84,9 +85,8 @@ def staged(form: DepthwiseForm) -> CompiledKernel:
                         else:
                             sum_flat(seen, packed, (kh, kw // taps), (to, result), ends)
                         if code > RELU6:
-                            for i in range(together):
-                                for o in range(tile):
-                                    activate_all(out[n, oh + done + i, ow + o], code, slope)
+                            steps = columns * result, result
+                            activate_pixels(to, steps, (together, tile), filters, code, slope, itemsize)
                     done += together
                 row += count
         give_back(pixels), hold(outputs)

@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 
-from convdispatch.backends._activation import RELU6, activate_all
+from convdispatch.backends._activation import RELU6
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_at, array_of, integers_of
 from convdispatch.backends._jit import inlined
 from convdispatch.backends._panels import panel_at
@@ -12,6 +12,7 @@ from convdispatch.backends._planes import callees, fill, put_line
 from convdispatch.backends._put import put_tile
 from convdispatch.backends._scratch import borrow, give_back
 from convdispatch.backends._tile import add_to_all, store, zeros
+from convdispatch.backends._vector_activation import activate_all
 from convdispatch.backends._weave import add_rows, add_rows_of_all, woven
 from convdispatch.memory import CACHE_LINE
 
@@ -175,9 +176,8 @@ def compiled(  # noqa: C901, PLR0915
                         put_tile(sums, rows, table, offset, residual.size, more, code, streams)
                         if code > RELU6:
                             for r in range(high):
-                                line = results[n * copies + k, phase + (oh + r) * dh, left + ow : left + ow + across]
-                                for i in range(together):
-                                    activate_all(line[:, i], code, slope)
+                                stored = results[n * copies + k, phase + (oh + r) * dh, left + ow :]
+                                activate_all(np.int64(stored.ctypes.data), across * together, code, slope, itemsize)
                 if staged:
                     for r in range(count):
                         row = phase + (oh + r) * dh

@@ -9,13 +9,14 @@ import functools
 
 import numpy as np
 
-from convdispatch.backends._activation import RELU6, activate_all
+from convdispatch.backends._activation import RELU6
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._jit import compilable, inlined
 from convdispatch.backends._put import finished, put
 from convdispatch.backends._tile import add_to_all, multiply_add, zeros
 from convdispatch.backends._tuples import load_apart, save_apart
 from convdispatch.backends._vector import hold, prefetch
+from convdispatch.backends._vector_activation import activate_all
 from convdispatch.memory import CACHE_LINE
 
 #: Filters with more bytes than this are taken by parts, but not for fewer tiles than these.
@@ -183,7 +184,6 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
         here = (x.ctypes.data, x.shape[0], x.shape[1], x.shape[2], x.shape[3])
         there = (out.ctypes.data, out.shape[0], out.shape[1], out.shape[2], out.shape[3])
         residual_offset = residual.ctypes.data - out.ctypes.data
-        flat = out.reshape(pixels, filters)
         tiles = last_tile - first_tile
         table, inside = np.empty((tiles, 2 + kh * kw, rows), np.int64), np.empty(tiles, np.bool_)
         image, rest = divmod(first_tile * rows, out.shape[1] * out.shape[2])
@@ -227,7 +227,8 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int) -> CompiledKern
                     if code > RELU6:
                         first = (first_tile + t) * rows
                         for r in range(first, min(first + rows, pixels)):
-                            activate_all(flat[r, k0 : k0 + count], code, slope)
+                            at = out.ctypes.data + (r * filters + k0) * itemsize
+                            activate_all(at, count, code, slope, itemsize)
         hold(table), hold(partial)
         return 1
 

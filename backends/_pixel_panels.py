@@ -153,7 +153,7 @@ class PanelKernel(WrappedKernel):
         inner, arguments = _in_line.compiled(*tile, lanes, size), _in_line.ARGUMENTS
         template = arguments.pack(
             input=weights.reshape(1, 1, p.k, depth), pads=(0, 0), strides=(1, 1), dilations=(1, 1), jobs=jobs,
-            streamed=should_stream(p.output_shape, size, block, pixels), code=p.epilogue.code, slope=p.epilogue.slope,
+            streamed=should_stream(p, block, pixels), code=p.epilogue.code, slope=p.epilogue.slope,
         )  # fmt: skip
         shapes: dict[str, tuple[int, ...]] = {"filters": (1, blocks, 1, 1, depth, block), "out": (1, 1, p.k, pixels)}
         if p.epilogue.residual:

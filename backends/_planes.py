@@ -7,12 +7,12 @@ import functools
 
 import numpy as np
 
-from convdispatch.backends._activation import activate_all
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, call
 from convdispatch.backends._jit import compilable
 from convdispatch.backends._layout import SAME, gather_planes
 from convdispatch.backends._tile import zeros
 from convdispatch.backends._vector import clear, copy
+from convdispatch.backends._vector_activation import activate_all
 from convdispatch.backends._weave import unweave, weave
 from convdispatch.memory import CACHE_LINE
 
@@ -210,7 +210,7 @@ def putting(lanes: int, itemsize: int) -> int:
         flat, more = line.reshape(line.size), added.reshape(added.size)
         for i in range(more.size):
             flat[i] += more[i]
-        activate_all(flat, code, slope)
+        activate_all(np.int64(flat.ctypes.data), flat.size, code, slope, itemsize)
         return 1
 
     return CompiledKernel(put, _LINE).address

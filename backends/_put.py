@@ -5,12 +5,12 @@
 
 import math
 
-from convdispatch.backends._activation import RELU, RELU6, activate_all
-from convdispatch.backends._arguments import array_at
+from convdispatch.backends._activation import RELU, RELU6
 from convdispatch.backends._atomics import stack
 from convdispatch.backends._jit import inlined
 from convdispatch.backends._tile import add_some_to_each, add_to_each, clamp, store, store_some, stream
 from convdispatch.backends._vector import copy
+from convdispatch.backends._vector_activation import activate_all
 
 
 @inlined
@@ -71,7 +71,7 @@ def finish_and_put(sums, rows, outputs, adds, beside, code, slope, count, whole,
         room, step = stack(words), whole * itemsize
         store(sums, rows, (room, step), 0)
         for r in range(rows):
-            activate_all(array_at(room + r * step, (count,), itemsize), code, slope)
+            activate_all(room + r * step, count, code, slope, itemsize)
             copy(outputs[0] + r * outputs[1], room + r * step, count * itemsize)
     else:
         put(sums, rows, outputs, 0, count, whole, streams)

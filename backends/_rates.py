@@ -13,8 +13,8 @@ from convdispatch.problem import Problem
 _PEAK_PER_BYTE = 1.8e9
 #: Bytes a second that a thread reads from caches beyond its own, or from memory, if it reads on and on.
 _CACHED_BYTES, _MEMORY_BYTES = 1.2e11, 2e10
-#: Of an activation's value, in a loop of its own.
-_ACTIVATION_SECONDS = 3e-9
+#: Of an activation's value, in vectors of 64 bytes; and of float64, one by one.
+_ACTIVATION_SECONDS, _WIDE_ACTIVATION_SECONDS = 4e-10, 3e-9
 #: Of what is read again and again, this part of the last cache is found there; of the rest, others took the place.
 FOUND = 0.4
 #: What backends' rates were measured on does vectors of 64 bytes by halves. Cores with two units for whole ones, and
@@ -40,9 +40,12 @@ def filter_seconds(filter_bytes: int, machine: Machine) -> float:
     return found / _CACHED_BYTES + (filter_bytes - found) / _MEMORY_BYTES
 
 
-def activation_seconds(problem: Problem) -> float:
-    """Return how long one thread takes for activations that are more than a clamp: value by value, on stored sums."""
-    return _ACTIVATION_SECONDS * math.prod(problem.output_shape) if problem.epilogue.code > RELU6 else 0.0
+def activation_seconds(problem: Problem, machine: Machine) -> float:
+    """Return how long one thread takes for activations that are more than a clamp, on stored sums."""
+    if problem.epilogue.code <= RELU6:
+        return 0.0
+    each = _ACTIVATION_SECONDS * 64 / machine.vector_bytes if problem.dtype == "float32" else _WIDE_ACTIVATION_SECONDS
+    return each * math.prod(problem.output_shape)
 
 
 def moved_bytes(problem: Problem) -> int:

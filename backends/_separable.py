@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convdispatch.backends._activation import RELU6, activate_all
+from convdispatch.backends._activation import RELU6
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_at, array_of, integers_of
 from convdispatch.backends._jit import compilable, inlined
 from convdispatch.backends._panels import panel_at
@@ -14,6 +14,7 @@ from convdispatch.backends._put import put_tile
 from convdispatch.backends._scratch import borrow, give_back
 from convdispatch.backends._taps import chunks
 from convdispatch.backends._tile import add_to_all, store, zeros
+from convdispatch.backends._vector_activation import activate_all
 from convdispatch.backends._weave import add_rows
 from convdispatch.memory import CACHE_LINE
 
@@ -182,9 +183,8 @@ def compiled(  # noqa: C901, PLR0915
                                     put_tile(sums, count, (line, apart), offset, residual.size, more_at, code, streams)
                             if code > RELU6 and not staged:
                                 for each in range(lines):
-                                    activate_all(
-                                        results[made, row + each * dh, left + ow : left + ow + block, 0], code, slope
-                                    )
+                                    found = results[made, row + each * dh, left + ow :]
+                                    activate_all(np.int64(found.ctypes.data), block, code, slope, itemsize)
                 if staged:
                     for r in range(min(rows, bottom - oh)):
                         row = phase + (oh + r) * dh

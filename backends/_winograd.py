@@ -26,6 +26,7 @@ from convdispatch.backends._tiling import corner, following, outputs_inside, pla
 from convdispatch.backends._transforms import leave_columns, report, transform_input, transform_output
 from convdispatch.backends._tuples import add_doubts, load_apart, save_apart, separate
 from convdispatch.backends._vector import clear, copy
+from convdispatch.backends._vector_activation import activate_pixels
 from convdispatch.backends._windows import copy_columns, copy_group
 from convdispatch.memory import CACHE_LINE
 
@@ -334,7 +335,7 @@ def _leaving_one_by_one(algorithm: Algorithm, share: int, lanes: int, itemsize: 
     def leave_one_by_one(  # type: ignore[no-untyped-def]
         columns, bias, where, inside, dilations, few, out, residual, code, slope, doubts, rows
     ):  # fmt: skip
-        """Do what ``leave`` does with a tile of ``few`` filters, or whose activation is no clamp; return the doubts.
+        """Do what ``leave`` does with a tile of ``few`` filters; return the doubts.
 
         ``where`` is the image, the first row and column, and the first filter; ``inside`` counts real rows and columns.
         """
@@ -351,7 +352,7 @@ def _leaving_one_by_one(algorithm: Algorithm, share: int, lanes: int, itemsize: 
 
 
 @functools.cache
-def _leaving(algorithm: Algorithm, share: int, lanes: int, itemsize: int) -> Any:
+def _leaving(algorithm: Algorithm, share: int, lanes: int, itemsize: int) -> Any:  # noqa: C901
     """Return what transforms tiles of products back, finishes and stores them; ``share`` groups fill a vector."""
     (m0, m1), (n0, n1), r0, stride = algorithm.m, algorithm.n, algorithm.r[0], algorithm.stride
     lane_bytes, line = lanes * itemsize, _finishing(algorithm, share, lanes, itemsize)
@@ -391,10 +392,10 @@ def _leaving(algorithm: Algorithm, share: int, lanes: int, itemsize: int) -> Any
                 if n0 > 1:
                     leave_columns(start, between, half, m0, r0, stride, n0, n1, lanes, itemsize)
                     columns = (half, lane_bytes)
-                if k + lanes > valid or code > RELU6:
+                if k + lanes > valid:
                     doubts = leave_one_by_one(
                         columns, added, (image, oh, ow, k0 + k), inside, dilations, min(lanes, valid - k), out,
-                        residual, code, slope, doubts, rows,
+                        residual, code if code <= RELU6 else 0, slope, doubts, rows,
                     )  # fmt: skip
                     continue
                 for i in range(inside[0]):
@@ -412,6 +413,8 @@ def _leaving(algorithm: Algorithm, share: int, lanes: int, itemsize: int) -> Any
                     store(clamped(sums, code), m1, (done, lane_bytes), 0)
                     for j in range(inside[1]):  # the tile reaches beyond the image
                         copy(to + j * across, done + j * lane_bytes, lane_bytes)
+            if code > RELU6:
+                activate_pixels(origin, (down, across), inside, valid, code, slope, itemsize)
         return doubts
 
     return leave

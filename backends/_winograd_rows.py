@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from convdispatch.backends._activation import RELU6, activate_all
+from convdispatch.backends._activation import RELU6
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._jit import compilable, inlined
 from convdispatch.backends._lines import whole_lines
@@ -21,6 +21,7 @@ from convdispatch.backends._tile import zeros
 from convdispatch.backends._transforms import report, transform_input
 from convdispatch.backends._tuples import load_apart, save_apart
 from convdispatch.backends._vector import hold, load, save
+from convdispatch.backends._vector_activation import activate_pixels
 from convdispatch.backends._windows import copy_columns, taps_inside
 from convdispatch.memory import CACHE_LINE
 
@@ -66,13 +67,6 @@ def _entering(form: RowForm) -> Any:
             values += row_bytes
 
     return enter
-
-
-@compilable
-def _finish(pixels, code, slope):  # type: ignore[no-untyped-def]
-    """Apply an activation that is no clamp to neighbouring pixels."""
-    for pixel in pixels:
-        activate_all(pixel, code, slope)
 
 
 @inlined
@@ -173,8 +167,10 @@ def compiled(form: RowForm) -> CompiledKernel:  # noqa: C901, PLR0915
                                     _copy_vectors(place, spill, result, inside, lanes, itemsize)
                 if code > RELU6:
                     for i in range(count):
-                        pixels = out[image, oh + i, first * m : (end - 1) * m + inside]
-                        _finish(pixels[:, first_group * group_k : last_group * group_k], code, slope)
+                        pixels = out[image, oh + i, first * m : (end - 1) * m + inside, first_group * group_k :]
+                        counts, each = (1, pixels.shape[0]), (last_group - first_group) * group_k
+                        pixel = out.shape[3] * itemsize
+                        activate_pixels(np.int64(pixels.ctypes.data), (0, pixel), counts, each, code, slope, itemsize)
                 row += count
         report(doubts, arguments + _SPOILED_AT)
         give_back(values), hold(outputs)

@@ -26,7 +26,6 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, item_bytes
 from convdispatch.backends import _rates
-from convdispatch.backends._activation import RELU6
 from convdispatch.backends._caches import in_last_caches, should_stream
 from convdispatch.backends._depthwise import in_place
 from convdispatch.backends._depthwise_staged import staged
@@ -226,8 +225,9 @@ class Depthwise(PackedBackend):
         seconds = together * _row_seconds(tiling, tiling.rows, machine)
         seconds += alone * _row_seconds(tiling, 1, machine) if alone else 0
         seconds *= tiles / rows
-        if not _shares_vectors(p) or p.epilogue.code > RELU6:
-            seconds += tiles * tile * lanes * (_VALUE_SECONDS if p.epilogue.code <= RELU6 else 3 * _VALUE_SECONDS)
+        if not _shares_vectors(p):
+            seconds += tiles * tile * lanes * _VALUE_SECONDS
+        seconds += _rates.activation_seconds(p, machine)
         if tiling.is_staged:
             again = (p.kh - 1) / (tiling.stage[0] * p.strides[0])
             seconds += math.prod(p.input_shape) * size * (1 + again) / _STAGED_BYTES
@@ -378,8 +378,8 @@ def _chunk(problem: Problem, tile: int) -> tuple[int, int]:
 def _is_streamed(problem: Problem) -> bool:
     """Return whether outputs are written past the caches; not those that are read again to be finished."""
     p = problem
-    at_once = (_shares_vectors(p) or p.group_k == 1) and p.epilogue.code <= RELU6
-    return at_once and should_stream(p.output_shape, item_bytes(p.dtype), _lanes(p, vector_bytes()), p.k)
+    at_once = _shares_vectors(p) or p.group_k == 1
+    return at_once and should_stream(p, _lanes(p, vector_bytes()), p.k)
 
 
 def _prefetches(problem: Problem) -> bool:

@@ -171,7 +171,7 @@ class FastFir(PackedBackend):
         operations = (products + _TRANSFORMS * (entering + leaving)) * lanes
         compute = 2 * operations / _rates.peak(machine, size)
         copies = (math.prod(p.input_shape) + math.prod(p.output_shape)) * _VALUE_SECONDS
-        work = compute + copies + _rates.moved_bytes(p) / _BYTES_PER_SECOND
+        work = compute + copies + _rates.activation_seconds(p, machine) + _rates.moved_bytes(p) / _BYTES_PER_SECOND
         used = min(config.threads, machine.cores, cut.panels)
         return _rates.shared(work, used)
 

@@ -269,7 +269,7 @@ class ImageRows(PackedBackend):
             copies += math.prod(p.input_shape) * (1 + again) * (_PIXEL_SECONDS if woven else _PICKED_SECONDS)
         if panels.staged:
             copies += math.prod(p.output_shape) * (_WOVEN_SECONDS if _woven(p) <= WOVEN else _SCATTERED_SECONDS)
-        copies += _rates.activation_seconds(p)
+        copies += _rates.activation_seconds(p, machine)
         moved = _rates.moved_bytes(p)
         far = max(0.0, moved - _rates.FOUND * machine.caches[2])
         used = min(config.threads, machine.cores, panels.total)
@@ -288,7 +288,7 @@ class ImageRows(PackedBackend):
             "reach": _without_strides(p).extent[1] - 1,
             "dilations": p.dilations, "shape": panels.shape, "counts": panels.counts, "window": panels.window,
             "stage_width": panels.width * panels.staged, "planar": _planar(p), "in_place": panels.in_place,
-            "streamed": should_stream(p.output_shape, size, tile.run, p.ow * _woven(p)),
+            "streamed": should_stream(p, tile.run, p.ow * _woven(p)),
             "code": p.epilogue.code, "slope": p.epilogue.slope, "jobs": np.array(jobs, np.int64),
         }  # fmt: skip
         constants = tile.rows, tile.vectors, tile.together, tile.taps, tile.along, tile.lanes, size

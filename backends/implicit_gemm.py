@@ -253,7 +253,8 @@ class ImplicitGemm(PackedBackend):
         filters = blocks * block * p.taps * item_bytes(p.dtype)
         traffic = _rates.filter_seconds(filters, machine) * (down if filters > _KEPT_FILTERS else 1)
         used = min(config.threads, machine.cores, down * across)
-        return _rates.shared(compute + each + traffic, used, efficiency=0.98)
+        seconds = compute + each + traffic + _rates.activation_seconds(p, machine)
+        return _rates.shared(seconds, used, efficiency=0.98)
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Pack the filters by blocks; compile for the tile if that has not been done."""
@@ -269,7 +270,7 @@ class ImplicitGemm(PackedBackend):
         jobs = _jobs(p, rows, blocks, config.threads)
         values = {
             "filters": packed, "bias": added.reshape(-1),
-            "streamed": should_stream(p.output_shape, item_bytes(p.dtype), block, pixels * p.group_k, _cached_part(p)),
+            "streamed": should_stream(p, block, pixels * p.group_k, _cached_part(p)),
             "code": p.epilogue.code, "slope": p.epilogue.slope, "jobs": jobs,
         }  # fmt: skip
         make = functools.partial(_indirect.compiled, *tile, lanes, item_bytes(p.dtype))

@@ -124,7 +124,7 @@ class InnerProduct(PackedBackend):
         loads = (_UNALIGNED * seen + p.k * (1 if filters < machine.caches[0] else _FROM_L2)) / (pixels * p.k)
         seconds = 2 * products / _rates.peak(machine, size) * max(1, loads)
         seconds += lines * tiles * (_TILE_SECONDS + pixels * p.k * _SUM_SECONDS)
-        seconds += _rates.activation_seconds(p)
+        seconds += _rates.activation_seconds(p, machine)
         traffic = max(0, math.prod(p.input_shape) * size - machine.caches[1]) / _BYTES_PER_SECOND
         return _rates.shared(max(seconds, traffic), min(config.threads, machine.cores, down * strips))
 

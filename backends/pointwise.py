@@ -12,7 +12,7 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, item_bytes
 from convdispatch.backends import _rates
-from convdispatch.backends._activation import RELU6, activate, activate_all
+from convdispatch.backends._activation import RELU6, activate
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of
 from convdispatch.backends._caches import in_last_caches, should_stream
 from convdispatch.backends._jit import outlined
@@ -24,6 +24,7 @@ from convdispatch.backends._put import put_tile
 from convdispatch.backends._tile import add_to_each
 from convdispatch.backends._tuples import load_apart
 from convdispatch.backends._vector import prefetch, vector_bytes
+from convdispatch.backends._vector_activation import activate_all
 from convdispatch.backends._weave import mixed, unwoven, woven
 from convdispatch.machine import Machine
 from convdispatch.memory import CACHE_LINE, aligned
@@ -103,10 +104,8 @@ def _compiled(channels: int, filters: int, planar: int, lanes: int, itemsize: in
             else:
                 put_tile(woven(sums, 1), 1, (to, between), 0, residual.size, more, code, streams)
             if code > RELU6:
-                start, runs = left + at * steps[1], filters if planar else 1
-                for run in range(runs):
-                    begin = start + run * pixels
-                    activate_all(flat[begin : begin + lanes * filters // runs], code, slope)
+                for run in range(filters if planar else 1):
+                    activate_all(to + run * between, lanes if planar else lanes * filters, code, slope, itemsize)
         return 1
 
     return CompiledKernel(convolve, _ARGUMENTS)
@@ -159,7 +158,7 @@ class Pointwise(PackedBackend):
         moved = _rates.moved_bytes(p)
         planar = p.data_format == "NCHW"
         steps = p.c * p.k + 2 * (p.c + p.k) + (0 if planar else 2 * (p.c * (p.c - 1) + p.k * (p.k - 1)))
-        compute = pixels / lanes * steps * _STEP_SECONDS + _rates.activation_seconds(p)
+        compute = pixels / lanes * steps * _STEP_SECONDS + _rates.activation_seconds(p, machine)
         rate = _CACHED_BYTES_PER_SECOND if 2 * moved <= machine.caches[2] else _BYTES_PER_SECOND
         used = min(config.threads, machine.cores, max(1, pixels // _PART))
         return _rates.shared(max(compute, moved / rate), used)
@@ -174,7 +173,7 @@ class Pointwise(PackedBackend):
         jobs = _jobs(images, pixels, config.threads, lanes)
         values = {
             "filters": matrix, "bias": for_columns(bias, p.dtype, lanes), "pixels": pixels,
-            "streamed": should_stream(p.output_shape, size, lanes, pixels if planar else lanes * p.k),
+            "streamed": should_stream(p, lanes, pixels if planar else lanes * p.k),
             "prefetched": not planar and in_last_caches(p) > _CACHED_TRAFFIC, "code": p.epilogue.code,
             "slope": p.epilogue.slope, "jobs": jobs,
         }  # fmt: skip

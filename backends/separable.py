@@ -115,7 +115,7 @@ def _along(problem: Problem, tile: tuple[int, int], vector_bytes: int, registers
 
 def _should_stream(problem: Problem, values: int) -> bool:
     """Return whether results go past the caches, so many at a time."""
-    return should_stream(problem.output_shape, item_bytes(problem.dtype), values, problem.ow * problem.k)
+    return should_stream(problem, values, problem.ow * problem.k)
 
 
 def _panels(problem: Problem, rows: int, along: _Along) -> Panels:
@@ -170,7 +170,7 @@ class Separable(Backend):
         compute = products * 2 / _rates.peak(machine, size)
         if panels.staged:
             compute += math.prod(p.output_shape) * (_WOVEN_SECONDS if p.k <= WOVEN else _SCATTERED_SECONDS)
-        compute += _rates.activation_seconds(p)
+        compute += _rates.activation_seconds(p, machine)
         moved = _rates.moved_bytes(p) / _BYTES_PER_SECOND
         return _rates.shared(compute + moved, min(config.threads, machine.cores, panels.total))
 

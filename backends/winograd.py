@@ -412,7 +412,7 @@ class Winograd(PackedBackend):
         values = {
             "filters": packed, "bias": added.reshape(-1), "pads": p.pads[::2], "strides": p.strides,
             "dilations": p.dilations, "groups": form.groups, "code": p.epilogue.code, "slope": p.epilogue.slope,
-            "jobs": listed, "streamed": should_stream(p.output_shape, size, lanes, form.filters, _CACHED_OUTPUT),
+            "jobs": listed, "streamed": should_stream(p, lanes, form.filters, _CACHED_OUTPUT),
         }  # fmt: skip
         heights, prefetches = (
             _HEIGHTS[registers()][jobs.vectors],
@@ -440,7 +440,7 @@ def _seconds(problem: Problem, form: _Form, threads: int, machine: Machine) -> f
     coming = jobs.down * _rates.filter_seconds(_filter_bytes(p, form), machine)
     transforms = values * (max(n) / form.stride + 1) / 2 / (_TRANSFORM_VALUES * width * 4)
     used = min(threads, machine.cores, jobs.down * jobs.across)
-    return _rates.shared(products + transforms + pixels + coming, used)
+    return _rates.shared(products + transforms + pixels + coming + _rates.activation_seconds(p, machine), used)
 
 
 def _in_turn(values: Array, form: _Form) -> Array:

@@ -271,7 +271,7 @@ class WinogradRows(PackedBackend):
         rows = p.n * p.oh * p.strides[0] + blocks * max(0, _reach(p, 1) - p.strides[0])
         entered = rows * p.groups * cut.tiles * (cut.seen / cut.strip)
         work += entered * _ENTERING * form.n * -(-form.room // form.lanes)
-        seconds = work * instruction
+        seconds = work * instruction + _rates.activation_seconds(p, machine)
         if (all_filters := depth * form.n * p.k * form.itemsize) > machine.caches[1]:  # each pass has them come
             seconds += p.n * p.oh * -(-cut.tiles // form.together) * _rates.filter_seconds(all_filters, machine)
         return _rates.shared(seconds, min(config.threads, machine.cores, jobs))
@@ -292,7 +292,7 @@ class WinogradRows(PackedBackend):
             "filters": by_vectors(by_turns, lanes), "bias": np.empty(0, p.dtype) if bias is None else np.array(bias),
             "pads": p.pads[::2], "strides": p.strides, "dilation": p.dilations[0],
             "stage": (cut.at_once, cut.strip, cut.row_bytes),
-            "streamed": should_stream(p.output_shape, form.itemsize, lanes, p.k, _CACHED_OUTPUT),
+            "streamed": should_stream(p, lanes, p.k, _CACHED_OUTPUT),
             "code": p.epilogue.code, "slope": p.epilogue.slope, "jobs": jobs,
         }  # fmt: skip
         return PackedKernel(functools.partial(compiled, form), p, values, len(jobs), config.threads)

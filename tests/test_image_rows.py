@@ -300,7 +300,7 @@ def test_more_work_is_estimated_to_take_longer() -> None:
 @pytest.mark.parametrize("filters", [1, 2, 3, 4])
 @pytest.mark.parametrize("columns", [3 * LANES, 100 * LANES])
 def test_results_written_past_the_caches(filters: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_rows, "streams", lambda *_: True)
+    monkeypatch.setattr(image_rows, "should_stream", lambda *_: True)
     check(Problem.parse(f"1x21x{columns}x1 * 3x3x1x{filters} SAME +bias"))
     check(Problem.parse(f"1x21x{columns + 16 // filters}x2 * 3x3x2x{filters} SAME +residual +gelu"))
     check(Problem.parse(f"2x2x21x{columns} NCHW * 3x3x2x{filters} SAME +bias +residual"))
@@ -308,6 +308,12 @@ def test_results_written_past_the_caches(filters: int, columns: int, monkeypatch
 
 def test_outputs_larger_than_their_part_of_the_cache_are_written_past_it() -> None:
     rows = current().caches[2] // (4 * 64)
-    assert should_stream((1, rows, 8, 8), 4, 16, 64)
-    assert not should_stream((1, rows // 4, 8, 8), 4, 16, 64)
-    assert not should_stream((1, rows, 8, 8), 4, 8, 64)
+
+    def problem(high: int, more: str = "") -> Problem:
+        return Problem.parse(f"1x{high}x8x8 * 1x1x8x8 VALID {more}")
+
+    assert should_stream(problem(rows), 16, 64)
+    assert should_stream(problem(rows, "+relu"), 16, 64)
+    assert not should_stream(problem(rows, "+gelu"), 16, 64)  # it would be read again
+    assert not should_stream(problem(rows // 4), 16, 64)
+    assert not should_stream(problem(rows), 8, 64)

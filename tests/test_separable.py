@@ -181,6 +181,6 @@ def test_more_work_is_estimated_to_take_longer() -> None:
 @pytest.mark.parametrize("filters", [1, 2, 3, 4])
 @pytest.mark.parametrize("columns", [3 * LANES, 100 * LANES])
 def test_results_written_past_the_caches(filters: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(separable, "streams", lambda *_: True)
+    monkeypatch.setattr(separable, "should_stream", lambda *_: True)
     check(f"1x21x{columns}x1 * 5x5x1x{filters} SAME +bias")
     check(f"1x1x21x{columns} NCHW * 5x5x1x{filters} SAME +residual +gelu")
