@@ -18,7 +18,8 @@ _ODD_TILES = {
     16: ((2, 5),),
 }
 
-#: The same for so few pixels that the others would do most of their rows for nothing.
+#: The same for so few pixels that the others would do most of their rows for nothing. With 16 registers, filters of the
+#: widest are used straight from memory.
 _FEW_TILES = {
     32: ((1, 8), (1, 4), (1, 2), (2, 8), (2, 4), (2, 2)),
     16: ((1, 8), (1, 4), (1, 2), (2, 6), (2, 4), (2, 2)),

@@ -37,24 +37,34 @@ def _set_blas_threads(counts: Sequence[int]) -> None:
 
 
 class _BlasScope:
-    """BLAS has one thread count a process: the first block in saves it, the last one out restores it."""
+    """BLAS has one thread count a process: the first block in saves it, the last one out restores it.
+
+    Both may be interrupted anywhere, by Ctrl-C, and done again: what is saved stays so until it is restored.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._inside = 0
+        self._inside: set[object] = set()
         self._saved: list[int] = []
 
-    def enter(self) -> None:
+    def enter(self, block: object) -> None:
         with self._lock:
-            if not self._inside:
-                self._saved = [library.get_num_threads() for library in _blas().lib_controllers]
+            self._inside.add(block)
+            self._saved = self._saved or [library.get_num_threads() for library in _blas().lib_controllers]
+            if len(self._inside) == 1:
                 _set_blas_threads([1] * len(self._saved))
-            self._inside += 1
 
-    def leave(self) -> None:
+    def leave(self, block: object) -> None:
+        try:
+            self._leave(block)
+        except BaseException:
+            self._leave(block)
+            raise
+
+    def _leave(self, block: object) -> None:
         with self._lock:
-            self._inside -= 1
-            if not self._inside:
+            self._inside.discard(block)
+            if not self._inside and self._saved:
                 _set_blas_threads(self._saved)
                 self._saved = []
 
@@ -75,11 +85,12 @@ def _one_blas_thread() -> Iterator[None]:
     BLAS's own threads are never used: OpenBLAS's go on spinning for a tenth of a second after each product, and
     whatever runs next, of ours or anyone's, shares its core with them. ``run_all`` spreads products instead.
     """
-    _scope.enter()
+    block = object()
     try:
+        _scope.enter(block)
         yield
     finally:
-        _scope.leave()
+        _scope.leave(block)
 
 
 class _Pool:
@@ -109,9 +120,9 @@ class _Work:
     def __init__(self, jobs: Sequence[Job]) -> None:
         self._jobs = iter(jobs)  # next() on it is atomic
         self._lock = threading.Lock()
-        self._helpers = 0
+        self._came = self._left = 0
         self._closed = False
-        self._left = threading.Semaphore(0)
+        self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._errors: list[BaseException] = []
 
     def take(self) -> None:
@@ -119,27 +130,40 @@ class _Work:
             try:
                 job()
             except BaseException:
-                collections.deque(self._jobs, maxlen=0)  # what nobody has begun is left undone
+                self._leave_the_rest()
                 raise
 
     def help(self) -> None:
         with self._lock:
             if self._closed:
                 return
-            self._helpers += 1
+            self._came += 1
         try:
             self.take()
         except BaseException as error:  # noqa: BLE001  # it is the caller's to raise
             self._errors.append(error)
-        self._left.release()
+        with self._lock:
+            self._left += 1
+        self._news.put(None)
 
     def close(self) -> None:
-        with self._lock:
-            self._closed = True
-        for _ in range(self._helpers):
-            self._left.acquire()
-        if self._errors:
-            raise self._errors[0]
+        """Wait for those who came, whatever interrupts that: what they are at writes into the caller's arrays."""
+        interrupted: BaseException | None = None
+        while not self._closed or self._left < self._came:
+            try:
+                with self._lock:
+                    self._closed = True
+                while self._left < self._came:
+                    self._news.get()
+            except BaseException as error:  # noqa: BLE001  # Ctrl-C; it is raised when nobody is at work
+                interrupted = error
+                self._leave_the_rest()
+        if interrupted or self._errors:
+            raise interrupted or self._errors[0]
+
+    def _leave_the_rest(self) -> None:
+        """Take the jobs that nobody has begun, and leave them undone."""
+        collections.deque(self._jobs, maxlen=0)
 
 
 _pool = _Pool()
@@ -158,8 +182,8 @@ if hasattr(os, "register_at_fork"):
 def run_all(jobs: Sequence[Job], threads: int) -> None:
     """Run jobs that release the GIL on up to this many threads, this one among them, in no certain order.
 
-    This thread does not wait for the others to wake up: on a busy machine it does all the jobs itself. An error in
-    one is raised when all that were begun have ended.
+    This thread does not wait for the others to wake up: on a busy machine it does all the jobs itself. After an error,
+    or Ctrl-C, no more are begun, and it is raised when all that were have ended.
     """
     threads = min(threads, len(jobs))
     if threads <= 1:

@@ -8,7 +8,7 @@ is walked in strips of columns, so that the rows a filter needs again stay in L2
 vectors: a pixel's channels are spread so that each meets the lanes of all its group's filters. Under a dilated filter,
 outputs share pixels with those a dilation away, so these make a tile. Under a filter of 3x3, 5x5 or 7x7, a tile may
 have several rows of outputs, which share most of the rows that they see. What is outside the image is skipped, or read
-at the address of a vector of zeros: nothing is copied. But where the pixels under a tile want the same few places of
+at the address of a vector of zeros, and not copied. But where the pixels under a tile want the same few places of
 L1, what a tile sees may be staged. Bias, residual and activation are applied in registers.
 
 Ends overlap: the last tile of a row, that of some rows, and the last vector of a pixel are moved back until they fit,

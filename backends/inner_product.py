@@ -33,6 +33,8 @@ _FEW = 0.75
 _FEW_FILTERS = 2
 #: Bytes of the rows under a strip of tiles: a second-level cache holds them until the next line needs them again.
 _CACHED_ROWS = 256 << 10
+#: Most bytes of a tile's window that are copied at the border: only huge strides and dilations have larger ones.
+_WINDOW = 8 << 20
 
 
 def _run(problem: Problem) -> tuple[int, int]:
@@ -62,7 +64,20 @@ def _pixels(problem: Problem, config: Config) -> int:
     pixels, most = config.integer("pixels", 1), _SUMS[registers()][0]
     if not 1 <= pixels <= most:
         raise ArgumentError(f"config pixels of inner_product must be 1 to {most}; got {pixels}")
-    return min(pixels, max(1, problem.ow))
+    return min(pixels, max(1, problem.ow), _most_pixels(problem))
+
+
+def _window(problem: Problem, pixels: int) -> int:
+    """Return the bytes of what so many pixels of a tile see, which is copied at the border."""
+    p = problem
+    reach = (pixels - 1) * p.strides[1] + (p.kw - 1) * p.dilations[1] + 1
+    return p.kh * reach * p.c * item_bytes(p.dtype) if any(p.pads) else 0
+
+
+def _most_pixels(problem: Problem) -> int:
+    """Return the most pixels of a tile whose window may be copied; 1 at least."""
+    another = _window(problem, 2) - _window(problem, 1)
+    return 1 + max(0, _WINDOW - _window(problem, 1)) // another if another else problem.ow
 
 
 @functools.lru_cache(maxsize=4096)
@@ -91,12 +106,14 @@ class InnerProduct(PackedBackend):
             return f"it is for filters that do not fill a vector, up to {int(_FEW * lanes)} of them; here are {p.k}"
         if _run(p)[1] < lanes:
             return f"{_run(p)[1]} values side by side do not fill a vector of {lanes}"
+        if _window(p, 1) > _WINDOW:
+            return f"it copies what a tile sees at the border, {_window(p, 1)} bytes here"
         return too_many(p.n * p.oh * p.ow)
 
     def configs_plain(self, problem: Problem, effort: Effort) -> Sequence[Config]:  # noqa: ARG002  # they are few
         """Return tiles, the one with the smallest estimate first."""
         p, here = flat(problem), current()
-        lengths = {min(max(1, sums // p.k), max(1, p.ow)) for sums in _SUMS[registers()]}
+        lengths = {min(max(1, sums // p.k), max(1, p.ow), _most_pixels(p)) for sums in _SUMS[registers()]}
         choices = [Config(pixels=length) for length in lengths]
         # Sums, the taps of all filters and an input fit in the registers.
         few = (length for length in lengths if (length + p.kw) * p.k < registers())
@@ -107,10 +124,7 @@ class InnerProduct(PackedBackend):
     def workspace_plain(self, problem: Problem, config: Config) -> int:
         """Return the bytes of each thread's window at the border."""
         p = flat(problem)
-        if not any(p.pads):
-            return 0
-        reach = (_pixels(p, config) - 1) * p.strides[1] + (p.kw - 1) * p.dilations[1] + 1
-        return config.threads * p.kh * reach * p.c * item_bytes(p.dtype)
+        return config.threads * _window(p, _pixels(p, config))
 
     def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return the time of products or of what they load, of adding lanes, and of what comes from far caches."""

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +21,7 @@ class Machine:
     """What a measurement depends on besides the problem.
 
     Attributes:
-        cpu: brand and microarchitecture, e.g. ``"AMD EPYC (zen4)"``.
+        cpu: brand and microarchitecture, e.g. ``"AMD EPYC (zen4)"``, or the model where that is not known.
         isa: the deciding instruction sets that compiled code may use, strongest first.
         cores: cores this process may use (affinity and container quota respected).
         caches: bytes of L1 data, L2 and L3 cache; per core for the first two.
@@ -62,20 +63,33 @@ def _plain(value: object) -> object:
 def current() -> Machine:
     """Return the fingerprint of the machine this process runs on (measured once)."""
     import archspec.cpu  # noqa: PLC0415  # the lookup is needed only where a profile or an estimate is
+    from archspec.cpu.detect import detected_info  # noqa: PLC0415
 
     host = archspec.cpu.host()
     brand = archspec.cpu.brand_string() or host.vendor
-    features = _allowed(set(host.features))
+    # Where a hypervisor hides a feature, archspec knows a common level only, and of its features no more than that.
+    name = host.name if host.vendor != "generic" else _model() or host.name
+    features = _allowed({*host.features, *detected_info().features})
     if host.name in {"aarch64", "arm64"} or "asimd" in features or platform.machine() in {"arm64", "aarch64"}:
         features.add("asimd")
     return Machine(
-        cpu=f"{brand} ({host.name})",
+        cpu=f"{brand} ({name})",
         isa=tuple(name for name in _DECIDING_FEATURES if name in features),
         cores=usable_cores(),
         caches=_cache_sizes(),
         system=f"{platform.system()} {platform.machine()}",
         libraries=tuple(f"{name} {_version(name)}" for name in _LIBRARIES),
     )
+
+
+def _model() -> str:
+    """Return a processor's family and model as Linux tells them on x86, empty elsewhere."""
+    try:
+        told = Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        return ""
+    found = [re.search(rf"^{name}\s*: (\d+)$", told, re.MULTILINE) for name in ("cpu family", "model")]
+    return "-".join(f"{word}{match[1]}" for word, match in zip(("family", "model"), found, strict=True) if match)
 
 
 def _allowed(features: set[str]) -> set[str]:

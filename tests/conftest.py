@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,3 +88,11 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         if "backend" not in getattr(item, "fixturenames", ()):
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Have Ctrl-C raise, as it does but in what a shell runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

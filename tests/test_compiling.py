@@ -4,7 +4,6 @@ import gc
 import os
 import signal
 import threading
-from collections.abc import Iterator
 
 import pytest
 from programs import run_well
@@ -44,15 +43,7 @@ def test_a_child_forked_while_another_thread_compiles_can_compile_too() -> None:
     run_well(_FORKS, 60)
 
 
-@pytest.fixture
-def _interruptible() -> Iterator[None]:
-    """Have Ctrl-C raise, as it does but in what a shell runs in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("_interruptible")
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_is_raised_after_all_compiling() -> None:
     steps: list[str] = []
     with pytest.raises(KeyboardInterrupt), compiling():  # noqa: PT012
@@ -64,7 +55,7 @@ def test_an_interrupt_is_raised_after_all_compiling() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@pytest.mark.usefixtures("_interruptible")
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_is_raised_though_compiling_failed() -> None:
     with pytest.raises(KeyboardInterrupt), compiling():  # noqa: PT012
         signal.raise_signal(signal.SIGINT)
@@ -83,7 +74,7 @@ def test_a_program_that_handles_interrupts_itself_goes_on_doing_so() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.usefixtures("_interruptible")
+@pytest.mark.usefixtures("interruptible")
 def test_other_threads_leave_signals_alone() -> None:
     handlers = []
 

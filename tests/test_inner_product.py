@@ -7,8 +7,9 @@ import pytest
 import walls
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import examples
+from strategies import examples, numbers
 
+from convdispatch import registry
 from convdispatch.arguments import Array
 from convdispatch.backend import Config
 from convdispatch.backends import inner_product
@@ -152,3 +153,15 @@ def test_tiles_slide_where_taps_and_sums_fit_in_registers() -> None:
     assert choices(f"1x64x64x{LANES} * 3x3x{LANES}x1 SAME dilation=2") == [(few, False), (many, False)]
     assert choices(f"1x64x64x{LANES + 1} * 3x3x{LANES + 1}x1 SAME") == [(few, False), (many, False)]
     assert choices(f"1x64x64x{LANES} * 1x1x{LANES}x1 VALID") == [(few, False), (many, False)]
+
+
+@pytest.mark.parametrize("far", ["stride=2x10000000005", "stride=1x100000000", "dilation=1x10000000000"])
+def test_windows_of_huge_steps_are_not_copied(far: str) -> None:
+    """The image is small, and so is the output: only steps and padding are huge."""
+    problem = Problem.parse(f"1x9x17x32 * 3x3x32x2 pad=1,1,10000000000,10000000000 {far}")
+    if "dilation" in far:
+        assert "copies what a tile sees" in str(BACKEND.rejects(problem))
+    else:
+        case = numbers(problem, 0)
+        expected = walls.run(registry.get("direct"), case, Config())  # the reference would pad the image
+        np.testing.assert_allclose(walls.run(BACKEND, case, Config(pixels=8)), expected, rtol=0, atol=1e-4)

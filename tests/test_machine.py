@@ -1,7 +1,10 @@
 """The fingerprint: what it says of the processor that Numba was told to compile for."""
 
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
+import archspec.cpu
 import pytest
 
 from convdispatch import machine
@@ -34,3 +37,26 @@ def test_it_is_of_what_numba_was_told_to_compile_for(
     told = machine.current()
     assert (set(told.isa), told.vector_bytes) == (isa, width)
     assert told.id != here.id or set(here.isa) == isa
+
+
+def test_what_a_hypervisor_hides_does_not_take_the_rest_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one feature of a processor is missing, archspec knows it as one of a common level only."""
+    told = SimpleNamespace(vendor="AuthenticAMD", features={"avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16"})
+    monkeypatch.setattr(archspec.cpu, "host", lambda: archspec.cpu.TARGETS["x86_64_v4"])
+    monkeypatch.setattr("archspec.cpu.detect.detected_info", lambda: told)
+    monkeypatch.setattr(machine, "_model", lambda: "family26-model2")
+    monkeypatch.delenv("NUMBA_CPU_NAME", raising=False)
+    monkeypatch.delenv("NUMBA_CPU_FEATURES", raising=False)
+    machine.current.cache_clear()
+    here = machine.current()
+    assert {"avx512_vnni", "avx512_bf16"} <= set(here.isa)
+    assert here.cpu.endswith("(family26-model2)")
+    assert here.id.startswith("family26-model2-")
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="only Linux tells so")
+def test_a_model_is_read_where_the_processor_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD\n")
+    assert machine._model() == "family25-model17"
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "Features\t: fp asimd\n")
+    assert machine._model() == ""

@@ -1,10 +1,12 @@
 """Many callers at once, and processes that fork: right results, no abort, no hang."""
 
+import _thread
 import functools
 import itertools
 import os
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +105,48 @@ def test_an_error_in_a_job_is_raised_after_all_that_were_begun_have_ended() -> N
         _threads.run_all(jobs, 4)
     before = list(ended)
     assert len(ended) == len(set(ended)) == len(before)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupt_is_raised_when_those_who_came_have_ended_and_no_more_jobs_are_begun() -> None:
+    ended: list[int] = []
+    both = threading.Barrier(2, timeout=60)
+
+    def job(number: int) -> None:
+        if number < 2:
+            both.wait()
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.05)  # the caller waits meanwhile
+            _thread.interrupt_main()
+            time.sleep(0.2)
+        ended.append(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        _threads.run_all([functools.partial(job, number) for number in range(2)], 2)
+    assert sorted(ended) == [0, 1]
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_blas_has_its_threads_back_whenever_ctrl_c_comes(
+    turn: int, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    libraries, change, turns = _threads._blas().lib_controllers, _threads._set_blas_threads, itertools.count()
+    before = [library.get_num_threads() for library in libraries]
+
+    def interrupted(counts: Sequence[int]) -> None:
+        now = next(turns) == turn
+        if now and moment == "before":
+            raise KeyboardInterrupt
+        change(counts)
+        if now:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(_threads, "_set_blas_threads", interrupted)
+    with pytest.raises(KeyboardInterrupt), _threads._one_blas_thread():
+        pass
+    assert [library.get_num_threads() for library in libraries] == before
+    assert not _threads._scope._saved
 
 
 def test_after_an_error_no_more_jobs_are_begun() -> None:
