@@ -354,27 +354,3 @@ def _allowed(problem: Problem) -> Iterator[Candidate]:
             for candidate in heuristic.candidates_of(backend, problem, 1, "exhaustive"):
                 if heuristic.fits_memory(candidate.workspace(problem), options):
                     yield candidate
-
-
-def check_filters(problem: Problem, filters: Array, filter_format: str) -> Array:
-    """Return filters as a native, aligned view ``[KH, KW, C // groups, K]`` of the problem's dtype."""
-    view = filters.transpose(2, 3, 1, 0) if filter_format == "OIHW" else filters
-    dtype = dtype_of(problem.dtype)
-    if view.dtype is dtype or (view.dtype == dtype and view.flags.aligned):
-        return view
-    return view.astype(dtype)
-
-
-def check_bias(problem: Problem, bias: Any) -> Array:
-    """Return a bias as a native array ``[K]``.
-
-    Raises:
-        ArgumentError: for a wrong shape.
-        ArgumentTypeError: for a dtype other than the result's.
-    """
-    array = as_array("bias", bias)
-    if array.shape != (problem.k,):
-        raise ArgumentError(f"bias must have shape ({problem.k},), one value a filter; got {array.shape}")
-    if array.dtype.name != problem.result_dtype:
-        raise ArgumentTypeError(f"bias must be {problem.result_dtype}, as the result is; got {array.dtype.name}")
-    return array.astype(dtype_of(problem.result_dtype), copy=False)

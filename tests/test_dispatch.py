@@ -14,7 +14,7 @@ import pytest
 from scripted import RULES, FakeClock, Scripted, only, race_by
 
 import convdispatch
-from convdispatch import dispatch, heuristic, machine, profile, reference, registry, settings
+from convdispatch import dispatch, heuristic, machine, on_miss, profile, reference, registry, settings
 from convdispatch.arguments import Array
 from convdispatch.backend import Candidate, Config, Kernel, Numerics
 from convdispatch.errors import (
@@ -30,6 +30,7 @@ from convdispatch.explain import explain, explain_problem
 from convdispatch.heuristic import Estimate
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Failure, Key, Result
+from convdispatch.question import Question, parse_forced
 from convdispatch.tuning import tuner
 from convdispatch.units import bytes_text, time_text
 
@@ -76,7 +77,7 @@ def know(
 
 
 def chosen(problem: Problem = PROBLEM, deployment: str = "plan", forced: Any = None) -> tuple[str, str]:
-    decision = dispatch.decide(problem, deployment, dispatch.parse_forced(forced))
+    decision = dispatch.decide(problem, deployment, parse_forced(forced))
     return decision.candidate.backend.name, decision.evidence.source
 
 
@@ -251,7 +252,7 @@ def test_other_configs_of_a_local_backend_are_as_accurate_as_those_measured(
     three: dict[str, Scripted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     know(result("steady", error=4e-7, config=Config(measured=1)), result("spectral", error=4e-7, config=Config(m=1)))
-    rows = profile.find(dispatch.key_for(PROBLEM, "plan", settings.current()))[0].entry.results
+    rows = profile.find(Question(PROBLEM, "plan", settings.current()).key)[0].entry.results
     assert heuristic.measured_error(Candidate(three["steady"], Config()), rows) == 4e-7
     assert heuristic.measured_error(Candidate(three["spectral"], Config()), rows) is None
     assert heuristic.measured_error(Candidate(three["quick"], Config()), rows) is None
@@ -551,7 +552,7 @@ def test_a_third_partys_hook_cannot_end_the_program(hook: str, three: dict[str, 
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
-@pytest.mark.parametrize("lock", [dispatch._turns._change, dispatch._turns._turn, profile._lock, tuner._one_at_a_time])
+@pytest.mark.parametrize("lock", [on_miss._turns._change, on_miss._turns._turn, profile._lock, tuner._one_at_a_time])
 def test_a_forked_child_finds_free_what_a_thread_of_its_parent_held(lock: Any) -> None:
     with lock, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # this process has other threads

@@ -22,9 +22,9 @@ FLOORS = {
     "registry": 3, "profile_text": 3, "profile": 3, "quarantine": 3,
     "backends": 4,
     "calibration": 4, "neighbours": 4, "profile_tools": 4, "profile_doctor": 4,
-    "plan": 5, "heuristic": 5, "transfer": 5,
+    "plan": 5, "heuristic": 5, "transfer": 5, "question": 5, "stored": 5,
     "tuning": 6, "configs": 6,
-    "dispatch": 7, "explain": 7,
+    "on_miss": 7, "dispatch": 7, "explain": 7,
     "api": 8, "cli": 8, "cli_bench": 8, "cli_profile": 8, "cli_validate": 8, "exit_codes": 8, "terminal": 8,
     "report": 8, "__init__": 8, "__main__": 8,
 }  # fmt: skip

@@ -15,10 +15,10 @@ import convdispatch
 from convdispatch import dispatch, heuristic, machine, profile, quarantine, registry, safe_yaml, settings
 from convdispatch.backend import Candidate, Config
 from convdispatch.cli import main
-from convdispatch.dispatch import key_for
 from convdispatch.errors import BackendRejectedError, ProfileWarning
 from convdispatch.profile import Entry, Result
 from convdispatch.quarantine import Quarantine
+from convdispatch.question import Question
 
 HERE = machine.current()
 FILTERS = np.ones(PROBLEM.filter_shape, "f4")
@@ -39,7 +39,7 @@ def chosen() -> str:
 
 def stored(*backends: str) -> Entry:
     rows = tuple(Result(name, 1, Config(), 1e-3 * (n + 1), 0.0, 7, 0.0, 0) for n, name in enumerate(backends))
-    return Entry(key_for(PROBLEM, "plan", settings.current()), rows)
+    return Entry(Question(PROBLEM, "plan", settings.current()).key, rows)
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -186,7 +186,7 @@ def test_a_profile_that_cannot_be_written_keeps_it_for_this_process(bad: Scripte
 
 
 def test_a_large_profile_is_not_parsed_for_it(bad: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
-    entries = [Entry(key_for(PROBLEM.replace(h=6 + n), "plan", settings.current()), stored("good").results)
+    entries = [Entry(Question(PROBLEM.replace(h=6 + n), "plan", settings.current()).key, stored("good").results)
                for n in range(300)]  # fmt: skip
     profile.write(profile.user_path(), entries, HERE)
     quarantine.add(Candidate(bad, Config()), PROBLEM, "crashed")

@@ -18,6 +18,7 @@ from convdispatch.machine import Machine
 from convdispatch.neighbours import Row, place_of, rows_of
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Failure, Key, Result
+from convdispatch.question import parse_forced
 
 HERE = machine.current()
 TARGET = Problem.parse("1x28x28x64 * 3x3x64x64 SAME")
@@ -128,7 +129,7 @@ def two() -> dict[str, Scripted]:
 
 
 def chosen(problem: Problem = TARGET, deployment: str = "plan", forced: Any = None) -> tuple[str, str]:
-    decision = dispatch.decide(problem, deployment, dispatch.parse_forced(forced))
+    decision = dispatch.decide(problem, deployment, parse_forced(forced))
     return decision.candidate.backend.name, decision.evidence.detail
 
 
