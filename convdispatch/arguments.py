@@ -66,6 +66,13 @@ def check_deployment(value: Any) -> None:
         raise ArgumentError(f"deployment must be {' or '.join(DEPLOYMENTS)}; got {shown(value)}")
 
 
+def check_deployments(deployments: Sequence[str]) -> None:
+    """Raise an ``ArgumentError`` unless all of these are deployments."""
+    for deployment in [deployments] if isinstance(deployments, str) else deployments:
+        if deployment not in DEPLOYMENTS or isinstance(deployments, str):
+            raise ArgumentError(f"deployments must be a list of {' or '.join(DEPLOYMENTS)}; got {deployment!r}")
+
+
 def check_same_dtype(input: str, filters: np.dtype[Any]) -> None:
     """Raise an ``ArgumentTypeError`` unless filters are of the input's dtype, of which this is the name."""
     if name_of(filters) != input:

@@ -74,7 +74,8 @@ def _tuned(question: Question) -> Decision | None:
     problem, options, key = question.problem, question.options, question.key
     if problem.is_empty or options.effort == "estimate":
         return None
-    from convdispatch.tuning import tuner  # noqa: PLC0415  # needed only where something is measured
+    from convdispatch.tuning import problem_race  # noqa: PLC0415  # needed only where something is measured
+    from convdispatch.tuning.rematch import suffices  # noqa: PLC0415
     from convdispatch.tuning.session import session  # noqa: PLC0415
 
     effort = cast("Effort", options.effort)
@@ -82,7 +83,7 @@ def _tuned(question: Question) -> Decision | None:
     with _turns.of(key) as mine:
         known = profile.find(key)
         settled = (found.entry for found in known if found.exact and not found.entry.is_busy)
-        if any(tuner.suffices(entry, effort, everyone) for entry in settled):
+        if any(suffices(entry, effort, everyone) for entry in settled):
             # Another thread has measured it meanwhile; or nothing measured is allowed, and doing so again is no use.
             return stored.choice(question, known, exact=True)
         if not mine:
@@ -91,14 +92,14 @@ def _tuned(question: Question) -> Decision | None:
         try:
             old = known[0].entry if known else None
             with session():
-                outcome = tuner.tune_problem(
+                outcome = problem_race.tune_problem(
                     key, effort=effort, seconds=options.time_limit, incumbent=old,
                     sparing=old is None or not old.is_busy,
                 )  # fmt: skip
         except BackendError as error:
             warn(f"tuning {problem} failed: {error}", ProfileWarning)
             return None
-        tuner.keep(outcome.entry)
+        profile.keep(outcome.entry)
         _measured.add(key)
     now = stored.choice(question, profile.find(key), exact=True)
     return now and replace(now, evidence=Evidence("tuned", now.evidence.detail))

@@ -47,8 +47,8 @@ from convdispatch.profile_text import (
 __all__ = [
     "BUSY", "CALIBRATION", "MACHINE", "NOTES", "QUARANTINE", "Entry", "Failure", "Found", "Key",
     "Profile", "Result", "dump_entry", "dump_machine", "edit", "files", "find", "find_in", "forget", "forget_decisions",
-    "generation", "layers", "looked_at_once", "notes", "only", "parse_key", "read", "remember", "remember_notes",
-    "remembered", "replace_file", "system_path", "user_path", "writable_path", "write",
+    "generation", "keep", "layers", "looked_at_once", "notes", "only", "parse_key", "read", "remember",
+    "remember_notes", "remembered", "replace_file", "system_path", "user_path", "writable_path", "write",
 ]  # fmt: skip
 
 FORMAT = 1
@@ -542,6 +542,15 @@ def remember(entry: Entry) -> None:
     with _lock:
         _store.own[entry.key] = entry
         _store.generation += 1
+
+
+def keep(entry: Entry) -> None:
+    """Keep an entry for this process, and in the file that tuning writes if that can be written."""
+    remember(entry)
+    try:
+        write(writable_path(), [entry], machine.current())
+    except ProfileError as error:
+        warn(f"what tuning learnt is kept for this process only: {error}", ProfileWarning)
 
 
 def notes(kind: str) -> dict[str, str]:

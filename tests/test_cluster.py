@@ -23,7 +23,7 @@ from convdispatch.errors import ArgumentError, ClusterError, ProfileError, Unkno
 from convdispatch.problem import Problem
 from convdispatch.tuning import cluster, gathering, roster
 from convdispatch.tuning.cluster import ClusterReport
-from convdispatch.tuning.tuner import LayerReport
+from convdispatch.tuning.layers import LayerReport
 from convdispatch.tuning.workload import Layer, Workload
 
 dask_distributed: Any = distributed  # its clusters have no type hints

@@ -31,7 +31,7 @@ from convdispatch.heuristic import Estimate
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Failure, Key, Result
 from convdispatch.question import Question, parse_forced
-from convdispatch.tuning import tuner
+from convdispatch.tuning import problem_race, tuner
 from convdispatch.units import bytes_text, time_text
 
 PROBLEM = Problem.parse("1x6x6x2 * 3x3x2x3 SAME")
@@ -552,7 +552,9 @@ def test_a_third_partys_hook_cannot_end_the_program(hook: str, three: dict[str, 
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
-@pytest.mark.parametrize("lock", [on_miss._turns._change, on_miss._turns._turn, profile._lock, tuner._one_at_a_time])
+@pytest.mark.parametrize(
+    "lock", [on_miss._turns._change, on_miss._turns._turn, profile._lock, problem_race._one_at_a_time]
+)
 def test_a_forked_child_finds_free_what_a_thread_of_its_parent_held(lock: Any) -> None:
     with lock, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # this process has other threads

@@ -21,12 +21,15 @@ from convdispatch.backend import Backend, Candidate, Config, Numerics
 from convdispatch.errors import ArgumentError, BackendError, ProfileError, UnknownBackendError
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Key, Result
+from convdispatch.report import rivals
 from convdispatch.tuning import gate, hard_inputs, online
 from convdispatch.tuning.calibrate import calibrate
 from convdispatch.tuning.gate import Trial
+from convdispatch.tuning.layers import LayerReport
 from convdispatch.tuning.preference import order_by_preference
+from convdispatch.tuning.problem_race import tune_problem
 from convdispatch.tuning.race import Rules
-from convdispatch.tuning.tuner import LayerReport, TuneReport, rivals, tune, tune_problem
+from convdispatch.tuning.tuner import TuneReport, tune
 from convdispatch.tuning.validate import validate
 from convdispatch.tuning.workload import Layer, Workload
 

@@ -237,8 +237,8 @@ def test_a_busy_machine_holds_up_no_validation_and_is_told_of(
     clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only(Scripted("boasts", clock))
-    monkeypatch.setattr(tuner, "make_watch", BusyWatch)
-    found = validated(clock, PROBLEMS[:2], conditions=busy.since(lambda: tuner.make_watch(1)))
+    monkeypatch.setattr(busy, "make_watch", BusyWatch)
+    found = validated(clock, PROBLEMS[:2], conditions=busy.since(lambda: busy.make_watch(1)))
     said = "a fixed loop waited for a core for 50.0% of its time"
     assert [case.conditions for case in found.cases] == [said, said]
     refused = CliRunner().invoke(main, ["calibrate", "--threads", "1"])

@@ -29,6 +29,7 @@ from convdispatch.tuning.busy import Conditions, Watch
 from convdispatch.tuning.engine_field import EngineField
 from convdispatch.tuning.engines import OWN, Case
 from convdispatch.tuning.gate import compared_images
+from convdispatch.tuning.layers import LayerReport
 from convdispatch.tuning.workload import Layer, Workload
 
 #: Seconds of one sample.
@@ -209,7 +210,7 @@ def bench(
     watch: Callable[[], Watch] | None = None,
     seed: int = 0,
     on_progress: Callable[[LayerResult], None] | None = None,
-    on_tuned: Callable[[tuner.LayerReport], None] | None = None,
+    on_tuned: Callable[[LayerReport], None] | None = None,
     on_wait: Callable[[str], None] | None = None,
 ) -> Report:
     """Compare convdispatch with other engines; where none of them is to be had, nothing is measured.

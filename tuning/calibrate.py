@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from convdispatch import calibration, heuristic, machine, observe, profile, registry, settings
@@ -113,8 +113,8 @@ def calibrate(
 
 def _measured(problem: Problem, threads: int, rules: Rules, clock: Clock, failures: list[str]) -> list[Timing]:
     """Race a problem's candidates, and the packing of their filters."""
-    anyone = replace(settings.current(), forbid=(), accuracy="fast", memory_limit=None)
-    ranked = heuristic.rank(problem, heuristic.usable(problem, anyone)[0].values(), threads)
+    usable, _ = heuristic.usable(problem, settings.unrestricted("fast"))
+    ranked = heuristic.rank(problem, usable.values(), threads)
     known = {e.candidate.name: (e.candidate, e.seconds) for e in ranked if e.seconds is not None}
     best = min((seconds for _, seconds in known.values()), default=0.0)
     limit = max(best * _LEAST_RANGE, min(best * _HOPELESS, _LONGEST))

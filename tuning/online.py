@@ -14,14 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from convdispatch import observe, registry, settings
+from convdispatch import observe, profile, registry, settings
 from convdispatch.arguments import Array
 from convdispatch.backend import Candidate
 from convdispatch.errors import warn
 from convdispatch.plan import Evidence, Plan
 from convdispatch.profile import Key
 from convdispatch.settings import Options
-from convdispatch.tuning import session, tuner
+from convdispatch.tuning import session
 from convdispatch.tuning.clock import Clock, system_clock
 from convdispatch.tuning.contest import Contest, Job
 from convdispatch.tuning.gate import Trial
@@ -204,7 +204,7 @@ class Online:
         elif not options.forbid and options.memory_limit is None and options.accuracy == "standard":
             # Otherwise it stays with this process: what was not allowed took no part, and may be best elsewhere.
             with settings.options(profile=options.profile):
-                tuner.keep(entry)
+                profile.keep(entry)
 
     # The process's ends ----------------------------------------------------------------------------------------
 

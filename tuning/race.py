@@ -19,7 +19,10 @@ import random
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
+from convdispatch.backend import Effort
+from convdispatch.errors import ArgumentError
 from convdispatch.tuning.clock import Clock
 
 Run = Callable[[], object]
@@ -59,6 +62,13 @@ RULES = {
     "patient": Rules(rounds=121, sample_seconds=0.005, race_seconds=8.0, drop_after=5),
     "exhaustive": Rules(rounds=241, sample_seconds=0.01, race_seconds=60.0, drop=3.0, drop_after=9),
 }
+
+
+def checked_effort(effort: str) -> Effort:
+    """Return the effort, an ``ArgumentError`` where there is none of this name."""
+    if effort not in RULES:
+        raise ArgumentError(f"effort must be one of {', '.join(RULES)}; got {effort!r}")
+    return cast("Effort", effort)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from convdispatch.errors import ConvDispatchError
 from convdispatch.plan import Evidence
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Key
-from convdispatch.tuning import calibrate, regret, tuner
+from convdispatch.tuning import calibrate, problem_race, regret, tuner
 from convdispatch.tuning.clock import Clock, system_clock
 from convdispatch.tuning.race import Rules
 from convdispatch.tuning.session import session
@@ -231,7 +231,7 @@ def _case(
 
 def _champion(key: Key, how: _Setting) -> Candidate:
     """Race every candidate there is, and return the fastest of those that stayed to the end."""
-    outcome = tuner.tune_problem(
+    outcome = problem_race.tune_problem(
         key, effort="exhaustive", seconds=how.seconds, clock=how.clock, rules=how.rules(how.oracle)
     )
     results = outcome.entry.results
