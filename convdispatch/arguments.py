@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from convdispatch import epilogue
 from convdispatch.epilogue import Epilogue, parse_activation
 from convdispatch.errors import ArgumentError, ArgumentTypeError, shown
 from convdispatch.problem import DATA_FORMATS, DTYPES, FLOATS, LARGEST, PADDINGS, Pads, Problem, dtype_of, padding_of
 
-Array = NDArray[Any]
+Array = epilogue.Array
 FILTER_FORMATS = ("HWIO", "OIHW")
 #: What people do with a problem: filters are packed once, or in every call.
 DEPLOYMENTS = ("plan", "call")

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from convdispatch import calibration, fingerprint, profile, quarantine, registry, settings
+from convdispatch import calibration, fingerprint, profile, quarantine, registry, settings, times
 from convdispatch.errors import ArgumentError
 from convdispatch.fingerprint import Grade
 from convdispatch.machine import Machine
@@ -49,17 +49,13 @@ class Change:
 
     @property
     def ratio(self) -> float:  # noqa: D102  # an attribute to its users
-        return _ratio(self.second.winner.median, self.first.winner.median)
+        return times.ratio(self.second.winner.median, self.first.winner.median)
 
     @property
     def cost(self) -> float | None:  # noqa: D102
         name = self.second.winner.name
-        times = [row.median for row in self.first.results if row.name == name]
-        return _ratio(times[0], self.first.winner.median) if times else None
-
-
-def _ratio(above: float, below: float) -> float:
-    return above / below if below else math.inf if above else 1.0
+        measured = [row.median for row in self.first.results if row.name == name]
+        return times.ratio(measured[0], self.first.winner.median) if measured else None
 
 
 @dataclass(frozen=True)

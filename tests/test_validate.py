@@ -25,8 +25,8 @@ from convdispatch.problem import Problem
 from convdispatch.profile import Key
 from convdispatch.tuning import busy, calibrate, tuner, validate
 from convdispatch.tuning.held_out import draw_problems
-from convdispatch.tuning.race import Rules, Samples
-from convdispatch.tuning.regret import Duel, duel, paired_ratio, summary
+from convdispatch.tuning.race import Rules
+from convdispatch.tuning.regret import Duel, duel, summary
 from convdispatch.tuning.validation import WAYS, Case, Cost, Validation
 
 PROBLEMS = [Problem.parse(f"1x{side}x{side}x2 * 3x3x2x3 SAME") for side in (5, 6, 7, 8)]
@@ -87,15 +87,6 @@ def test_a_summary_is_exact_and_of_nothing_there_is_none() -> None:
     assert found is not None
     assert (found.mean, found.p95) == pytest.approx((1.5, 1.95))
     assert (found.worst, found.count) == (2.0, 101)
-
-
-@given(
-    drift=st.lists(st.floats(0.5, 4), min_size=3, max_size=30),
-    ratio=st.floats(0.2, 5),
-)
-def test_paired_ratios_do_not_see_what_slows_both(drift: list[float], ratio: float) -> None:
-    slow, quick = Samples(1, [each * ratio for each in drift]), Samples(1, list(drift))
-    assert paired_ratio(slow, quick) == pytest.approx(ratio)
 
 
 def test_a_duel_finds_the_scripted_ratios_while_the_machine_slows_down(clock: FakeClock) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from convdispatch import machine
 from convdispatch.backends._threads import run_all
 from convdispatch.errors import BusyMachineError
+from convdispatch.times import spread
 
 #: Rounds of hashing in the piece of work: about a millisecond.
 _HASHES = 4000
@@ -140,9 +141,8 @@ class Watch:
         walls = [wall for wall, _ in self._loops]
         if len(walls) < 2:
             return Conditions(0.0, 0.0, others, steal, missing, load)
-        low, middle, high = statistics.quantiles(walls, n=4, method="inclusive")
         waiting = max(0.0, 1 - sum(cpu for _, cpu in self._loops) / sum(walls))
-        return Conditions((high - low) / middle, waiting, others, steal, missing, load)
+        return Conditions(spread(walls), waiting, others, steal, missing, load)
 
     def finish(self, workers: float = 0.0) -> Conditions:
         """Stop, having calibrated often enough."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from convdispatch import machine, observe, quarantine, registry, settings
 from convdispatch.backend import Backend, Candidate, Effort
-from convdispatch.errors import BackendError, in_a_line
+from convdispatch.errors import LONGEST_REASON, BackendError, in_a_line
 from convdispatch.locks import module_lock
 from convdispatch.profile import BUSY, Entry, Failure, Key, Result
 from convdispatch.tuning import busy, compile_ahead, hard_inputs, isolation
@@ -27,7 +27,6 @@ from convdispatch.tuning.race import (
 )
 from convdispatch.tuning.rematch import Rematch, carry_on, rematch, still_there
 
-_LONGEST_REASON = 300
 _one_at_a_time = module_lock()
 
 
@@ -194,7 +193,7 @@ def _measure(
 
     def fail(name: str, reason: str) -> None:
         candidate = by_name[name]
-        reason = in_a_line(reason, _LONGEST_REASON)
+        reason = in_a_line(reason, LONGEST_REASON)
         failures.append(Failure(candidate.backend.name, candidate.backend.version, candidate.config, reason))
 
     ready = {candidate.name: plan for candidate, plan in compile_ahead.plans(arrays, by_name.values())}
