@@ -259,20 +259,19 @@ def make_plan(
     if deployment == "plan" and (contest := _contest(question, forced)) is not None:
         from convdispatch.tuning import online  # noqa: PLC0415
 
-        made = online.plan(contest, filters, bias)
-    else:
-        made = _plain_plan(problem, filters, bias, deployment, forced)
-        if deployment == "plan":
-            made.complete()  # or a later call would wait for a compiler
-    if forced is None:
-        made.budget = heuristic.budget_of()
+        return online.plan(contest, filters, bias)
+    made = _plain_plan(problem, filters, bias, deployment, forced, question.threads if forced is None else None)
+    if deployment == "plan":
+        made.complete()  # or a later call would wait for a compiler
     return made
 
 
-def _plain_plan(problem: Problem, filters: Array, bias: Array | None, deployment: str, forced: Forced) -> Plan:
+def _plain_plan(
+    problem: Problem, filters: Array, bias: Array | None, deployment: str, forced: Forced, budget: int | None = None
+) -> Plan:
     decision = decide(problem, deployment, forced)
     try:
-        return Plan(problem, decision.candidate, filters, bias, decision.evidence)
+        return Plan(problem, decision.candidate, filters, bias, decision.evidence, budget)
     except ArgumentError as error:
         if decision.evidence.source not in {"profile", "replay"} or problem.is_empty:
             raise
@@ -283,7 +282,7 @@ def _plain_plan(problem: Problem, filters: Array, bias: Array | None, deployment
             said = f"profile: {decision.candidate} for {problem} is ignored: {error}"
             warn(said, ProfileWarning)
         fallback = _estimated(question, profile.find(question.key))
-        return Plan(problem, fallback.candidate, filters, bias, fallback.evidence)
+        return Plan(problem, fallback.candidate, filters, bias, fallback.evidence, budget)
 
 
 def call(

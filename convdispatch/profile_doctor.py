@@ -173,7 +173,7 @@ class _Layer:
         if winner not in registry.available():
             why = registry.unavailable().get(winner, "there is no such backend here")
             yield self.finding("unknown backend", about, f"won by {winner}: {why}", self.tune(entry.key))
-        if stale := profile_tools.stale_reason(entry, profile_tools.versions):
+        if stale := profile_tools.stale_reason(entry, every_backend=True):
             yield self.finding("stale", about, stale, self.tune(entry.key))
         for complaint in _complaints(entry):
             yield self.finding("unusable config", about, complaint, self.tune(entry.key, "--retune"))

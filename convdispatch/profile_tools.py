@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from convdispatch import calibration, fingerprint, profile, quarantine, registry, settings, times
@@ -328,14 +328,14 @@ def broken_notes(source: Profile) -> dict[str, str]:
     return quarantine.written(source)[1] | calibration.broken(source)
 
 
-def stale_reason(entry: Entry, rows: Callable[[Entry], Mapping[str, int]] | None = None) -> str:
-    """Return which backend has another version than an entry's winner was measured with, or nothing.
+def stale_reason(entry: Entry, *, every_backend: bool = False) -> str:
+    """Return whether the winner's backend has another version than was measured, in words, or nothing.
 
     Args:
         entry: the entry.
-        rows: which backends matter; the winner's alone where None.
+        every_backend: whether to ask that of all who were measured.
     """
-    measured = rows(entry) if rows else {entry.winner.backend: entry.winner.version}
+    measured = versions(entry) if every_backend else {entry.winner.backend: entry.winner.version}
     now = registry.available()
     return ", ".join(
         f"{name} was version {version}, is {now[name].version}"

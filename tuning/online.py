@@ -71,7 +71,6 @@ class OnlinePlan(Plan):
         packed = self._packed
         if packed is None:  # settled by another thread a moment ago
             return super().__reduce_ex__(protocol)
-        packed.current.budget = self.budget
         return _same, (packed.current,)
 
     def __call__(self, input: Any, *, out: Array | None = None, residual: Any = None) -> Array:
@@ -101,7 +100,7 @@ def _update(plan: OnlinePlan, packed: Packed) -> None:
         plan.candidate = current.candidate
         if contest.settled and current.candidate.name == contest.incumbent.name:
             # Other threads may be in a call: they work on plans that do not change, and the class changes last.
-            plan.__dict__.update({**current.__dict__, "evidence": contest.evidence, "budget": plan.budget})
+            plan.__dict__.update({**current.__dict__, "evidence": contest.evidence})
             plan.__class__ = Plan  # type: ignore[assignment]  # from now on a call costs what a plain plan's does
             plan._packed = None  # noqa: SLF001
 
@@ -238,5 +237,5 @@ def contest(key: Key, incumbent: Candidate) -> Contest:
 
 def plan(contest: Contest, filters: Array, bias: Array | None) -> Plan:
     """Return a plan that takes part in a contest as it is called; a plain one if the contest is over."""
-    made = Plan(contest.key.problem, contest.incumbent, filters, bias, contest.evidence)
+    made = Plan(contest.key.problem, contest.incumbent, filters, bias, contest.evidence, contest.key.threads)
     return made if contest.settled else OnlinePlan(contest, made, filters, bias)
