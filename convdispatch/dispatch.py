@@ -135,12 +135,17 @@ def _contest(question: Question, forced: Forced) -> "Contest | None":
     options = question.options
     if options.tuning != "online" or not options.online_budget or forced is not None or question.problem.is_trivial:
         return None
-    decision = decide(question.problem, question.deployment)
-    if decision.evidence.source != "estimate":
-        return None
-    from convdispatch.tuning import online  # noqa: PLC0415  # needed only where something is measured
+    generation = None
+    while generation != profile.generation():  # what was decided while a contest ended may begin none
+        generation = profile.generation()
+        decision = decide(question.problem, question.deployment)
+        if decision.evidence.source != "estimate":
+            return None
+        from convdispatch.tuning import online  # noqa: PLC0415  # needed only where something is measured
 
-    return online.contest(question.key, decision.candidate)
+        if (contest := online.contest(question.key, decision.candidate, generation)) is not None:
+            return contest
+    return None
 
 
 def _forced(question: Question, forced: tuple[str, Config | None]) -> Decision:

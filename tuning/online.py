@@ -1,8 +1,9 @@
 """Tuning on live traffic: now and then a call is computed, rightly, by a challenger, until the fastest is known.
 
 For each problem there is a ``Contest``. One contest is held at a time, where the program spends most time, with one
-challenger at a time, and one job at a time in the background. A contest that is over is kept in the profile, and its
-plans become plain ones.
+challenger at a time, and one job at a time in the background. When a contest is over, its result goes into the profile
+and its plans become plain ones. A program of ever new shapes has no more contests than ``MOST``: the one that was not
+called for longest makes room.
 """
 
 import atexit
@@ -14,22 +15,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from convdispatch import observe, profile, registry, settings
+from convdispatch import observe, profile, registry, settings, stored
 from convdispatch.arguments import Array
 from convdispatch.backend import Candidate
 from convdispatch.errors import warn
 from convdispatch.plan import Evidence, Plan
 from convdispatch.profile import Key
+from convdispatch.question import Question
 from convdispatch.settings import Options
 from convdispatch.tuning import session
 from convdispatch.tuning.clock import Clock, system_clock
-from convdispatch.tuning.contest import Contest, Job
+from convdispatch.tuning.contest import Contest, Job, Where
 from convdispatch.tuning.gate import Trial
 from convdispatch.tuning.packed import Packed
 
 #: After so many calls of other problems, the one whose contest is held makes room for another.
 _IDLE = 1000
 _SECONDS_TO_WAIT_AT_EXIT = 5.0
+#: Most contests that are not over, and most of those that are over and stay with this process.
+MOST = 1000
 
 
 @dataclass
@@ -113,7 +117,8 @@ class Online:
         self.clock = clock
         self.lock = threading.Lock()
         self.budget = Budget()
-        self.contests: dict[tuple[Key, Options, int], Contest] = {}
+        self.contests: dict[Where, Contest] = {}
+        self._over: dict[Where, Contest] = {}  # whose results no profile has
         self.calls = 0
         self._submit = submit or self._start
         self._current: Contest | None = None
@@ -122,13 +127,39 @@ class Online:
         self._asked: dict[int, tuple[weakref.ref[Packed], Candidate, float]] = {}
         self._arrays: tuple[Contest, Trial] | None = None
 
-    def contest(self, key: Key, options: Options, incumbent: Candidate) -> Contest:
-        """Return the contest of a problem under options, begun with this incumbent if need be."""
-        where = key, options, registry.generation()
+    def contest(self, key: Key, options: Options, incumbent: Candidate, generation: int) -> Contest | None:
+        """Return the contest of a problem under options, begun if need be.
+
+        None is begun where the profile may know more by now, since what is over is never begun again; nor where too
+        many that are over stay with this process.
+
+        Args:
+            key, options: what it is held for.
+            incumbent: who begins.
+            generation: that of the profile by which the incumbent was chosen.
+        """
+        where = Where(key, options, registry.generation())
         with self.lock:
-            if where not in self.contests:
-                self.contests[where] = Contest(self, key, options, incumbent)
-            return self.contests[where]
+            known = self.contests.get(where) or self._over.get(where)
+            if known is None and generation == profile.generation() and len(self._over) < MOST:
+                known = Contest(self, where, incumbent)
+                self._hold(known)
+            return known
+
+    def admit(self, contest: Contest) -> None:
+        """Go on with a contest that made room and is called again, unless there is another now; under the lock."""
+        contest.put_off = False
+        if not contest.settled and contest.where not in self.contests and contest.where not in self._over:
+            self._hold(contest)
+
+    def _hold(self, contest: Contest) -> None:
+        """Add a contest; the one that was not called for longest makes room, if there are too many."""
+        if len(self.contests) >= MOST:
+            going_on = (each for each in self.contests.values() if not each.settled)
+            if (idle := min(going_on, key=lambda each: each.last, default=None)) is not None:
+                del self.contests[idle.where]
+                idle.put_off = True
+        self.contests[contest.where] = contest
 
     def ask_for(self, who: Packed, candidate: Candidate, seconds: float) -> None:
         """Have a plan's filters packed for a candidate as soon as the budget affords it; under the lock."""
@@ -156,7 +187,7 @@ class Online:
                 del self._asked[asker]
                 return functools.partial(who.pack, candidate)
         held = self._current
-        if held is None or held.settled or self.calls - held.last > _IDLE:
+        if held is None or held.settled or held.put_off or self.calls - held.last > _IDLE:
             open_ = [contest for contest in self.contests.values() if not contest.settled]
             self._current = held = max(open_, key=lambda c: (self.calls - c.last <= _IDLE, c.seconds), default=None)
         return None if held is None else held.next_job()
@@ -197,6 +228,7 @@ class Online:
         session.end()
         standings, options = contest.standings, contest.options
         entry = standings.entry(contest.typical, contest.recent)
+        answered = False  # by the profile, from now on
         if entry is None:
             said = "; ".join(f"{failure.name}: {failure.reason}" for failure in standings.failures)
             warn(f"online tuning of {contest.key.problem}: nobody was found right: {said}")
@@ -204,6 +236,13 @@ class Online:
             # Otherwise it stays with this process: what was not allowed took no part, and may be best elsewhere.
             with settings.options(profile=options.profile):
                 profile.keep(entry)
+                question = Question(contest.key.problem, contest.key.deployment, options)
+                answered = stored.choice(question, profile.find(contest.key)) is not None
+        with self.lock:
+            if self.contests.get(contest.where) is contest:
+                del self.contests[contest.where]
+            if not answered:
+                self._over[contest.where] = contest
 
     # The process's ends ----------------------------------------------------------------------------------------
 
@@ -230,9 +269,9 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_online.after_fork)
 
 
-def contest(key: Key, incumbent: Candidate) -> Contest:
-    """Return this process's contest of a problem under the options in force."""
-    return _online.contest(key, settings.current(), incumbent)
+def contest(key: Key, incumbent: Candidate, generation: int) -> Contest | None:
+    """Return this process's contest of a problem under the options in force; see ``Online.contest``."""
+    return _online.contest(key, settings.current(), incumbent, generation)
 
 
 def plan(contest: Contest, filters: Array, bias: Array | None) -> Plan:
