@@ -21,7 +21,7 @@ from convdispatch.errors import (
 )
 from convdispatch.plan import Evidence, Plan
 from convdispatch.problem import Problem
-from convdispatch.profile import Found
+from convdispatch.profile_file import Found
 from convdispatch.question import Decision, Forced, Question
 from convdispatch.settings import Options
 from convdispatch.units import time_text

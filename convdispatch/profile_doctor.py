@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from convdispatch import fingerprint, profile, profile_tools, quarantine, registry, settings
+from convdispatch import fingerprint, profile, profile_file, profile_tools, quarantine, registry, settings
 from convdispatch.backend import Candidate
 from convdispatch.errors import ProfileError
 from convdispatch.machine import Machine
-from convdispatch.profile import Entry, Key, Profile
+from convdispatch.profile import Entry, Key
+from convdispatch.profile_file import Profile
 from convdispatch.quarantine import Quarantine
 
 #: Layers whose file somebody has named, and so may be anything.
@@ -52,7 +53,7 @@ def examine(layers: Sequence[tuple[str, Path]], writable: Path, here: Machine) -
     seen: set[Key] = set()
     for layer, path in layers:
         try:
-            contents = profile.read(path)
+            contents = profile_file.read(path)
         except ProfileError as error:
             found += _unreadable(layer, path, error)
             continue

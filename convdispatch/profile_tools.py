@@ -1,4 +1,4 @@
-"""What people do with whole profiles: compare, join, ship and tidy them. Nothing here writes; ``profile.edit`` does."""
+"""What people do with whole profiles: compare, join, ship and tidy them. It is ``profile_file.edit`` that writes."""
 
 import datetime as dt
 import hashlib
@@ -12,7 +12,8 @@ from convdispatch import calibration, fingerprint, profile, quarantine, registry
 from convdispatch.errors import ArgumentError
 from convdispatch.fingerprint import Grade
 from convdispatch.machine import Machine
-from convdispatch.profile import CALIBRATION, MACHINE, NOTES, Entry, Key, Profile
+from convdispatch.profile import CALIBRATION, MACHINE, NOTES, Entry, Key
+from convdispatch.profile_file import Profile
 
 
 def grade(where: Profile, key: Key, here: Machine) -> Grade:
@@ -132,7 +133,7 @@ class Joined:
     """What joining profiles into one does.
 
     Attributes:
-        changes: the new texts by key, for ``profile.edit``.
+        changes: the new texts by key, for ``profile_file.edit``.
         new: keys that were not there.
         better: keys whose entry gives way to a better one.
         kept: keys whose entry stays.
@@ -273,7 +274,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What is to go: the changes for ``profile.edit``, and each key with the reason."""
+    """What is to go: the changes for ``profile_file.edit``, and each key with the reason."""
 
     changes: Mapping[str, str | None]
     reasons: Mapping[str, str]

@@ -10,7 +10,8 @@ from convdispatch.backend import Candidate, Config
 from convdispatch.errors import ArgumentTypeError, shown
 from convdispatch.plan import Evidence
 from convdispatch.problem import Problem
-from convdispatch.profile import Found, Key
+from convdispatch.profile import Key
+from convdispatch.profile_file import Found
 from convdispatch.settings import Options
 
 #: Whom a caller insists on: a backend's name, with a config or None.

@@ -6,7 +6,8 @@ from convdispatch import heuristic, profile, quarantine, registry
 from convdispatch.backend import Candidate
 from convdispatch.errors import ProfileWarning, warn
 from convdispatch.plan import Evidence
-from convdispatch.profile import Found, Result
+from convdispatch.profile import Result
+from convdispatch.profile_file import Found
 from convdispatch.question import Decision, Question
 from convdispatch.units import time_text
 

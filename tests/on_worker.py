@@ -14,7 +14,7 @@ from distributed import WorkerPlugin
 from quiet import QuietWatch
 
 import convdispatch
-from convdispatch import machine, profile, quarantine, registry
+from convdispatch import machine, profile_file, quarantine, registry
 from convdispatch.backend import Candidate, Config
 from convdispatch.errors import BackendError
 from convdispatch.problem import Problem
@@ -59,7 +59,7 @@ class Pretence(WorkerPlugin):
         self._replace(platform, "node", lambda: part.host)
         self._replace(roster, "host", lambda: part.host)
         self._replace(convdispatch, "__version__", part.version)
-        self._replace(profile, "write", _refuse)
+        self._replace(profile_file, "write", _refuse)
         self._replace(problem_race, "tune_problem", Race(part, self.folder, self.together))
         if part.bare:
             package = sys.modules.pop("convdispatch")

@@ -15,7 +15,7 @@ from quiet import BusyWatch, QuietWatch
 from scripted import PROBLEM, RULES, FakeClock, Scripted, only, race_by
 
 import convdispatch
-from convdispatch import machine, profile, settings
+from convdispatch import machine, profile, profile_file, settings
 from convdispatch.backend import Config
 from convdispatch.cli import main
 from convdispatch.errors import BusyMachineError, ConvDispatchError
@@ -64,7 +64,7 @@ def key(problem: Problem = PROBLEM) -> Key:
 
 
 def stored() -> dict[Problem, Entry]:
-    return {entry.key.problem: entry for entry in profile.read(profile.writable_path()).entries()}
+    return {entry.key.problem: entry for entry in profile_file.read(profile.writable_path()).entries()}
 
 
 # What is seen -------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 from scripted import RULES, FakeClock, Scripted, only, race_by
 
 import convdispatch
-from convdispatch import dispatch, heuristic, machine, on_miss, profile, reference, registry, settings
+from convdispatch import dispatch, heuristic, machine, on_miss, profile, profile_file, reference, registry, settings
 from convdispatch.arguments import Array
 from convdispatch.backend import Candidate, Config, Kernel, Numerics
 from convdispatch.errors import (
@@ -71,7 +71,7 @@ def know(
     """Write an entry into the user's profile."""
     parts = {"deployment": "plan", "threads": machine.usable_cores(), "machine": machine.current().id}
     entry = Entry(Key(problem, **{**parts, **about}), results, failures, flags=flags)
-    profile.write(profile.user_path(), [entry], machine.current())
+    profile_file.write(profile.user_path(), [entry], machine.current())
     profile.forget()
     return entry
 
@@ -219,7 +219,7 @@ def test_when_no_stored_result_is_allowed_a_lower_layer_and_then_the_estimate_de
 ) -> None:
     entry = know(result("steady"))
     with settings.options(profile=tmp_path / "mine.yaml"):
-        profile.write(tmp_path / "mine.yaml", [Entry(entry.key, (result("spectral"),))], machine.current())
+        profile_file.write(tmp_path / "mine.yaml", [Entry(entry.key, (result("spectral"),))], machine.current())
         assert chosen() == ("spectral", "profile")
         with settings.options(accuracy="strict"):
             assert chosen() == ("steady", "profile")
@@ -874,7 +874,7 @@ def test_explain_shows_the_entry_that_decided(three: dict[str, Scripted], tmp_pa
     know(result("steady", 2.0), result("quick", 3.0))
     here, project = machine.current(), tmp_path / "project.yaml"
     key = Key(PROBLEM, "plan", machine.usable_cores(), here.id)
-    profile.write(project, [Entry(key, (result("gone", 1.0), result("steady", 9.0, error=0.5)))], here)
+    profile_file.write(project, [Entry(key, (result("gone", 1.0), result("steady", 9.0, error=0.5)))], here)
     with settings.options(profile=project):
         told = explain(INPUT, FILTERS)
     assert "in the user profile" in told.evidence.detail

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scripted import PROBLEM, FakeClock, Scripted, only
 
 import convdispatch
-from convdispatch import dispatch, machine, profile, reference, registry, settings
+from convdispatch import dispatch, machine, profile, profile_file, reference, registry, settings
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Candidate, Config, Numerics
 from convdispatch.errors import ArgumentError
@@ -70,7 +70,7 @@ def made(**options: Any) -> Plan:
 
 
 def stored() -> dict[tuple[Problem, str], profile.Entry]:
-    return {(e.key.problem, e.key.deployment): e for e in profile.read(profile.writable_path()).entries()}
+    return {(e.key.problem, e.key.deployment): e for e in profile_file.read(profile.writable_path()).entries()}
 
 
 def three(clock: FakeClock, **of_best: Any) -> dict[str, Scripted]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scripted import PROBLEM, FakeClock, Scripted, only
 
 import convdispatch
-from convdispatch import dispatch, heuristic, machine, profile, quarantine, registry, safe_yaml, settings
+from convdispatch import dispatch, heuristic, machine, profile, profile_file, quarantine, registry, safe_yaml, settings
 from convdispatch.backend import Candidate, Config
 from convdispatch.cli import main
 from convdispatch.errors import BackendRejectedError, ProfileWarning
@@ -54,7 +54,7 @@ quarantines = st.builds(
 def test_what_is_written_is_read_again(one: Quarantine) -> None:
     text = quarantine._dumped(one)
     assert list(safe_yaml.load(text)) == [one.key]
-    ((key, chunk),) = profile.Profile(f"format: 1\n{text}", "some.yaml").notes(quarantine.KIND).items()
+    ((key, chunk),) = profile_file.Profile(f"format: 1\n{text}", "some.yaml").notes(quarantine.KIND).items()
     assert quarantine._parsed(key, chunk) == one
 
 
@@ -158,10 +158,10 @@ def test_one_that_cannot_be_read_is_a_warning_and_a_miss(bad: Scripted, text: st
 
 def test_it_is_no_entry_and_survives_that_entries_are_written(bad: Scripted) -> None:
     path = profile.user_path()
-    profile.write(path, [stored("good")], HERE)
+    profile_file.write(path, [stored("good")], HERE)
     quarantine.add(Candidate(bad, Config()), PROBLEM, "crashed")
-    profile.write(path, [stored("bad")], HERE)
-    assert [entry.winner.backend for entry in profile.read(path).entries()] == ["bad"]
+    profile_file.write(path, [stored("bad")], HERE)
+    assert [entry.winner.backend for entry in profile_file.read(path).entries()] == ["bad"]
     profile.forget()
     assert quarantine.of(bad) is not None
 
@@ -188,7 +188,7 @@ def test_a_profile_that_cannot_be_written_keeps_it_for_this_process(bad: Scripte
 def test_a_large_profile_is_not_parsed_for_it(bad: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
     entries = [Entry(Question(PROBLEM.replace(h=6 + n), "plan", settings.current()).key, stored("good").results)
                for n in range(300)]  # fmt: skip
-    profile.write(profile.user_path(), entries, HERE)
+    profile_file.write(profile.user_path(), entries, HERE)
     quarantine.add(Candidate(bad, Config()), PROBLEM, "crashed")
     profile.forget()
     quarantine._parsed.cache_clear()

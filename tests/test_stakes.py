@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scripted import PROBLEM, RULES, FakeClock, Scripted, only
 
-from convdispatch import profile
+from convdispatch import profile, profile_file
 from convdispatch.cli import main
 from convdispatch.errors import ArgumentError, WorkloadError
 from convdispatch.problem import Problem
@@ -175,7 +175,7 @@ def test_tune_from_a_recording_tunes_it_as_it_was_called(file: Path, tmp_path: P
     assert done.exit_code == 0, done.output
     assert done.stderr.splitlines()[0].startswith(f"[1/2] {SMALL} (call): tuned")
     assert "recorded: 2 s of calls; those with a winner took 2 s, and would take" in done.stdout
-    keys = {(str(e.key.problem), e.key.deployment, e.key.threads) for e in profile.read(mine).entries()}
+    keys = {(str(e.key.problem), e.key.deployment, e.key.threads) for e in profile_file.read(mine).entries()}
     assert keys == {(SMALL, "call", 1), (TINY, "plan", 1)}
     data = json.loads(run("tune", "--from", file, "--profile", mine, "--backends", "direct,im2col", "--json").stdout)
     assert [(layer["status"], layer["recorded_seconds"]) for layer in data["layers"]] == [("known", 2), ("known", 1e-3)]

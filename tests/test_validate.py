@@ -16,7 +16,7 @@ from quiet import BusyWatch
 from scripted import RULES, FakeClock, Scripted, only, race_by
 
 import convdispatch
-from convdispatch import calibration, dispatch, machine, profile, quarantine, settings
+from convdispatch import calibration, dispatch, machine, profile, profile_file, quarantine, settings
 from convdispatch.backend import Candidate, Config
 from convdispatch.calibration import Calibration, Correction
 from convdispatch.cli import main
@@ -44,7 +44,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
 
 def known(*corrections: Correction, names: Sequence[str] = ("boasts",)) -> None:
     made = Calibration(machine.current().id, "calibrate", 99, backends=dict(zip(names, corrections, strict=False)))
-    profile.write(profile.user_path(), (), machine.current(), calibration.dump(made))
+    profile_file.write(profile.user_path(), (), machine.current(), calibration.dump(made))
 
 
 def validated(clock: FakeClock, problems: Sequence[Problem] = PROBLEMS, **more: Any) -> Validation:

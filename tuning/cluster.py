@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convdispatch import profile, quarantine, settings
+from convdispatch import profile, profile_file, quarantine, settings
 from convdispatch.arguments import DEPLOYMENTS, check_deployments
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem
@@ -161,7 +161,7 @@ class Cluster:
             held = [one for one in quarantine.on(there.id) if self.backends is None or one.backend in self.backends]
             texts = dict.fromkeys(one.key for one in held)
             profile.remember_notes(texts)
-            profile.write(path, (), there, texts)
+            profile_file.write(path, (), there, texts)
             lifted[there.id] = tuple(one.backend for one in held)
         return lifted
 
@@ -184,7 +184,7 @@ class Cluster:
         path = profile.writable_path()
         kinds = self.kinds
         for kind in kinds:  # better to learn now than after a long run that it cannot be written
-            profile.write(path, (), kind.machine)
+            profile_file.write(path, (), kind.machine)
         started = time.monotonic()
         jobs = self.jobs(load, deployments)
         again = self._lift(path) if retry_quarantined else {}

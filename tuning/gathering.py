@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from convdispatch import profile, quarantine
-from convdispatch.profile import Entry, Found, Key
+from convdispatch import profile, profile_file, quarantine
+from convdispatch.profile import Entry, Key
+from convdispatch.profile_file import Found
 from convdispatch.tuning import isolation, layers
 from convdispatch.tuning.layers import LayerReport, Terms
 from convdispatch.tuning.roster import Roster, connected, said
@@ -78,7 +79,7 @@ class Gathering:
         self._spread = Spread(jobs)
         self._terms, self._end = terms, end
         self._path = path
-        self._known = profile.read(path)
+        self._known = profile_file.read(path)
         self._held = {kind.machine.id: {q.key: q.text for q in quarantine.on(kind.machine.id)} for kind in roster.kinds}
         self._on_progress = on_progress
         self._reports: dict[Job, LayerReport] = {}
@@ -161,7 +162,7 @@ class Gathering:
         for entry in entries:
             profile.remember(entry)
         if entries or new:
-            profile.write(self._path, entries, job.kind.machine, new)
+            profile_file.write(self._path, entries, job.kind.machine, new)
         self._report(job, worker.hostname, report)
 
     def _look(self) -> None:

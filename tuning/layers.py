@@ -6,7 +6,8 @@ from typing import Literal
 
 from convdispatch.backend import Backend, Effort
 from convdispatch.errors import BackendError
-from convdispatch.profile import Entry, Found, Key
+from convdispatch.profile import Entry, Key
+from convdispatch.profile_file import Found
 from convdispatch.tuning import problem_race
 from convdispatch.tuning.entrants import chosen_backends
 from convdispatch.tuning.rematch import suffices

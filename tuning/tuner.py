@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convdispatch import heuristic, machine, profile, quarantine, settings
+from convdispatch import heuristic, machine, profile, profile_file, quarantine, settings
 from convdispatch.arguments import DEPLOYMENTS, check_deployments
 from convdispatch.problem import Problem
 from convdispatch.tuning import calibrate, isolation
@@ -109,7 +109,7 @@ def tune(
     check_deployments(deployments)
     budget = heuristic.budget_of(threads)
     path = profile.writable_path()
-    profile.write(path, (), machine.current())  # better to learn now than after a long run that it cannot be written
+    profile_file.write(path, (), machine.current())  # better to learn now than after long that it cannot be written
     chosen = chosen_backends(backends)
     again = quarantine.lift(chosen.values()) if retry_quarantined else ()
     isolation.forget([chosen[name] for name in again])

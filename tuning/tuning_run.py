@@ -5,9 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from convdispatch import heuristic, machine, profile, settings
+from convdispatch import heuristic, machine, profile, profile_file, settings
 from convdispatch.backend import Candidate
-from convdispatch.profile import Entry, Found, Key
+from convdispatch.profile import Entry, Key
+from convdispatch.profile_file import Found
 from convdispatch.tuning import busy, compile_ahead, layers, problem_race, stakes
 from convdispatch.tuning.confirmation import contested
 from convdispatch.tuning.entrants import entrants_of, picks_of
@@ -124,7 +125,7 @@ class TuningRun:
     def _keep(self, entry: Entry) -> None:
         """Keep an entry for this process and in the profile file."""
         profile.remember(entry)
-        profile.write(self._path, [entry], machine.current())
+        profile_file.write(self._path, [entry], machine.current())
 
     def _race_disturbed_again(self) -> None:
         """Tune again what was disturbed, if there is a quiet moment now and as long as there is time."""

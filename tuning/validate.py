@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from convdispatch import calibration, heuristic, machine, observe, profile, quarantine, registry, settings
+from convdispatch import calibration, heuristic, machine, observe, profile, profile_file, quarantine, registry, settings
 from convdispatch.backend import Candidate, Effort
 from convdispatch.calibration import Calibration
 from convdispatch.errors import ConvDispatchError
@@ -244,7 +244,7 @@ def _decided(problem: Problem, how: _Setting, entries: Sequence[Entry], calibrat
     """Return what would be chosen for a problem never tuned, by a profile of these entries and nothing else."""
     path = how.folder / "held-out.yaml"
     path.unlink(missing_ok=True)
-    profile.write(path, entries, machine.current(), calibration.dump(calibrated) if calibrated else None)
+    profile_file.write(path, entries, machine.current(), calibration.dump(calibrated) if calibrated else None)
     with profile.only(path):
         return how.decide(problem, how.deployment).candidate
 
