@@ -210,7 +210,7 @@ def _faster(question: Question, chosen: Decision, answers: Sequence[Found]) -> D
 
 
 def _estimated(question: Question, answers: Sequence[Found]) -> Decision:
-    """Return the estimates' choice, corrected by what was measured of the same problem on machines like this one."""
+    """Return the estimates' choice among those whom the options allow; the errors of the profiles' answers count."""
     problem, options = question.problem, question.options
     usable, refused = heuristic.usable(problem, options)
     allowed = [backend for backend in usable.values() if heuristic.accurate_by_kind(backend, options)]

@@ -381,6 +381,12 @@ def test_of_ever_new_shapes_no_more_are_held_than_stated(
         plan(np.ones((1, height, 6, 2), "f4"))
         assert height in {where.key.problem.h for where in here.contests}  # whoever is called is held again
     assert len(here.contests) == 3
+    again = of_height(6)  # takes part in the contest that its like has begun
+    assert isinstance(first, OnlinePlan)
+    assert isinstance(again, OnlinePlan)
+    assert again._packed is not None
+    assert first._packed is not None
+    assert again._packed.contest is first._packed.contest
     calls(first)
     assert first.candidate.name == "best"
     assert len(here.contests) <= 3

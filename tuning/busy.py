@@ -225,6 +225,10 @@ def children_seconds() -> float:
     return seconds
 
 
+#: Makes what watches the machine for a thread budget; tests replace it.
+make_watch: Callable[[int], Watch] = Watch
+
+
 def since(make: Callable[[], Watch], workers: Callable[[], float] = children_seconds) -> Callable[[], str]:
     """Return what tells, each time it is called, what says that the machine was busy since the time before.
 
@@ -281,7 +285,3 @@ def refuse_if_busy(threads: int, seconds: float, on_wait: Callable[[str], None] 
 def is_quiet(threads: int, seconds: float) -> bool:
     """Return whether there is a quiet moment within so many seconds."""
     return not wait_until_quiet(lambda: make_watch(threads), seconds, lambda _: None)
-
-
-#: Makes what watches the machine for a thread budget; tests replace it.
-make_watch: Callable[[int], Watch] = Watch

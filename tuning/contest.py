@@ -216,7 +216,7 @@ class Contest:
         self.online.calls += 1
         self.last = self.online.calls
         if self.put_off:
-            self.online.admit(self)
+            self.online.hold(self)
 
     def _judge(self) -> None:
         """Decide between challenger and incumbent, if the pairs so far allow it."""

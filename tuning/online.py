@@ -119,6 +119,7 @@ class Online:
         self.budget = Budget()
         self.contests: dict[Where, Contest] = {}
         self._over: dict[Where, Contest] = {}  # whose results no profile has
+        self._put_off: weakref.WeakValueDictionary[Where, Contest] = weakref.WeakValueDictionary()  # plans have them
         self.calls = 0
         self._submit = submit or self._start
         self._current: Contest | None = None
@@ -141,24 +142,22 @@ class Online:
         where = Where(key, options, registry.generation())
         with self.lock:
             known = self.contests.get(where) or self._over.get(where)
+            if known is None and (known := self._put_off.get(where)) is not None:
+                self.hold(known)
             if known is None and generation == profile.generation() and len(self._over) < MOST:
                 known = Contest(self, where, incumbent)
-                self._hold(known)
+                self.hold(known)
             return known
 
-    def admit(self, contest: Contest) -> None:
-        """Go on with a contest that made room and is called again, unless there is another now; under the lock."""
-        contest.put_off = False
-        if not contest.settled and contest.where not in self.contests and contest.where not in self._over:
-            self._hold(contest)
-
-    def _hold(self, contest: Contest) -> None:
-        """Add a contest; the one that was not called for longest makes room, if there are too many."""
+    def hold(self, contest: Contest) -> None:
+        """Go on with a contest; the one that was not called for longest makes room, if need be. Under the lock."""
         if len(self.contests) >= MOST:
             going_on = (each for each in self.contests.values() if not each.settled)
             if (idle := min(going_on, key=lambda each: each.last, default=None)) is not None:
-                del self.contests[idle.where]
+                self._put_off[idle.where] = self.contests.pop(idle.where)
                 idle.put_off = True
+        contest.put_off = False
+        self._put_off.pop(contest.where, None)
         self.contests[contest.where] = contest
 
     def ask_for(self, who: Packed, candidate: Candidate, seconds: float) -> None:
