@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from convdispatch import calibration, dispatch, heuristic, machine, profile, registry, settings
+from convdispatch import calibration, dispatch, heuristic, machine, profile, profile_file, registry, settings
 from convdispatch.calibration import Calibration, Correction
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Key, Result
@@ -53,7 +53,7 @@ def write_profile(path: Path, count: int) -> None:
         rows.sort(key=lambda row: row.median)
         entries.append(Entry(Key(problem, "plan", threads, here.id), tuple(rows)))
     made = Calibration(here.id, "calibrate", 200, backends={n: Correction(b.version) for n, b in backends.items()})
-    profile.write(path, entries, here, calibration.dump(made))
+    profile_file.write(path, entries, here, calibration.dump(made))
 
 
 def decide(batch: Sequence[Problem]) -> list[float]:

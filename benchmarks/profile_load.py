@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from convdispatch import machine, profile, settings
+from convdispatch import machine, profile, profile_file, settings
 from convdispatch.backend import Config
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Key, Result
@@ -65,8 +65,8 @@ def main() -> None:
     count, results = (int(word) for word in (*sys.argv[1:], *("5000", "12")[len(sys.argv) - 1 :]))
     with tempfile.TemporaryDirectory() as folder:
         path, small = Path(folder) / "profile.yaml", Path(folder) / "small.yaml"
-        profile.write(path, [entry(number, results) for number in range(count)], machine.current())
-        profile.write(small, [entry(0, results)], machine.current())
+        profile_file.write(path, [entry(number, results) for number in range(count)], machine.current())
+        profile_file.write(small, [entry(0, results)], machine.current())
         known, unknown = entry(count // 2, results).key, Key(Problem.parse("1x3x3x3 * 1x1x3x3"), "plan", 2, "nowhere")
         print(f"{count} entries of {results} results, {path.stat().st_size / 1e6:.1f} MB")
         print(f"first look-up          {first_call(path, known):8.2f} ms")
@@ -75,7 +75,7 @@ def main() -> None:
         with settings.options(profile=path):
             profile.find(known)
             print(f"the same again         {least(lambda: profile.find(known)):8.2f} ms")
-        storing = least(lambda: profile.write(path, [entry(1, results)], machine.current()))
+        storing = least(lambda: profile_file.write(path, [entry(1, results)], machine.current()))
         print(f"storing one entry      {storing:8.2f} ms")
 
 

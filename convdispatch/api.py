@@ -5,10 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from convdispatch import dispatch, heuristic, observe
+from convdispatch import arguments, dispatch, heuristic, observe, separation
 from convdispatch.arguments import Array, as_array, dtype_name, name_of
 from convdispatch.errors import ArgumentTypeError
 from convdispatch.plan import Plan
+from convdispatch.problem import Problem
+from convdispatch.question import parse_forced
 
 
 def conv2d(
@@ -65,12 +67,12 @@ def conv2d(
         (1, 3, 3, 8)
     """
     x = as_array("input", input)
-    problem, weights, values = dispatch.checked(
+    problem, weights, values = _checked(
         x.shape, name_of(x.dtype), filters, bias, residual=residual is not None, filter_format=filter_format,
         strides=strides, padding=padding, data_format=data_format, dilations=dilations, groups=groups,
         activation=activation,
     )  # fmt: skip
-    forced = dispatch.parse_forced(backend)
+    forced = parse_forced(backend)
     run = functools.partial(dispatch.call, problem, weights, values, forced, x, out=out, residual=residual)
     if not observe.is_watched():
         return run()
@@ -126,12 +128,12 @@ def plan(
             raise ArgumentTypeError(
                 f"dtype must be the filters' or None; got {dtype_name(given)}, filters are {weights.dtype.name}"
             )
-    problem, packed, values = dispatch.checked(
+    problem, packed, values = _checked(
         shape, dtype_name(given), weights, bias, residual=_is_to_come(residual), filter_format=filter_format,
         strides=strides, padding=padding, data_format=data_format, dilations=dilations, groups=groups,
         activation=activation,
     )  # fmt: skip
-    return dispatch.make_plan(problem, packed, values, "plan", dispatch.parse_forced(backend))
+    return dispatch.make_plan(problem, packed, values, "plan", parse_forced(backend))
 
 
 def _is_to_come(residual: Any) -> bool:
@@ -140,3 +142,33 @@ def _is_to_come(residual: Any) -> bool:
         got = type(residual).__name__
         raise ArgumentTypeError(f"residual must be True or False here; got {got}: pass it to the plan's calls")
     return bool(residual)
+
+
+def _checked(
+    input_shape: Any,
+    dtype: str,
+    filters: Any,
+    bias: Any,
+    *,
+    residual: bool,
+    filter_format: str,
+    **how: Any,
+) -> tuple[Problem, Array, Array | None]:
+    """Check a call's arguments; return its problem, its filters as HWIO, and its bias.
+
+    Args:
+        input_shape: shape of the input in its data format.
+        dtype: name of the input's dtype.
+        filters, bias: as the caller gave them.
+        residual: whether there is one.
+        filter_format: ``"HWIO"`` or ``"OIHW"``.
+        **how: strides, padding, data_format, dilations, groups, activation.
+    """
+    weights = as_array("filters", filters)
+    arguments.check_same_dtype(dtype, weights.dtype)
+    problem = arguments.make_problem(
+        input_shape, weights.shape, dtype, filter_format=filter_format, bias=bias is not None, residual=residual, **how
+    )
+    values = None if bias is None else arguments.check_bias(problem, bias)
+    packed = arguments.check_filters(problem, weights, filter_format)
+    return separation.noticed(problem, packed), packed, values

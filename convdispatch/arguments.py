@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from convdispatch import epilogue
 from convdispatch.epilogue import Epilogue, parse_activation
 from convdispatch.errors import ArgumentError, ArgumentTypeError, shown
-from convdispatch.problem import DATA_FORMATS, DTYPES, FLOATS, LARGEST, PADDINGS, Pads, Problem, padding_of
+from convdispatch.problem import DATA_FORMATS, DTYPES, FLOATS, LARGEST, PADDINGS, Pads, Problem, dtype_of, padding_of
 
-Array = NDArray[Any]
+Array = epilogue.Array
 FILTER_FORMATS = ("HWIO", "OIHW")
 #: What people do with a problem: filters are packed once, or in every call.
 DEPLOYMENTS = ("plan", "call")
@@ -66,6 +66,13 @@ def check_deployment(value: Any) -> None:
         raise ArgumentError(f"deployment must be {' or '.join(DEPLOYMENTS)}; got {shown(value)}")
 
 
+def check_deployments(deployments: Sequence[str]) -> None:
+    """Raise an ``ArgumentError`` unless all of these are deployments."""
+    for deployment in [deployments] if isinstance(deployments, str) else deployments:
+        if deployment not in DEPLOYMENTS or isinstance(deployments, str):
+            raise ArgumentError(f"deployments must be a list of {' or '.join(DEPLOYMENTS)}; got {deployment!r}")
+
+
 def check_same_dtype(input: str, filters: np.dtype[Any]) -> None:
     """Raise an ``ArgumentTypeError`` unless filters are of the input's dtype, of which this is the name."""
     if name_of(filters) != input:
@@ -77,6 +84,30 @@ def check_same_dtype(input: str, filters: np.dtype[Any]) -> None:
         else:
             remedy = "convert both to a dtype that holds all their values, such as int16 or float32"
         raise ArgumentTypeError(f"input and filters must have one dtype; got {input} and {filters.name}: {remedy}")
+
+
+def check_filters(problem: Problem, filters: Array, filter_format: str) -> Array:
+    """Return filters as a native, aligned view ``[KH, KW, C // groups, K]`` of the problem's dtype."""
+    view = filters.transpose(2, 3, 1, 0) if filter_format == "OIHW" else filters
+    dtype = dtype_of(problem.dtype)
+    if view.dtype is dtype or (view.dtype == dtype and view.flags.aligned):
+        return view
+    return view.astype(dtype)
+
+
+def check_bias(problem: Problem, bias: Any) -> Array:
+    """Return a bias as a native array ``[K]``.
+
+    Raises:
+        ArgumentError: for a wrong shape.
+        ArgumentTypeError: for a dtype other than the result's.
+    """
+    array = as_array("bias", bias)
+    if array.shape != (problem.k,):
+        raise ArgumentError(f"bias must have shape ({problem.k},), one value a filter; got {array.shape}")
+    if array.dtype.name != problem.result_dtype:
+        raise ArgumentTypeError(f"bias must be {problem.result_dtype}, as the result is; got {array.dtype.name}")
+    return array.astype(dtype_of(problem.result_dtype), copy=False)
 
 
 def make_problem(

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
+import numpy as np
+
 from convdispatch.arguments import Array
 from convdispatch.epilogue import Epilogue
 from convdispatch.errors import ArgumentError
@@ -82,9 +84,18 @@ class Config(Mapping[str, Value]):
         return self.integer("threads", 1)
 
 
-def _sequential_growth(problem: Problem, config: Config) -> float:
-    """Return the classical bound of a dot product, n * u, in units of eps = 2u, with room for the epilogue."""
-    del config
+@functools.cache
+def epsilon(dtype: str) -> float:
+    """Return the eps of a float dtype: the gap between 1 and the next number."""
+    return float(np.finfo(dtype).eps)
+
+
+#: What an epilogue adds to an error at most, in units of eps: bias, residual and activation round once or twice each.
+EPILOGUE_GROWTH = 8
+
+
+def plain_growth(problem: Problem, config: Config | None = None) -> float:  # noqa: ARG001  # the same for all configs
+    """Return the classical bound of a dot product, n * u, in units of eps = 2u, with a little room."""
     return problem.taps / 2 + 4
 
 
@@ -101,7 +112,7 @@ class Numerics:
     """
 
     kind: Literal["local", "transform"] = "local"
-    growth: Callable[[Problem, Config], float] = _sequential_growth
+    growth: Callable[[Problem, Config], float] = plain_growth
     deterministic: bool = True
 
 

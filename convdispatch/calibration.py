@@ -22,7 +22,7 @@ from convdispatch.backend import Backend, Candidate, Config, item_bytes
 from convdispatch.errors import ProfileError, ProfileWarning, in_a_line, warn
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem
-from convdispatch.profile import Profile
+from convdispatch.profile_file import Profile
 from convdispatch.profile_text import flow, rounded
 
 TERMS = ("constant", "threads", "short", "filters", "traffic")

@@ -40,8 +40,9 @@ from convdispatch.terminal import (
 )
 from convdispatch.tuning import cluster, stakes, tuner, workload
 from convdispatch.tuning.cluster import Cluster
+from convdispatch.tuning.layers import LayerReport
 from convdispatch.tuning.race import RULES
-from convdispatch.tuning.tuner import LayerReport, TuneReport
+from convdispatch.tuning.tuner import TuneReport
 from convdispatch.tuning.warmup import warm_up
 from convdispatch.tuning.workload import Workload
 

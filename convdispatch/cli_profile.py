@@ -8,10 +8,11 @@ from typing import Any
 
 import click
 
-from convdispatch import exit_codes, machine, profile, profile_tools, quarantine, report, safe_file
+from convdispatch import exit_codes, machine, profile, profile_file, profile_tools, quarantine, report, safe_file
 from convdispatch.errors import ProfileError
-from convdispatch.profile import Entry, Key, Profile
+from convdispatch.profile import Entry, Key
 from convdispatch.profile_doctor import Finding, examine
+from convdispatch.profile_file import Profile
 from convdispatch.profile_tools import Joined, Selection
 from convdispatch.terminal import (
     alone_option,
@@ -99,7 +100,7 @@ def show(
     one, used until the problem is tuned here); or no.
     """
     place, here = _place(file), machine.current()
-    found = profile.read(place)
+    found = profile_file.read(place)
     where = here.id if where == "here" else where
     entries = [
         entry
@@ -187,7 +188,7 @@ def diff(first: Path, second: Path, across: bool, as_json: bool) -> None:
     Of each problem whose winner differs: both winners, the second's time over the first's ("ratio"), and what the
     second's winner took in the first profile over the winner there ("cost"; near 1 it was a tie).
     """
-    found = profile_tools.diff(profile.read(first), profile.read(second), across=across)
+    found = profile_tools.diff(profile_file.read(first), profile_file.read(second), across=across)
     if as_json:
         changed = [
             {
@@ -224,14 +225,14 @@ def diff(first: Path, second: Path, across: bool, as_json: bool) -> None:
 
 
 def _joined(target: Path, sources: Sequence[Path]) -> Joined:
-    profiles = [profile.read(source) for source in sources]
+    profiles = [profile_file.read(source) for source in sources]
     done: list[Joined] = []
 
     def add(old: Profile) -> Mapping[str, str | None]:
         done.append(profile_tools.join(old, profiles, machine.current()))
         return done[-1].changes
 
-    profile.edit(target, add)
+    profile_file.edit(target, add)
     return done[-1]
 
 
@@ -302,11 +303,11 @@ def export(target: Path, portable: bool, force: bool, file: Path | None, as_json
     source = _place(file)
     if safe_file.real(target) == safe_file.real(source):
         raise ProfileError(f"{target} is the profile itself; name another file, or take entries out with profile prune")
-    done = profile_tools.export(profile.read(source), portable=portable)
+    done = profile_tools.export(profile_file.read(source), portable=portable)
     if done.left_out and not done.entries:
         why = "; ".join(sorted(set(done.left_out.values())))
         raise ProfileError(f"nothing would be in {target}: all {len(done.left_out)} entries are left out: {why}")
-    profile.replace_file(target, done.text)
+    profile_file.replace_file(target, done.text)
     if as_json:
         print_json({"profile": str(target), "entries": done.entries, "left_out": dict(done.left_out)})
         return
@@ -351,7 +352,7 @@ def prune(
         raise click.UsageError("say what goes: --stale, --flagged, --broken, --quarantined, --machine, --older-than")
     place = _place(file)
     if dry_run or not place.exists():
-        done = profile_tools.prune(profile.read(place), what)
+        done = profile_tools.prune(profile_file.read(place), what)
     else:
         runs = []
 
@@ -359,7 +360,7 @@ def prune(
             runs.append(profile_tools.prune(old, what))
             return runs[-1].changes
 
-        profile.edit(place, take_out)
+        profile_file.edit(place, take_out)
         done = runs[-1]
     if as_json:
         print_json({"profile": str(place), "dry_run": dry_run, "pruned": dict(done.reasons)})

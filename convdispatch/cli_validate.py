@@ -28,7 +28,7 @@ from convdispatch.terminal import (
     tell_of_waiting,
     threads_option,
 )
-from convdispatch.tuning import busy, tuner
+from convdispatch.tuning import busy
 from convdispatch.tuning import calibrate as calibrating
 from convdispatch.tuning import validate as validating
 from convdispatch.tuning import workload as workloads
@@ -66,7 +66,7 @@ def calibrate(allow_busy: bool, threads: int | None, file: Path | None, as_json:
     total, numbers = len(calibrating.PROBLEMS), itertools.count(1)
     with scope(threads, file):
         if not allow_busy:
-            tuner.refuse_if_busy(heuristic.budget_of(threads), tuner.PATIENCE, tell_of_waiting)
+            busy.refuse_if_busy(heuristic.budget_of(threads), busy.PATIENCE, tell_of_waiting)
         found = calibrating.calibrate(
             threads=threads,
             on_progress=lambda problem: click.echo(f"[{next(numbers)}/{total}] {problem}", err=True),
@@ -161,7 +161,7 @@ def validate(
             deployment=deployment,
             threads=threads,
             seconds=seconds,
-            conditions=busy.since(lambda: tuner.make_watch(heuristic.budget_of(threads))),
+            conditions=busy.since(lambda: busy.make_watch(heuristic.budget_of(threads))),
             on_progress=lambda said: click.echo(f"[{next(numbers)}/{total}] {said}", err=True),
         )
     if as_json:

@@ -112,6 +112,10 @@ def shown(value: object) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
+#: Characters of a reason that is kept: why a candidate failed, say.
+LONGEST_REASON = 300
+
+
 def in_a_line(said: object, limit: int | None = None) -> str:
     """Return what an error says in one line, of so many characters at most.
 

@@ -1,11 +1,12 @@
-"""The commands' exit codes: one meaning each, whichever command ends with it."""
+"""The commands' exit codes: one meaning each, whichever command ends with it.
+
+None of ours is 2: with that click ends what was typed and is no such command.
+"""
 
 #: Done; of ``bench``, a verdict, whatever it says.
 DONE = 0
 #: An error that is explained; of ``profile doctor``, something needs mending.
 ERROR = 1
-#: What was typed is no such command; click's own.
-USAGE = 2
 #: The time limit left problems untuned.
 LEFT = 3
 #: No backend could do some problem, or workers were lost; nothing to compare with; a target of ``--check`` was missed.

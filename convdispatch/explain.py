@@ -8,11 +8,11 @@ import numpy as np
 
 from convdispatch import arguments, dispatch, heuristic, machine, profile, separation, settings, transfer
 from convdispatch.backend import Backend, Candidate
-from convdispatch.dispatch import Decision
 from convdispatch.errors import BackendRejectedError, ProfileMissError
-from convdispatch.plan import Evidence, check_filters
+from convdispatch.plan import Evidence
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Failure, Key, Result
+from convdispatch.question import Decision, Question, parse_forced
 from convdispatch.units import bytes_text, time_text
 
 
@@ -138,7 +138,7 @@ def explain(
     )  # fmt: skip
     arguments.check_deployment(deployment)
     if isinstance(w, np.ndarray):
-        problem = separation.noticed(problem, check_filters(problem, w, filter_format))
+        problem = separation.noticed(problem, arguments.check_filters(problem, w, filter_format))
     return explain_problem(problem, deployment, backend)
 
 
@@ -149,14 +149,13 @@ def _as_array_or_shape(name: str, given: Any) -> Any:
 def explain_problem(problem: Problem, deployment: str = "plan", backend: Any = None) -> Explanation:
     """Tell the same of a ``Problem``; see ``explain``."""
     arguments.check_deployment(deployment)
-    options = settings.current()
     refusal = ""
     decision: Decision | None = None
     try:
-        decision = dispatch.look(problem, deployment, dispatch.parse_forced(backend))
+        decision = dispatch.look(problem, deployment, parse_forced(backend))
     except (BackendRejectedError, ProfileMissError) as error:
         refusal = str(error)
-    key = dispatch.key_for(problem, deployment, options)
+    key = Question(problem, deployment, settings.current()).key
     found = (decision and decision.found) or next(iter(profile.find(key)), None)
     layer, entry = (found.layer, found.entry) if found else (None, None)
     return Explanation(

@@ -5,7 +5,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from convdispatch import machine, quarantine, registry, settings
-from convdispatch.backend import Backend, Candidate, Config, Effort, seen_by
+from convdispatch.backend import (
+    EPILOGUE_GROWTH,
+    Backend,
+    Candidate,
+    Config,
+    Effort,
+    epsilon,
+    plain_growth,
+    seen_by,
+)
 from convdispatch.errors import warn
 from convdispatch.problem import ROUNDING, Problem
 from convdispatch.profile import Result
@@ -13,7 +22,6 @@ from convdispatch.settings import Options
 
 #: Largest measured error of an accuracy class, in units of the sum dtype's epsilon; "strict" has a rule of its own.
 ACCURACY_EPS = {"standard": 2.0**10, "fast": 2.0**14}
-_EPSILON = {"float32": 2.0**-23, "float64": 2.0**-52}
 #: A candidate estimated this many times slower than the best is not worth measuring, by effort. Honest estimates are
 #: within a factor of two, so their ratio is within four.
 _HOPELESS = {"estimate": 4.0, "measure": 4.0, "patient": 16.0, "exhaustive": float("inf")}
@@ -76,7 +84,7 @@ def usable(problem: Problem, options: Options) -> tuple[dict[str, Backend], dict
             no[name] = "forbidden by options"
         elif kept := quarantine.of(backend, held):
             no[name] = f"quarantined: {kept.reason}"
-        elif options.accuracy == "strict" and backend.numerics.kind != "local":
+        elif options.accuracy == "strict" and not accurate_by_kind(backend, options):
             no[name] = "accuracy='strict' allows local backends only"
         elif reason := refusal(backend, problem):
             no[name] = reason
@@ -151,7 +159,7 @@ def accurate_by_bound(candidate: Candidate, problem: Problem, options: Options) 
         growth = float(candidate.backend.numerics.growth(problem, candidate.config))
     except (Exception, SystemExit):  # noqa: BLE001  # somebody's backend must not stop the others
         return False
-    return growth * _EPSILON[problem.sum_dtype] + ROUNDING.get(problem.dtype, 0.0) <= options.accuracy
+    return growth * epsilon(problem.sum_dtype) + ROUNDING.get(problem.dtype, 0.0) <= options.accuracy
 
 
 def measured_error(candidate: Candidate, rows: Iterable[Result]) -> float | None:
@@ -176,6 +184,6 @@ def accurate_by_measure(backend: Backend, problem: Problem, error: float, option
     # A low-precision result carries its storage's rounding, which no candidate can avoid.
     rounding = ROUNDING.get(problem.dtype, 0.0)
     if options.accuracy == "strict":  # whatever growth a local backend declares: the bound of a plain sum, and of what
-        limit = problem.taps / 2 + 4 + (8 if problem.epilogue else 0)  # an epilogue adds
-        return backend.numerics.kind == "local" and error <= limit * _EPSILON[problem.sum_dtype] + rounding
-    return error <= ACCURACY_EPS[options.accuracy] * _EPSILON[problem.sum_dtype] + rounding
+        limit = plain_growth(problem) + EPILOGUE_GROWTH * bool(problem.epilogue)  # an epilogue adds
+        return accurate_by_kind(backend, options) and error <= limit * epsilon(problem.sum_dtype) + rounding
+    return error <= ACCURACY_EPS[options.accuracy] * epsilon(problem.sum_dtype) + rounding

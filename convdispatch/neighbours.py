@@ -18,7 +18,8 @@ from convdispatch import fingerprint, machine, profile, safe_yaml
 from convdispatch.backend import Config, item_bytes
 from convdispatch.calibration import Sizes
 from convdispatch.problem import Problem
-from convdispatch.profile import Entry, Profile
+from convdispatch.profile import Entry
+from convdispatch.profile_file import Profile
 from convdispatch.profile_text import parse_config
 
 #: How many neighbours are asked, and how near (in the distance of ``Place``) they must be.

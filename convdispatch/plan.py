@@ -50,7 +50,7 @@ class Evidence:
 
 
 class Plan:
-    """A convolution ready to run. Thread-safe, picklable, and immutable once made.
+    """A convolution ready to run. Thread-safe and picklable; what it says of itself does not change once it is made.
 
     Call it as ``plan(x)``, ``plan(x, out=y)`` or ``plan(x, residual=r)``.
 
@@ -61,8 +61,6 @@ class Plan:
         budget: the most threads that it was chosen for; None where it was asked for by name.
     """
 
-    budget: int | None = None
-
     def __init__(
         self,
         problem: Problem,
@@ -70,6 +68,7 @@ class Plan:
         filters: Array,
         bias: Array | None = None,
         evidence: Evidence | None = None,
+        budget: int | None = None,
     ) -> None:
         """Pack the filters.
 
@@ -79,6 +78,7 @@ class Plan:
             filters: ``[KH, KW, C // groups, K]`` of the problem's dtype, any strides; not kept.
             bias: ``[K]`` of the problem's result dtype, present if the epilogue says so; not kept.
             evidence: why this candidate.
+            budget: the most threads that it was chosen for, if it was chosen.
 
         Raises:
             BackendRejectedError: if the backend cannot do the problem.
@@ -88,6 +88,7 @@ class Plan:
         self.problem = problem
         self.candidate = candidate
         self.evidence = evidence or Evidence("forced", "asked for")
+        self.budget = budget
         self._seen = seen_by(candidate.backend, problem)
         self._set_dtypes()
         self._bias = None if bias is None else np.array(bias, self._sums)
@@ -354,27 +355,3 @@ def _allowed(problem: Problem) -> Iterator[Candidate]:
             for candidate in heuristic.candidates_of(backend, problem, 1, "exhaustive"):
                 if heuristic.fits_memory(candidate.workspace(problem), options):
                     yield candidate
-
-
-def check_filters(problem: Problem, filters: Array, filter_format: str) -> Array:
-    """Return filters as a native, aligned view ``[KH, KW, C // groups, K]`` of the problem's dtype."""
-    view = filters.transpose(2, 3, 1, 0) if filter_format == "OIHW" else filters
-    dtype = dtype_of(problem.dtype)
-    if view.dtype is dtype or (view.dtype == dtype and view.flags.aligned):
-        return view
-    return view.astype(dtype)
-
-
-def check_bias(problem: Problem, bias: Any) -> Array:
-    """Return a bias as a native array ``[K]``.
-
-    Raises:
-        ArgumentError: for a wrong shape.
-        ArgumentTypeError: for a dtype other than the result's.
-    """
-    array = as_array("bias", bias)
-    if array.shape != (problem.k,):
-        raise ArgumentError(f"bias must have shape ({problem.k},), one value a filter; got {array.shape}")
-    if array.dtype.name != problem.result_dtype:
-        raise ArgumentTypeError(f"bias must be {problem.result_dtype}, as the result is; got {array.dtype.name}")
-    return array.astype(dtype_of(problem.result_dtype), copy=False)

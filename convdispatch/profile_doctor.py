@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from convdispatch import fingerprint, profile, profile_tools, quarantine, registry, settings
+from convdispatch import fingerprint, profile, profile_file, profile_tools, quarantine, registry, settings
 from convdispatch.backend import Candidate
 from convdispatch.errors import ProfileError
 from convdispatch.machine import Machine
-from convdispatch.profile import Entry, Key, Profile
+from convdispatch.profile import Entry, Key
+from convdispatch.profile_file import Profile
 from convdispatch.quarantine import Quarantine
 
 #: Layers whose file somebody has named, and so may be anything.
@@ -52,7 +53,7 @@ def examine(layers: Sequence[tuple[str, Path]], writable: Path, here: Machine) -
     seen: set[Key] = set()
     for layer, path in layers:
         try:
-            contents = profile.read(path)
+            contents = profile_file.read(path)
         except ProfileError as error:
             found += _unreadable(layer, path, error)
             continue
@@ -173,7 +174,7 @@ class _Layer:
         if winner not in registry.available():
             why = registry.unavailable().get(winner, "there is no such backend here")
             yield self.finding("unknown backend", about, f"won by {winner}: {why}", self.tune(entry.key))
-        if stale := profile_tools.stale_reason(entry, profile_tools.versions):
+        if stale := profile_tools.stale_reason(entry, every_backend=True):
             yield self.finding("stale", about, stale, self.tune(entry.key))
         for complaint in _complaints(entry):
             yield self.finding("unusable config", about, complaint, self.tune(entry.key, "--retune"))

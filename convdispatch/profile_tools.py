@@ -1,18 +1,19 @@
-"""What people do with whole profiles: compare, join, ship and tidy them. Nothing here writes; ``profile.edit`` does."""
+"""What people do with whole profiles: compare, join, ship and tidy them. It is ``profile_file.edit`` that writes."""
 
 import datetime as dt
 import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from convdispatch import calibration, fingerprint, profile, quarantine, registry, settings
+from convdispatch import calibration, fingerprint, profile, quarantine, registry, settings, times
 from convdispatch.errors import ArgumentError
 from convdispatch.fingerprint import Grade
 from convdispatch.machine import Machine
-from convdispatch.profile import CALIBRATION, MACHINE, NOTES, Entry, Key, Profile
+from convdispatch.profile import CALIBRATION, MACHINE, NOTES, Entry, Key
+from convdispatch.profile_file import Profile
 
 
 def grade(where: Profile, key: Key, here: Machine) -> Grade:
@@ -49,17 +50,13 @@ class Change:
 
     @property
     def ratio(self) -> float:  # noqa: D102  # an attribute to its users
-        return _ratio(self.second.winner.median, self.first.winner.median)
+        return times.ratio(self.second.winner.median, self.first.winner.median)
 
     @property
     def cost(self) -> float | None:  # noqa: D102
         name = self.second.winner.name
-        times = [row.median for row in self.first.results if row.name == name]
-        return _ratio(times[0], self.first.winner.median) if times else None
-
-
-def _ratio(above: float, below: float) -> float:
-    return above / below if below else math.inf if above else 1.0
+        measured = [row.median for row in self.first.results if row.name == name]
+        return times.ratio(measured[0], self.first.winner.median) if measured else None
 
 
 @dataclass(frozen=True)
@@ -136,7 +133,7 @@ class Joined:
     """What joining profiles into one does.
 
     Attributes:
-        changes: the new texts by key, for ``profile.edit``.
+        changes: the new texts by key, for ``profile_file.edit``.
         new: keys that were not there.
         better: keys whose entry gives way to a better one.
         kept: keys whose entry stays.
@@ -277,7 +274,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What is to go: the changes for ``profile.edit``, and each key with the reason."""
+    """What is to go: the changes for ``profile_file.edit``, and each key with the reason."""
 
     changes: Mapping[str, str | None]
     reasons: Mapping[str, str]
@@ -332,14 +329,14 @@ def broken_notes(source: Profile) -> dict[str, str]:
     return quarantine.written(source)[1] | calibration.broken(source)
 
 
-def stale_reason(entry: Entry, rows: Callable[[Entry], Mapping[str, int]] | None = None) -> str:
-    """Return which backend has another version than an entry's winner was measured with, or nothing.
+def stale_reason(entry: Entry, *, every_backend: bool = False) -> str:
+    """Return whether the winner's backend has another version than was measured, in words, or nothing.
 
     Args:
         entry: the entry.
-        rows: which backends matter; the winner's alone where None.
+        every_backend: whether to ask that of all who were measured.
     """
-    measured = rows(entry) if rows else {entry.winner.backend: entry.winner.version}
+    measured = versions(entry) if every_backend else {entry.winner.backend: entry.winner.version}
     now = registry.available()
     return ", ".join(
         f"{name} was version {version}, is {now[name].version}"

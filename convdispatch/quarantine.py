@@ -21,11 +21,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from convdispatch import fingerprint, machine, profile, registry, safe_yaml
+from convdispatch import fingerprint, machine, profile, profile_file, registry, safe_yaml
 from convdispatch.backend import Backend, Candidate, Config
 from convdispatch.errors import ConvDispatchError, ProfileError, ProfileWarning, in_a_line, warn
 from convdispatch.problem import Problem
-from convdispatch.profile import Profile
+from convdispatch.profile_file import Profile
 
 KIND = profile.QUARANTINE
 #: What the reason of a failure begins with that put its backend into quarantine.
@@ -176,7 +176,7 @@ def _keep(texts: Mapping[str, str | None]) -> None:
         return
     profile.remember_notes(texts)
     try:
-        profile.write(profile.writable_path(), (), machine.current(), texts)
+        profile_file.write(profile.writable_path(), (), machine.current(), texts)
     except ProfileError as error:
         warn(f"the quarantine is kept for this process only: {error}", ProfileWarning)
 

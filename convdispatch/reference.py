@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from convdispatch.arguments import Array
-from convdispatch.backend import Config, Numerics
+from convdispatch.backend import EPILOGUE_GROWTH, Config, Numerics, epsilon
 from convdispatch.epilogue import activate
 from convdispatch.problem import ROUNDING, Problem, dtype_of
 
@@ -183,7 +183,7 @@ class Oracle:
         problem = self.problem
         if problem.is_integer:
             return np.zeros(self.sums.shape)
-        eps = _eps(problem.sum_dtype)
+        eps = epsilon(problem.sum_dtype)
         # The oracle of a float64 problem is itself a float64 sum, off by as much as a local backend may be.
         own = eps * (problem.taps / 2 + 1) if problem.sum_dtype == "float64" else 0.0
         growth = numerics.growth(problem, config)
@@ -201,10 +201,10 @@ class Oracle:
     def _allowed_anew(self, numerics: Numerics, config: Config) -> Array:
         problem, allowed = self.problem, self.bound(numerics, config)
         if problem.epilogue:
-            # No activation is steeper than 1.2, leaky_relu aside; each step rounds once or twice.
+            # No activation is steeper than 1.2, leaky_relu aside.
             steepest = max(1.2, abs(problem.epilogue.slope))
             scale = np.abs(self.sums) + np.abs(self.exact) + 1
-            allowed = steepest * (allowed + 8 * _eps(problem.sum_dtype) * scale)
+            allowed = steepest * (allowed + EPILOGUE_GROWTH * epsilon(problem.sum_dtype) * scale)
         if problem.dtype != problem.sum_dtype:  # storing a low-precision result rounds it once more
             allowed = allowed + np.abs(self.exact) * ROUNDING[problem.dtype] + float(np.finfo(np.float16).tiny)
         return np.maximum(allowed, np.finfo(np.float64).tiny)
@@ -247,7 +247,3 @@ class Oracle:
         """Return the number of the image whose output is furthest from what is allowed."""
         excess = np.abs(output.astype(np.float64) - self.exact) / self._allowed(numerics, config)
         return int(np.argmax(np.nan_to_num(excess, nan=np.inf, posinf=np.inf).max(axis=(1, 2, 3))))
-
-
-def _eps(dtype: str) -> float:
-    return float(np.finfo(dtype).eps)

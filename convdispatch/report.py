@@ -12,7 +12,8 @@ from convdispatch.heuristic import YARDSTICK
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry
 from convdispatch.tuning.cluster import ClusterReport
-from convdispatch.tuning.tuner import LayerReport, TuneReport, rivals
+from convdispatch.tuning.layers import LayerReport
+from convdispatch.tuning.tuner import TuneReport
 from convdispatch.units import time_text
 
 
@@ -24,6 +25,21 @@ def summary(backend: Backend) -> str:
 def rate_text(problem: Problem, seconds: float) -> str:
     """Return direct-algorithm GFLOP/s, the same unit for every backend."""
     return f"{problem.flops / seconds / 1e9:.3g}" if seconds else "-"
+
+
+def rivals(entry: Entry) -> Iterator[tuple[str, float]]:
+    """Yield each backend of an entry with its best time over the winner's, the winner's own first.
+
+    A winner too fast for the clock has no time that another could be over.
+    """
+    if not entry.winner.median:
+        yield entry.winner.backend, 1.0
+        return
+    seen = set()
+    for result in sorted(entry.results, key=lambda result: result.median):
+        if result.backend not in seen:
+            seen.add(result.backend)
+            yield result.backend, result.median / entry.winner.median
 
 
 def _ratio(entry: Entry, backend: str | None) -> float | None:

@@ -220,6 +220,11 @@ def current() -> Options:
     return from_environment() if scope is None else scope.options
 
 
+def unrestricted(accuracy: str) -> Options:
+    """Return the options in force, but with no backend forbidden, memory without limit, and this accuracy class."""
+    return replace(current(), forbid=(), accuracy=accuracy, memory_limit=None)
+
+
 class options(contextlib.ContextDecorator):  # noqa: N801  # it is called like a function
     """Change options within a ``with`` block, for this thread or task only; or in a function that it decorates.
 

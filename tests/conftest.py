@@ -10,10 +10,10 @@ import hypothesis
 import pytest
 from quiet import QuietWatch
 
-from convdispatch import dispatch, profile, registry, settings
+from convdispatch import on_miss, profile, registry, settings
 from convdispatch.backends import _scratch, depthwise, inner_product, winograd_rows
 from convdispatch.errors import BackendRejectedError
-from convdispatch.tuning import compile_ahead, tuner
+from convdispatch.tuning import busy, compile_ahead
 
 # Derandomized, so that a run is the same run again; no deadline, since the first use of a dtype compiles.
 hypothesis.settings.register_profile(
@@ -44,8 +44,8 @@ def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(profile, "user_path", lambda: tmp_path / "user" / "profile.yaml")
     monkeypatch.setattr(profile, "system_path", lambda: tmp_path / "system" / "profile.yaml")
     monkeypatch.setattr(compile_ahead, "_MOST_CHILDREN", 0)  # the tests themselves already take all cores
-    monkeypatch.setattr(tuner, "make_watch", QuietWatch)
-    monkeypatch.setattr(dispatch, "_measured", set())
+    monkeypatch.setattr(busy, "make_watch", QuietWatch)
+    monkeypatch.setattr(on_miss, "_measured", set())
     settings.from_environment.cache_clear()
     profile.forget()
     yield

@@ -14,13 +14,13 @@ from distributed import WorkerPlugin
 from quiet import QuietWatch
 
 import convdispatch
-from convdispatch import machine, profile, quarantine, registry
+from convdispatch import machine, profile_file, quarantine, registry
 from convdispatch.backend import Candidate, Config
 from convdispatch.errors import BackendError
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Key, Result
-from convdispatch.tuning import roster, tuner
-from convdispatch.tuning.tuner import Outcome
+from convdispatch.tuning import busy, problem_race, roster
+from convdispatch.tuning.problem_race import Outcome
 
 #: Problems are told apart by their batch; of these, each has a fate of its own.
 FAILS, RAISES, KILLS_THE_FIRST, KILLS, HANGS, QUARANTINES = 101, 102, 103, 104, 105, 106
@@ -59,8 +59,8 @@ class Pretence(WorkerPlugin):
         self._replace(platform, "node", lambda: part.host)
         self._replace(roster, "host", lambda: part.host)
         self._replace(convdispatch, "__version__", part.version)
-        self._replace(profile, "write", _refuse)
-        self._replace(tuner, "tune_problem", Race(part, self.folder, self.together))
+        self._replace(profile_file, "write", _refuse)
+        self._replace(problem_race, "tune_problem", Race(part, self.folder, self.together))
         if part.bare:
             package = sys.modules.pop("convdispatch")
             sys.modules["convdispatch"] = None  # type: ignore[assignment]  # as where it is not installed
@@ -78,7 +78,7 @@ class Pretence(WorkerPlugin):
 
 def be_quiet() -> None:
     """Have this worker see a machine that nobody else uses."""
-    tuner.make_watch = QuietWatch
+    busy.make_watch = QuietWatch
 
 
 def _refuse(*args: Any) -> None:

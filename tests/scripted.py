@@ -12,7 +12,7 @@ from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Config, Effort, Kernel
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem
-from convdispatch.tuning import tuner
+from convdispatch.tuning import problem_race
 from convdispatch.tuning.race import Rules
 
 PROBLEM = Problem.parse("1x6x6x2 * 3x3x2x3 SAME")
@@ -95,7 +95,9 @@ class Scripted(Backend):
 def race_by(monkeypatch: pytest.MonkeyPatch, clock: FakeClock) -> None:
     """Have the tuner race by a clock that tests move, with rules that are quick to run."""
     for name in ("tune_problem", "confirm"):
-        monkeypatch.setattr(tuner, name, functools.partial(getattr(tuner, name), clock=clock, rules=RULES))
+        monkeypatch.setattr(
+            problem_race, name, functools.partial(getattr(problem_race, name), clock=clock, rules=RULES)
+        )
 
 
 def only(*backends: Backend) -> None:

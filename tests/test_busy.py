@@ -15,15 +15,16 @@ from quiet import BusyWatch, QuietWatch
 from scripted import PROBLEM, RULES, FakeClock, Scripted, only, race_by
 
 import convdispatch
-from convdispatch import machine, profile, settings
+from convdispatch import machine, profile, profile_file, settings
 from convdispatch.backend import Config
 from convdispatch.cli import main
 from convdispatch.errors import BusyMachineError, ConvDispatchError
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Key
-from convdispatch.tuning import tuner
+from convdispatch.tuning import busy as busying
 from convdispatch.tuning.busy import Conditions, Ticks, Watch, children_seconds, since, wait_until_quiet
-from convdispatch.tuning.tuner import tune, tune_problem
+from convdispatch.tuning.problem_race import tune_problem
+from convdispatch.tuning.tuner import tune
 
 OTHER = Problem.parse("1x5x5x2 * 1x1x2x3 VALID")
 SAYS = "a fixed loop waited for a core for 50.0% of its time"
@@ -52,7 +53,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
 def busy(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Machine]:
     def make(*script: bool, then: bool = False) -> Machine:
         made = Machine(*script, then=then)
-        monkeypatch.setattr(tuner, "make_watch", made)
+        monkeypatch.setattr(busying, "make_watch", made)
         return made
 
     return make
@@ -63,7 +64,7 @@ def key(problem: Problem = PROBLEM) -> Key:
 
 
 def stored() -> dict[Problem, Entry]:
-    return {entry.key.problem: entry for entry in profile.read(profile.writable_path()).entries()}
+    return {entry.key.problem: entry for entry in profile_file.read(profile.writable_path()).entries()}
 
 
 # What is seen -------------------------------------------------------------------------------------------------------
@@ -324,7 +325,7 @@ def test_what_was_disturbed_is_not_measured_again_beyond_the_time_limit(
     clock: FakeClock, busy: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = busy(False, True, True)
-    monkeypatch.setattr("convdispatch.tuning.tuner.time.monotonic", clock)
+    monkeypatch.setattr("time.monotonic", clock)
     only(Scripted("a", clock))
     assert tune(PROBLEM, deployments=("plan",), time_limit=5.0).flagged == 1
     assert made.made <= 3
@@ -417,8 +418,8 @@ def test_the_command_refuses_with_its_own_exit_code_or_marks_what_it_measured(
 
 
 def test_nobody_is_left_with_ticks_of_the_real_machine() -> None:
-    assert tuner.make_watch is QuietWatch
-    watch = tuner.make_watch(2)
+    assert busying.make_watch is QuietWatch
+    watch = busying.make_watch(2)
     assert isinstance(watch.ticks(), Ticks | None)
     assert watch.look().complaints() == []
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scripted import PROBLEM, RULES, FakeClock, Scripted, only
 
-from convdispatch import calibration, dispatch, machine, profile, settings
+from convdispatch import calibration, dispatch, machine, profile, profile_file, settings
 from convdispatch.backend import Config
 from convdispatch.calibration import TERMS, Calibration, Correction, Sizes, corrector, features, sizes_of
 from convdispatch.errors import BackendError, ProfileError, ProfileWarning
@@ -151,7 +151,7 @@ def test_its_text_reads_back_the_same(common: tuple[float, ...], backends: dict[
 
 def keep(text: Calibration | str, path: Path | None = None) -> None:
     more = {f"calibration {HERE.id}": text} if isinstance(text, str) else calibration.dump(text)
-    profile.write(path or profile.user_path(), (), HERE, more)
+    profile_file.write(path or profile.user_path(), (), HERE, more)
 
 
 @pytest.mark.parametrize(
@@ -178,10 +178,10 @@ def test_a_broken_one_is_a_warning_and_not_there(spoil: object) -> None:
 def test_it_is_no_entry_and_writing_entries_keeps_it() -> None:
     keep(TRUTH)
     result = Result("quick", 1, Config(), 1.0, 0.0, 7, 1e-7, 0)
-    profile.write(profile.user_path(), [Entry(Key(PROBLEM, "plan", 1, HERE.id), (result,))], HERE)
+    profile_file.write(profile.user_path(), [Entry(Key(PROBLEM, "plan", 1, HERE.id), (result,))], HERE)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert len(profile.read(profile.user_path()).entries()) == 1
+        assert len(profile_file.read(profile.user_path()).entries()) == 1
         assert calibration.current() == TRUTH
 
 
@@ -195,8 +195,8 @@ def test_the_first_layer_that_has_one_is_in_force(tmp_path: Path) -> None:
         keep(own, tmp_path / "project.yaml")
         assert calibration.current() == own
     elsewhere = dataclasses.replace(TRUTH, machine="other-8c-00000000")
-    profile.write(tmp_path / "foreign.yaml", (), HERE, calibration.dump(elsewhere))
-    assert calibration.current([profile.read(tmp_path / "foreign.yaml")]) is None
+    profile_file.write(tmp_path / "foreign.yaml", (), HERE, calibration.dump(elsewhere))
+    assert calibration.current([profile_file.read(tmp_path / "foreign.yaml")]) is None
 
 
 # Measured --------------------------------------------------------------------------------------------------------

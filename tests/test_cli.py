@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-from convdispatch import cli, machine, profile, quarantine, registry, settings, terminal
+from convdispatch import cli, machine, profile, profile_file, quarantine, registry, settings, terminal
 from convdispatch.backend import Candidate, Config
 from convdispatch.backends import _machine_code as machine_code
 from convdispatch.cli import main
@@ -40,7 +40,7 @@ def test_tune_prints_the_winner_and_the_ratios_and_writes_the_profile(file: Path
     assert "vs worst" in table
     assert "vs direct" in table
     assert str(file) in table
-    assert {entry.key.deployment for entry in profile.read(file).entries()} == {"plan", "call"}
+    assert {entry.key.deployment for entry in profile_file.read(file).entries()} == {"plan", "call"}
     assert "[2/2]" in done.stderr
 
 
@@ -78,7 +78,7 @@ def test_tune_time_limit_leaves_the_rest_with_its_own_exit_code(file: Path) -> N
     done = run("tune", "vgg16", "--profile", file, "--time-limit", "0")
     assert done.exit_code == 3
     assert "18 left when the time limit came" in done.stdout
-    assert profile.read(file).entries() == []
+    assert profile_file.read(file).entries() == []
 
 
 def test_tune_batch_replaces_the_workloads(file: Path) -> None:

@@ -9,9 +9,9 @@ from click.testing import CliRunner
 from click.testing import Result as Done
 from test_profile_tools import HERE, MIXED, OTHER, PROBLEM, entry, row, text_of, with_width
 
-from convdispatch import profile
+from convdispatch import profile, profile_file
 from convdispatch.cli import main
-from convdispatch.profile import Profile
+from convdispatch.profile_file import Profile
 from convdispatch.profile_tools import width
 
 
@@ -111,7 +111,7 @@ def test_merge_takes_the_tighter_interval_and_keeps_what_is_there(tmp_path: Path
     done = run("merge", one, two, "--into", into)
     assert "1 new, 0 better than what was there, 1 kept as they were, 0 refused" in done.stdout
     assert "3 of those read count fully" in done.stdout
-    found = {one.key.problem: width(one) for one in profile.read(into).entries()}
+    found = {one.key.problem: width(one) for one in profile_file.read(into).entries()}
     assert found == {PROBLEM: pytest.approx(0.01), OTHER: pytest.approx(0.004)}
     assert into.read_text().startswith("# ours\n")
     assert f"machine {HERE.id}" in into.read_text()
@@ -150,7 +150,7 @@ def test_export_portable_and_import_on_the_same_kind_of_machine(mixed: Path, tmp
     assert refused.exit_code == 1
     assert "--force replaces it" in refused.stderr
     assert run("export", given, "--force", "--profile", mixed).exit_code == 0
-    assert len(profile.read(given).entries()) == 4
+    assert len(profile_file.read(given).entries()) == 4
 
 
 def test_prune_says_what_goes_and_keeps_broken_text_aside(mixed: Path) -> None:
@@ -178,7 +178,7 @@ def test_prune_wants_days_that_a_calendar_has(mixed: Path, days: str) -> None:
 def test_prune_broken_leaves_the_last_of_two(file: Path) -> None:
     file.write_text(text_of(entry(), more=profile.dump_entry(entry(row("direct")))))
     assert "1 taken out" in run("prune", "--broken", "--profile", file).stdout
-    assert [one.winner.backend for one in profile.read(file).entries()] == ["direct"]
+    assert [one.winner.backend for one in profile_file.read(file).entries()] == ["direct"]
     assert "winner: fft" in file.with_name("profile.yaml.broken").read_text()
     assert run("doctor", "--profile", file).exit_code == 0
 
@@ -217,4 +217,4 @@ def test_a_profile_is_the_same_after_export_and_import(file: Path, tmp_path: Pat
     out, back = tmp_path / "out.yaml", tmp_path / "back.yaml"
     run("export", out, "--profile", file)
     run("import", out, "--profile", back)
-    assert Profile(back.read_text(), "x").entries() == profile.read(file).entries()
+    assert Profile(back.read_text(), "x").entries() == profile_file.read(file).entries()

@@ -17,13 +17,13 @@ from click.testing import CliRunner
 from on_worker import FAILS, HANGS, KILLS, KILLS_THE_FIRST, QUARANTINES, RAISES, Part, Pretence, be_quiet
 
 import convdispatch
-from convdispatch import profile, quarantine, settings
+from convdispatch import profile, profile_file, quarantine, settings
 from convdispatch.cli import main
 from convdispatch.errors import ArgumentError, ClusterError, ProfileError, UnknownBackendError
 from convdispatch.problem import Problem
 from convdispatch.tuning import cluster, gathering, roster
 from convdispatch.tuning.cluster import ClusterReport
-from convdispatch.tuning.tuner import LayerReport
+from convdispatch.tuning.layers import LayerReport
 from convdispatch.tuning.workload import Layer, Workload
 
 dask_distributed: Any = distributed  # its clusters have no type hints
@@ -103,7 +103,7 @@ def test_every_kind_gets_every_entry_in_one_profile(two_kinds: Any, file: Path, 
     first, second = sorted(report.kinds, key=lambda kind: kind.machine.cpu)
     assert first.hosts == ("alpha", "beta")
     assert second.hosts == ("gamma",)
-    entries = profile.read(file).entries()
+    entries = profile_file.read(file).entries()
     wanted = Counter((kind.machine.id, n, way) for kind in report.kinds for n in (1, 2, 3) for way in ("plan", "call"))
     assert Counter((entry.key.machine, entry.key.problem.n, entry.key.deployment) for entry in entries) == wanted
     for kind in report.kinds:
@@ -159,7 +159,9 @@ def test_an_interrupted_run_keeps_what_it_has(two_kinds: Any, file: Path) -> Non
 
     with pytest.raises(KeyboardInterrupt):
         cluster.tune(problems(1, 2, 3, 4), two_kinds, on_progress=interrupt)
-    assert {entry.key for entry in profile.read(file).entries()} == {layer.entry.key for layer in told if layer.entry}
+    assert {entry.key for entry in profile_file.read(file).entries()} == {
+        layer.entry.key for layer in told if layer.entry
+    }
     assert len(told) == 2
 
 
@@ -192,7 +194,7 @@ def test_what_was_recorded_is_tuned_as_it_was_called_the_most_seconds_first(
         report = cluster.tune(Workload("recorded", layers), three, threads=1)
     assert report.complete
     assert [race[2:4] for race in races(tmp_path)] == [["2", "call"], ["3", "plan"], ["3", "call"], ["1", "plan"]]
-    assert {entry.key.threads for entry in profile.read(file).entries()} == {1}
+    assert {entry.key.threads for entry in profile_file.read(file).entries()} == {1}
 
 
 def test_quarantines_travel_with_the_races_and_back(two_kinds: Any, file: Path, tmp_path: Path) -> None:
@@ -200,7 +202,7 @@ def test_quarantines_travel_with_the_races_and_back(two_kinds: Any, file: Path, 
         (tmp_path / "tried").unlink(missing_ok=True)
         profile.forget()
         kinds = cluster.tune(problems(QUARANTINES), two_kinds, deployments=["plan"], retune=True, **how).kinds
-        held, broken = quarantine.written(profile.read(file))
+        held, broken = quarantine.written(profile_file.read(file))
         assert ({one.machine for one in held}, broken) == ({kind.machine.id for kind in kinds}, {})
         assert {one.reason for one in held} == {"crashed"}
         tried = (tmp_path / "tried").read_text().split() if (tmp_path / "tried").exists() else []
@@ -290,7 +292,7 @@ def test_jobs_without_a_worker_have_failed_when_patience_ends(
     assert done.status == "tuned"
     assert [layer.status for layer in rest] == ["failed", "failed"]
     assert all(layer.reason.endswith("no worker of this kind is left") for layer in rest)
-    assert len(profile.read(file).entries()) == 1
+    assert len(profile_file.read(file).entries()) == 1
 
 
 def test_who_hangs_is_given_up_after_the_time_limit(
@@ -320,7 +322,7 @@ def test_a_scheduler_that_goes_away_is_an_error_and_what_was_measured_is_kept(
 
         with pytest.raises(ClusterError, match="what was measured is kept"):
             cluster.tune(problems(1, 2), address, deployments=["plan"], on_progress=stop)
-    assert len(profile.read(file).entries()) == 1
+    assert len(profile_file.read(file).entries()) == 1
 
 
 def test_without_distributed_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,7 +371,7 @@ def test_the_command_tunes_on_real_workers_with_real_backends(three: Any, tmp_pa
     assert done.exit_code == 0, done.output
     assert "2 measured now" in done.stdout
     assert "[2/2]" in done.stderr
-    assert {entry.key.deployment for entry in profile.read(file).entries()} == {"plan", "call"}
+    assert {entry.key.deployment for entry in profile_file.read(file).entries()} == {"plan", "call"}
     data = json.loads(run(*words, "--dask", three.scheduler.address, "--json").stdout)
     (kind,) = data["kinds"]
     assert data["complete"]

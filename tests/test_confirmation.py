@@ -10,8 +10,9 @@ from convdispatch import machine, profile, registry
 from convdispatch.backend import Candidate
 from convdispatch.profile import Entry, Key, Result
 from convdispatch.tuning.confirmation import confirmed, contested
+from convdispatch.tuning.problem_race import tune_problem
 from convdispatch.tuning.rematch import still_there
-from convdispatch.tuning.tuner import tune, tune_problem
+from convdispatch.tuning.tuner import tune
 
 
 def entry_of(clock: FakeClock, **seconds: float) -> Entry:

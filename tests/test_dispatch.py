@@ -14,7 +14,7 @@ import pytest
 from scripted import RULES, FakeClock, Scripted, only, race_by
 
 import convdispatch
-from convdispatch import dispatch, heuristic, machine, profile, reference, registry, settings
+from convdispatch import dispatch, heuristic, machine, on_miss, profile, profile_file, reference, registry, settings
 from convdispatch.arguments import Array
 from convdispatch.backend import Candidate, Config, Kernel, Numerics
 from convdispatch.errors import (
@@ -30,7 +30,8 @@ from convdispatch.explain import explain, explain_problem
 from convdispatch.heuristic import Estimate
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Failure, Key, Result
-from convdispatch.tuning import tuner
+from convdispatch.question import Question, parse_forced
+from convdispatch.tuning import problem_race, tuner
 from convdispatch.units import bytes_text, time_text
 
 PROBLEM = Problem.parse("1x6x6x2 * 3x3x2x3 SAME")
@@ -70,13 +71,13 @@ def know(
     """Write an entry into the user's profile."""
     parts = {"deployment": "plan", "threads": machine.usable_cores(), "machine": machine.current().id}
     entry = Entry(Key(problem, **{**parts, **about}), results, failures, flags=flags)
-    profile.write(profile.user_path(), [entry], machine.current())
+    profile_file.write(profile.user_path(), [entry], machine.current())
     profile.forget()
     return entry
 
 
 def chosen(problem: Problem = PROBLEM, deployment: str = "plan", forced: Any = None) -> tuple[str, str]:
-    decision = dispatch.decide(problem, deployment, dispatch.parse_forced(forced))
+    decision = dispatch.decide(problem, deployment, parse_forced(forced))
     return decision.candidate.backend.name, decision.evidence.source
 
 
@@ -218,7 +219,7 @@ def test_when_no_stored_result_is_allowed_a_lower_layer_and_then_the_estimate_de
 ) -> None:
     entry = know(result("steady"))
     with settings.options(profile=tmp_path / "mine.yaml"):
-        profile.write(tmp_path / "mine.yaml", [Entry(entry.key, (result("spectral"),))], machine.current())
+        profile_file.write(tmp_path / "mine.yaml", [Entry(entry.key, (result("spectral"),))], machine.current())
         assert chosen() == ("spectral", "profile")
         with settings.options(accuracy="strict"):
             assert chosen() == ("steady", "profile")
@@ -251,7 +252,7 @@ def test_other_configs_of_a_local_backend_are_as_accurate_as_those_measured(
     three: dict[str, Scripted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     know(result("steady", error=4e-7, config=Config(measured=1)), result("spectral", error=4e-7, config=Config(m=1)))
-    rows = profile.find(dispatch.key_for(PROBLEM, "plan", settings.current()))[0].entry.results
+    rows = profile.find(Question(PROBLEM, "plan", settings.current()).key)[0].entry.results
     assert heuristic.measured_error(Candidate(three["steady"], Config()), rows) == 4e-7
     assert heuristic.measured_error(Candidate(three["spectral"], Config()), rows) is None
     assert heuristic.measured_error(Candidate(three["quick"], Config()), rows) is None
@@ -551,7 +552,9 @@ def test_a_third_partys_hook_cannot_end_the_program(hook: str, three: dict[str, 
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
-@pytest.mark.parametrize("lock", [dispatch._turns._change, dispatch._turns._turn, profile._lock, tuner._one_at_a_time])
+@pytest.mark.parametrize(
+    "lock", [on_miss._turns._change, on_miss._turns._turn, profile._lock, problem_race._one_at_a_time]
+)
 def test_a_forked_child_finds_free_what_a_thread_of_its_parent_held(lock: Any) -> None:
     with lock, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # this process has other threads
@@ -871,7 +874,7 @@ def test_explain_shows_the_entry_that_decided(three: dict[str, Scripted], tmp_pa
     know(result("steady", 2.0), result("quick", 3.0))
     here, project = machine.current(), tmp_path / "project.yaml"
     key = Key(PROBLEM, "plan", machine.usable_cores(), here.id)
-    profile.write(project, [Entry(key, (result("gone", 1.0), result("steady", 9.0, error=0.5)))], here)
+    profile_file.write(project, [Entry(key, (result("gone", 1.0), result("steady", 9.0, error=0.5)))], here)
     with settings.options(profile=project):
         told = explain(INPUT, FILTERS)
     assert "in the user profile" in told.evidence.detail

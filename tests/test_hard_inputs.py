@@ -17,8 +17,8 @@ from convdispatch.errors import ConvDispatchError
 from convdispatch.problem import Problem, dtype_of
 from convdispatch.profile import Entry, Key
 from convdispatch.reference import Oracle
-from convdispatch.tuning import hard_inputs, tuner
-from convdispatch.tuning.tuner import tune_problem
+from convdispatch.tuning import busy, hard_inputs
+from convdispatch.tuning.problem_race import tune_problem
 
 pytestmark = pytest.mark.usefixtures("few_kernels")
 
@@ -250,4 +250,4 @@ def test_who_raises_on_hard_inputs_only_is_a_failure() -> None:
     bad = Scripted("bad", clock, fails_in=lambda where, call: where == "call" and call == 3, error=ConvDispatchError)
     only(bad, Scripted("sure", clock))
     assert [failure.backend for failure in entry_of(clock).failures] == ["bad"]
-    assert tuner.make_watch is QuietWatch
+    assert busy.make_watch is QuietWatch

@@ -25,7 +25,18 @@ from strategies import Case, familiar_cases, runs_here
 from villains import Villain, Wavering
 
 import convdispatch
-from convdispatch import dispatch, heuristic, machine, profile, profile_tools, quarantine, reference, registry, settings
+from convdispatch import (
+    dispatch,
+    heuristic,
+    machine,
+    profile,
+    profile_file,
+    profile_tools,
+    quarantine,
+    reference,
+    registry,
+    settings,
+)
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Candidate, Config, seen_by
 from convdispatch.plan import Plan
@@ -449,7 +460,7 @@ def test_online_tuning_tries_third_parties_in_a_child_process_too(
     assert (type(plan), plan.candidate.name) == (Plan, "guess")
     assert sorted(started) == ["guess", "villain"]
     assert not isolation._cells
-    (entry,) = profile.read(profile.user_path()).entries()
+    (entry,) = profile_file.read(profile.user_path()).entries()
     (failure,) = entry.failures
     assert (failure.backend, failure.reason[:28]) == ("villain", "quarantined: crashed (SIGABR")
 
@@ -467,7 +478,7 @@ def test_children_do_not_outlive_tuning_on_a_miss(quick: FakeClock) -> None:
     only(Villain("villain"), registry.get("direct"))
     with settings.options(tuning="on-miss", threads=1):
         convdispatch.plan(PROBLEM.input_shape, np.ones(PROBLEM.filter_shape, "f4"))
-    (entry,) = profile.read(profile.user_path()).entries()
+    (entry,) = profile_file.read(profile.user_path()).entries()
     assert "villain" in {row.backend for row in entry.results}
     assert not isolation._cells
 
@@ -488,7 +499,7 @@ def test_who_is_pruned_out_of_quarantine_is_tried_again_where_it_failed(quick: F
     only(villain, registry.get("direct"))
     tune(PROBLEM, threads=1, deployments=("plan",))
     villain.behaviour = "right"
-    profile.edit(path, lambda old: profile_tools.prune(old, Selection(quarantined=True)).changes)
+    profile_file.edit(path, lambda old: profile_tools.prune(old, Selection(quarantined=True)).changes)
     profile.forget()
     isolation.forget([villain])  # as another process, which knows only what the file says
     report = tune(PROBLEM, threads=1, deployments=("plan",))
@@ -518,7 +529,7 @@ def test_an_old_winner_in_quarantine_does_not_race(quick: FakeClock) -> None:
     first = tune(PROBLEM, threads=1, deployments=("plan",)).layers[0].entry
     assert first is not None
     profile.remember(replace(first, results=tuple(sorted(first.results, key=lambda row: row.backend != "villain"))))
-    profile.write(profile.user_path(), [profile.find(first.key)[0].entry], machine.current())
+    profile_file.write(profile.user_path(), [profile.find(first.key)[0].entry], machine.current())
     quarantine.add(Candidate(villain, Config()), PROBLEM, "crashed")
     assert rows(tune(PROBLEM, threads=1, deployments=("plan",), retune=True)) == ({"direct"}, {})
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scripted import PROBLEM, FakeClock, Scripted, only
 
 import convdispatch
-from convdispatch import dispatch, machine, profile, reference, registry, settings
+from convdispatch import dispatch, machine, profile, profile_file, reference, registry, settings
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Candidate, Config, Numerics
 from convdispatch.errors import ArgumentError
@@ -70,7 +70,7 @@ def made(**options: Any) -> Plan:
 
 
 def stored() -> dict[tuple[Problem, str], profile.Entry]:
-    return {(e.key.problem, e.key.deployment): e for e in profile.read(profile.writable_path()).entries()}
+    return {(e.key.problem, e.key.deployment): e for e in profile_file.read(profile.writable_path()).entries()}
 
 
 def three(clock: FakeClock, **of_best: Any) -> dict[str, Scripted]:
@@ -220,7 +220,7 @@ def test_plans_of_one_problem_share_the_contest_and_each_has_its_own_filters(clo
         assert here.calls < 20_000
     assert first.candidate.name == second.candidate.name == "best"
     np.testing.assert_allclose(second(X), 2 * RIGHT, rtol=1e-4, atol=1e-4)
-    assert len(here.contests) == 1
+    assert here.contests == {}
 
 
 @pytest.mark.parametrize("at", [1, 200, 500])
@@ -335,6 +335,77 @@ def test_what_options_do_not_allow_takes_no_part_and_the_result_stays_with_this_
     assert (type(again), again.candidate.name) == (Plan, "slower")
 
 
+# Many problems --------------------------------------------------------------------------------------------------
+
+
+def of_height(height: int) -> Plan:
+    with settings.options(**OPTIONS):
+        return convdispatch.plan((1, height, 6, 2), W)
+
+
+def test_a_contest_whose_result_is_kept_is_dropped_and_not_begun_again(clock: FakeClock, here: Online) -> None:
+    three(clock)
+    generation, plan = profile.generation(), made()
+    candidate, (where,) = plan.candidate, here.contests
+    calls(plan)
+    assert here.contests == here._over == {}
+    assert here.contest(where.key, where.options, candidate, generation) is None  # chosen a moment before it was over
+    assert type(made()) is Plan
+    assert here.contests == {}
+
+
+def test_a_contest_whose_result_stays_here_is_not_begun_again(clock: FakeClock, here: Online) -> None:
+    three(clock)
+    plan = made(forbid="guess")
+    calls(plan)
+    assert here.contests == {}
+    (over,) = here._over.values()
+    again = made(forbid="guess")
+    assert (type(again), again.candidate, again.evidence) == (Plan, plan.candidate, over.evidence)
+    assert here.contests == {}
+
+
+def test_of_ever_new_shapes_no_more_are_held_than_stated(
+    clock: FakeClock, here: Online, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(online, "MOST", 3)
+    three(clock)
+    first, second = of_height(6), of_height(7)
+    first(X)
+    others = [of_height(height) for height in range(8, 20)]
+    assert len(here.contests) == 3
+    held = {where.key.problem.h for where in here.contests}
+    assert held == {6, 18, 19}  # the one that is called, and the newest
+    for plan in (second, *others):
+        height = plan.problem.h
+        plan(np.ones((1, height, 6, 2), "f4"))
+        assert height in {where.key.problem.h for where in here.contests}  # whoever is called is held again
+    assert len(here.contests) == 3
+    again = of_height(6)  # takes part in the contest that its like has begun
+    assert isinstance(first, OnlinePlan)
+    assert isinstance(again, OnlinePlan)
+    assert again._packed is not None
+    assert first._packed is not None
+    assert again._packed.contest is first._packed.contest
+    calls(first)
+    assert first.candidate.name == "best"
+    assert len(here.contests) <= 3
+
+
+def test_where_too_many_stay_here_the_estimate_decides(
+    clock: FakeClock, here: Online, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(online, "MOST", 1)
+    three(clock)
+    calls(made(forbid="slower"))
+    with settings.options(**OPTIONS, forbid="slower"):
+        other = convdispatch.plan((1, 7, 6, 2), W)
+        convdispatch.conv2d(X, W)
+    assert (type(other), other.evidence.source) == (Plan, "estimate")
+    assert type(made(forbid="slower")) is Plan
+    assert made(forbid="slower").evidence.source == "online"
+
+
 # The budget -----------------------------------------------------------------------------------------------------
 
 
@@ -359,7 +430,8 @@ def test_the_budget_is_never_exceeded(
     try:
         with settings.options(**OPTIONS, online_budget=share) as options:
             key = Key(PROBLEM, deployment, 1, machine.current().id)
-            contest = here.contest(key, options, candidate)
+            contest = here.contest(key, options, candidate, profile.generation())
+            assert contest is not None
             plan = online.plan(contest, W, None)
             for _ in range(400):
                 if deployment == "plan":
@@ -688,7 +760,7 @@ def test_the_built_in_backends_are_tuned_by_the_real_clock(monkeypatch: pytest.M
     end = time.monotonic() + 120
     with settings.options(tuning="online", threads=1):
         plan = convdispatch.plan(x, w)
-        while not any(contest.settled for contest in fresh.contests.values()):
+        while (problem, deployment) not in stored():
             y = plan(x) if deployment == "plan" else convdispatch.conv2d(x, w)
             assert np.abs(y - right).max() < 1e-3
             assert time.monotonic() < end

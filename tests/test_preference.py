@@ -12,6 +12,7 @@ from scripted import FakeClock
 
 from convdispatch.backend import Config
 from convdispatch.profile import Result
+from convdispatch.times import interval
 from convdispatch.tuning.preference import TIE_MARGIN, order_by_preference
 from convdispatch.tuning.race import (
     DECIDED,
@@ -20,7 +21,6 @@ from convdispatch.tuning.race import (
     Standing,
     comparable_intervals,
     comparable_seconds,
-    interval,
     leader,
     race,
     standings,

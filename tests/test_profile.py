@@ -17,12 +17,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convdispatch import machine, profile, safe_yaml, settings
+from convdispatch import machine, profile, profile_file, safe_yaml, settings
 from convdispatch.arguments import DEPLOYMENTS
 from convdispatch.backend import Config
 from convdispatch.errors import ProfileError, ProfileWarning
 from convdispatch.problem import Problem
-from convdispatch.profile import Entry, Failure, Key, Profile, Result, parse_key
+from convdispatch.profile import Entry, Failure, Key, Result, parse_key
+from convdispatch.profile_file import Profile
 
 HERE = machine.current()
 PROBLEM = Problem.parse("1x6x6x2 * 3x3x2x3 SAME")
@@ -45,7 +46,7 @@ def entry(about: Key | None = None, *results: Result, **more: Any) -> Entry:
 
 
 def written(path: Path, *entries: Entry) -> str:
-    profile.write(path, entries, HERE)
+    profile_file.write(path, entries, HERE)
     return path.read_text()
 
 
@@ -156,22 +157,22 @@ def test_write_then_read(path: Path) -> None:
     assert text.startswith("# A convdispatch profile")
     assert "\n  winner: fft(threads=1)\n" in text
     assert f"cpu: {HERE.cpu}" in text or f"cpu: '{HERE.cpu}'" in text
-    found = profile.read(path).entries()
+    found = profile_file.read(path).entries()
     assert found == [entry(), entry(key(OTHER), failures=(Failure("mine", 1, Config(threads=1), "no"),))]
 
 
 def test_a_file_that_is_not_there_or_empty_is_an_empty_profile(path: Path) -> None:
-    assert profile.read(path).entries() == []
+    assert profile_file.read(path).entries() == []
     path.write_text("\n")
-    assert profile.read(path).entries() == []
-    assert profile.read(path).get(key()) is None
+    assert profile_file.read(path).entries() == []
+    assert profile_file.read(path).get(key()) is None
 
 
 def test_a_second_write_replaces_its_keys_and_keeps_the_rest(path: Path) -> None:
     written(path, entry(), entry(key(OTHER)))
     text = written(path, entry(key(), result("numba")))
     assert text.count(str(key())) == 1
-    found = {one.key: one.winner.backend for one in profile.read(path).entries()}
+    found = {one.key: one.winner.backend for one in profile_file.read(path).entries()}
     assert found == {key(): "numba", key(OTHER): "fft"}
 
 
@@ -234,11 +235,11 @@ def test_harmless_edits_change_nothing(path: Path, edit: Callable[[str], str]) -
     edited = edit(text)
     assert edited != text
     path.write_bytes(edited.encode())
-    assert profile.read(path).get(key()) == entry(tuned=entry().tuned if "tuned" in edited else "")
-    assert [one.key for one in profile.read(path).entries()] == [key()]
+    assert profile_file.read(path).get(key()) == entry(tuned=entry().tuned if "tuned" in edited else "")
+    assert [one.key for one in profile_file.read(path).entries()] == [key()]
     rewritten = written(path, entry(key(OTHER)))  # and it stays readable when a tuner writes to it
     safe_yaml.load(rewritten)
-    assert {one.key for one in profile.read(path).entries()} == {key(), key(OTHER)}
+    assert {one.key for one in profile_file.read(path).entries()} == {key(), key(OTHER)}
 
 
 def test_a_key_in_canonical_words_wins_over_the_same_in_others(path: Path) -> None:
@@ -277,7 +278,7 @@ def test_what_others_wrote_survives_a_write_verbatim(path: Path) -> None:
     assert text.startswith(comments + FORM)
     for chunk in foreign.split("\n\n"):
         assert chunk.rstrip() in text
-    assert profile.read(path).get(key()) == entry()
+    assert profile_file.read(path).get(key()) == entry()
     assert written(path, entry()) == text
 
 
@@ -332,7 +333,7 @@ def test_a_broken_entry_is_one_warning_and_a_miss_and_the_others_work(
     assert text != GOOD
     monkeypatch.chdir(path.parent)
     path.write_text(text)
-    found = profile.read(path)
+    found = profile_file.read(path)
     began = time.process_time()
     with pytest.warns(ProfileWarning, match=r"entry '1x6x6x2 .* is ignored: .+") as told:
         assert found.get(key()) is None
@@ -391,7 +392,7 @@ def test_a_foreign_file_is_one_warning_and_a_miss_and_is_never_overwritten(path:
         assert len(told) == 1
         assert profile.find(key()) == []  # told once
     with pytest.raises(ProfileError, match=r"profile\.yaml"):
-        profile.write(path, [entry()], HERE)
+        profile_file.write(path, [entry()], HERE)
     assert path.read_bytes() == content
     assert leftovers(path) == []
 
@@ -415,7 +416,7 @@ def test_a_directory_in_the_files_place_is_a_warning_and_a_miss(path: Path) -> N
     with settings.options(profile=path), pytest.warns(ProfileWarning, match="cannot be read as a profile"):
         assert profile.find(key()) == []
     with pytest.raises(ProfileError, match=r"profile\.yaml"):
-        profile.write(path, [entry()], HERE)
+        profile_file.write(path, [entry()], HERE)
     assert path.is_dir()
     assert leftovers(path) == []
 
@@ -437,14 +438,14 @@ def test_a_path_through_a_file_is_a_miss_and_cannot_be_written(tmp_path: Path) -
     with settings.options(profile=path):
         assert profile.find(key()) == []
     with pytest.raises(ProfileError, match="cannot be written"):
-        profile.write(path, [entry()], HERE)
+        profile_file.write(path, [entry()], HERE)
 
 
 def test_entries_tells_of_each_entry_that_cannot_be_read(path: Path) -> None:
     text = DAMAGED["unclosed"] + "not a key:\n  a: 1\n"
     path.write_text(text)
     with pytest.warns(ProfileWarning) as told:
-        found = profile.read(path).entries()
+        found = profile_file.read(path).entries()
     assert [one.key for one in found] == [key(OTHER)]
     said = [str(one.message) for one in told]
     assert [re.findall(r", line (\d+): ", message) for message in said] == [["2"], [str(text.count("\n") - 1)]]
@@ -472,7 +473,7 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(
     with monkeypatch.context() as patch:
         patch.setattr(os if step == "fsync" else Path, step, refuse)
         with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else ProfileError):
-            profile.write(path, [entry(key(OTHER))], HERE)
+            profile_file.write(path, [entry(key(OTHER))], HERE)
     assert path.read_text() == before
     assert leftovers(path) == []
 
@@ -481,9 +482,9 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(
 def test_a_profile_behind_a_link_stays_behind_it(path: Path, tmp_path: Path) -> None:
     place = tmp_path / "elsewhere.yaml"
     path.symlink_to(place)
-    profile.write(path, [entry()], HERE)
+    profile_file.write(path, [entry()], HERE)
     assert path.is_symlink()
-    assert profile.read(place).entries() == profile.read(path).entries() != []
+    assert profile_file.read(place).entries() == profile_file.read(path).entries() != []
 
 
 def test_a_profile_keeps_its_mode_and_a_new_one_is_not_only_its_writers(path: Path) -> None:
@@ -501,7 +502,7 @@ def test_a_profile_keeps_its_mode_and_a_new_one_is_not_only_its_writers(path: Pa
 WRITER = """
 import sys
 from pathlib import Path
-from convdispatch import machine, profile
+from convdispatch import machine, profile, profile_file
 from convdispatch.backend import Config
 from convdispatch.problem import Problem
 path, number = Path(sys.argv[1]), int(sys.argv[2])
@@ -509,7 +510,7 @@ for height in range(1, 21):
     problem = Problem.parse(f"{number}x{height}x6x2 * 1x1x2x3 VALID")
     about = profile.Key(problem, "plan", 1, "there")
     row = profile.Result("fft", 1, Config(), 1e-3, 0.0, 1, 0.0, 0)
-    profile.write(path, [profile.Entry(about, (row,))], machine.current())
+    profile_file.write(path, [profile.Entry(about, (row,))], machine.current())
 """
 
 
@@ -522,7 +523,7 @@ def test_processes_that_write_at_once_lose_nothing(path: Path) -> None:
     for process in processes:
         _, said = process.communicate(timeout=120)
         assert process.returncode == 0, said
-    found = profile.read(path).entries()
+    found = profile_file.read(path).entries()
     assert len(found) == 81
     assert {(one.key.problem.n, one.key.problem.h) for one in found[1:]} == {
         (number, height) for number in (1, 2, 3, 4) for height in range(1, 21)
@@ -615,7 +616,7 @@ def test_names_are_as_people_write_them() -> None:
 
 
 def test_inside_a_block_files_are_looked_at_once_and_afterwards_again() -> None:
-    profile.write(profile.user_path(), [entry()], machine.current())
+    profile_file.write(profile.user_path(), [entry()], machine.current())
     wanted = entry().key
     with profile.looked_at_once():
         before = profile.files()

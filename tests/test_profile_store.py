@@ -20,10 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_profile_tools import HERE, OTHER, PROBLEM, entry, row, text_of
 
-from convdispatch import machine, profile, safe_file, settings
+from convdispatch import machine, profile, profile_file, safe_file, settings
 from convdispatch.errors import ConvDispatchError, ProfileError, ProfileWarning
 from convdispatch.problem import Problem
-from convdispatch.profile import Entry, Key, Profile
+from convdispatch.profile import Entry, Key
+from convdispatch.profile_file import Profile
 from convdispatch.tuning import record
 from convdispatch.tuning.workload import Layer, Workload
 
@@ -33,7 +34,7 @@ fcntl = pytest.importorskip("fcntl", reason="without locks can be tried only whe
 WRITER = """
 import errno, fcntl, sys
 from pathlib import Path
-from convdispatch import machine, profile
+from convdispatch import machine, profile, profile_file
 from convdispatch.backend import Config
 from convdispatch.problem import Problem
 path, number, count, locks = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
@@ -44,7 +45,7 @@ if locks == "without":
 row = profile.Result("fft", 1, Config(), 1e-3, 0.0, 1, 0.0, 0)
 for height in range(1, count + 1):
     about = profile.Key(Problem.parse(f"{number}x{height}x6x2 * 1x1x2x3 VALID"), "plan", 1, "there")
-    profile.write(path, [profile.Entry(about, (row,))], machine.current())
+    profile_file.write(path, [profile.Entry(about, (row,))], machine.current())
     print(about, flush=True)
 """
 
@@ -86,7 +87,7 @@ def test_processes_that_write_at_once_lose_nothing(path: Path, processes: int, c
     for process in running:
         _, said = process.communicate(timeout=600)
         assert process.returncode == 0, said
-    found = {str(one.key) for one in profile.read(path).entries()}
+    found = {str(one.key) for one in profile_file.read(path).entries()}
     assert len(found) == processes * count
     assert leftovers(path) == []
 
@@ -104,14 +105,14 @@ def test_what_was_reported_stored_survives_kills_at_random_moments(path: Path, k
         process.send_signal(signal.SIGKILL)
         said, _ = process.communicate(timeout=60)
         stored.update(line for line in said.splitlines() if line.endswith("| there"))
-        found = profile.read(path)
+        found = profile_file.read(path)
         assert found.broken() == {}
         assert stored <= {str(one.key) for one in found.entries()}
         assert len(leftovers(path)) <= 2  # at most the last one's, and what it held
     _, said = (last := writer(path, kills + 1, 1, locks)).communicate(timeout=60)
     assert last.returncode == 0, said
     assert leftovers(path) == []
-    assert len(profile.read(path).entries()) > kills
+    assert len(profile_file.read(path).entries()) > kills
 
 
 # Without locks ------------------------------------------------------------------------------------------------------
@@ -124,8 +125,8 @@ def test_without_locks_a_marker_is_held_while_writing(path: Path, no_locks: None
         with pytest.raises(TimeoutError), safe_file.exclusive(path, seconds=0.0):
             pytest.fail("held twice, though the first holder lives")
     assert not marker.exists()
-    profile.write(path, [entry()], HERE)
-    assert profile.read(path).entries() == [entry()]
+    profile_file.write(path, [entry()], HERE)
+    assert profile_file.read(path).entries() == [entry()]
     assert leftovers(path) == []
 
 
@@ -136,14 +137,14 @@ def test_what_is_no_regular_file_is_never_replaced(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     writes: tuple[Callable[[], None], ...] = (
         lambda: safe_file.replace(pipe, b"text"),
-        lambda: profile.replace_file(pipe, "text"),
+        lambda: profile_file.replace_file(pipe, "text"),
         lambda: record.merge(pipe, Workload("calls", (Layer(Problem.parse("1x9x9x1 * 3x3x1x1 SAME"), 1),))),
     )
     for write in writes:
         with pytest.raises((OSError, ConvDispatchError), match="no regular file"):
             write()
     with pytest.raises(ProfileError):
-        profile.write(pipe, [], machine.current())
+        profile_file.write(pipe, [], machine.current())
     assert pipe.is_fifo()
     assert list(tmp_path.iterdir()) == [pipe]
 
@@ -153,7 +154,7 @@ def test_a_dead_writers_marker_on_this_machine_is_taken_away_at_once(path: Path,
     marker = path.with_name("profile.yaml.held")
     subprocess.run([sys.executable, "-c", code, str(marker)], check=True)
     assert marker.exists()
-    profile.write(path, [entry()], HERE)
+    profile_file.write(path, [entry()], HERE)
     assert leftovers(path) == []
 
 
@@ -179,7 +180,7 @@ def test_an_empty_marker_of_a_killed_process_is_taken_away_soon(
         return acquire(self, *words, **more)
 
     monkeypatch.setattr(filelock.SoftFileLock, "acquire", watched)
-    profile.write(path, [entry()], HERE)
+    profile_file.write(path, [entry()], HERE)
     assert seen == [False]
     assert leftovers(path) == []
 
@@ -215,7 +216,7 @@ def test_a_marker_that_changed_hands_while_waiting_is_left(
 
     monkeypatch.setattr(filelock.SoftFileLock, "acquire", passed_on)
     with pytest.raises(ProfileError, match=r"profile\.yaml cannot be written"):
-        profile.write(path, [entry()], HERE)
+        profile_file.write(path, [entry()], HERE)
     assert marker.read_text() == "2\nanother-host\n"
     assert not path.exists()
 
@@ -226,14 +227,14 @@ def test_every_way_to_have_no_locks_is_known(path: Path, code: int, monkeypatch:
         raise OSError(code, "no")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    profile.write(path, [entry()], HERE)
-    assert profile.read(path).entries() == [entry()]
+    profile_file.write(path, [entry()], HERE)
+    assert profile_file.read(path).entries() == [entry()]
 
 
 def test_a_link_and_its_file_have_one_lock(path: Path, tmp_path: Path) -> None:
     link = tmp_path / "link.yaml"
     link.symlink_to(path)
-    profile.write(link, [entry()], HERE)
+    profile_file.write(link, [entry()], HERE)
     assert {child.name for child in tmp_path.iterdir()} == {"profile.yaml", "profile.yaml.lock", "link.yaml"}
 
 
@@ -243,7 +244,7 @@ def test_a_killed_writers_halves_are_cleared_away(path: Path) -> None:
     others = {".other.yaml-1.tmp", ".profile.yaml-b.yaml-1.tmp", ".profile.yaml-1.yaml-1.tmp"}
     for name in others:
         (path.parent / name).write_text("of a file that somebody else is writing")
-    profile.write(path, [entry()], HERE)
+    profile_file.write(path, [entry()], HERE)
     assert set(leftovers(path)) == others
 
 
@@ -260,41 +261,41 @@ def test_a_cut_file_keeps_every_entry_that_is_whole_and_can_be_written_again(pat
     path.with_name("profile.yaml.broken").unlink(missing_ok=True)
     if text and not text.startswith("format: 1"):
         with pytest.raises(ProfileError, match="is not a profile"):
-            profile.write(path, [entry()], HERE)
+            profile_file.write(path, [entry()], HERE)
         assert path.read_text() == text
         return
     whole = [one for one in (entry(), entry(problem=OTHER), entry(problem=THIRD)) if profile.dump_entry(one) in text]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ProfileWarning)
-        before = profile.read(path).entries()
+        before = profile_file.read(path).entries()
         assert [one for one in before if one in whole] == whole
         new = entry(problem=PROBLEM.replace(n=4))
-        profile.write(path, [new], HERE)
-        assert [one for one in profile.read(path).entries() if one in whole] == whole
-        assert new in profile.read(path).entries()
+        profile_file.write(path, [new], HERE)
+        assert [one for one in profile_file.read(path).entries() if one in whole] == whole
+        assert new in profile_file.read(path).entries()
     assert text.rstrip() in path.read_text()  # what is broken stays to be mended
 
 
 def test_what_a_person_broke_is_kept_aside_when_it_is_measured_anew(path: Path) -> None:
     broken = MANY.replace("  effort: measure", "  effort: much  # my edit", 1)
     path.write_text(broken)
-    profile.write(path, [entry(problem=OTHER)], HERE)
+    profile_file.write(path, [entry(problem=OTHER)], HERE)
     aside = path.with_name("profile.yaml.broken")
     assert "# my edit" in path.read_text()  # another's entry was written: this one stays where it is
     assert not aside.exists()
-    profile.write(path, [entry()], HERE)
+    profile_file.write(path, [entry()], HERE)
     assert "# my edit" not in path.read_text()
     assert "effort: much  # my edit" in aside.read_text()
     assert aside.read_text().startswith(f"{entry().key}:")
-    profile.write(path, [entry()], HERE)
+    profile_file.write(path, [entry()], HERE)
     assert aside.read_text().count("my edit") == 1
-    assert len(profile.read(path).entries()) == 3
+    assert len(profile_file.read(path).entries()) == 3
 
 
 def test_lines_at_the_edge_that_belong_nowhere_survive_even_if_they_are_alike(path: Path) -> None:
     text = MANY.replace("\n  winner:", "\nwinner:")  # a person's editor lost its place, three times
     path.write_text(text)
-    profile.write(path, [entry(problem=PROBLEM.replace(n=4))], HERE)
+    profile_file.write(path, [entry(problem=PROBLEM.replace(n=4))], HERE)
     assert path.read_text().count("\nwinner: ") == 3
     assert text.rstrip() in path.read_text()
 
@@ -307,21 +308,21 @@ def test_a_byte_that_is_no_utf8_spoils_its_own_entry_only(path: Path) -> None:
             assert profile.find(entry().key) == []
         assert len(told) == 1
         assert [found.entry for found in profile.find(entry(problem=OTHER).key)] == [entry(problem=OTHER)]
-    profile.write(path, [entry(problem=THIRD)], HERE)
+    profile_file.write(path, [entry(problem=THIRD)], HERE)
     assert b"caf\xe9" in path.read_bytes()
-    profile.write(path, [entry()], HERE)
+    profile_file.write(path, [entry()], HERE)
     assert b"caf\xe9" not in path.read_bytes()
     assert b"caf\xe9" in path.with_name("profile.yaml.broken").read_bytes()
 
 
 def test_of_a_key_that_stands_twice_the_last_counts_with_one_warning(path: Path) -> None:
     path.write_text(MANY + "\n" + profile.dump_entry(entry(row("direct"))))
-    found = profile.read(path)
+    found = profile_file.read(path)
     with pytest.warns(ProfileWarning, match=r"stands at lines \d+ and \d+: the last counts") as told:
         assert found.get(entry().key) == entry(row("direct"))
     assert found.get(entry().key) == entry(row("direct"))
     assert len(told) == 1
-    profile.write(path, [entry(row("numba"))], HERE)
+    profile_file.write(path, [entry(row("numba"))], HERE)
     assert path.read_text().count(f"{entry().key}:") == 1
     aside = path.with_name("profile.yaml.broken").read_text()
     assert aside.count(f"{entry().key}:") == 2
@@ -329,30 +330,30 @@ def test_of_a_key_that_stands_twice_the_last_counts_with_one_warning(path: Path)
 
 def test_the_same_text_twice_is_no_matter(path: Path) -> None:
     path.write_text(MANY + "\n" + MANY)
-    assert profile.read(path).get(entry().key) == entry()
-    assert len(profile.read(path).entries()) == 3
+    assert profile_file.read(path).get(entry().key) == entry()
+    assert len(profile_file.read(path).entries()) == 3
 
 
 def test_comments_stay_with_what_they_stand_before(path: Path) -> None:
     text = MANY.replace(f"{entry(problem=OTHER).key}:", f"# why this one\n{entry(problem=OTHER).key}:")
     text = text.replace("format: 1\n", "format: 1\n\n# the box in the corner\n")
     path.write_text(text)
-    profile.write(path, [entry(row("direct"))], HERE)
+    profile_file.write(path, [entry(row("direct"))], HERE)
     written = path.read_text()
     assert f"# why this one\n{entry(problem=OTHER).key}:" in written
     assert f"# the box in the corner\n\nmachine {HERE.id}:" in written
     assert "winner: direct" in written
-    profile.edit(path, lambda old: {str(entry().key): None})
+    profile_file.edit(path, lambda old: {str(entry().key): None})
     assert f"# why this one\n{entry(problem=OTHER).key}:" in path.read_text()
-    assert len(profile.read(path).entries()) == 2
+    assert len(profile_file.read(path).entries()) == 2
 
 
 def test_comments_alone_are_an_empty_profile(path: Path) -> None:
     path.write_text("# A convdispatch profile: which backe")
-    assert profile.read(path).entries() == []
-    profile.write(path, [entry()], HERE)
+    assert profile_file.read(path).entries() == []
+    profile_file.write(path, [entry()], HERE)
     assert path.read_text().startswith("# A convdispatch profile: which backe\nformat: 1\n")
-    assert profile.read(path).entries() == [entry()]
+    assert profile_file.read(path).entries() == [entry()]
 
 
 # Like machines ------------------------------------------------------------------------------------------------------
@@ -421,13 +422,13 @@ def test_a_file_that_was_replaced_within_a_tick_of_the_clock_is_noticed(path: Pa
 
 def noted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Any]:
     """Return a list that fills with the first argument of each call of one of the profile's functions."""
-    function, calls = getattr(profile, name), []
+    function, calls = getattr(profile_file, name), []
 
     def wrapped(first: Any, *rest: Any) -> Any:
         calls.append(first)
         return function(first, *rest)
 
-    monkeypatch.setattr(profile, name, wrapped)
+    monkeypatch.setattr(profile_file, name, wrapped)
     return calls
 
 
@@ -455,9 +456,9 @@ def test_a_write_to_a_large_profile_parses_nothing_but_what_it_replaces(
 ) -> None:
     path.write_text(MANY)
     parsed = noted(monkeypatch, "parse_entry")
-    profile.write(path, [entry(problem=PROBLEM.replace(n=4))], HERE)
+    profile_file.write(path, [entry(problem=PROBLEM.replace(n=4))], HERE)
     assert parsed == []
-    profile.write(path, [entry(row("direct"))], HERE)
+    profile_file.write(path, [entry(row("direct"))], HERE)
     assert parsed == [entry().key]
 
 
@@ -469,7 +470,7 @@ def test_text_outside_of_what_changes_is_untouched(path: Path) -> None:
 
         """)
     path.write_text(odd)
-    profile.write(path, [entry(problem=OTHER)], HERE)
+    profile_file.write(path, [entry(problem=OTHER)], HERE)
     changed = f"{entry(problem=OTHER).key}:"
     before, after = (Profile(text, "x").chunks() for text in (odd, path.read_text()))
     same = set(before) - {changed[:-1], f"machine {HERE.id}"}

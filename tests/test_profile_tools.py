@@ -13,15 +13,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convdispatch import calibration, fingerprint, machine, profile, profile_tools, quarantine, registry
+from convdispatch import calibration, fingerprint, machine, profile, profile_file, profile_tools, quarantine, registry
 from convdispatch.backend import Config
 from convdispatch.calibration import Calibration
 from convdispatch.errors import ProfileError, ProfileWarning
 from convdispatch.fingerprint import compare
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem
-from convdispatch.profile import Entry, Failure, Key, Profile, Result
+from convdispatch.profile import Entry, Failure, Key, Result
 from convdispatch.profile_doctor import Finding, examine
+from convdispatch.profile_file import Profile
 from convdispatch.profile_tools import Selection, choose, diff, export, join, prune
 
 HERE = machine.current()
@@ -419,9 +420,9 @@ def test_a_machine_that_cannot_be_read_is_found_and_pruned_as_broken(path: Path,
     assert finding.about == f"machine {HERE.id}"
     assert "line " in finding.reason
     assert finding.command == f"convdispatch profile prune --broken --profile {path}"
-    done = prune(profile.read(path), Selection(broken=True))
-    path.write_text(profile.read(path).changed(done.changes))
-    profile.write(path, (), HERE)
+    done = prune(profile_file.read(path), Selection(broken=True))
+    path.write_text(profile_file.read(path).changed(done.changes))
+    profile_file.write(path, (), HERE)
     assert examined(path, path.read_text()) == {}
 
 
@@ -531,7 +532,7 @@ def test_a_file_that_may_not_be_read_is_given_the_right(path: Path, monkeypatch:
         raise ProfileError(f"{path} cannot be read") from PermissionError(13, "Permission denied")
 
     path.write_text(text_of(entry()))
-    monkeypatch.setattr(profile, "read", denied)
+    monkeypatch.setattr(profile_file, "read", denied)
     (finding,) = examine([("project", path)], path, HERE)
     assert finding.command == f"chmod u+rw {path}"
     monkeypatch.setattr(os, "access", lambda place, mode: mode != os.X_OK or place != path.parent)

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from scripted import PROBLEM, FakeClock, Scripted, only
 
 import convdispatch
-from convdispatch import dispatch, heuristic, machine, profile, quarantine, registry, safe_yaml, settings
+from convdispatch import dispatch, heuristic, machine, profile, profile_file, quarantine, registry, safe_yaml, settings
 from convdispatch.backend import Candidate, Config
 from convdispatch.cli import main
-from convdispatch.dispatch import key_for
 from convdispatch.errors import BackendRejectedError, ProfileWarning
 from convdispatch.profile import Entry, Result
 from convdispatch.quarantine import Quarantine
+from convdispatch.question import Question
 
 HERE = machine.current()
 FILTERS = np.ones(PROBLEM.filter_shape, "f4")
@@ -39,7 +39,7 @@ def chosen() -> str:
 
 def stored(*backends: str) -> Entry:
     rows = tuple(Result(name, 1, Config(), 1e-3 * (n + 1), 0.0, 7, 0.0, 0) for n, name in enumerate(backends))
-    return Entry(key_for(PROBLEM, "plan", settings.current()), rows)
+    return Entry(Question(PROBLEM, "plan", settings.current()).key, rows)
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -54,7 +54,7 @@ quarantines = st.builds(
 def test_what_is_written_is_read_again(one: Quarantine) -> None:
     text = quarantine._dumped(one)
     assert list(safe_yaml.load(text)) == [one.key]
-    ((key, chunk),) = profile.Profile(f"format: 1\n{text}", "some.yaml").notes(quarantine.KIND).items()
+    ((key, chunk),) = profile_file.Profile(f"format: 1\n{text}", "some.yaml").notes(quarantine.KIND).items()
     assert quarantine._parsed(key, chunk) == one
 
 
@@ -158,10 +158,10 @@ def test_one_that_cannot_be_read_is_a_warning_and_a_miss(bad: Scripted, text: st
 
 def test_it_is_no_entry_and_survives_that_entries_are_written(bad: Scripted) -> None:
     path = profile.user_path()
-    profile.write(path, [stored("good")], HERE)
+    profile_file.write(path, [stored("good")], HERE)
     quarantine.add(Candidate(bad, Config()), PROBLEM, "crashed")
-    profile.write(path, [stored("bad")], HERE)
-    assert [entry.winner.backend for entry in profile.read(path).entries()] == ["bad"]
+    profile_file.write(path, [stored("bad")], HERE)
+    assert [entry.winner.backend for entry in profile_file.read(path).entries()] == ["bad"]
     profile.forget()
     assert quarantine.of(bad) is not None
 
@@ -186,9 +186,9 @@ def test_a_profile_that_cannot_be_written_keeps_it_for_this_process(bad: Scripte
 
 
 def test_a_large_profile_is_not_parsed_for_it(bad: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
-    entries = [Entry(key_for(PROBLEM.replace(h=6 + n), "plan", settings.current()), stored("good").results)
+    entries = [Entry(Question(PROBLEM.replace(h=6 + n), "plan", settings.current()).key, stored("good").results)
                for n in range(300)]  # fmt: skip
-    profile.write(profile.user_path(), entries, HERE)
+    profile_file.write(profile.user_path(), entries, HERE)
     quarantine.add(Candidate(bad, Config()), PROBLEM, "crashed")
     profile.forget()
     quarantine._parsed.cache_clear()

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from scripted import PROBLEM, FakeClock, Scripted, only, race_by
 
 import convdispatch
-from convdispatch import dispatch, machine, profile, settings
+from convdispatch import dispatch, machine, profile, profile_file, settings
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Kernel, Numerics
 from convdispatch.cli import main
@@ -54,7 +54,7 @@ def two(clock: FakeClock) -> dict[str, Scripted]:
 def know(*rows: tuple[str, float, Config], deployment: str = "plan", problem: Problem = PROBLEM) -> None:
     results = tuple(Result(name, 1, config, seconds, 0.0, 7, 1e-7, 0) for name, seconds, config in rows)
     entry = Entry(Key(problem, deployment, 2, machine.current().id), results)
-    profile.write(profile.user_path(), [entry], machine.current())
+    profile_file.write(profile.user_path(), [entry], machine.current())
     profile.forget()
 
 

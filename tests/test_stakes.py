@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scripted import PROBLEM, RULES, FakeClock, Scripted, only
 
-from convdispatch import profile
+from convdispatch import profile, profile_file
 from convdispatch.cli import main
 from convdispatch.errors import ArgumentError, WorkloadError
 from convdispatch.problem import Problem
-from convdispatch.tuning import stakes, tuner, workload
+from convdispatch.tuning import problem_race, stakes, tuner, workload
 from convdispatch.tuning.record import Recording
 from convdispatch.tuning.workload import Layer, Workload
 
@@ -46,8 +46,8 @@ def test_a_recording_is_tuned_as_it_was_called_the_most_time_first(
         shares.append(more["seconds"])
         return problem_tuner(key, clock=clock, rules=RULES, **more)
 
-    problem_tuner = tuner.tune_problem
-    monkeypatch.setattr(tuner, "tune_problem", tune_problem)
+    problem_tuner = problem_race.tune_problem
+    monkeypatch.setattr(problem_race, "tune_problem", tune_problem)
     report = tuner.tune(recording, time_limit=1000.0)
     done = [(r.layer.problem, r.deployment, r.entry.key.threads, r.layer.count) for r in report.layers if r.entry]
     assert done == [(PROBLEM, "plan", 1, 1), (OTHER, "call", 1, 2), (THIRD, "plan", 2, 1)]
@@ -60,8 +60,8 @@ def test_a_recording_is_tuned_as_it_was_called_the_most_time_first(
 def test_what_is_known_has_no_share(recording: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = FakeClock()
     only(Scripted("a", clock))
-    problem_tuner = tuner.tune_problem
-    monkeypatch.setattr(tuner, "tune_problem", functools.partial(problem_tuner, clock=clock, rules=RULES))
+    problem_tuner = problem_race.tune_problem
+    monkeypatch.setattr(problem_race, "tune_problem", functools.partial(problem_tuner, clock=clock, rules=RULES))
     tuner.tune(PROBLEM, threads=1, deployments=["plan"])
     shares: list[float] = []
 
@@ -69,7 +69,7 @@ def test_what_is_known_has_no_share(recording: Recording, monkeypatch: pytest.Mo
         shares.append(more["seconds"])
         return problem_tuner(key, clock=clock, rules=RULES, **more)
 
-    monkeypatch.setattr(tuner, "tune_problem", tune_problem)
+    monkeypatch.setattr(problem_race, "tune_problem", tune_problem)
     report = tuner.tune(recording, time_limit=1000.0)
     assert [r.status for r in report.layers] == ["known", "tuned", "tuned"]
     assert shares == pytest.approx([900.0, 1000.0], rel=0.01)
@@ -175,7 +175,7 @@ def test_tune_from_a_recording_tunes_it_as_it_was_called(file: Path, tmp_path: P
     assert done.exit_code == 0, done.output
     assert done.stderr.splitlines()[0].startswith(f"[1/2] {SMALL} (call): tuned")
     assert "recorded: 2 s of calls; those with a winner took 2 s, and would take" in done.stdout
-    keys = {(str(e.key.problem), e.key.deployment, e.key.threads) for e in profile.read(mine).entries()}
+    keys = {(str(e.key.problem), e.key.deployment, e.key.threads) for e in profile_file.read(mine).entries()}
     assert keys == {(SMALL, "call", 1), (TINY, "plan", 1)}
     data = json.loads(run("tune", "--from", file, "--profile", mine, "--backends", "direct,im2col", "--json").stdout)
     assert [(layer["status"], layer["recorded_seconds"]) for layer in data["layers"]] == [("known", 2), ("known", 1e-3)]

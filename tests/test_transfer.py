@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from scripted import FakeClock, Scripted, only
 from strategies import problems
 
-from convdispatch import calibration, dispatch, machine, neighbours, profile, registry, transfer
+from convdispatch import calibration, dispatch, machine, neighbours, profile, profile_file, registry, transfer
 from convdispatch.backend import Candidate, Config, Effort
 from convdispatch.explain import explain_problem
 from convdispatch.machine import Machine
 from convdispatch.neighbours import Row, place_of, rows_of
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Failure, Key, Result
+from convdispatch.question import parse_forced
 
 HERE = machine.current()
 TARGET = Problem.parse("1x28x28x64 * 3x3x64x64 SAME")
@@ -84,7 +85,7 @@ def test_rows_read_in_haste_are_those_that_are_read_with_care(results: list[Resu
     failures = (Failure("fft", 1, Config(), "results: {backend: fft, median_us: 3, estimate_us: 4}"),) if fails else ()
     entry = Entry(Key(TARGET, "plan", 2, HERE.id), tuple(results), failures)
     text = profile.dump_entry(entry)
-    careful = profile.Profile(f"format: 1\n\n{text}", "text").get(entry.key)
+    careful = profile_file.Profile(f"format: 1\n\n{text}", "text").get(entry.key)
     assert careful is not None
     expected = [Row(r.backend, r.version, r.config, r.estimate or 0.0, r.median) for r in careful.results]
     assert sorted(rows_of(text), key=str) == sorted(expected, key=str)
@@ -113,7 +114,7 @@ def entry_of(problem: Problem, *, estimate: float = 1.0, version: int = 1, **sec
 def know(problem: Problem, **about: Any) -> Entry:
     """Write into the user's profile what two backends took, of which "quick" was estimated twice as fast."""
     entry = entry_of(problem, **about)
-    profile.write(profile.user_path(), [entry], HERE)
+    profile_file.write(profile.user_path(), [entry], HERE)
     profile.forget()
     return entry
 
@@ -128,7 +129,7 @@ def two() -> dict[str, Scripted]:
 
 
 def chosen(problem: Problem = TARGET, deployment: str = "plan", forced: Any = None) -> tuple[str, str]:
-    decision = dispatch.decide(problem, deployment, dispatch.parse_forced(forced))
+    decision = dispatch.decide(problem, deployment, parse_forced(forced))
     return decision.candidate.backend.name, decision.evidence.detail
 
 
@@ -145,7 +146,7 @@ def know_elsewhere(problem: Problem, there: Machine, **seconds: Any) -> None:
     """Write into the user's profile what two backends took on another machine."""
     entry = entry_of(problem, **seconds)
     elsewhere = dataclasses.replace(entry, key=dataclasses.replace(entry.key, machine=there.id))
-    profile.write(profile.user_path(), [elsewhere], there)
+    profile_file.write(profile.user_path(), [elsewhere], there)
     profile.forget()
 
 
@@ -192,7 +193,7 @@ def test_other_deployments_threads_and_machines_have_no_say(two: dict[str, Scrip
     changes = ({"deployment": "call"}, {"threads": machine.usable_cores() + 1}, {"machine": "other-2c-00000000"})
     for change in changes:
         moved = dataclasses.replace(entry, key=dataclasses.replace(entry.key, problem=NEAR, **change))
-        profile.write(profile.user_path(), [moved], HERE)
+        profile_file.write(profile.user_path(), [moved], HERE)
     profile.forget()
     assert chosen() == ("quick", "1 s predicted")
     assert chosen(deployment="call")[0] == "steady"
@@ -218,7 +219,7 @@ def test_a_config_of_its_own_counts_more_than_its_backend(two: dict[str, Scripte
         for tile, seconds in ((5, 3.0), (4, 14.0))
     ]
     entry = Entry(Key(NEAR, "plan", machine.usable_cores(), HERE.id), tuple(rows))
-    profile.write(profile.user_path(), [entry], HERE)
+    profile_file.write(profile.user_path(), [entry], HERE)
     ranked = transfer.rank(TARGET, registry.available().values(), machine.usable_cores(), "plan").estimates
     assert [estimate.candidate.config["tile"] for estimate in ranked] == [5, 6, 4]
 
@@ -303,7 +304,7 @@ def test_hand_written_and_broken_entries_are_no_neighbours_and_no_crash(two: dic
 def test_calibration_and_neighbours_do_not_correct_the_same_error_twice(two: dict[str, Scripted]) -> None:
     own = calibration.Correction(1, (math.log(3.0), 0.0, 0.0, 0.0, 0.0))
     made = calibration.Calibration(HERE.id, "calibrate", 50, backends={"quick": own})
-    profile.write(profile.user_path(), [entry_of(NEAR, quick=3.0, steady=2.0)], HERE, calibration.dump(made))
+    profile_file.write(profile.user_path(), [entry_of(NEAR, quick=3.0, steady=2.0)], HERE, calibration.dump(made))
     ranked = transfer.rank(TARGET, two.values(), machine.usable_cores(), "plan")
     assert ranked.calibrated
     assert ranked.local is not None

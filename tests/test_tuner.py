@@ -15,18 +15,21 @@ from hypothesis import strategies as st
 from scripted import PROBLEM, RULES, FakeClock, Scripted, only, race_by
 
 import convdispatch
-from convdispatch import dispatch, machine, profile, reference, registry, report, settings
+from convdispatch import dispatch, machine, profile, profile_file, reference, registry, report, settings
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Candidate, Config, Numerics
 from convdispatch.errors import ArgumentError, BackendError, ProfileError, UnknownBackendError
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Key, Result
+from convdispatch.report import rivals
 from convdispatch.tuning import gate, hard_inputs, online
 from convdispatch.tuning.calibrate import calibrate
 from convdispatch.tuning.gate import Trial
+from convdispatch.tuning.layers import LayerReport
 from convdispatch.tuning.preference import order_by_preference
+from convdispatch.tuning.problem_race import tune_problem
 from convdispatch.tuning.race import Rules
-from convdispatch.tuning.tuner import LayerReport, TuneReport, rivals, tune, tune_problem
+from convdispatch.tuning.tuner import TuneReport, tune
 from convdispatch.tuning.validate import validate
 from convdispatch.tuning.workload import Layer, Workload
 
@@ -358,7 +361,7 @@ def statuses(report: TuneReport) -> list[str]:
 
 
 def stored() -> dict[Key, Entry]:
-    return {entry.key: entry for entry in profile.read(profile.writable_path()).entries()}
+    return {entry.key: entry for entry in profile_file.read(profile.writable_path()).entries()}
 
 
 def test_tune_measures_each_problem_and_deployment_and_stores_the_winners(clock: FakeClock) -> None:
@@ -527,7 +530,7 @@ def test_a_flagged_entry_settles_nothing(clock: FakeClock) -> None:
     only(old, other)
     tuned_entry()
     doubtful = replace(next(iter(stored().values())), flags=("busy",))
-    profile.write(profile.user_path(), [doubtful], machine.current())
+    profile_file.write(profile.user_path(), [doubtful], machine.current())
     calls = other.calls
     registry.register(Scripted("new", clock, 1.4))
     tuned_entry()

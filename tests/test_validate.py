@@ -16,7 +16,7 @@ from quiet import BusyWatch
 from scripted import RULES, FakeClock, Scripted, only, race_by
 
 import convdispatch
-from convdispatch import calibration, dispatch, machine, profile, quarantine, settings
+from convdispatch import calibration, dispatch, machine, profile, profile_file, quarantine, settings
 from convdispatch.backend import Candidate, Config
 from convdispatch.calibration import Calibration, Correction
 from convdispatch.cli import main
@@ -25,8 +25,8 @@ from convdispatch.problem import Problem
 from convdispatch.profile import Key
 from convdispatch.tuning import busy, calibrate, tuner, validate
 from convdispatch.tuning.held_out import draw_problems
-from convdispatch.tuning.race import Rules, Samples
-from convdispatch.tuning.regret import Duel, duel, paired_ratio, summary
+from convdispatch.tuning.race import Rules
+from convdispatch.tuning.regret import Duel, duel, summary
 from convdispatch.tuning.validation import WAYS, Case, Cost, Validation
 
 PROBLEMS = [Problem.parse(f"1x{side}x{side}x2 * 3x3x2x3 SAME") for side in (5, 6, 7, 8)]
@@ -44,7 +44,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
 
 def known(*corrections: Correction, names: Sequence[str] = ("boasts",)) -> None:
     made = Calibration(machine.current().id, "calibrate", 99, backends=dict(zip(names, corrections, strict=False)))
-    profile.write(profile.user_path(), (), machine.current(), calibration.dump(made))
+    profile_file.write(profile.user_path(), (), machine.current(), calibration.dump(made))
 
 
 def validated(clock: FakeClock, problems: Sequence[Problem] = PROBLEMS, **more: Any) -> Validation:
@@ -87,15 +87,6 @@ def test_a_summary_is_exact_and_of_nothing_there_is_none() -> None:
     assert found is not None
     assert (found.mean, found.p95) == pytest.approx((1.5, 1.95))
     assert (found.worst, found.count) == (2.0, 101)
-
-
-@given(
-    drift=st.lists(st.floats(0.5, 4), min_size=3, max_size=30),
-    ratio=st.floats(0.2, 5),
-)
-def test_paired_ratios_do_not_see_what_slows_both(drift: list[float], ratio: float) -> None:
-    slow, quick = Samples(1, [each * ratio for each in drift]), Samples(1, list(drift))
-    assert paired_ratio(slow, quick) == pytest.approx(ratio)
 
 
 def test_a_duel_finds_the_scripted_ratios_while_the_machine_slows_down(clock: FakeClock) -> None:
@@ -237,8 +228,8 @@ def test_a_busy_machine_holds_up_no_validation_and_is_told_of(
     clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only(Scripted("boasts", clock))
-    monkeypatch.setattr(tuner, "make_watch", BusyWatch)
-    found = validated(clock, PROBLEMS[:2], conditions=busy.since(lambda: tuner.make_watch(1)))
+    monkeypatch.setattr(busy, "make_watch", BusyWatch)
+    found = validated(clock, PROBLEMS[:2], conditions=busy.since(lambda: busy.make_watch(1)))
     said = "a fixed loop waited for a core for 50.0% of its time"
     assert [case.conditions for case in found.cases] == [said, said]
     refused = CliRunner().invoke(main, ["calibrate", "--threads", "1"])

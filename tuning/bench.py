@@ -14,21 +14,24 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from convdispatch import heuristic, registry
 from convdispatch.arguments import Array
+from convdispatch.backend import epsilon
 from convdispatch.errors import BackendError
 from convdispatch.problem import LOW_PRECISION, Problem
 from convdispatch.reference import conv2d
+from convdispatch.times import median_ratio, spread
 from convdispatch.tuning import peak, tuner
 from convdispatch.tuning.busy import Conditions, Watch
 from convdispatch.tuning.engine_field import EngineField
 from convdispatch.tuning.engines import OWN, Case
 from convdispatch.tuning.gate import compared_images
+from convdispatch.tuning.layers import LayerReport
 from convdispatch.tuning.workload import Layer, Workload
 
 #: Seconds of one sample.
@@ -80,10 +83,7 @@ class Timing:
     @property
     def spread(self) -> float:
         """Interquartile range of the rounds over their median; 0 for fewer than two."""
-        if len(self.seconds) < 2:
-            return 0.0
-        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return (high - low) / self.median
+        return spread(self.seconds)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class LayerResult:
     def ratios(self) -> dict[str, float]:
         """Time of each other engine over that of convdispatch: the median of the rounds' ratios."""
         return {
-            name: statistics.median(a / b for a, b in zip(timing.seconds, self.own.seconds, strict=False))
+            name: median_ratio(timing.seconds, self.own.seconds)
             for name, timing in self.timings.items()
             if timing is not self.own and timing.seconds and self.own.seconds
         }
@@ -209,7 +209,7 @@ def bench(
     watch: Callable[[], Watch] | None = None,
     seed: int = 0,
     on_progress: Callable[[LayerResult], None] | None = None,
-    on_tuned: Callable[[tuner.LayerReport], None] | None = None,
+    on_tuned: Callable[[LayerReport], None] | None = None,
     on_wait: Callable[[str], None] | None = None,
 ) -> Report:
     """Compare convdispatch with other engines; where none of them is to be had, nothing is measured.
@@ -280,8 +280,7 @@ def _layer(
             taken[name].append(reply["seconds"])
     conditions = watching.stop(engines.cpu_seconds())
     timings = {
-        name: Timing(**{**vars(timing), "seconds": tuple(taken[name])}) if name in live else timing
-        for name, timing in built.items()
+        name: replace(timing, seconds=tuple(taken[name])) if name in live else timing for name, timing in built.items()
     }
     return LayerResult(layer, timings, conditions)
 
@@ -320,10 +319,10 @@ def _judged(name: str, reply: Mapping[str, Any], result: Array | None, problem: 
         error, reason = math.inf, f"wrong result: shape {result.shape} instead of {exact.shape}"
     else:
         error = _error(result, exact)
-        limit = 0.0 if problem.is_integer else _ULPS * float(np.finfo(problem.sum_dtype).eps)
+        limit = 0.0 if problem.is_integer else _ULPS * epsilon(problem.sum_dtype)
         limit += 2.0**-7 if problem.dtype in LOW_PRECISION else 0.0
         reason = "" if error <= limit else f"wrong result: error {error:.2g} of the largest output"
-    return Timing(**{**vars(made), "error": error, "reason": reason, "wrong": bool(reason)})
+    return replace(made, error=error, reason=reason, wrong=bool(reason))
 
 
 def _error(result: Array, exact: Array) -> float:

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from convdispatch import machine
 from convdispatch.backends._threads import run_all
+from convdispatch.errors import BusyMachineError
+from convdispatch.times import spread
 
 #: Rounds of hashing in the piece of work: about a millisecond.
 _HASHES = 4000
@@ -24,6 +26,8 @@ _HASHES = 4000
 _ENOUGH = 0.5
 #: Calibrations that there always are, and the part of the time that more of them may take.
 _FEWEST, _SHARE = 7, 0.05
+#: Seconds that tuning waits for a busy machine to become quiet, before it refuses.
+PATIENCE = 10.0
 #: Seconds of one look at the machine, between its calibrations, and between two looks.
 _LOOK, _PAUSE, _BETWEEN = 0.3, 0.02, 0.7
 
@@ -137,9 +141,8 @@ class Watch:
         walls = [wall for wall, _ in self._loops]
         if len(walls) < 2:
             return Conditions(0.0, 0.0, others, steal, missing, load)
-        low, middle, high = statistics.quantiles(walls, n=4, method="inclusive")
         waiting = max(0.0, 1 - sum(cpu for _, cpu in self._loops) / sum(walls))
-        return Conditions((high - low) / middle, waiting, others, steal, missing, load)
+        return Conditions(spread(walls), waiting, others, steal, missing, load)
 
     def finish(self, workers: float = 0.0) -> Conditions:
         """Stop, having calibrated often enough."""
@@ -222,6 +225,10 @@ def children_seconds() -> float:
     return seconds
 
 
+#: Makes what watches the machine for a thread budget; tests replace it.
+make_watch: Callable[[int], Watch] = Watch
+
+
 def since(make: Callable[[], Watch], workers: Callable[[], float] = children_seconds) -> Callable[[], str]:
     """Return what tells, each time it is called, what says that the machine was busy since the time before.
 
@@ -263,3 +270,18 @@ def wait_until_quiet(make: Callable[[], Watch], seconds: float, tell: Callable[[
         watch.pause(_BETWEEN)
         watch = make()
     return complaints
+
+
+def refuse_if_busy(threads: int, seconds: float, on_wait: Callable[[str], None] | None = None) -> None:
+    """Wait for a quiet moment, for so many seconds; raise a ``BusyMachineError`` if there is none."""
+    complaints = wait_until_quiet(lambda: make_watch(threads), seconds, on_wait or (lambda _: None))
+    if complaints:
+        raise BusyMachineError(
+            f"the machine is busy: {', '.join(complaints)}. What is measured now may be wrong when it is quiet: "
+            "try again then, or measure anyway with --allow-busy (allow_busy=True), which marks the results"
+        )
+
+
+def is_quiet(threads: int, seconds: float) -> bool:
+    """Return whether there is a quiet moment within so many seconds."""
+    return not wait_until_quiet(lambda: make_watch(threads), seconds, lambda _: None)

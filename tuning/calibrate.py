@@ -2,10 +2,10 @@
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from convdispatch import calibration, heuristic, machine, observe, profile, registry, settings
+from convdispatch import calibration, heuristic, machine, observe, profile, profile_file, registry, settings
 from convdispatch.backend import Candidate
 from convdispatch.calibration import Calibration
 from convdispatch.errors import BackendError
@@ -94,7 +94,7 @@ def calibrate(
     budget = heuristic.budget_of(threads)
     path = profile.writable_path()
     here = machine.current()
-    profile.write(path, (), here)  # better to learn now than afterwards that it cannot be written
+    profile_file.write(path, (), here)  # better to learn now than afterwards that it cannot be written
     started = time.monotonic()
     failures: list[str] = []
     timings: list[Timing] = []
@@ -106,15 +106,15 @@ def calibrate(
     if not timings:
         raise BackendError(f"nothing could be measured: {'; '.join(failures) or 'no backend takes these problems'}")
     made = fit(timings, here, "calibrate")
-    profile.write(path, (), here, calibration.dump(made))
+    profile_file.write(path, (), here, calibration.dump(made))
     profile.forget_decisions()
     return CalibrationReport(made, path, time.monotonic() - started, len(problems), tuple(failures))
 
 
 def _measured(problem: Problem, threads: int, rules: Rules, clock: Clock, failures: list[str]) -> list[Timing]:
     """Race a problem's candidates, and the packing of their filters."""
-    anyone = replace(settings.current(), forbid=(), accuracy="fast", memory_limit=None)
-    ranked = heuristic.rank(problem, heuristic.usable(problem, anyone)[0].values(), threads)
+    usable, _ = heuristic.usable(problem, settings.unrestricted("fast"))
+    ranked = heuristic.rank(problem, usable.values(), threads)
     known = {e.candidate.name: (e.candidate, e.seconds) for e in ranked if e.seconds is not None}
     best = min((seconds for _, seconds in known.values()), default=0.0)
     limit = max(best * _LEAST_RANGE, min(best * _HOPELESS, _LONGEST))
@@ -165,13 +165,13 @@ def learn(entries: Iterable[Entry], path: Path) -> Calibration | None:
         The new calibration; None where the old one stays or the measurements are too few.
     """
     entries = list(entries)
-    old = calibration.current([profile.read(path)])
+    old = calibration.current([profile_file.read(path)])
     timings = timings_of(entries, {name: backend.version for name, backend in registry.available().items()})
     if len(timings) < FEWEST_TIMINGS or len({entry.key.problem for entry in entries}) < FEWEST_PROBLEMS:
         return None
     if old is not None and (old.source == "calibrate" or old.measurements >= len(timings)):
         return None
     made = fit(timings, machine.current(), "tune")
-    profile.write(path, (), machine.current(), calibration.dump(made))
+    profile_file.write(path, (), machine.current(), calibration.dump(made))
     profile.forget_decisions()
     return made

@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convdispatch import profile, quarantine, settings
-from convdispatch.arguments import DEPLOYMENTS
+from convdispatch import profile, profile_file, quarantine, settings
+from convdispatch.arguments import DEPLOYMENTS, check_deployments
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem
-from convdispatch.tuning import stakes, tuner
+from convdispatch.tuning import stakes
 from convdispatch.tuning import workload as workloads
-from convdispatch.tuning.gathering import Gathering, How, Progress
+from convdispatch.tuning.entrants import chosen_backends
+from convdispatch.tuning.gathering import Gathering, Progress
+from convdispatch.tuning.layers import Terms
+from convdispatch.tuning.race import checked_effort
 from convdispatch.tuning.roster import LeftOut, Roster, open_client
 from convdispatch.tuning.spread import Job, Kind
 from convdispatch.tuning.tuner import TuneReport
@@ -114,7 +117,7 @@ def connect(
     scheduler: Any, *, threads: int | None = None, backends: Sequence[str] | None = None
 ) -> Iterator["Cluster"]:
     """Yield the cluster of a scheduler, its workers asked for what they are; arguments and errors as in ``tune``."""
-    tuner.chosen_backends(backends)
+    chosen_backends(backends)
     budget = settings.parse_threads(threads)
     with contextlib.ExitStack() as stack:
         client = scheduler if hasattr(scheduler, "submit") else stack.enter_context(open_client(str(scheduler)))
@@ -158,7 +161,7 @@ class Cluster:
             held = [one for one in quarantine.on(there.id) if self.backends is None or one.backend in self.backends]
             texts = dict.fromkeys(one.key for one in held)
             profile.remember_notes(texts)
-            profile.write(path, (), there, texts)
+            profile_file.write(path, (), there, texts)
             lifted[there.id] = tuple(one.backend for one in held)
         return lifted
 
@@ -175,19 +178,20 @@ class Cluster:
     ) -> ClusterReport:
         """Tune a workload on every kind; see ``tune``."""
         load = workload.distinct()
-        level = tuner.checked_effort(effort)
+        level = checked_effort(effort)
         limit = None if time_limit is None else settings.TABLE["time_limit"][0](time_limit)
-        tuner.check_deployments(deployments)
+        check_deployments(deployments)
         path = profile.writable_path()
         kinds = self.kinds
         for kind in kinds:  # better to learn now than after a long run that it cannot be written
-            profile.write(path, (), kind.machine)
+            profile_file.write(path, (), kind.machine)
         started = time.monotonic()
         jobs = self.jobs(load, deployments)
         again = self._lift(path) if retry_quarantined else {}
         end = None if limit is None else started + limit
-        how = How(level, self.backends, retune=retune, again=again, end=end)
-        reports = Gathering(self.client, self.roster, jobs, how, path, on_progress).finish()
+        terms = {kind.machine.id: Terms(level, self.backends, retune, again.get(kind.machine.id, ())) for kind in kinds}
+        gathering = Gathering(self.client, self.roster, jobs, terms, path, end=end, on_progress=on_progress)
+        reports = gathering.finish()
         seconds = time.monotonic() - started
         done = []
         for kind in kinds:

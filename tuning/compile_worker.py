@@ -9,12 +9,10 @@ import numpy as np
 from convdispatch import registry
 from convdispatch.backend import Candidate, Config
 from convdispatch.backends._jit import NotCompiledError, compiling_only
-from convdispatch.errors import in_a_line
+from convdispatch.errors import LONGEST_REASON, in_a_line
 from convdispatch.plan import Plan
 from convdispatch.problem import Problem, dtype_of
 from convdispatch.tuning.child import requests
-
-_REASON = 300
 
 
 def need(problem: Problem, candidate: Candidate, kernels: Container[str]) -> None:
@@ -45,7 +43,7 @@ def main() -> None:
         try:
             _compile(request)
         except Exception as error:  # noqa: BLE001  # whatever it was, the parent will meet it, too
-            reply({"raised": in_a_line(f"{type(error).__name__}: {error}", _REASON)})
+            reply({"raised": in_a_line(f"{type(error).__name__}: {error}", LONGEST_REASON)})
         else:
             reply({"done": True})
 

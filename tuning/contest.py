@@ -12,7 +12,7 @@ import functools
 import statistics
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from convdispatch import heuristic, settings
 from convdispatch.arguments import Array
@@ -44,17 +44,27 @@ _BOOKKEEPING, _LONGEST_PAUSE = 10e-6, 1000
 _REFERENCE_FLOPS = 1e9
 
 
+class Where(NamedTuple):
+    """What a contest is held for; ``generation`` is that of the backends, all of which may take part."""
+
+    key: Key
+    options: Options
+    generation: int
+
+
 class Contest:
     """Who is fastest for one problem, as far as it is known. What changes is guarded by ``online.lock``."""
 
-    def __init__(self, online: "Online", key: Key, options: Options, incumbent: Candidate) -> None:
+    def __init__(self, online: "Online", where: Where, incumbent: Candidate) -> None:
         """Begin with the candidate that is estimated best."""
-        self.online, self.key, self.options = online, key, options
+        self.online, self.where = online, where
+        self.key, self.options = where.key, where.options
         self.incumbent = incumbent
-        self.standings = Standings(key, incumbent)
+        self.standings = Standings(self.key, incumbent)
         self.trusted = False  # whether the incumbent has passed its check
         self.wrong: set[str] = set()  # who raised, was wrong, or is less accurate than is allowed
         self.settled = False
+        self.put_off = False  # whether it made room for others
         self.waiting: list[tuple[Candidate, float | None]] | None = None  # to be checked, with estimates; None: unknown
         self.checking: tuple[Candidate, float | None] | None = None
         self.challenger: Checked | None = None
@@ -205,6 +215,8 @@ class Contest:
         self.online.budget.spent += _BOOKKEEPING
         self.online.calls += 1
         self.last = self.online.calls
+        if self.put_off:
+            self.online.hold(self)
 
     def _judge(self) -> None:
         """Decide between challenger and incumbent, if the pairs so far allow it."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from convdispatch.errors import in_a_line
+from convdispatch.errors import LONGEST_REASON, in_a_line
 from convdispatch.problem import Problem
 from convdispatch.tuning.child import Child, ChildLostError, requests, search_path
 from convdispatch.tuning.clock import Clock, system_clock
@@ -28,7 +28,6 @@ _CHUNK = 2e-4
 #: A call longer than this is timed once a sample.
 _SLOW = 0.1
 _MOST_CHUNKS = 1000
-_REASON = 300
 #: Seconds of a sample that decides between deployments, and how many more there are for those that are close.
 _TRIAL, _TRIALS = 0.005, 2
 
@@ -112,7 +111,7 @@ def _short(error: Exception) -> str:
 
 
 def _cut(reason: str) -> str:
-    return in_a_line(reason, _REASON)
+    return in_a_line(reason, LONGEST_REASON)
 
 
 def main() -> None:

@@ -4,18 +4,17 @@ import contextlib
 import queue
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from convdispatch import profile, quarantine
-from convdispatch.backend import Effort
-from convdispatch.profile import Entry, Found, Key
-from convdispatch.tuning import isolation, tuner
+from convdispatch import profile, profile_file, quarantine
+from convdispatch.profile import Entry, Key
+from convdispatch.profile_file import Found
+from convdispatch.tuning import isolation, layers
+from convdispatch.tuning.layers import LayerReport, Terms
 from convdispatch.tuning.roster import Roster, connected, said
 from convdispatch.tuning.session import session
 from convdispatch.tuning.spread import Job, Spread, Worker
-from convdispatch.tuning.tuner import LayerReport
 from convdispatch.tuning.workload import Layer
 
 #: Seconds between looks at which workers are there.
@@ -31,50 +30,22 @@ _FETCH = 30.0
 Progress = Callable[[str, LayerReport], None]
 
 
-@dataclass(frozen=True)
-class How:
-    """How every layer is tuned.
-
-    Attributes:
-        effort: how hard to look.
-        backends: names of who takes part, all where None.
-        retune: whether to measure again what is known.
-        again: names of backends that came out of quarantine, by machine.
-        end: the moment of ``time.monotonic()`` from which on no race begins, if any.
-    """
-
-    effort: Effort
-    backends: Sequence[str] | None = None
-    retune: bool = False
-    again: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    end: float | None = None
-
-
 def race_here(
-    layer: Layer,
-    key: Key,
-    effort: Effort,
-    seconds: float | None,
-    backends: Sequence[str] | None,
-    known: Found | None,
-    *,
-    retune: bool,
-    again: Sequence[str],
-    held: Mapping[str, str],
+    layer: Layer, key: Key, terms: Terms, seconds: float | None, known: Found | None, held: Mapping[str, str]
 ) -> tuple[LayerReport, dict[str, str]]:
     """Measure one layer in this process, and write nothing; runs on a worker.
 
     Args:
-        layer, key, effort, seconds, backends, known, retune, again: as for ``tuner.measure_layer``.
+        layer, key, terms, seconds, known: as for ``layers.measure``.
         held: the quarantines on this kind of machine, as the profile has them.
 
     Returns:
         The report, and the quarantines that are new, or now about other code of the same name.
     """
-    chosen = tuner.chosen_backends(backends)
-    isolation.forget([chosen[name] for name in again if name in chosen])
+    chosen = terms.chosen()
+    isolation.forget([chosen[name] for name in terms.again if name in chosen])
     with session(), quarantine.kept_apart(held) as now:
-        report = tuner.measure_layer(layer, key, effort, seconds, chosen, known, retune=retune, again=again)
+        report = layers.measure(layer, key, terms, seconds, known)
         return report, {key: text for key, text in now.items() if text != held.get(key)}
 
 
@@ -86,8 +57,10 @@ class Gathering:
         client: Any,
         roster: Roster,
         jobs: Sequence[Job],
-        how: How,
+        terms: Mapping[str, Terms],
         path: Path,
+        *,
+        end: float | None = None,
         on_progress: Progress | None = None,
     ) -> None:
         """Prepare to do these jobs on the workers of a roster.
@@ -96,16 +69,17 @@ class Gathering:
             client: the ``distributed.Client``.
             roster: who is there.
             jobs: what to do.
-            how: how to do it.
+            terms: how to do it, by the machine's id.
             path: the profile to read what is known from, and to write to.
+            end: the moment of ``time.monotonic()`` from which on no race begins, if any.
             on_progress: called as soon as a job is decided.
         """
         self._client = client
         self._roster = roster
         self._spread = Spread(jobs)
-        self._how = how
+        self._terms, self._end = terms, end
         self._path = path
-        self._known = profile.read(path)
+        self._known = profile_file.read(path)
         self._held = {kind.machine.id: {q.key: q.text for q in quarantine.on(kind.machine.id)} for kind in roster.kinds}
         self._on_progress = on_progress
         self._reports: dict[Job, LayerReport] = {}
@@ -145,23 +119,16 @@ class Gathering:
             left = self._left()
             share = None if left is None else left * self._spread.share(job)
             machine = job.kind.machine.id
-            words = job.layer, _key(job), self._how.effort, share, self._how.backends, self._found(job)
+            words = job.layer, _key(job), self._terms[machine], share, self._found(job), self._held[machine]
             with connected():
                 future = self._client.submit(
-                    race_here,
-                    *words,
-                    retune=self._how.retune,
-                    again=self._how.again.get(machine, ()),
-                    held=self._held[machine],
-                    workers=[worker.address],
-                    allow_other_workers=False,
-                    pure=False,
+                    race_here, *words, workers=[worker.address], allow_other_workers=False, pure=False
                 )
                 self._futures[future] = job, worker
                 future.add_done_callback(self._done.put)
 
     def _left(self) -> float | None:
-        return None if self._how.end is None else max(0.0, self._how.end - time.monotonic())
+        return None if self._end is None else max(0.0, self._end - time.monotonic())
 
     def _found(self, job: Job) -> Found | None:
         """Return what the profile knows for a job, from its kind of machine or from one much like it."""
@@ -195,7 +162,7 @@ class Gathering:
         for entry in entries:
             profile.remember(entry)
         if entries or new:
-            profile.write(self._path, entries, job.kind.machine, new)
+            profile_file.write(self._path, entries, job.kind.machine, new)
         self._report(job, worker.hostname, report)
 
     def _look(self) -> None:
@@ -214,7 +181,7 @@ class Gathering:
                 self._spread.drop(job)
                 lost = f"{_lost(job)}; " if job.lost else ""
                 self._fail(job, None, f"{lost}no worker of this kind is left")
-        if self._how.end is not None and now > self._how.end + _GRACE:
+        if self._end is not None and now > self._end + _GRACE:
             for job, worker in self._spread.running:
                 self._forget(worker)
                 self._spread.end(worker)

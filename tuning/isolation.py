@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from convdispatch import quarantine, registry, settings
 from convdispatch.backend import Backend, Candidate, Config
-from convdispatch.errors import in_a_line, warn
+from convdispatch.errors import LONGEST_REASON, in_a_line, warn
 from convdispatch.locks import module_rlock
 from convdispatch.problem import Problem
 from convdispatch.profile import Failure
@@ -20,7 +20,6 @@ from convdispatch.tuning.cell import Cell, Finding, Limits, UnsentError
 
 LIMITS = Limits()
 _MOST_CHILDREN = 4
-_REASON = 200
 
 
 def admitted(problem: Problem, candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Failure]]:
@@ -47,7 +46,7 @@ def admitted(problem: Problem, candidates: Sequence[Candidate]) -> tuple[list[Ca
         if finding.reason is None:
             fit.append(candidate)
             continue
-        reason = in_a_line(finding.reason, _REASON)
+        reason = in_a_line(finding.reason, LONGEST_REASON)
         if finding.lasting:
             quarantine.add(candidate, problem, reason)
             reason = f"{quarantine.FAILED}{reason}"

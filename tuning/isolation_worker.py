@@ -19,14 +19,13 @@ import numpy as np
 from convdispatch import registry
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Candidate, Config
-from convdispatch.errors import in_a_line
+from convdispatch.errors import LONGEST_REASON, in_a_line
 from convdispatch.plan import Plan
 from convdispatch.problem import Problem
 from convdispatch.tuning.child import Reply, requests
 from convdispatch.tuning.gate import Trial, trial
 from convdispatch.tuning.watched import MARKS, FaultError, Watch, difference, leak, resident
 
-_REASON = 300
 #: Calls longer than this are not repeated to look for leaks, nor traced to measure memory.
 _SLOW = 1.0
 
@@ -131,7 +130,7 @@ _CHANGES: tuple[tuple[Callable[[_Setting], None], str, str], ...] = (
 
 
 def _short(error: BaseException) -> str:
-    return in_a_line(f"{type(error).__name__}: {error}", _REASON)
+    return in_a_line(f"{type(error).__name__}: {error}", LONGEST_REASON)
 
 
 def main() -> None:

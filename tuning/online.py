@@ -1,8 +1,9 @@
 """Tuning on live traffic: now and then a call is computed, rightly, by a challenger, until the fastest is known.
 
 For each problem there is a ``Contest``. One contest is held at a time, where the program spends most time, with one
-challenger at a time, and one job at a time in the background. A contest that is over is kept in the profile, and its
-plans become plain ones.
+challenger at a time, and one job at a time in the background. When a contest is over, its result goes into the profile
+and its plans become plain ones. A program of ever new shapes has no more contests than ``MOST``: the one that was not
+called for longest makes room.
 """
 
 import atexit
@@ -14,22 +15,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from convdispatch import observe, registry, settings
+from convdispatch import observe, profile, registry, settings, stored
 from convdispatch.arguments import Array
 from convdispatch.backend import Candidate
 from convdispatch.errors import warn
 from convdispatch.plan import Evidence, Plan
 from convdispatch.profile import Key
+from convdispatch.question import Question
 from convdispatch.settings import Options
-from convdispatch.tuning import session, tuner
+from convdispatch.tuning import session
 from convdispatch.tuning.clock import Clock, system_clock
-from convdispatch.tuning.contest import Contest, Job
+from convdispatch.tuning.contest import Contest, Job, Where
 from convdispatch.tuning.gate import Trial
 from convdispatch.tuning.packed import Packed
 
 #: After so many calls of other problems, the one whose contest is held makes room for another.
 _IDLE = 1000
 _SECONDS_TO_WAIT_AT_EXIT = 5.0
+#: Most contests that are not over, and most of those that are over and stay with this process.
+MOST = 1000
 
 
 @dataclass
@@ -71,7 +75,6 @@ class OnlinePlan(Plan):
         packed = self._packed
         if packed is None:  # settled by another thread a moment ago
             return super().__reduce_ex__(protocol)
-        packed.current.budget = self.budget
         return _same, (packed.current,)
 
     def __call__(self, input: Any, *, out: Array | None = None, residual: Any = None) -> Array:
@@ -101,7 +104,7 @@ def _update(plan: OnlinePlan, packed: Packed) -> None:
         plan.candidate = current.candidate
         if contest.settled and current.candidate.name == contest.incumbent.name:
             # Other threads may be in a call: they work on plans that do not change, and the class changes last.
-            plan.__dict__.update({**current.__dict__, "evidence": contest.evidence, "budget": plan.budget})
+            plan.__dict__.update({**current.__dict__, "evidence": contest.evidence})
             plan.__class__ = Plan  # type: ignore[assignment]  # from now on a call costs what a plain plan's does
             plan._packed = None  # noqa: SLF001
 
@@ -114,7 +117,9 @@ class Online:
         self.clock = clock
         self.lock = threading.Lock()
         self.budget = Budget()
-        self.contests: dict[tuple[Key, Options, int], Contest] = {}
+        self.contests: dict[Where, Contest] = {}
+        self._over: dict[Where, Contest] = {}  # whose results no profile has
+        self._put_off: weakref.WeakValueDictionary[Where, Contest] = weakref.WeakValueDictionary()  # plans have them
         self.calls = 0
         self._submit = submit or self._start
         self._current: Contest | None = None
@@ -123,13 +128,37 @@ class Online:
         self._asked: dict[int, tuple[weakref.ref[Packed], Candidate, float]] = {}
         self._arrays: tuple[Contest, Trial] | None = None
 
-    def contest(self, key: Key, options: Options, incumbent: Candidate) -> Contest:
-        """Return the contest of a problem under options, begun with this incumbent if need be."""
-        where = key, options, registry.generation()
+    def contest(self, key: Key, options: Options, incumbent: Candidate, generation: int) -> Contest | None:
+        """Return the contest of a problem under options, begun if need be.
+
+        None is begun where the profile may know more by now, since what is over is never begun again; nor where too
+        many that are over stay with this process.
+
+        Args:
+            key, options: what it is held for.
+            incumbent: who begins.
+            generation: that of the profile by which the incumbent was chosen.
+        """
+        where = Where(key, options, registry.generation())
         with self.lock:
-            if where not in self.contests:
-                self.contests[where] = Contest(self, key, options, incumbent)
-            return self.contests[where]
+            known = self.contests.get(where) or self._over.get(where)
+            if known is None and (known := self._put_off.get(where)) is not None:
+                self.hold(known)
+            if known is None and generation == profile.generation() and len(self._over) < MOST:
+                known = Contest(self, where, incumbent)
+                self.hold(known)
+            return known
+
+    def hold(self, contest: Contest) -> None:
+        """Go on with a contest; the one that was not called for longest makes room, if need be. Under the lock."""
+        if len(self.contests) >= MOST:
+            going_on = (each for each in self.contests.values() if not each.settled)
+            if (idle := min(going_on, key=lambda each: each.last, default=None)) is not None:
+                self._put_off[idle.where] = self.contests.pop(idle.where)
+                idle.put_off = True
+        contest.put_off = False
+        self._put_off.pop(contest.where, None)
+        self.contests[contest.where] = contest
 
     def ask_for(self, who: Packed, candidate: Candidate, seconds: float) -> None:
         """Have a plan's filters packed for a candidate as soon as the budget affords it; under the lock."""
@@ -157,7 +186,7 @@ class Online:
                 del self._asked[asker]
                 return functools.partial(who.pack, candidate)
         held = self._current
-        if held is None or held.settled or self.calls - held.last > _IDLE:
+        if held is None or held.settled or held.put_off or self.calls - held.last > _IDLE:
             open_ = [contest for contest in self.contests.values() if not contest.settled]
             self._current = held = max(open_, key=lambda c: (self.calls - c.last <= _IDLE, c.seconds), default=None)
         return None if held is None else held.next_job()
@@ -198,13 +227,21 @@ class Online:
         session.end()
         standings, options = contest.standings, contest.options
         entry = standings.entry(contest.typical, contest.recent)
+        answered = False  # by the profile, from now on
         if entry is None:
             said = "; ".join(f"{failure.name}: {failure.reason}" for failure in standings.failures)
             warn(f"online tuning of {contest.key.problem}: nobody was found right: {said}")
         elif not options.forbid and options.memory_limit is None and options.accuracy == "standard":
             # Otherwise it stays with this process: what was not allowed took no part, and may be best elsewhere.
             with settings.options(profile=options.profile):
-                tuner.keep(entry)
+                profile.keep(entry)
+                question = Question(contest.key.problem, contest.key.deployment, options)
+                answered = stored.choice(question, profile.find(contest.key)) is not None
+        with self.lock:
+            if self.contests.get(contest.where) is contest:
+                del self.contests[contest.where]
+            if not answered:
+                self._over[contest.where] = contest
 
     # The process's ends ----------------------------------------------------------------------------------------
 
@@ -231,12 +268,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_online.after_fork)
 
 
-def contest(key: Key, incumbent: Candidate) -> Contest:
-    """Return this process's contest of a problem under the options in force."""
-    return _online.contest(key, settings.current(), incumbent)
+def contest(key: Key, incumbent: Candidate, generation: int) -> Contest | None:
+    """Return this process's contest of a problem under the options in force; see ``Online.contest``."""
+    return _online.contest(key, settings.current(), incumbent, generation)
 
 
 def plan(contest: Contest, filters: Array, bias: Array | None) -> Plan:
     """Return a plan that takes part in a contest as it is called; a plain one if the contest is over."""
-    made = Plan(contest.key.problem, contest.incumbent, filters, bias, contest.evidence)
+    made = Plan(contest.key.problem, contest.incumbent, filters, bias, contest.evidence, contest.key.threads)
     return made if contest.settled else OnlinePlan(contest, made, filters, bias)

@@ -62,7 +62,9 @@ class Packed:
         contest, online = self.contest, self.contest.online
         before = online.clock()
         try:
-            plan = Plan(contest.key.problem, candidate, self._filters, self._bias, contest.evidence)
+            plan = Plan(
+                contest.key.problem, candidate, self._filters, self._bias, contest.evidence, contest.key.threads
+            )
         except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever a backend raises
             with online.lock:
                 self._refused.add(candidate.name)

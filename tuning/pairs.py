@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Literal
 
-from convdispatch.tuning import race
+from convdispatch import times
 
 #: A challenger must be faster by this much: a change has to be worth it, and a tie keeps the incumbent.
 MARGIN = 0.01
@@ -67,7 +67,7 @@ class Pairing:
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
     """Return a confidence interval of the population's median; None where they are too few to tell."""
-    return race.interval(values, _SURE)
+    return times.interval(values, _SURE)
 
 
 def verdict(ratios: Sequence[float]) -> Verdict | None:

@@ -14,12 +14,15 @@ drove out of them, as where a layer is called again and again. Calls too short f
 """
 
 import functools
-import math
 import random
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
+from convdispatch.backend import Effort
+from convdispatch.errors import ArgumentError
+from convdispatch.times import REPORTED, interval, median_ratio, outside, paired_ratios, spread
 from convdispatch.tuning.clock import Clock
 
 Run = Callable[[], object]
@@ -51,14 +54,21 @@ _SLOW = 0.02
 _MOST_REPEATS = 1000
 #: Who is this many times slower than who may be dropped leaves without more samples.
 _AT_ONCE = 10
-#: Part of the intervals that hold the true median: for decisions, and for what is reported.
-DECIDED, REPORTED = 0.995, 0.95
+#: Part of the intervals that hold the true median, of those that decide.
+DECIDED = 0.995
 
 RULES = {
     "measure": Rules(rounds=61, sample_seconds=0.002, race_seconds=1.0),
     "patient": Rules(rounds=121, sample_seconds=0.005, race_seconds=8.0, drop_after=5),
     "exhaustive": Rules(rounds=241, sample_seconds=0.01, race_seconds=60.0, drop=3.0, drop_after=9),
 }
+
+
+def checked_effort(effort: str) -> Effort:
+    """Return the effort, an ``ArgumentError`` where there is none of this name."""
+    if effort not in RULES:
+        raise ArgumentError(f"effort must be one of {', '.join(RULES)}; got {effort!r}")
+    return cast("Effort", effort)
 
 
 @dataclass
@@ -83,10 +93,7 @@ class Samples:
     @property
     def spread(self) -> float:
         """Interquartile range over the median; 0 for fewer than two samples."""
-        if len(self.seconds) < 2:
-            return 0.0
-        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return (high - low) / self.median if self.median else 0.0
+        return spread(self.seconds)
 
 
 @dataclass(frozen=True)
@@ -106,37 +113,7 @@ class Standing:
         return self.high <= 1 + margin
 
 
-# Numbers ------------------------------------------------------------------------------------------------------------
-
-
-def interval(values: Sequence[float], confidence: float = REPORTED) -> tuple[float, float] | None:
-    """Return between which values the median lies with at least this confidence; None if they are too few to tell."""
-    skip = _outside(len(values), confidence)
-    if skip is None:
-        return None
-    ordered = sorted(values)
-    return ordered[skip], ordered[-1 - skip]
-
-
-@functools.cache
-def _outside(count: int, confidence: float) -> int | None:
-    """Return how many of the smallest, and of the largest, of so many values are outside the interval.
-
-    That is a quantile of the binomial distribution, which SciPy has; to import its statistics takes longer than a race.
-    """
-    tail, found = 0.0, None
-    for skip in range((count + 1) // 2):
-        tail += math.comb(count, skip) / 2**count
-        if 2 * tail > 1 - confidence:
-            break
-        found = skip
-    return found
-
-
-def _ratios(samples: Samples, other: Samples) -> list[float]:
-    """Return the ratios of two runners' times in the rounds that both ran in."""
-    pairs = zip(samples.seconds, other.seconds, strict=False)
-    return [a / b if b else (math.inf if a else 1.0) for a, b in pairs]
+# Standings ----------------------------------------------------------------------------------------------------------
 
 
 def leader(table: Mapping[str, Samples], among: Iterable[str] | None = None) -> str | None:
@@ -146,7 +123,7 @@ def leader(table: Mapping[str, Samples], among: Iterable[str] | None = None) -> 
     if not names:
         return None
     first = min(names, key=lambda name: table[name].median)
-    return min(names, key=lambda name: (statistics.median(_ratios(table[name], table[first])), name != first))
+    return min(names, key=lambda name: (median_ratio(table[name].seconds, table[first].seconds), name != first))
 
 
 def standings(table: Mapping[str, Samples], among: Iterable[str] | None = None) -> dict[str, Standing]:
@@ -155,7 +132,7 @@ def standings(table: Mapping[str, Samples], among: Iterable[str] | None = None) 
     found = {}
     for name in table if among is None else among:
         assert first is not None  # noqa: S101  # where there is anybody, somebody leads
-        ratios = _ratios(table[name], table[first])
+        ratios = paired_ratios(table[name].seconds, table[first].seconds)
         low, high = interval(ratios, DECIDED) or (min(ratios), max(ratios))
         found[name] = Standing(low, statistics.median(ratios), high)
     return found
@@ -175,7 +152,7 @@ def comparable_seconds(table: Mapping[str, Samples]) -> dict[str, float]:
     measure = table[first]
     found = {}
     for name, samples in table.items():
-        found[name] = measure.median * statistics.median(_ratios(samples, measure))
+        found[name] = measure.median * median_ratio(samples.seconds, measure.seconds)
         if len(samples.seconds) < len(measure.seconds):  # of few rounds, the measure's own may have been bad
             found[name] = max(found[name], min(samples.seconds))
     return found
@@ -191,7 +168,10 @@ def comparable_intervals(table: Mapping[str, Samples]) -> dict[str, tuple[float,
     if first is None or not all(table[first].seconds):
         return {name: interval(samples.seconds) for name, samples in table.items()}
     measure = table[first]
-    scaled = {name: [ratio * measure.median for ratio in _ratios(samples, measure)] for name, samples in table.items()}
+    scaled = {
+        name: [ratio * measure.median for ratio in paired_ratios(samples.seconds, measure.seconds)]
+        for name, samples in table.items()
+    }
     return {name: interval(measure.seconds if name == first else values) for name, values in scaled.items()}
 
 
@@ -310,7 +290,7 @@ def _still_in(live: list[str], table: Mapping[str, Samples], rules: Rules) -> li
         return live
     best = min(table[name].median for name in live)
     near = [name for name in live if not _hopeless(table[name], best, rules)]
-    if _outside(len(table[near[0]].seconds), DECIDED) is None:
+    if outside(len(table[near[0]].seconds), DECIDED) is None:
         return near
     return [name for name, standing in standings(table, near).items() if not standing.slower(rules.margin)]
 
@@ -323,6 +303,6 @@ def _hopeless(samples: Samples, best: float, rules: Rules) -> bool:
 def _decided(live: Sequence[str], table: Mapping[str, Samples], rules: Rules) -> bool:
     """Return whether more rounds would change nothing: all who are left are equal, and the leader's time is known."""
     rounds = len(table[live[0]].seconds)
-    if _outside(rounds, REPORTED if len(live) == 1 else DECIDED) is None:
+    if outside(rounds, REPORTED if len(live) == 1 else DECIDED) is None:
         return False
     return all(standing.equal(rules.margin) for standing in standings(table, live).values())

@@ -8,9 +8,10 @@ import numpy as np
 
 from convdispatch.backend import Candidate
 from convdispatch.profile import Key
+from convdispatch.times import median_ratio, ratio
 from convdispatch.tuning.clock import Clock
 from convdispatch.tuning.gate import trial
-from convdispatch.tuning.race import Rules, Samples, race
+from convdispatch.tuning.race import Rules, race
 
 #: Name of the second runner of the champion, which tells how far two equals come out apart.
 AGAIN = "the champion again"
@@ -59,14 +60,7 @@ class Duel:
 
     def apart(self, one: str, other: str) -> float:
         """Return how many times slower the slower of two is."""
-        ratio = self.ratios[one] / self.ratios[other]
-        return max(ratio, 1 / ratio)
-
-
-def paired_ratio(samples: Samples, reference: Samples) -> float:
-    """Return the median over rounds of one runner's time over another's in the same round."""
-    pairs = zip(samples.seconds, reference.seconds, strict=False)
-    return statistics.median(a / b if b else 1.0 for a, b in pairs)
+        return max(ratio(self.ratios[one], self.ratios[other]), ratio(self.ratios[other], self.ratios[one]))
 
 
 def duel(key: Key, champion: Candidate, others: Sequence[Candidate], rules: Rules, clock: Clock) -> Duel:
@@ -84,7 +78,7 @@ def duel(key: Key, champion: Candidate, others: Sequence[Candidate], rules: Rule
     runners = {name: arrays.runner(arrays.plan(candidate), key.deployment) for name, candidate in named.items()}
     runners[AGAIN] = arrays.runner(arrays.plan(champion), key.deployment)
     table = race(runners, rules, clock)
-    ratios = {name: paired_ratio(table[name], table[champion.name]) for name in runners}
+    ratios = {name: median_ratio(table[name].seconds, table[champion.name].seconds) for name in runners}
     again = ratios.pop(AGAIN)
     seconds = {name: table[name].median for name in named}
-    return Duel(champion.name, ratios, seconds, max(again, 1 / again))
+    return Duel(champion.name, ratios, seconds, max(again, ratio(1.0, again)))

@@ -1,4 +1,4 @@
-"""Who must race when a problem was measured before: the old winner against those who are new, and nobody else.
+"""Who must race when a problem was measured before: nobody, or the old winner against those who are new.
 
 An old entry settles most of the question. Where it was measured on this very machine, only backends that it does
 not know in their present version are open. Where it was measured on a machine much like this one (other library
@@ -10,9 +10,10 @@ from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from convdispatch import quarantine, registry
-from convdispatch.backend import Candidate, Effort
+from convdispatch.backend import Backend, Candidate, Effort
 from convdispatch.profile import Entry, Failure, Key, Result
 from convdispatch.settings import EFFORTS
+from convdispatch.tuning.entrants import entrants_of
 
 
 def known_versions(entry: Entry) -> dict[str, int]:
@@ -39,6 +40,27 @@ def still_there(entry: Entry | None) -> list[Candidate]:
         for row in (entry.results if entry else ())
         if row.backend in now and now[row.backend].version == row.version and not quarantine.of(now[row.backend])
     ]
+
+
+def suffices(entry: Entry, effort: Effort, backends: dict[str, Backend]) -> bool:
+    """Return whether an old entry answers the question: same effort or higher, every backend as it is now."""
+    if EFFORTS.index(entry.effort) < EFFORTS.index(effort):
+        return False
+    winner = registry.available().get(entry.winner.backend)
+    if winner is None or winner.version != entry.winner.version:
+        return False
+    versions = known_versions(entry)
+    return all(
+        versions.get(name, backend.version) == backend.version
+        and (name in versions or not _would_race(backend, entry.key, effort))
+        for name, backend in backends.items()
+    ) and any(row.backend in backends for row in entry.results)
+
+
+def _would_race(backend: Backend, key: Key, effort: Effort) -> bool:
+    """Return whether a backend that an entry does not know would be measured for its problem."""
+    raced = entrants_of(key, effort, registry.available())[0]
+    return any(candidate.backend is backend for candidate in raced)
 
 
 @dataclass(frozen=True)

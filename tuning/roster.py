@@ -11,7 +11,7 @@ from typing import Any
 import convdispatch
 from convdispatch import heuristic, machine, settings
 from convdispatch.errors import ClusterError, in_a_line
-from convdispatch.tuning import tuner
+from convdispatch.tuning.entrants import chosen_backends
 from convdispatch.tuning.spread import Kind, Worker
 
 #: Asks for the version in words that every worker understands, whatever is installed there.
@@ -83,7 +83,7 @@ def introduce(threads: int | None, backends: Sequence[str] | None) -> tuple[str,
     Raises:
         UnknownBackendError: if a backend is missing here.
     """
-    tuner.chosen_backends(backends)
+    chosen_backends(backends)
     budget = threads or heuristic.thread_budget(settings.current())
     return host(), platform.node(), Kind(machine.current(), budget)
 

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from convdispatch.backend import Candidate, Config
+from convdispatch.errors import LONGEST_REASON, in_a_line
 from convdispatch.profile import Entry, Failure, Key, Result
+from convdispatch.times import spread
 from convdispatch.tuning import pairs
 from convdispatch.tuning.check import Checked
-from convdispatch.tuning.race import Samples
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Standings:
         """Put a candidate out."""
         self.checked.pop(candidate.name, None)
         self.raced.pop(candidate.name, None)
-        reason = " ".join(reason.split())[:300]
+        reason = in_a_line(reason, LONGEST_REASON)
         self.failures.append(Failure(candidate.backend.name, candidate.backend.version, candidate.config, reason))
 
     def add(self, checked: Checked) -> None:
@@ -58,7 +59,7 @@ class Standings:
         self.raced[name] = Raced(
             statistics.median(ratios) * base,
             None if bounds is None else (bounds[0] * base, bounds[1] * base),
-            Samples(1, list(times)).spread,
+            spread(times),
             len(ratios),
         )
 
@@ -84,7 +85,7 @@ class Standings:
             return None
         unit = typical / self.raced[self.incumbent].relative
         own = Result(
-            *_identity(winner), typical, Samples(1, list(recent)).spread, len(recent), winner.error, winner.workspace,
+            *_identity(winner), typical, spread(recent), len(recent), winner.error, winner.workspace,
             pairs.interval(recent),
         )  # fmt: skip
         others = []
@@ -93,12 +94,12 @@ class Standings:
                 continue
             raced = self.raced.get(name)
             if raced is None:
-                seconds, spread, rounds, bounds = self.expected(checked, typical), 0.0, 1, None
+                seconds, varied, rounds, bounds = self.expected(checked, typical), 0.0, 1, None
             else:
-                seconds, spread, rounds = raced.relative * unit, raced.spread, max(1, raced.rounds)
+                seconds, varied, rounds = raced.relative * unit, raced.spread, max(1, raced.rounds)
                 bounds = raced.interval and (raced.interval[0] * unit, raced.interval[1] * unit)
             others.append(
-                Result(*_identity(checked), seconds, spread, rounds, checked.error, checked.workspace, bounds)
+                Result(*_identity(checked), seconds, varied, rounds, checked.error, checked.workspace, bounds)
             )
         others.sort(key=lambda result: result.median)
         return Entry(self.key, (own, *others), tuple(self.failures), "measure", flags=("online",))

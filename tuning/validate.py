@@ -11,14 +11,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from convdispatch import calibration, heuristic, machine, observe, profile, quarantine, registry, settings
+from convdispatch import calibration, heuristic, machine, observe, profile, profile_file, quarantine, registry, settings
 from convdispatch.backend import Candidate, Effort
 from convdispatch.calibration import Calibration
 from convdispatch.errors import ConvDispatchError
 from convdispatch.plan import Evidence
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Key
-from convdispatch.tuning import calibrate, regret, tuner
+from convdispatch.tuning import calibrate, problem_race, regret, tuner
 from convdispatch.tuning.clock import Clock, system_clock
 from convdispatch.tuning.race import Rules
 from convdispatch.tuning.session import session
@@ -231,7 +231,7 @@ def _case(
 
 def _champion(key: Key, how: _Setting) -> Candidate:
     """Race every candidate there is, and return the fastest of those that stayed to the end."""
-    outcome = tuner.tune_problem(
+    outcome = problem_race.tune_problem(
         key, effort="exhaustive", seconds=how.seconds, clock=how.clock, rules=how.rules(how.oracle)
     )
     results = outcome.entry.results
@@ -244,7 +244,7 @@ def _decided(problem: Problem, how: _Setting, entries: Sequence[Entry], calibrat
     """Return what would be chosen for a problem never tuned, by a profile of these entries and nothing else."""
     path = how.folder / "held-out.yaml"
     path.unlink(missing_ok=True)
-    profile.write(path, entries, machine.current(), calibration.dump(calibrated) if calibrated else None)
+    profile_file.write(path, entries, machine.current(), calibration.dump(calibrated) if calibrated else None)
     with profile.only(path):
         return how.decide(problem, how.deployment).candidate
 
