@@ -45,11 +45,11 @@ from convdispatch.backends._vector import (
     vector_bytes,
 )
 
-#: From here down, exp is 0 for our purpose: its results are denormal.
-_LOWEST = -87.33
+#: Down to here, exp is more than 0: its results are denormal from -87.3 on.
+_LOWEST = -103.9
 _LOG2_E, _LN2_HIGH, _LN2_LOW = 1.44269504088896341, 0.693359375, -2.12194440e-4
-#: Added to a float32 it leaves the nearest whole number in the lowest bits.
-_ROUNDER = 12582912.0
+#: Added to a float32 it leaves the nearest whole number in the lowest bits; these are its own.
+_ROUNDER, _ROUNDER_BITS = 12582912.0, 0x4B400000
 _EXP = (1.0, 1.0, 5.0000001201e-1, 1.6666665459e-1, 4.1665795894e-2, 8.3334519073e-3, 1.3981999507e-3, 1.9875691500e-4)
 #: Of tanh(x) / x - 1, over x^2, by powers of x^2; for values less than this.
 _TANH = (-3.33332819422e-1, 1.33314422036e-1, -5.37397155531e-2, 2.06390887954e-2, -5.70498872745e-3)
@@ -114,9 +114,14 @@ class _Floats:
         shifted = self.times_plus(held, _LOG2_E, _ROUNDER)
         count = self.plus(shifted, -_ROUNDER)
         rest = self.times_plus(count, -_LN2_LOW, self.times_plus(count, -_LN2_HIGH, held))
-        # What counts is in the lowest bits, and becomes an exponent; the rest is shifted out.
-        power = self.b.add(self.b.shl(self.bits(shifted), self.whole(23)), self.whole(127 << 23))
-        return self.where(x, "<", _LOWEST, 0.0, self.times(self.polynomial(rest, _EXP), self.floats(power)))
+        # What counts is in the lowest bits. It becomes an exponent, in two steps, since it may be too low for one.
+        whole = self.b.sub(self.bits(shifted), self.whole(_ROUNDER_BITS))
+        half = self.b.ashr(whole, self.whole(1))
+        value = self.polynomial(rest, _EXP)
+        for power in (half, self.b.sub(whole, half)):
+            bits = self.b.shl(self.b.add(power, self.whole(127)), self.whole(23))
+            value = self.times(value, self.floats(bits))
+        return self.where(x, "<", _LOWEST, 0.0, value)
 
     def sigmoid(self, x: Any) -> Any:
         small = self.exp(self.times(self.magnitude(x), -1.0))

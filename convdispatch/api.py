@@ -116,7 +116,7 @@ def plan(
         (1, 5, 5, 8)
     """
     weights = as_array("filters", filters)
-    if isinstance(input, np.ndarray):
+    if isinstance(input, np.ndarray) and input.ndim != 1:  # of one dimension, it is a shape
         shape, given = input.shape, as_array("input", input).dtype
         if dtype is not None and dtype_name(dtype) != dtype_name(given):
             raise ArgumentTypeError(

@@ -106,7 +106,8 @@ def check_bias(problem: Problem, bias: Any) -> Array:
     if array.shape != (problem.k,):
         raise ArgumentError(f"bias must have shape ({problem.k},), one value a filter; got {array.shape}")
     if array.dtype.name != problem.result_dtype:
-        raise ArgumentTypeError(f"bias must be {problem.result_dtype}, as the result is; got {array.dtype.name}")
+        got, right = array.dtype.name, problem.result_dtype
+        raise ArgumentTypeError(f"bias must be {right}, as the result is; got {got}: np.asarray(bias, {right!r})")
     return array.astype(dtype_of(problem.result_dtype), copy=False)
 
 

@@ -105,9 +105,9 @@ def explain(
     *,
     groups: int | None = None,
     filter_format: str = "HWIO",
-    bias: bool = False,
+    bias: Any = False,
     activation: Any = None,
-    residual: bool = False,
+    residual: Any = False,
     dtype: Any = "float32",
     backend: Any = None,
     deployment: str = "plan",
@@ -117,7 +117,7 @@ def explain(
     Args:
         input, filters: shapes, or arrays; of these, shape and dtype matter, and whether filters are separable.
         strides, padding, data_format, dilations, groups, filter_format, activation: as in ``conv2d``.
-        bias, residual: whether there is one.
+        bias, residual: whether there is one; or the array, which says that there is.
         dtype: name of the dtype, where shapes are given.
         backend: as in ``conv2d``.
         deployment: ``"plan"`` or ``"call"``.
@@ -134,7 +134,8 @@ def explain(
         arguments.check_same_dtype(name, w.dtype)
     problem = arguments.make_problem(
         getattr(x, "shape", x), getattr(w, "shape", w), name, strides, padding, data_format,
-        dilations, groups, filter_format, activation, bias=bias, residual=residual,
+        dilations, groups, filter_format, activation, bias=_is_there("bias", bias),
+        residual=_is_there("residual", residual),
     )  # fmt: skip
     arguments.check_deployment(deployment)
     if isinstance(w, np.ndarray):
@@ -144,6 +145,14 @@ def explain(
 
 def _as_array_or_shape(name: str, given: Any) -> Any:
     return arguments.as_array(name, given) if hasattr(given, "__array__") else given
+
+
+def _is_there(name: str, given: Any) -> bool:
+    """Return whether there is a bias or a residual, which may be given as in ``conv2d``."""
+    if given is None or isinstance(given, bool | np.bool_):
+        return bool(given)
+    arguments.as_array(name, given)
+    return True
 
 
 def explain_problem(problem: Problem, deployment: str = "plan", backend: Any = None) -> Explanation:

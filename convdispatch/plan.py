@@ -20,6 +20,7 @@ from convdispatch.backend import Candidate, Config, Kernel, seen_by
 from convdispatch.errors import (
     ArgumentError,
     ArgumentTypeError,
+    BackendError,
     BackendRejectedError,
     BackendUnavailableError,
 )
@@ -97,7 +98,11 @@ class Plan:
         self._kernel: Kernel | None = None
         if not problem.is_trivial:
             with np.errstate(all="ignore"):  # filters that are not finite are the caller's
-                self._kernel = candidate.backend.prepare(self._seen, weights, own, candidate.config)
+                kernel: Any = candidate.backend.prepare(self._seen, weights, own, candidate.config)
+            if not callable(kernel):
+                got = f"got {type(kernel).__name__} from backend {candidate.backend.name!r}"
+                raise BackendError(f"prepare must return a kernel, which is called as (input, out, residual); {got}")
+            self._kernel = kernel
         # A transform's packed filters cannot be turned back, and spoiled images need the originals.
         mixes = candidate.backend.numerics.kind == "transform"
         self._filters = np.array(weights, order="C") if mixes and not problem.is_trivial else None
@@ -271,6 +276,8 @@ class Plan:
             raise ArgumentTypeError(f"out must be {self._result.name}; got {out.dtype.name}")
         if not out.flags.writeable:
             raise ArgumentError("out must be writable; got a read-only array")
+        if not out.flags.forc and _overlaps_itself(out):
+            raise ArgumentError(f"out must have a place for each of its values; got overlapping strides {out.strides}")
 
     def _fits(self, out: Array) -> bool:
         """Return whether ``_run`` may store into this array as it is."""
@@ -355,3 +362,14 @@ def _allowed(problem: Problem) -> Iterator[Candidate]:
             for candidate in heuristic.candidates_of(backend, problem, 1, "exhaustive"):
                 if heuristic.fits_memory(candidate.workspace(problem), options):
                     yield candidate
+
+
+def _overlaps_itself(array: Array) -> bool:
+    """Return whether some elements may lie in one place, as in broadcast arrays and sliding windows."""
+    reach = array.itemsize
+    for step, count in sorted((abs(step), count) for step, count in zip(array.strides, array.shape, strict=True)):
+        if count > 1:
+            if step < reach:
+                return True
+            reach += step * (count - 1)
+    return False

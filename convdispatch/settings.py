@@ -4,13 +4,14 @@ import contextlib
 import contextvars
 import difflib
 import functools
+import inspect
 import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from convdispatch.errors import ArgumentError, ArgumentTypeError, shown, warn
 
@@ -20,6 +21,8 @@ ISOLATION = ("off", "third-party", "all")
 ON_MISS = ("raise", "warn")
 EFFORTS = ("estimate", "measure", "patient", "exhaustive")
 ACCURACIES = ("strict", "standard", "fast")
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
 
@@ -200,15 +203,15 @@ def record_path() -> Path | None:
 class _Scope(NamedTuple):
     """The options of a block, whose it is, and the block around it."""
 
-    options: Options
-    owner: object
+    chosen: Options
+    owner: "options"
     around: "_Scope | None"
 
-    def without(self, owner: object) -> "_Scope | None":
+    def without(self, owner: "options") -> "_Scope | None":
         """Return what is left when the innermost block of an owner ends, whichever blocks have begun within it."""
         if self.owner is owner:
             return self.around
-        return self._replace(around=self.around and self.around.without(owner))
+        return self.owner.within(self.around and self.around.without(owner))
 
 
 _scope: contextvars.ContextVar[_Scope | None] = contextvars.ContextVar("convdispatch_options", default=None)
@@ -217,7 +220,7 @@ _scope: contextvars.ContextVar[_Scope | None] = contextvars.ContextVar("convdisp
 def current() -> Options:
     """Return the options in force here: those of the innermost ``options(...)`` block, else the defaults."""
     scope = _scope.get()
-    return from_environment() if scope is None else scope.options
+    return from_environment() if scope is None else scope.chosen
 
 
 def unrestricted(accuracy: str) -> Options:
@@ -227,6 +230,8 @@ def unrestricted(accuracy: str) -> Options:
 
 class options(contextlib.ContextDecorator):  # noqa: N801  # it is called like a function
     """Change options within a ``with`` block, for this thread or task only; or in a function that it decorates.
+
+    The function may be a coroutine's, but no generator's: what runs between its values is somebody else's.
 
     It may be kept and entered again and again; outside of blocks it changes nothing.
 
@@ -256,13 +261,34 @@ class options(contextlib.ContextDecorator):  # noqa: N801  # it is called like a
 
     def __enter__(self) -> Options:
         """Return the options in force inside the block."""
-        chosen = replace(current(), **self._changes)
-        _scope.set(_Scope(chosen, self, _scope.get()))
-        return chosen
+        scope = self.within(_scope.get())
+        _scope.set(scope)
+        return scope.chosen
+
+    def within(self, around: _Scope | None) -> _Scope:
+        """Return the scope of this block in another, or in none."""
+        outside = from_environment() if around is None else around.chosen
+        return _Scope(replace(outside, **self._changes), self, around)
 
     def __exit__(self, *_: object) -> None:
         if (scope := _scope.get()) is not None:
             _scope.set(scope.without(self))
+
+    def __call__(self, function: _Function) -> _Function:
+        """Return the function, to be run under these options."""
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise ArgumentTypeError(
+                f"options() cannot decorate a generator; got {function.__name__}: write a with block in it"
+            )
+        if not inspect.iscoroutinefunction(function):
+            return super().__call__(function)
+
+        @functools.wraps(function)
+        async def under_options(*args: Any, **more: Any) -> Any:
+            with self:
+                return await function(*args, **more)
+
+        return cast("_Function", under_options)
 
     def __repr__(self) -> str:
         return f"options({', '.join(f'{name}={value!r}' for name, value in self._changes.items())})"

@@ -1,6 +1,7 @@
 """``conv2d`` and ``plan`` mean what they say they mean: shapes, values, dtypes, odd arrays, ``out=``."""
 
 import itertools
+import math
 import os
 import pickle
 import subprocess
@@ -13,11 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from strategies import USABLE_DTYPES, Case, cases, from_format, judge, numbers
 
 import convdispatch
 from convdispatch import reference, registry
 from convdispatch.arguments import Array
+from convdispatch.errors import ArgumentError
+from convdispatch.plan import _overlaps_itself
 from convdispatch.problem import Problem, dtype_of
 
 pytestmark = pytest.mark.usefixtures("few_kernels")
@@ -470,6 +474,33 @@ def test_out_may_overlap_the_filters_and_the_bias_of_a_call(backend: str | None)
     expected = convdispatch.conv2d(x, w.copy(), bias=bias.copy(), backend=backend)
     y = convdispatch.conv2d(x, w, bias=bias, out=memory[:64].reshape(1, 4, 4, 4), backend=backend)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@given(
+    shape=st.tuples(*[st.integers(1, 3)] * 4),
+    strides=st.tuples(*[st.integers(-7, 7)] * 4),
+)
+def test_whether_an_array_overlaps_itself_is_known(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    """Some that do not overlap are thought to, where strides interlock; no overlap is overlooked."""
+    places = {
+        sum(step * at for step, at in zip(strides, index, strict=True))
+        for index in itertools.product(*map(range, shape))
+    }
+    memory = np.zeros(200, np.int8)
+    array = np.lib.stride_tricks.as_strided(memory[100:], shape, strides)
+    if len(places) < math.prod(shape):
+        assert _overlaps_itself(array)
+
+
+def test_views_of_usual_arrays_do_not_overlap_themselves() -> None:
+    for array in (np.zeros((2, 3, 4, 5))[:, ::2, ::-1, 1::2], np.zeros((2, 3, 4, 5)).transpose(2, 0, 3, 1)):
+        assert not _overlaps_itself(array)
+
+
+def test_an_out_that_overlaps_itself_is_refused() -> None:
+    out = np.lib.stride_tricks.as_strided(np.zeros((1, 4, 4, 2), np.float32), (3, 4, 4, 2), (0, 32, 8, 4))
+    with pytest.raises(ArgumentError, match=r"out must have a place for each of its values; got overlapping strides"):
+        convdispatch.conv2d(normal(3, 4, 4, 2), normal(1, 1, 2, 2), out=out)
 
 
 def test_out_takes_low_precision_and_integer_results() -> None:

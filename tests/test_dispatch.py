@@ -1,9 +1,10 @@
 """Who is chosen, on what evidence, under which options; with backends that count how often they are called."""
 
+import asyncio
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from convdispatch.backend import Candidate, Config, Kernel, Numerics
 from convdispatch.errors import (
     ArgumentError,
     ArgumentTypeError,
+    BackendError,
     BackendRejectedError,
     ConvDispatchError,
     ConvDispatchWarning,
@@ -728,7 +730,7 @@ def test_options_can_be_kept_nested_and_used_by_a_function() -> None:
     with strict:  # blocks of generators end in any order
         one.__enter__()
         strict.__exit__()
-        assert (settings.current().threads, settings.current().accuracy) == (1, "strict")
+        assert (settings.current().threads, settings.current().accuracy) == (1, "standard")
         one.__exit__()
         assert settings.current() == settings.from_environment()
     assert repr(strict) == "options(accuracy='strict', threads=2)"
@@ -1019,3 +1021,43 @@ def test_explaining_goes_on_where_a_workspace_raises() -> None:
     rows = {row.backend: row for row in explain_problem(PROBLEM).rows}
     assert rows["bad"].reason == "its workspace raised ValueError: scripted"
     assert rows["bad"].workspace is None
+
+
+def test_explain_takes_a_bias_and_a_residual_as_conv2d_does_and_leaves_no_trace() -> None:
+    x, w, bias = np.ones((1, 6, 6, 4), np.float32), np.ones((3, 3, 4, 5), np.float32), np.ones(5, np.float32)
+    told = convdispatch.explain(x, w, bias=bias, residual=np.ones((1, 6, 6, 5), np.float32))
+    assert told.problem == convdispatch.explain(x, w, bias=True, residual=True).problem
+    assert not convdispatch.explain(x, w, bias=None).problem.epilogue
+    with pytest.raises(ArgumentTypeError, match="bias must be an array"):
+        convdispatch.explain(x, w, bias="yes")
+    assert convdispatch.conv2d(x, w, bias=bias).shape == (1, 6, 6, 5)
+
+
+def test_a_backend_that_prepares_nothing_is_told_of() -> None:
+    class Forgetful(Scripted):
+        def prepare(self, *_: Any) -> Any:
+            pass
+
+    only(Forgetful("forgetful", FakeClock()))
+    with pytest.raises(BackendError, match=r"must return a kernel.*NoneType.*'forgetful'"):
+        convdispatch.conv2d(INPUT, FILTERS)
+
+
+def test_options_hold_in_a_coroutine_that_they_decorate_and_refuse_generators() -> None:
+    @settings.options(threads=1)
+    async def asked() -> int | None:
+        await asyncio.sleep(0)
+        return settings.current().threads
+
+    assert asyncio.run(asked()) == 1
+    assert settings.current().threads is None
+    with pytest.raises(ArgumentTypeError, match="cannot decorate a generator; got values"):
+
+        @settings.options(threads=1)
+        def values() -> Iterator[int]:
+            yield 1
+
+
+def test_a_shape_may_be_an_array() -> None:
+    w = np.ones((3, 3, 4, 5), np.float32)
+    assert convdispatch.plan(np.array([1, 6, 6, 4]), w).problem == convdispatch.plan((1, 6, 6, 4), w).problem

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from strategies import written
 
 import convdispatch
-from convdispatch import profile
+from convdispatch import profile, profile_file
 from convdispatch.arguments import Array
 from convdispatch.cli import main
 from convdispatch.epilogue import Epilogue
@@ -543,7 +543,7 @@ def test_a_model_is_tuned_from_the_command_line_and_then_known(tmp_path: Path) -
     assert f"{SMALL} +relu" in done.stdout
     assert "stem" in done.stdout
     assert f"convdispatch: {path}: convolutions that are left out: 1 ConvTranspose (transposed)" in done.stderr
-    (entry,) = profile.read(file).entries()
+    (entry,) = profile_file.read(file).entries()
     assert entry.key.problem == Problem.parse(f"{SMALL} +relu")
     with pytest.warns(ConvDispatchWarning, match="left out"), convdispatch.options(profile=file):
         again = convdispatch.tune(path, backends=["direct", "im2col"], deployments=["plan"])
