@@ -14,7 +14,7 @@ _PEAK_PER_BYTE = 1.8e9
 #: Bytes a second that a thread reads from caches beyond its own, or from memory, if it reads on and on.
 _CACHED_BYTES, _MEMORY_BYTES = 1.2e11, 2e10
 #: Of an activation's value, in vectors of 64 bytes; and of float64, one by one.
-_ACTIVATION_SECONDS, _WIDE_ACTIVATION_SECONDS = 4e-10, 3e-9
+_ACTIVATION_SECONDS, _WIDE_ACTIVATION_SECONDS = 3e-10, 3e-9
 #: Of what is read again and again, this part of the last cache is found there; of the rest, others took the place.
 FOUND = 0.4
 #: What backends' rates were measured on does vectors of 64 bytes by halves. Cores with two units for whole ones, and
