@@ -13,7 +13,7 @@ import numpy as np
 
 from convdispatch import arguments, heuristic, machine, profile, quarantine, registry, separation, settings, transfer
 from convdispatch.arguments import Array, as_array
-from convdispatch.backend import Candidate, Config, Effort, item_bytes, seen_by
+from convdispatch.backend import Candidate, Config, Effort, item_bytes, rejection
 from convdispatch.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -228,7 +228,7 @@ def key_for(problem: Problem, deployment: str, options: Options) -> Key:
 def _forced(problem: Problem, deployment: str, forced: tuple[str, Config | None], options: Options) -> Decision:
     name, config = forced
     backend = registry.get(name)
-    if reason := backend.rejects(seen_by(backend, problem)):
+    if reason := rejection(backend, problem):
         raise BackendRejectedError(f"backend {name!r} cannot do {problem}: {reason}")
     if held := quarantine.of(backend):
         warn(f"backend={name!r} is used as asked, but {held}", ProfileWarning)

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 from convdispatch import safe_yaml, settings
 from convdispatch.arguments import check_deployment
 from convdispatch.backend import Config, candidate_name
-from convdispatch.errors import ProfileError
+from convdispatch.errors import ArgumentError, ArgumentTypeError, ProfileError
 from convdispatch.problem import Problem
 
 MACHINE = "machine "
@@ -326,12 +326,10 @@ def parse_config(values: Mapping[Any, Any]) -> Config:
     Raises:
         ProfileError: if it is none that any backend could have.
     """
-    for name, value in values.items():
-        if not isinstance(name, str) or not isinstance(value, int | float | str | bool):
-            raise ProfileError(f"config must map names to plain values; got {values!r:.60}")
-        if isinstance(value, int) and value.bit_length() > 63:
-            raise ProfileError(f"config {name:.60} is a larger number than any kernel takes")
-    return Config(values)
+    try:
+        return Config(values)
+    except (ArgumentError, ArgumentTypeError) as error:
+        raise ProfileError(str(error)) from None
 
 
 def _candidate_fields(data: Any, key: Key) -> tuple[str, int, Config]:

@@ -351,7 +351,7 @@ def test_a_config_whose_workspace_cannot_be_told_is_passed_over_with_a_warning(c
         assert chosen() == ("other", "profile")
 
 
-GARBAGE = (0, -1, 3, 10**30, "x", True, 1.5, float("inf"))
+GARBAGE = (0, -1, 3, 2**63 - 1, "x", True, 1.5, float("inf"))
 
 
 @pytest.mark.parametrize("name", ["direct", "fft", "im2col", "numba", "winograd"])

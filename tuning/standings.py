@@ -5,10 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from convdispatch.backend import Candidate, Config
+from convdispatch.errors import in_a_line
 from convdispatch.profile import Entry, Failure, Key, Result
 from convdispatch.tuning import pairs
 from convdispatch.tuning.check import Checked
 from convdispatch.tuning.race import Samples
+
+_LONGEST_REASON = 300
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Standings:
         """Put a candidate out."""
         self.checked.pop(candidate.name, None)
         self.raced.pop(candidate.name, None)
-        reason = " ".join(reason.split())[:300]
+        reason = in_a_line(reason, _LONGEST_REASON)
         self.failures.append(Failure(candidate.backend.name, candidate.backend.version, candidate.config, reason))
 
     def add(self, checked: Checked) -> None:

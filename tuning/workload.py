@@ -22,17 +22,18 @@ them can stand for an enormous one.
 import difflib
 import functools
 import importlib.resources
-import math
 import os
 import reprlib
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from convdispatch import safe_file, safe_yaml
+from convdispatch import safe_file, safe_yaml, settings
 from convdispatch.arguments import check_deployment
-from convdispatch.errors import ArgumentError, ArgumentTypeError, WorkloadError
+from convdispatch.backend import LARGEST
+from convdispatch.errors import ArgumentError, ArgumentTypeError, WorkloadError, shown
 from convdispatch.problem import Problem
 
 _EXAMPLE = "1x56x56x64 * 3x3x64x64 SAME"
@@ -74,6 +75,7 @@ class Layer:
             check_deployment(self.deployment)
         if self.threads is not None:
             _check_count("threads", self.threads)
+            settings.parse_threads(self.threads)
 
     @property
     def posed(self) -> tuple[Problem, str | None, int | None]:
@@ -288,12 +290,13 @@ def _check_keys(where: str, given: dict[Any, Any], known: tuple[str, ...]) -> No
 def _check_count(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ArgumentTypeError(f"{name} must be a whole number of at least 1; got {reprlib.repr(value)}")
-    if value < 1:
-        raise ArgumentError(f"{name} must be a whole number of at least 1; got {value}")
+    if not 1 <= value <= LARGEST:
+        most = "" if value < 1 else f", and at most {LARGEST}"
+        raise ArgumentError(f"{name} must be a whole number of at least 1{most}; got {shown(value)}")
 
 
 def _check_seconds(value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ArgumentTypeError(f"seconds must be a number of at least 0; got {reprlib.repr(value)}")
-    if not 0 <= value < math.inf:
-        raise ArgumentError(f"seconds must be a number of at least 0; got {value}")
+    if not 0 <= value <= sys.float_info.max:
+        raise ArgumentError(f"seconds must be a number of at least 0; got {shown(value)}")
