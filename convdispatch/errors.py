@@ -108,7 +108,10 @@ def shown(value: object) -> str:
     """Return how a value is told of in an error: as Python writes it, but no longer than a line."""
     if shape := getattr(value, "shape", ()):
         return f"{type(value).__name__} of shape {shape}"
-    text = _repr.repr(value)
+    try:
+        text = _repr.repr(value)
+    except ValueError:  # Python writes no whole number of thousands of digits
+        text = f"a huge {type(value).__name__}"
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 

@@ -155,7 +155,7 @@ class Workload:
 
         """
         try:
-            place = safe_file.real(Path(path))
+            place = safe_file.real(settings.user_file("path", path))
             with safe_file.exclusive(place):
                 safe_file.replace(place, self.to_yaml().encode())
         except (OSError, ValueError) as error:
