@@ -14,6 +14,7 @@ from convdispatch.profile import Entry, Key, Profile
 from convdispatch.profile_doctor import Finding, examine
 from convdispatch.profile_tools import Joined, Selection
 from convdispatch.terminal import (
+    UserFile,
     alone_option,
     console,
     explained,
@@ -22,14 +23,15 @@ from convdispatch.terminal import (
     print_table,
     profile_option,
     read_option,
+    say,
     scope,
     table,
 )
 from convdispatch.units import bytes_text, time_text
 
 _FEW = 10
-_file = click.Path(path_type=Path, dir_okay=False)
-_present = click.Path(path_type=Path, dir_okay=False, exists=True)
+_file = UserFile(dir_okay=False)
+_present = UserFile(dir_okay=False, exists=True)
 
 
 @click.group("profile")
@@ -59,9 +61,9 @@ def path(every: bool, file: Path | None, as_json: bool) -> None:
         elif every:
             for row in rows:
                 notes = ["exists" if row["exists"] else "not there"] + ["written by tune"] * bool(row["written"])
-                click.echo(f"{row['layer']:9} {row['path']} ({', '.join(notes)})")
+                say(f"{row['layer']:9} {row['path']} ({', '.join(notes)})")
         else:
-            click.echo(profile.writable_path())
+            click.echo(profile.writable_path())  # as it is: for other programs
 
 
 # show -------------------------------------------------------------------------------------------------------------
@@ -117,7 +119,7 @@ def show(
     if not entries:
         matching = f" whose key contains {containing!r}" if containing else ""
         matching += " that are asked for" if where or backend or flagged else ""
-        click.echo(f"{place} has no entries{matching}; {_what_there_is(found)}")
+        say(f"{place} has no entries{matching}; {_what_there_is(found)}")
     else:
         right = ("threads", "time", "spread", "GFLOP/s", "error", "workspace", "next best")
         columns = ("problem", "for", "threads", "winner", "time", "spread", "GFLOP/s", "error", "workspace")
@@ -126,7 +128,7 @@ def show(
             rows.add_row(*_entry_cells(entry, found))
         print_table(console(), rows)
     for one in quarantine.written(found)[0]:
-        click.echo(f"quarantined: {one.backend} version {one.version} on {one.machine}: {one.reason} ({one.when})")
+        say(f"quarantined: {one.backend} version {one.version} on {one.machine}: {one.reason} ({one.when})")
 
 
 def _what_there_is(found: Profile) -> str:
@@ -213,8 +215,8 @@ def diff(first: Path, second: Path, across: bool, as_json: bool) -> None:
         print_table(console(), rows)
     for file, entries in ((first, found.only_first), (second, found.only_second)):
         for entry in entries:
-            click.echo(f"only in {file}: {entry.key}: {entry.winner.name} {time_text(entry.winner.median)}")
-    click.echo(
+            say(f"only in {file}: {entry.key}: {entry.winner.name} {time_text(entry.winner.median)}")
+    say(
         f"{len(found.same)} with the same winner, {len(found.changed)} with another, "
         f"{len(found.only_first)} only in {first}, {len(found.only_second)} only in {second}"
     )
@@ -241,13 +243,13 @@ def _print_joined(done: Joined, target: Path, as_json: bool) -> None:
     if as_json:
         print_json({"profile": str(target), **counts, "refused": dict(done.refused), "here": here})
         return
-    click.echo(
+    say(
         f"{target}: {counts['new']} new, {counts['better']} better than what was there, {counts['kept']} kept as they "
         f"were, {len(done.refused)} refused"
     )
     for key, reason in done.refused.items():
-        click.echo(f"refused: {ascii(key)[1:-1]}: {reason}")
-    click.echo(
+        say(f"refused: {ascii(key)[1:-1]}: {reason}")
+    say(
         f"on this machine {here['exact']} of those read count fully, {here['soft']} softly (used until the problem is "
         f"tuned here), {here['hard']} not at all"
     )
@@ -310,9 +312,9 @@ def export(target: Path, portable: bool, force: bool, file: Path | None, as_json
     if as_json:
         print_json({"profile": str(target), "entries": done.entries, "left_out": dict(done.left_out)})
         return
-    click.echo(f"{target}: {done.entries} entries{', for all machines of their kind' if portable else ''}")
+    say(f"{target}: {done.entries} entries{', for all machines of their kind' if portable else ''}")
     for key, reason in done.left_out.items():
-        click.echo(f"left out: {ascii(key)[1:-1]}: {reason}")
+        say(f"left out: {ascii(key)[1:-1]}: {reason}")
 
 
 # prune, doctor ----------------------------------------------------------------------------------------------------
@@ -365,8 +367,8 @@ def prune(
         print_json({"profile": str(place), "dry_run": dry_run, "pruned": dict(done.reasons)})
         return
     for key, reason in done.reasons.items():
-        click.echo(f"{ascii(key)[1:-1]}: {reason}")
-    click.echo(f"{place}: {len(done.reasons)} {'would go' if dry_run else 'taken out'}")
+        say(f"{ascii(key)[1:-1]}: {reason}")
+    say(f"{place}: {len(done.reasons)} {'would go' if dry_run else 'taken out'}")
 
 
 @profile_group.command()
@@ -388,7 +390,7 @@ def doctor(every: bool, file: Path | None, as_json: bool) -> None:
     else:
         _print_findings(found, every=every)
         wrong = sum(finding.wrong for finding in found)
-        click.echo(f"{wrong or 'nothing'} to mend in {', '.join(places) or 'no profile at all'}")
+        say(f"{wrong or 'nothing'} to mend in {', '.join(places) or 'no profile at all'}")
     if any(finding.wrong for finding in found):
         sys.exit(exit_codes.ERROR)
 
@@ -398,7 +400,7 @@ def _print_findings(found: Sequence[Finding], *, every: bool) -> None:
         alike = [finding for finding in found if (finding.kind, finding.layer) == kind]
         for finding in alike if every else alike[:_FEW]:
             note = "" if finding.wrong else "note: "
-            click.echo(f"{note}{finding.kind} ({finding.layer}): {finding.about}: {finding.reason}")
-            click.echo(f"    {finding.command}")
+            say(f"{note}{finding.kind} ({finding.layer}): {finding.about}: {finding.reason}")
+            say(f"    {finding.command}")
         if not every and len(alike) > _FEW:
-            click.echo(f"    ... and {len(alike) - _FEW} more like these; --all shows them")
+            say(f"    ... and {len(alike) - _FEW} more like these; --all shows them")

@@ -352,7 +352,7 @@ def _on_miss(problem: Problem, deployment: str, options: Options) -> Decision | 
 
 
 def _tuned(problem: Problem, deployment: str, options: Options) -> Decision | None:
-    if problem.is_empty or options.effort == "estimate":
+    if problem.is_trivial or options.effort == "estimate":
         return None
     from convdispatch.tuning import tuner  # noqa: PLC0415  # needed only where something is measured
     from convdispatch.tuning.session import session  # noqa: PLC0415

@@ -45,7 +45,7 @@ from convdispatch.tuning.rematch import Rematch, carry_on, known_versions, remat
 from convdispatch.tuning.session import session
 from convdispatch.tuning.workload import Layer, Workload
 
-Status = Literal["tuned", "known", "left", "failed"]
+Status = Literal["tuned", "known", "trivial", "left", "failed"]
 #: Seconds that a tuning run waits for a busy machine to become quiet, before it refuses.
 PATIENCE = 10.0
 #: Makes what watches the machine for a thread budget; tests replace it.
@@ -61,7 +61,8 @@ class LayerReport:
     Attributes:
         layer: the layer.
         deployment: ``"plan"`` or ``"call"``.
-        status: ``"tuned"`` now, ``"known"`` from the profile, ``"left"`` when time ran out, or ``"failed"``.
+        status: ``"tuned"`` now, ``"known"`` from the profile, ``"trivial"`` where there is nothing to compute,
+            ``"left"`` when time ran out, or ``"failed"``.
         entry: the measurements, where there are any.
         left_out: candidates not measured, since they were estimated hopelessly slow.
         reason: why it failed.
@@ -99,8 +100,8 @@ class TuneReport:
 
     @property
     def complete(self) -> bool:
-        """Whether every layer has a winner."""
-        return all(report.status in {"tuned", "known"} for report in self.layers)
+        """Whether every layer has a winner that needs one."""
+        return all(report.status in {"tuned", "known", "trivial"} for report in self.layers)
 
     @property
     def flagged(self) -> int:
@@ -175,7 +176,7 @@ def tune(
     started = time.monotonic()
 
     def is_settled(key: Key) -> bool:
-        return not retune and _stands(_known(key, path), level, chosen, again)
+        return key.problem.is_trivial or (not retune and _stands(_known(key, path), level, chosen, again))
 
     forced = settings.parse_threads(threads)
     work = stakes.tasks(load, deployments, machine.current().id, budget, threads=forced, is_settled=is_settled)
@@ -190,7 +191,7 @@ def tune(
     def left() -> float | None:
         return None if limit is None else limit - (time.monotonic() - started)
 
-    new = [task.key for task in work if retune or _known(task.key, path) is None]
+    new = [t.key for t in work if not t.key.problem.is_trivial and (retune or _known(t.key, path) is None)]
     tell = on_wait or (lambda _: None)
     if new and limit is None:
         ready()
@@ -312,6 +313,8 @@ def measure_layer(
         again: backends out of quarantine, which are measured again where they failed.
     """
     known = found.entry if found is not None else None
+    if key.problem.is_trivial:
+        return LayerReport(layer, key.deployment, "trivial")
     if not retune and _stands(found, effort, backends, again):
         return LayerReport(layer, key.deployment, "known", known)
     if seconds is not None and seconds <= 0:
