@@ -92,7 +92,7 @@ def _is_text(value: str) -> bool:
 
 def _bytes_said(backend: "Backend", value: Any) -> int:
     """Return what a backend says of its workspace, as bytes."""
-    count = whole_number(value)
+    count = value if type(value) is int else whole_number(value)
     if count is None and (number := _number(value)) is not None and math.isfinite(number):
         count = math.ceil(number)
     if count is None or not 0 <= count <= LARGEST:
@@ -106,7 +106,7 @@ def _seconds_said(backend: "Backend", value: Any) -> float | None:
     """Return what a backend estimates, as seconds; None for what is no time of a call."""
     if value is None:
         return None
-    seconds = _number(value)
+    seconds = value if type(value) is float else _number(value)
     if seconds is None:
         raise BackendError(f"backend {backend.name!r} estimates {shown(value)}; it must be seconds, or None")
     return seconds if _SHORTEST <= seconds <= _LONGEST else None
