@@ -44,6 +44,12 @@ def _place(file: Path | None) -> Path:
         return profile.writable_path()
 
 
+def _tell_if_missing(place: Path) -> None:
+    """Say that a file is not there which somebody has named: it may be misspelt."""
+    if place != profile.user_path() and not place.exists():
+        say(f"convdispatch: {place} does not exist", err=True)
+
+
 @profile_group.command()
 @click.option("--all", "every", is_flag=True, help="Every layer's file, those that win first.")
 @profile_option
@@ -102,6 +108,7 @@ def show(
     """
     place, here = _place(file), machine.current()
     found = profile.read(place)
+    _tell_if_missing(place)
     where = here.id if where == "here" else where
     entries = [
         entry
@@ -109,7 +116,7 @@ def show(
         if containing in str(entry.key)
         and where in {None, entry.key.machine}
         and backend in {None, entry.winner.backend}
-        and (entry.flags or not flagged)
+        and (entry.doubts or not flagged)
     ]
     if sort is not None:
         entries.sort(key=_ORDERS[sort], reverse=sort == "tuned")  # the newest first
@@ -238,7 +245,7 @@ def _joined(target: Path, sources: Sequence[Path]) -> Joined:
 
 
 def _print_joined(done: Joined, target: Path, as_json: bool) -> None:
-    counts = {"new": len(done.new), "better": len(done.better), "kept": len(done.kept)}
+    counts = {"new": len(done.new), "better": len(done.better), "kept": len(done.kept), "by_hand": len(done.by_hand)}
     here = {grade: done.grades.get(grade, 0) for grade in ("exact", "soft", "hard")}
     if as_json:
         print_json({"profile": str(target), **counts, "refused": dict(done.refused), "here": here})
@@ -247,6 +254,9 @@ def _print_joined(done: Joined, target: Path, as_json: bool) -> None:
         f"{target}: {counts['new']} new, {counts['better']} better than what was there, {counts['kept']} kept as they "
         f"were, {len(done.refused)} refused"
     )
+    if done.by_hand:
+        many = "1 keeps the winner" if len(done.by_hand) == 1 else f"{len(done.by_hand)} keep the winners"
+        say(f"{many} chosen by hand")
     for key, reason in done.refused.items():
         say(f"refused: {ascii(key)[1:-1]}: {reason}")
     say(
@@ -264,7 +274,9 @@ def merge(files: Sequence[Path], into: Path, as_json: bool) -> None:
     """Join FILES, and what is in --into FILE already, into that file.
 
     Of two entries for one problem on one machine that is taken which measured the newer versions of the backends; else
-    the one without flags; else the one whose winner has the tighter interval, the higher effort, the newer date.
+    the one that is not doubtful, or has no flag; else the one whose winner has the tighter interval, the higher effort,
+    the newer date. A winner that was chosen by hand in --into FILE stays: in the better entry if that measured it too,
+    else with its whole entry.
     """
     _print_joined(_joined(into, files), into, as_json)
 
@@ -277,7 +289,7 @@ def merge(files: Sequence[Path], into: Path, as_json: bool) -> None:
 def import_(file: Path, target: Path | None, as_json: bool) -> None:
     """Add the entries of FILE to the profile, and say how many were new, better or refused, and count here.
 
-    Which of two entries is taken is decided as in merge.
+    Which of two entries is taken, and that winners chosen by hand stay, is decided as in merge.
     """
     place = _place(target)
     _print_joined(_joined(place, [file]), place, as_json)
@@ -294,7 +306,7 @@ def export(target: Path, portable: bool, force: bool, file: Path | None, as_json
     """Write a clean copy of the profile to FILE, to be kept or given away.
 
     With --portable it is for every machine with the same processor architecture, instruction sets and operating system:
-    processor model, core count, caches and library versions are left out, and so are flagged entries. On such a
+    processor model, core count, caches and library versions are left out, and so are doubtful entries. On such a
     machine the entries are used as they are, softly: until a problem is tuned there, when only the old winner, the
     estimate's own pick and backends that are new race. An entry counts for its number of threads only; tune with
     --threads for each number that you ship for. Ship it as the file that CONVDISPATCH_PROFILE names, or import it.
@@ -305,9 +317,11 @@ def export(target: Path, portable: bool, force: bool, file: Path | None, as_json
     if safe_file.real(target) == safe_file.real(source):
         raise ProfileError(f"{target} is the profile itself; name another file, or take entries out with profile prune")
     done = profile_tools.export(profile.read(source), portable=portable)
-    if done.left_out and not done.entries:
-        why = "; ".join(sorted(set(done.left_out.values())))
-        raise ProfileError(f"nothing would be in {target}: all {len(done.left_out)} entries are left out: {why}")
+    if not done.entries:
+        why = f"{source} has no entries" if source.exists() else f"{source} does not exist"
+        if done.left_out:
+            why = f"all {len(done.left_out)} entries are left out: {'; '.join(sorted(set(done.left_out.values())))}"
+        raise ProfileError(f"nothing would be in {target}: {why}")
     profile.replace_file(target, done.text)
     if as_json:
         print_json({"profile": str(target), "entries": done.entries, "left_out": dict(done.left_out)})
@@ -352,6 +366,7 @@ def prune(
     if what.empty:
         raise click.UsageError("say what goes: --stale, --flagged, --broken, --quarantined, --machine, --older-than")
     place = _place(file)
+    _tell_if_missing(place)
     if dry_run or not place.exists():
         done = profile_tools.prune(profile.read(place), what)
     else:
@@ -385,6 +400,7 @@ def doctor(every: bool, file: Path | None, as_json: bool) -> None:
     with scope(None, file):
         found = examine(profile.layers(), profile.writable_path(), machine.current())
         places = [str(place) for _, place in profile.layers() if place.exists()]
+        _tell_if_missing(profile.writable_path())
     if as_json:
         print_json([asdict(finding) for finding in found])
     else:
