@@ -443,6 +443,8 @@ def parse_forced(backend: Any) -> Forced:
     if isinstance(backend, tuple | list) and len(backend) == 2 and isinstance(backend[0], str):
         try:
             config = Config(backend[1])
+        except ArgumentError:
+            raise  # it says which value would not do
         except (TypeError, ValueError):
             pass
         else:

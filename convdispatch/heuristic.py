@@ -54,14 +54,14 @@ def candidates_of(backend: Backend, problem: Problem, threads: int, effort: Effo
     """Return a backend's candidates for a problem it does not reject, its default config first.
 
     Raises:
-        ArgumentError, ArgumentTypeError: if the backend names a config that is none, or threads where it has one.
+        ArgumentError, ArgumentTypeError: if the backend names a config that is none, or has threads that are not there.
     """
     if problem.is_trivial:  # the plan does without a kernel
         return [Candidate(backend, Config())]
     configs = configs_of(backend, problem, effort)
     if not backend.parallel:
-        if many := next((config for config in configs if config.threads != 1), None):
-            raise ArgumentError(f"config ({many}) has threads, and the backend does not say that it is parallel")
+        if many := next((config for config in configs if not 1 <= config.threads <= threads), None):
+            raise ArgumentError(f"config ({many}) has other threads than the 1 to {threads} that a call may use")
         return [Candidate(backend, config) for config in configs]
     counts = thread_counts(threads)
     return [Candidate(backend, _on_threads(config, count)) for config in configs for count in counts]

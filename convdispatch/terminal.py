@@ -44,7 +44,7 @@ class UserFile(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the path; relative ones stay so."""
         try:
-            place = settings.user_file(param.human_readable_name if param else "FILE", value)
+            place = settings.user_file("it", value)
         except ArgumentError as error:
             self.fail(str(error), param, ctx)
         return super().convert(str(place) if str(value).startswith("~") else value, param, ctx)
@@ -67,7 +67,7 @@ class Seconds(click.FloatRange):
         return number
 
     def _describe_range(self) -> str:
-        return "x>0" if self.min_open else "x>=0"
+        return f"0{'<' if self.min_open else '<='}x<={_MOST_SECONDS:g}"
 
 
 thread_count = click.IntRange(1, settings.MOST_THREADS)

@@ -98,6 +98,12 @@ def test_a_backend_whose_configs_are_none_is_passed_over(tried: Any, clock: Fake
     assert entry.winner.backend == "honest"
 
 
+def test_a_backend_may_name_configs_with_threads_that_are_there(clock: FakeClock, tmp_path: Path) -> None:
+    tuned(clock, tmp_path / "p.yaml", tried=(Config(threads=2), {"threads": np.int64(1)}))
+    (entry,) = stored(tmp_path / "p.yaml")
+    assert {row.name for row in entry.results} == {"honest", "odd(threads=1)", "odd(threads=2)"}
+
+
 # Workspaces and estimates -------------------------------------------------------------------------------------------
 
 
