@@ -18,7 +18,10 @@ def main() -> None:
         sys.stderr.write("convdispatch: interrupted\n")
         sys.exit(exit_codes.INTERRUPTED)
     try:
-        run()
+        try:
+            run()
+        finally:
+            sys.stdout.flush()  # or the interpreter would fail at it, when nobody can explain that
     except OSError as error:
         if error.errno not in _FULL or error.filename is not None:
             raise

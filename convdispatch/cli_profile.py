@@ -176,8 +176,8 @@ def _key_data(key: Key) -> dict[str, Any]:
 def _entry_data(entry: Entry, found: Profile) -> dict[str, Any]:
     rows = [{**asdict(result), "config": dict(result.config)} for result in entry.results]
     failures = [{**asdict(failure), "config": dict(failure.config)} for failure in entry.failures]
-    about = {"effort": entry.effort, "tuned": entry.tuned, "flags": list(entry.flags)}
-    about |= {"here": _counts_here(entry, found), "winner": entry.winner.name}
+    about: dict[str, Any] = {"effort": entry.effort, "tuned": entry.tuned, "flags": list(entry.flags)}
+    about |= {"here": _counts_here(entry, found), "winner": entry.winner.name, "by_hand": entry.by_hand}
     return {**_key_data(entry.key), **about, "results": rows, "failures": failures}
 
 

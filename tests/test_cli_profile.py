@@ -252,7 +252,8 @@ def test_import_says_how_many_keep_a_winner_chosen_by_hand(file: Path, tmp_path:
     done = run("import", better, "--profile", file)
     assert "1 better" in done.stdout
     assert "1 keeps the winner chosen by hand" in done.stdout
-    assert data("show", "--profile", file)[0]["winner"] == "direct(threads=1)"
+    (shown_now,) = data("show", "--profile", file)
+    assert (shown_now["winner"], shown_now["by_hand"]) == ("direct(threads=1)", True)
     assert data("import", better, "--profile", file)["better"] == 0
 
 

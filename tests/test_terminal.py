@@ -213,7 +213,7 @@ def test_a_home_is_one_also_where_no_shell_has_seen_to_it(tmp_path: Path, monkey
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device here")
-@pytest.mark.parametrize("words", [("--help",), ("backends",), ("backends", "--json"), ("profile", "path")])
+@pytest.mark.parametrize("words", [("--help",), ("backends",), ("backends", "--json"), ("profile", "show")])
 def test_an_output_that_is_full_is_explained(words: tuple[str, ...]) -> None:
     with Path("/dev/full").open("w") as full:
         done = started(*words, stdout=full)
