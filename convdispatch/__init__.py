@@ -11,6 +11,7 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from convdispatch import interruption as _interruption  # noqa: F401  # first of all: see there
 from convdispatch.api import conv2d, plan
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Candidate, Config, Effort, Kernel, Numerics

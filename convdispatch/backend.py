@@ -9,6 +9,7 @@ NaN and infinity where they belong.
 import difflib
 import functools
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,12 +19,109 @@ import numpy as np
 
 from convdispatch.arguments import Array
 from convdispatch.epilogue import Epilogue
-from convdispatch.errors import ArgumentError
+from convdispatch.errors import ArgumentError, ArgumentTypeError, BackendError, shown
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem
 
 Value = int | float | str | bool
 Effort = Literal["estimate", "measure", "patient", "exhaustive"]
+
+# What somebody's backend says, as plain values --------------------------------------------------------------------
+#
+# Profiles are written in plain values, and refuse what is no measurement. So NumPy's scalars become Python's here, and
+# what cannot be written, or would not be read again, is an error of the candidate that it is of.
+
+#: Numbers beyond are larger than any kernel takes, or any memory holds.
+LARGEST = 2**63 - 1
+#: Estimates beyond are no times of a call: the backend cannot tell.
+_SHORTEST, _LONGEST = 1e-12, 1e12
+
+
+def whole_number(value: Any) -> int | None:
+    """Return a whole number, NumPy's too, as Python's; None for what is none, a truth value among them."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def _number(value: Any) -> float | None:
+    """Return a number, NumPy's too, as Python's; None for what is none, infinity where it is too large."""
+    if isinstance(value, str | bytes | bytearray | bool):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+    except OverflowError:
+        return math.inf
+
+
+def _plain(key: Any, value: Any) -> Value:
+    """Return a config's value as a plain one that a profile can hold."""
+    if type(key) is str and key.isascii() and (type(value) is bool or (type(value) is int and abs(value) <= LARGEST)):
+        return value  # as nearly all are
+    if not isinstance(key, str) or not _is_text(key):
+        raise ArgumentTypeError(f"config must map names to plain values; got the name {shown(key)}")
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    if isinstance(value, str):
+        if not _is_text(value):
+            raise ArgumentError(f"config {key:.60} must be a text that can be written; got {shown(value)}")
+        return str(value)
+    if (whole := whole_number(value)) is not None:
+        if abs(whole) > LARGEST:
+            raise ArgumentError(f"config {key:.60} is a larger number than any kernel takes")
+        return whole
+    number = _number(value)
+    if number is None:
+        raise ArgumentTypeError(f"config must map names to plain values; got {shown(value)} for {key:.60}")
+    if math.isnan(number):
+        raise ArgumentError(f"config {key:.60} must be a number; got {number}")
+    return number
+
+
+def _is_text(value: str) -> bool:
+    """Return whether a text has no half letters, which no file can hold."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _bytes_said(backend: "Backend", value: Any) -> int:
+    """Return what a backend says of its workspace, as bytes."""
+    count = value if type(value) is int else whole_number(value)
+    if count is None and (number := _number(value)) is not None and math.isfinite(number):
+        count = math.ceil(number)
+    if count is None or not 0 <= count <= LARGEST:
+        raise BackendError(
+            f"backend {backend.name!r} says that its workspace is {shown(value)}; it must be bytes, 0 or more"
+        )
+    return count
+
+
+def _seconds_said(backend: "Backend", value: Any) -> float | None:
+    """Return what a backend estimates, as seconds; None for what is no time of a call."""
+    if value is None:
+        return None
+    seconds = value if type(value) is float else _number(value)
+    if seconds is None:
+        raise BackendError(f"backend {backend.name!r} estimates {shown(value)}; it must be seconds, or None")
+    return seconds if _SHORTEST <= seconds <= _LONGEST else None
+
+
+def _reason_said(value: Any) -> str | None:
+    """Return what a backend says against a problem, in words; None if nothing."""
+    if not value:
+        return None
+    return value if isinstance(value, str) else f"it gives no reason but {shown(value)}"
+
+
+# The contract ------------------------------------------------------------------------------------------------------
 
 
 class Config(Mapping[str, Value]):
@@ -36,12 +134,19 @@ class Config(Mapping[str, Value]):
         4
     """
 
-    __slots__ = ("_hash", "_items")
+    __slots__ = ("_hash", "_items", "_key")
 
     def __init__(self, items: Mapping[str, Value] | None = None, /, **more: Value) -> None:
-        """Make a config from a mapping, keyword arguments, or both."""
-        self._items = dict(sorted({**(items or {}), **more}.items()))
-        self._hash = hash(tuple(self._items.items()))
+        """Make a config from a mapping, keyword arguments, or both.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: for what is no plain value: a number, a text, a truth value.
+        """
+        given = {key: _plain(key, value) for key, value in {**(items or {}), **more}.items()}
+        self._items = dict(sorted(given.items()))
+        # True and 1.0 are equal to 1, and something else to a backend.
+        self._key = tuple((key, type(value), value) for key, value in self._items.items())
+        self._hash = hash(self._key)
 
     def __getitem__(self, key: str) -> Value:
         return self._items[key]
@@ -56,7 +161,7 @@ class Config(Mapping[str, Value]):
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Config) and self._items == other._items
+        return isinstance(other, Config) and self._key == other._key
 
     def __reduce__(self) -> tuple[type["Config"], tuple[dict[str, Value]]]:
         return Config, (self._items,)
@@ -209,6 +314,21 @@ def seen_by(backend: Backend, problem: Problem) -> Problem:
     return problem.replace(**changes) if changes else problem
 
 
+def rejection(backend: Backend, problem: Problem) -> str | None:
+    """Return a backend's reason against a problem, in words, or None."""
+    return _reason_said(backend.rejects(seen_by(backend, problem)))
+
+
+def configs_of(backend: Backend, problem: Problem, effort: Effort) -> list[Config]:
+    """Return the configs that a backend names for a problem; plain mappings become configs.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: if one is none.
+    """
+    named = backend.configs(seen_by(backend, problem), effort)
+    return [config if isinstance(config, Config) else Config(config) for config in named]
+
+
 def candidate_name(backend: str, config: Config) -> str:
     """Return a candidate as people write it: the backend's name, with the config in brackets if there is any."""
     return f"{backend}({config})" if config else backend
@@ -231,7 +351,7 @@ class Candidate:
 
     def rejects(self, problem: Problem) -> str | None:
         """Return the backend's reason against the problem, or None."""
-        return self.backend.rejects(seen_by(self.backend, problem))
+        return rejection(self.backend, problem)
 
     def check_keys(self, problem: Problem) -> None:
         """Raise an ``ArgumentError`` for a key that the backend would pass over: a misspelt one, say."""
@@ -245,27 +365,37 @@ class Candidate:
                 raise ArgumentError(f"backend {self.backend.name!r} has no config {key!r}; {hint}")
 
     def workspace(self, problem: Problem) -> int:
-        """Return the scratch bytes of one call, those of the plan's own conversions included."""
+        """Return the scratch bytes of one call, those of the plan's own conversions included.
+
+        Raises:
+            BackendError: if what the backend says is no number of bytes.
+        """
         if problem.is_trivial:
             return 0
         seen = seen_by(self.backend, problem)
-        return self.backend.workspace(seen, self.config) + _conversion_bytes(self.backend, problem, seen)
+        own = _bytes_said(self.backend, self.backend.workspace(seen, self.config))
+        return own + _conversion_bytes(self.backend, problem, seen)
 
     def estimate(self, problem: Problem, machine: Machine) -> float | None:
-        """Return the predicted seconds of one call, or None if the backend cannot tell."""
+        """Return the predicted seconds of one call, or None if the backend cannot tell.
+
+        It cannot if it says anything that is no time of a call, as zero, less, infinity and NaN are.
+
+        Raises:
+            BackendError: if what it says is no number at all.
+        """
         if problem.is_trivial:
             return 0.0
         seen = seen_by(self.backend, problem)
-        seconds = self.backend.estimate(seen, self.config, machine)
-        if seconds is None or math.isnan(seconds):
+        seconds = _seconds_said(self.backend, self.backend.estimate(seen, self.config, machine))
+        if seconds is None:
             return None
         return seconds + _conversion_bytes(self.backend, problem, seen) / _COPY_BYTES_PER_SECOND
 
 
 @functools.lru_cache(maxsize=64)
 def _known_keys(backend: Backend, problem: Problem) -> frozenset[str]:
-    configs = backend.configs(seen_by(backend, problem), "exhaustive")
-    return frozenset(key for each in configs for key in each) | {"threads"}
+    return frozenset(key for each in configs_of(backend, problem, "exhaustive") for key in each) | {"threads"}
 
 
 #: What converting an array costs: read, convert, write, on one core.

@@ -20,10 +20,13 @@ from convdispatch.arguments import DEPLOYMENTS
 from convdispatch.cli_bench import bench
 from convdispatch.cli_profile import profile_group
 from convdispatch.cli_validate import calibrate, validate
+from convdispatch.errors import printable
 from convdispatch.explain import cells, explain_problem
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem
 from convdispatch.terminal import (
+    Seconds,
+    UserFile,
     console,
     explained,
     json_option,
@@ -33,6 +36,7 @@ from convdispatch.terminal import (
     profile_option,
     read_option,
     resumable,
+    say,
     scope,
     table,
     tell_of_waiting,
@@ -45,6 +49,7 @@ from convdispatch.tuning.race import RULES
 from convdispatch.tuning.tuner import TuneReport
 from convdispatch.tuning.warmup import warm_up
 from convdispatch.tuning.workload import Workload
+from convdispatch.units import threads_text
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -67,7 +72,7 @@ main.add_command(validate)
 @click.option(
     "--from",
     "recording",
-    type=click.Path(path_type=Path),
+    type=UserFile(),
     metavar="FILE",
     help="Tune what a program called, where most time went first: a file of CONVDISPATCH_RECORD or record().",
 )
@@ -75,7 +80,7 @@ main.add_command(validate)
     "--effort", type=click.Choice(list(RULES)), default="measure", show_default=True, help="How hard to look."
 )
 @click.option(
-    "--time-limit", type=click.FloatRange(min=0), metavar="SECONDS",
+    "--time-limit", type=Seconds(), metavar="SECONDS",
     help="Nothing new begins after so long; what was begun is still compiled, checked and raced for three rounds.",
 )  # fmt: skip
 @threads_option
@@ -134,6 +139,8 @@ def tune(
     load = load.distinct()
     deployments = DEPLOYMENTS if deployment == "both" else (deployment,)
     names = None if backends is None else [name.strip() for name in backends.split(",") if name.strip()]
+    if names == []:
+        raise click.UsageError(f"--backends must be names, such as im2col,fft; got {backends!r}")
     total = len(stakes.tasks(load, deployments, "", heuristic.budget_of(threads), threads=threads))
     how: dict[str, Any] = {
         "effort": effort, "time_limit": time_limit, "deployments": deployments, "retune": retune,
@@ -159,7 +166,7 @@ def tune(
         _print_tune(result)
         with scope(threads, file):
             for line in report.not_taken(result.layers):
-                click.echo(line)
+                say(line)
     _exit_of([result])
 
 
@@ -175,7 +182,7 @@ def _tune_across(found: Cluster, load: Workload, how: dict[str, Any], *, as_json
     """Tune on a Dask cluster, and print what was done on each kind of machine."""
     left_out = found.roster.left_out
     for left in left_out:
-        click.echo(f"left out: {left.address}: {left.reason}", err=True)
+        say(f"left out: {left.address}: {left.reason}", err=True)
     told = len(left_out)
     with _bar(len(found.jobs(load, how["deployments"])), "tuning", load.name) as advance:
         result = found.tune(
@@ -187,7 +194,7 @@ def _tune_across(found: Cluster, load: Workload, how: dict[str, Any], *, as_json
         for kind in result.kinds:
             _print_tune(kind.report, kind.machine, kind.hosts)
     for left in result.left_out[told:]:
-        click.echo(f"left out: {left.address}: {left.reason}", err=True)
+        say(f"left out: {left.address}: {left.reason}", err=True)
     _exit_of([kind.report for kind in result.kinds])
 
 
@@ -204,13 +211,13 @@ def _bar(total: int, doing: str, name: str) -> Iterator[Callable[[str], None]]:
     out = console(stderr=True)
     if not out.is_terminal:
         numbers = itertools.count(1)
-        yield lambda said: click.echo(f"[{next(numbers)}/{total}] {said}", err=True)
+        yield lambda said: say(f"[{next(numbers)}/{total}] {said}", err=True)
         return
     head, last = (TextColumn(text, markup=False) for text in ("{task.fields[head]}", "{task.description}"))
     columns = (head, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), last)
     with Progress(*columns, console=out, transient=True) as bar:
         task = bar.add_task("...", total=total, head=f"{doing} {name}")
-        yield lambda said: bar.update(task, advance=1, description=said)
+        yield lambda said: bar.update(task, advance=1, description=printable(said))
 
 
 def _print_tune(result: TuneReport, here: Machine | None = None, hosts: Sequence[str] = ()) -> None:
@@ -218,7 +225,7 @@ def _print_tune(result: TuneReport, here: Machine | None = None, hosts: Sequence
     here = here or machine.current()
     out.print(result.workload.title or result.workload.name, style="bold")
     at = f" ({', '.join(hosts)})" if hosts else ""
-    out.print(f"{here.cpu}, {result.threads} of {here.cores} cores' threads, machine {result.machine}{at}")
+    out.print(f"{here.cpu}, {threads_text(result.threads, here.cores)}, machine {result.machine}{at}")
     for deployment in dict.fromkeys(layer.deployment for layer in result.layers):
         layers = [layer for layer in result.layers if layer.deployment == deployment]
         packed = "packed before" if deployment == "plan" else "packed in every call"
@@ -236,6 +243,7 @@ def _print_tune(result: TuneReport, here: Machine | None = None, hosts: Sequence
     said = {
         "tuned": "measured now",
         "known": "known from the profile",
+        "trivial": "without anything to compute",
         "left": "left when the time limit came",
         "failed": "that no backend could do",
     }
@@ -264,7 +272,7 @@ def warmup(what: str, threads: int | None) -> None:
     with scope(threads, None), _bar(len(load.layers), "compiling", load.name) as advance:
         count = warm_up(load, on_progress=lambda layer, _: advance(str(layer.problem)), on_wait=tell_of_waiting)
     problems = "1 problem" if len(load.layers) == 1 else f"{len(load.layers)} problems"
-    click.echo(f"{count} candidates for {problems} of {load.name} are ready")
+    say(f"{count} candidates for {problems} of {load.name} are ready")
 
 
 # explain, backends ----------------------------------------------------------------------------------------------
@@ -290,12 +298,12 @@ def explain(problem: str, deployment: str, threads: int | None, file: Path | Non
     out = console()
     out.print(f"{found.problem}  ({found.deployment}, {found.threads} threads, {found.machine})")
     why = found.evidence if found.chosen else found.evidence.detail
-    out.print(Text.assemble("chosen: ", (found.chosen or "none", "bold"), f", {why}"))
+    out.print(Text.assemble("chosen: ", (printable(found.chosen or "none"), "bold"), printable(f", {why}")))
     numbers = ("measured", "spread", "estimate", "error", "workspace")
     rows = table("", ("backend", "candidate", *numbers, "reason"), right=numbers, whole=("backend",))
     for row in found.rows:
         rows.add_row(*cells(row))
-    print_table(out, rows)
+    print_table(out, rows, spare=("workspace", "error", "spread"))
 
 
 @main.command()

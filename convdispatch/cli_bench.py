@@ -15,15 +15,18 @@ from rich.table import Table
 from convdispatch import exit_codes, machine, report
 from convdispatch.errors import ArgumentError
 from convdispatch.terminal import (
+    Seconds,
     console,
     explained,
     json_option,
     print_json,
     print_table,
     profile_option,
+    say,
     scope,
     table,
     tell_of_waiting,
+    thread_count,
 )
 from convdispatch.tuning import workload
 from convdispatch.tuning.bench import SAMPLE, LayerResult, Report, Timing
@@ -31,7 +34,7 @@ from convdispatch.tuning.bench import bench as run_bench
 from convdispatch.tuning.engines import PEERS
 from convdispatch.tuning.race import RULES
 from convdispatch.tuning.workload import Workload
-from convdispatch.units import time_text
+from convdispatch.units import threads_text, time_text
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -39,7 +42,7 @@ from convdispatch.units import time_text
 @click.argument("more", nargs=-1, metavar="")
 @click.option("--against", multiple=True, metavar="ENGINE...", help="Engines to compare with; all known if unsaid.")
 @click.option("--rounds", type=click.IntRange(min=1), default=9, show_default=True, help="Samples of each engine.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of every engine; all usable cores if unsaid.")
+@click.option("--threads", type=thread_count, help="Threads of every engine; all usable cores if unsaid.")
 @click.option("--batch", type=click.IntRange(min=1), metavar="N", help="Images a call, instead of the workload's.")
 @click.option(
     "--layers", metavar="PATTERN", help="Only layers whose name matches, or whose name or problem contains, this."
@@ -50,11 +53,11 @@ from convdispatch.units import time_text
 )  # fmt: skip
 @click.option("--no-tune", is_flag=True, help="Take what the profile knows, and estimates for the rest.")
 @click.option(
-    "--sample", type=click.FloatRange(min=0, min_open=True), default=SAMPLE, show_default=True, metavar="SECONDS",
+    "--sample", type=Seconds(some=True), default=SAMPLE, show_default=True, metavar="SECONDS",
     help="Length of one sample.",
 )  # fmt: skip
 @click.option(
-    "--timeout", type=click.FloatRange(min=0, min_open=True), default=120.0, show_default=True, metavar="SECONDS",
+    "--timeout", type=Seconds(some=True), default=120.0, show_default=True, metavar="SECONDS",
     help="An engine that does not answer for so long is given up.",
 )  # fmt: skip
 @click.option("--allow-busy", is_flag=True, help="Give a verdict, marked, even if the machine was busy.")
@@ -100,7 +103,7 @@ def bench(
             sample=sample,
             attempts=1 if allow_busy else 2,
             on_progress=_said(len(load.layers)),
-            on_tuned=lambda layer: click.echo(f"tuning {report.said_of(layer)}", err=True),
+            on_tuned=lambda layer: say(f"tuning {report.said_of(layer)}", err=True),
             on_wait=tell_of_waiting,
         )
     if as_json:
@@ -142,7 +145,7 @@ def _said(total: int) -> Any:
         nonlocal done
         done += 1
         marks = [f"{_label(t.engine)} {time_text(t.median) if t.seconds else '-'}" for t in result.timings.values()]
-        click.echo(f"[{done}/{total}] {result.layer.problem}: {', '.join(marks)}", err=True)
+        say(f"[{done}/{total}] {result.layer.problem}: {', '.join(marks)}", err=True)
 
     return line
 
@@ -185,7 +188,7 @@ def _print(found: Report, *, allow_busy: bool, verbose: bool) -> None:
     out = console()
     here = machine.current()
     out.print(found.workload.title or found.workload.name, style="bold")
-    out.print(f"{here.cpu}, {found.threads} of {here.cores} cores' threads, {found.rounds} rounds")
+    out.print(f"{here.cpu}, {threads_text(found.threads, here.cores)}, {found.rounds} rounds")
     versions = [f"{_label(name)} {version}" for name, version in found.versions.items()]
     out.print(", ".join(versions))
     if found.layers:

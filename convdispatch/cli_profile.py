@@ -15,6 +15,7 @@ from convdispatch.profile_doctor import Finding, examine
 from convdispatch.profile_file import Profile
 from convdispatch.profile_tools import Joined, Selection
 from convdispatch.terminal import (
+    UserFile,
     alone_option,
     console,
     explained,
@@ -23,14 +24,15 @@ from convdispatch.terminal import (
     print_table,
     profile_option,
     read_option,
+    say,
     scope,
     table,
 )
 from convdispatch.units import bytes_text, time_text
 
 _FEW = 10
-_file = click.Path(path_type=Path, dir_okay=False)
-_present = click.Path(path_type=Path, dir_okay=False, exists=True)
+_file = UserFile(dir_okay=False)
+_present = UserFile(dir_okay=False, exists=True)
 
 
 @click.group("profile")
@@ -41,6 +43,12 @@ def profile_group() -> None:
 def _place(file: Path | None) -> Path:
     with scope(None, file):
         return profile.writable_path()
+
+
+def _tell_if_missing(place: Path) -> None:
+    """Say that a file is not there which somebody has named: it may be misspelt."""
+    if place != profile.user_path() and not place.exists():
+        say(f"convdispatch: {place} does not exist", err=True)
 
 
 @profile_group.command()
@@ -60,9 +68,9 @@ def path(every: bool, file: Path | None, as_json: bool) -> None:
         elif every:
             for row in rows:
                 notes = ["exists" if row["exists"] else "not there"] + ["written by tune"] * bool(row["written"])
-                click.echo(f"{row['layer']:9} {row['path']} ({', '.join(notes)})")
+                say(f"{row['layer']:9} {row['path']} ({', '.join(notes)})")
         else:
-            click.echo(profile.writable_path())
+            click.echo(profile.writable_path())  # as it is: for other programs
 
 
 # show -------------------------------------------------------------------------------------------------------------
@@ -101,6 +109,7 @@ def show(
     """
     place, here = _place(file), machine.current()
     found = profile_file.read(place)
+    _tell_if_missing(place)
     where = here.id if where == "here" else where
     entries = [
         entry
@@ -108,7 +117,7 @@ def show(
         if containing in str(entry.key)
         and where in {None, entry.key.machine}
         and backend in {None, entry.winner.backend}
-        and (entry.flags or not flagged)
+        and (entry.doubts or not flagged)
     ]
     if sort is not None:
         entries.sort(key=_ORDERS[sort], reverse=sort == "tuned")  # the newest first
@@ -118,7 +127,7 @@ def show(
     if not entries:
         matching = f" whose key contains {containing!r}" if containing else ""
         matching += " that are asked for" if where or backend or flagged else ""
-        click.echo(f"{place} has no entries{matching}; {_what_there_is(found)}")
+        say(f"{place} has no entries{matching}; {_what_there_is(found)}")
     else:
         right = ("threads", "time", "spread", "GFLOP/s", "error", "workspace", "next best")
         columns = ("problem", "for", "threads", "winner", "time", "spread", "GFLOP/s", "error", "workspace")
@@ -127,7 +136,7 @@ def show(
             rows.add_row(*_entry_cells(entry, found))
         print_table(console(), rows)
     for one in quarantine.written(found)[0]:
-        click.echo(f"quarantined: {one.backend} version {one.version} on {one.machine}: {one.reason} ({one.when})")
+        say(f"quarantined: {one.backend} version {one.version} on {one.machine}: {one.reason} ({one.when})")
 
 
 def _what_there_is(found: Profile) -> str:
@@ -168,8 +177,8 @@ def _key_data(key: Key) -> dict[str, Any]:
 def _entry_data(entry: Entry, found: Profile) -> dict[str, Any]:
     rows = [{**asdict(result), "config": dict(result.config)} for result in entry.results]
     failures = [{**asdict(failure), "config": dict(failure.config)} for failure in entry.failures]
-    about = {"effort": entry.effort, "tuned": entry.tuned, "flags": list(entry.flags)}
-    about |= {"here": _counts_here(entry, found), "winner": entry.winner.name}
+    about: dict[str, Any] = {"effort": entry.effort, "tuned": entry.tuned, "flags": list(entry.flags)}
+    about |= {"here": _counts_here(entry, found), "winner": entry.winner.name, "by_hand": entry.by_hand}
     return {**_key_data(entry.key), **about, "results": rows, "failures": failures}
 
 
@@ -214,8 +223,8 @@ def diff(first: Path, second: Path, across: bool, as_json: bool) -> None:
         print_table(console(), rows)
     for file, entries in ((first, found.only_first), (second, found.only_second)):
         for entry in entries:
-            click.echo(f"only in {file}: {entry.key}: {entry.winner.name} {time_text(entry.winner.median)}")
-    click.echo(
+            say(f"only in {file}: {entry.key}: {entry.winner.name} {time_text(entry.winner.median)}")
+    say(
         f"{len(found.same)} with the same winner, {len(found.changed)} with another, "
         f"{len(found.only_first)} only in {first}, {len(found.only_second)} only in {second}"
     )
@@ -237,18 +246,21 @@ def _joined(target: Path, sources: Sequence[Path]) -> Joined:
 
 
 def _print_joined(done: Joined, target: Path, as_json: bool) -> None:
-    counts = {"new": len(done.new), "better": len(done.better), "kept": len(done.kept)}
+    counts = {"new": len(done.new), "better": len(done.better), "kept": len(done.kept), "by_hand": len(done.by_hand)}
     here = {grade: done.grades.get(grade, 0) for grade in ("exact", "soft", "hard")}
     if as_json:
         print_json({"profile": str(target), **counts, "refused": dict(done.refused), "here": here})
         return
-    click.echo(
+    say(
         f"{target}: {counts['new']} new, {counts['better']} better than what was there, {counts['kept']} kept as they "
         f"were, {len(done.refused)} refused"
     )
+    if done.by_hand:
+        many = "1 keeps the winner" if len(done.by_hand) == 1 else f"{len(done.by_hand)} keep the winners"
+        say(f"{many} chosen by hand")
     for key, reason in done.refused.items():
-        click.echo(f"refused: {ascii(key)[1:-1]}: {reason}")
-    click.echo(
+        say(f"refused: {ascii(key)[1:-1]}: {reason}")
+    say(
         f"on this machine {here['exact']} of those read count fully, {here['soft']} softly (used until the problem is "
         f"tuned here), {here['hard']} not at all"
     )
@@ -263,7 +275,9 @@ def merge(files: Sequence[Path], into: Path, as_json: bool) -> None:
     """Join FILES, and what is in --into FILE already, into that file.
 
     Of two entries for one problem on one machine that is taken which measured the newer versions of the backends; else
-    the one without flags; else the one whose winner has the tighter interval, the higher effort, the newer date.
+    the one that is not doubtful, or has no flag; else the one whose winner has the tighter interval, the higher effort,
+    the newer date. A winner that was chosen by hand in --into FILE stays: in the better entry if that measured it too,
+    else with its whole entry.
     """
     _print_joined(_joined(into, files), into, as_json)
 
@@ -276,7 +290,7 @@ def merge(files: Sequence[Path], into: Path, as_json: bool) -> None:
 def import_(file: Path, target: Path | None, as_json: bool) -> None:
     """Add the entries of FILE to the profile, and say how many were new, better or refused, and count here.
 
-    Which of two entries is taken is decided as in merge.
+    Which of two entries is taken, and that winners chosen by hand stay, is decided as in merge.
     """
     place = _place(target)
     _print_joined(_joined(place, [file]), place, as_json)
@@ -293,7 +307,7 @@ def export(target: Path, portable: bool, force: bool, file: Path | None, as_json
     """Write a clean copy of the profile to FILE, to be kept or given away.
 
     With --portable it is for every machine with the same processor architecture, instruction sets and operating system:
-    processor model, core count, caches and library versions are left out, and so are flagged entries. On such a
+    processor model, core count, caches and library versions are left out, and so are doubtful entries. On such a
     machine the entries are used as they are, softly: until a problem is tuned there, when only the old winner, the
     estimate's own pick and backends that are new race. An entry counts for its number of threads only; tune with
     --threads for each number that you ship for. Ship it as the file that CONVDISPATCH_PROFILE names, or import it.
@@ -304,16 +318,18 @@ def export(target: Path, portable: bool, force: bool, file: Path | None, as_json
     if safe_file.real(target) == safe_file.real(source):
         raise ProfileError(f"{target} is the profile itself; name another file, or take entries out with profile prune")
     done = profile_tools.export(profile_file.read(source), portable=portable)
-    if done.left_out and not done.entries:
-        why = "; ".join(sorted(set(done.left_out.values())))
-        raise ProfileError(f"nothing would be in {target}: all {len(done.left_out)} entries are left out: {why}")
+    if not done.entries:
+        why = f"{source} has no entries" if source.exists() else f"{source} does not exist"
+        if done.left_out:
+            why = f"all {len(done.left_out)} entries are left out: {'; '.join(sorted(set(done.left_out.values())))}"
+        raise ProfileError(f"nothing would be in {target}: {why}")
     profile_file.replace_file(target, done.text)
     if as_json:
         print_json({"profile": str(target), "entries": done.entries, "left_out": dict(done.left_out)})
         return
-    click.echo(f"{target}: {done.entries} entries{', for all machines of their kind' if portable else ''}")
+    say(f"{target}: {done.entries} entries{', for all machines of their kind' if portable else ''}")
     for key, reason in done.left_out.items():
-        click.echo(f"left out: {ascii(key)[1:-1]}: {reason}")
+        say(f"left out: {ascii(key)[1:-1]}: {reason}")
 
 
 # prune, doctor ----------------------------------------------------------------------------------------------------
@@ -351,6 +367,7 @@ def prune(
     if what.empty:
         raise click.UsageError("say what goes: --stale, --flagged, --broken, --quarantined, --machine, --older-than")
     place = _place(file)
+    _tell_if_missing(place)
     if dry_run or not place.exists():
         done = profile_tools.prune(profile_file.read(place), what)
     else:
@@ -366,8 +383,8 @@ def prune(
         print_json({"profile": str(place), "dry_run": dry_run, "pruned": dict(done.reasons)})
         return
     for key, reason in done.reasons.items():
-        click.echo(f"{ascii(key)[1:-1]}: {reason}")
-    click.echo(f"{place}: {len(done.reasons)} {'would go' if dry_run else 'taken out'}")
+        say(f"{ascii(key)[1:-1]}: {reason}")
+    say(f"{place}: {len(done.reasons)} {'would go' if dry_run else 'taken out'}")
 
 
 @profile_group.command()
@@ -384,12 +401,13 @@ def doctor(every: bool, file: Path | None, as_json: bool) -> None:
     with scope(None, file):
         found = examine(profile.layers(), profile.writable_path(), machine.current())
         places = [str(place) for _, place in profile.layers() if place.exists()]
+        _tell_if_missing(profile.writable_path())
     if as_json:
         print_json([asdict(finding) for finding in found])
     else:
         _print_findings(found, every=every)
         wrong = sum(finding.wrong for finding in found)
-        click.echo(f"{wrong or 'nothing'} to mend in {', '.join(places) or 'no profile at all'}")
+        say(f"{wrong or 'nothing'} to mend in {', '.join(places) or 'no profile at all'}")
     if any(finding.wrong for finding in found):
         sys.exit(exit_codes.ERROR)
 
@@ -399,7 +417,7 @@ def _print_findings(found: Sequence[Finding], *, every: bool) -> None:
         alike = [finding for finding in found if (finding.kind, finding.layer) == kind]
         for finding in alike if every else alike[:_FEW]:
             note = "" if finding.wrong else "note: "
-            click.echo(f"{note}{finding.kind} ({finding.layer}): {finding.about}: {finding.reason}")
-            click.echo(f"    {finding.command}")
+            say(f"{note}{finding.kind} ({finding.layer}): {finding.about}: {finding.reason}")
+            say(f"    {finding.command}")
         if not every and len(alike) > _FEW:
-            click.echo(f"    ... and {len(alike) - _FEW} more like these; --all shows them")
+            say(f"    ... and {len(alike) - _FEW} more like these; --all shows them")

@@ -16,6 +16,7 @@ from convdispatch.calibration import TERMS
 from convdispatch.errors import ArgumentError
 from convdispatch.problem import Problem
 from convdispatch.terminal import (
+    Seconds,
     console,
     explained,
     json_option,
@@ -23,6 +24,7 @@ from convdispatch.terminal import (
     print_table,
     profile_option,
     read_option,
+    say,
     scope,
     table,
     tell_of_waiting,
@@ -37,6 +39,7 @@ from convdispatch.tuning.held_out import draw_problems
 from convdispatch.tuning.race import RULES
 from convdispatch.tuning.regret import Summary
 from convdispatch.tuning.validation import APART, FLIPS, NOISY, TARGETS, WAYS, Cost, Validation, Way
+from convdispatch.units import threads_text
 
 _WORDS: Mapping[Way, str] = {
     "bare": "estimate, as the backends make it",
@@ -69,7 +72,7 @@ def calibrate(allow_busy: bool, threads: int | None, file: Path | None, as_json:
             busy.refuse_if_busy(heuristic.budget_of(threads), busy.PATIENCE, tell_of_waiting)
         found = calibrating.calibrate(
             threads=threads,
-            on_progress=lambda problem: click.echo(f"[{next(numbers)}/{total}] {problem}", err=True),
+            on_progress=lambda problem: say(f"[{next(numbers)}/{total}] {problem}", err=True),
         )
     if as_json:
         made = asdict(found.calibration)
@@ -110,7 +113,7 @@ def _print_calibration(found: CalibrationReport) -> None:
 )  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Which random problems.")
 @click.option(
-    "--seconds", type=click.FloatRange(min=0, min_open=True), default=5.0, show_default=True,
+    "--seconds", type=Seconds(some=True), default=5.0, show_default=True,
     help="Most time of each problem's oracle, and of its final duel.",
 )  # fmt: skip
 @click.option(
@@ -162,7 +165,7 @@ def validate(
             threads=threads,
             seconds=seconds,
             conditions=busy.since(lambda: busy.make_watch(heuristic.budget_of(threads))),
-            on_progress=lambda said: click.echo(f"[{next(numbers)}/{total}] {said}", err=True),
+            on_progress=lambda said: say(f"[{next(numbers)}/{total}] {said}", err=True),
         )
     if as_json:
         print_json(validation_data(found))
@@ -178,7 +181,7 @@ def print_validation(found: Validation) -> None:
     """Print a validation as a table, with the targets beside the figures."""
     out = console()
     here = machine.current()
-    out.print(f"{here.cpu}, {found.threads} of {here.cores} cores' threads, machine {found.machine}")
+    out.print(f"{here.cpu}, {threads_text(found.threads, here.cores)}, machine {found.machine}")
     right = ("mean", "p95", "worst")
     title = f"regret over {len(found.cases)} problems: time of what was chosen over the best"
     rows = table(title, ("choice by", *right, "target"), right)

@@ -11,7 +11,7 @@ import numpy as np
 
 from convdispatch import heuristic, on_miss, profile, quarantine, registry, settings, stored, transfer
 from convdispatch.arguments import Array
-from convdispatch.backend import Candidate, Config, item_bytes, seen_by
+from convdispatch.backend import Candidate, Config, item_bytes, rejection
 from convdispatch.errors import (
     ArgumentError,
     BackendRejectedError,
@@ -151,7 +151,7 @@ def _contest(question: Question, forced: Forced) -> "Contest | None":
 def _forced(question: Question, forced: tuple[str, Config | None]) -> Decision:
     (name, config), problem = forced, question.problem
     backend = registry.get(name)
-    if reason := backend.rejects(seen_by(backend, problem)):
+    if reason := rejection(backend, problem):
         raise BackendRejectedError(f"backend {name!r} cannot do {problem}: {reason}")
     if held := quarantine.of(backend):
         warn(f"backend={name!r} is used as asked, but {held}", ProfileWarning)

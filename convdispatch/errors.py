@@ -91,7 +91,7 @@ def warn(said: str, category: type[ConvDispatchWarning] = ConvDispatchWarning) -
     level, frame = 1, sys._getframe()  # noqa: SLF001  # what the interpreter has for this
     while frame.f_back is not None and _is_ours(frame):
         level, frame = level + 1, frame.f_back
-    warnings.warn(said, category, stacklevel=level)
+    warnings.warn(printable(said), category, stacklevel=level)
 
 
 def _is_ours(frame: FrameType) -> bool:
@@ -108,7 +108,10 @@ def shown(value: object) -> str:
     """Return how a value is told of in an error: as Python writes it, but no longer than a line."""
     if shape := getattr(value, "shape", ()):
         return f"{type(value).__name__} of shape {shape}"
-    text = _repr.repr(value)
+    try:
+        text = _repr.repr(value)
+    except ValueError:  # Python writes no whole number of thousands of digits
+        text = f"a huge {type(value).__name__}"
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
@@ -116,10 +119,20 @@ def shown(value: object) -> str:
 LONGEST_REASON = 300
 
 
+def printable(text: str) -> str:
+    r"""Return a text that somebody else may have written as it can be shown, line by line.
+
+    What a terminal would obey, or cannot show, is written as Python writes it in a string: ``\x1b``.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def in_a_line(said: object, limit: int | None = None) -> str:
-    """Return what an error says in one line, of so many characters at most.
+    """Return what an error says in one line that can be shown, of so many characters at most.
 
     It is cut between characters, not words: one long word, such as a path, may be all there is.
     """
-    line = " ".join(str(said).split())
+    line = printable(" ".join(str(said).split()))
     return line if limit is None or len(line) <= limit else line[: limit - 3] + "..."

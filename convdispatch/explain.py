@@ -8,7 +8,7 @@ import numpy as np
 
 from convdispatch import arguments, dispatch, heuristic, machine, profile, separation, settings, transfer
 from convdispatch.backend import Backend, Candidate
-from convdispatch.errors import BackendRejectedError, ProfileMissError
+from convdispatch.errors import BackendRejectedError, ProfileMissError, printable
 from convdispatch.plan import Evidence
 from convdispatch.problem import Problem
 from convdispatch.profile import Entry, Failure, Key, Result
@@ -78,7 +78,7 @@ class Explanation:
         lines += [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
         ]
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
 
 def cells(row: Row) -> tuple[str, str, str, str, str, str, str, str]:

@@ -11,11 +11,12 @@ from convdispatch.backend import (
     Candidate,
     Config,
     Effort,
+    configs_of,
     epsilon,
     plain_growth,
-    seen_by,
+    rejection,
 )
-from convdispatch.errors import warn
+from convdispatch.errors import ArgumentError, warn
 from convdispatch.problem import ROUNDING, Problem
 from convdispatch.profile import Result
 from convdispatch.settings import Options
@@ -59,11 +60,17 @@ def thread_counts(threads: int) -> tuple[int, ...]:
 
 
 def candidates_of(backend: Backend, problem: Problem, threads: int, effort: Effort) -> list[Candidate]:
-    """Return a backend's candidates for a problem it does not reject, its default config first."""
+    """Return a backend's candidates for a problem it does not reject, its default config first.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: if the backend names a config that is none, or has threads that are not there.
+    """
     if problem.is_trivial:  # the plan does without a kernel
         return [Candidate(backend, Config())]
-    configs = backend.configs(seen_by(backend, problem), effort)
+    configs = configs_of(backend, problem, effort)
     if not backend.parallel:
+        if many := next((config for config in configs if not 1 <= config.threads <= threads), None):
+            raise ArgumentError(f"config ({many}) has other threads than the 1 to {threads} that a call may use")
         return [Candidate(backend, config) for config in configs]
     counts = thread_counts(threads)
     return [Candidate(backend, _on_threads(config, count)) for config in configs for count in counts]
@@ -96,7 +103,7 @@ def usable(problem: Problem, options: Options) -> tuple[dict[str, Backend], dict
 def refusal(backend: Backend, problem: Problem) -> str | None:
     """Return why a backend cannot do a problem, or None; one that raises cannot."""
     try:
-        return backend.rejects(seen_by(backend, problem))
+        return rejection(backend, problem)
     except (Exception, SystemExit) as error:  # noqa: BLE001  # somebody's backend must not stop the others
         return f"its rejects raised {type(error).__name__}: {error}"
 

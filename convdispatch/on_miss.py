@@ -72,7 +72,7 @@ def decide(question: Question) -> Decision | None:
 
 def _tuned(question: Question) -> Decision | None:
     problem, options, key = question.problem, question.options, question.key
-    if problem.is_empty or options.effort == "estimate":
+    if problem.is_trivial or options.effort == "estimate":
         return None
     from convdispatch.tuning import problem_race  # noqa: PLC0415  # needed only where something is measured
     from convdispatch.tuning.rematch import suffices  # noqa: PLC0415

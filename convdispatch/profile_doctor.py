@@ -15,6 +15,7 @@ from convdispatch.profile import Entry, Key
 from convdispatch.profile_file import Profile
 from convdispatch.quarantine import Quarantine
 
+_A_PAGE = 4096
 #: Layers whose file somebody has named, and so may be anything.
 _NAMED = ("project", "only")
 
@@ -89,12 +90,13 @@ def _unwritable(path: Path) -> Iterator[Finding]:
         return  # it cannot be read either, which is said
     if not folder.is_dir():
         reason, command = f"{folder} is no folder", _aside(folder)
-    elif not os.access(folder, os.W_OK | os.X_OK):
-        reason, command = f"nothing may be written in {folder}", shlex.join(["chmod", "u+wx", str(folder)])
-    elif refusal := _refusal(folder):
-        reason, command = f"no file can be made in {folder}: {refusal}", _elsewhere(path)
-    else:
+    elif (refusal := _refusal(folder)) is None and os.access(folder, os.W_OK | os.X_OK):
         return
+    elif refusal is None or isinstance(refusal, PermissionError):
+        reason, command = f"nothing may be written in {folder}", shlex.join(["chmod", "u+wx", str(folder)])
+    else:  # whatever permissions are given, as on a disk that is full or is only read
+        why = refusal.strerror or str(refusal)
+        reason, command = f"no file can be made in {folder}: {why}", _elsewhere(path)
     yield Finding("unwritable file", "written by tune", str(path), str(path), reason, command)
 
 
@@ -121,13 +123,16 @@ def _is_there(path: Path) -> bool:
     return True
 
 
-def _refusal(folder: Path) -> str:
-    """Return why no file can be made in a folder, though permissions allow it; trying leaves nothing behind."""
+def _refusal(folder: Path) -> OSError | None:
+    """Return why no file can be written in a folder, if none can; trying leaves nothing behind."""
     try:
-        with tempfile.TemporaryFile(dir=folder):
-            return ""
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_A_PAGE))  # an empty file has room on a full disk
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
-        return error.strerror or str(error)
+        return error
+    return None
 
 
 @dataclass(frozen=True)
@@ -178,9 +183,9 @@ class _Layer:
             yield self.finding("stale", about, stale, self.tune(entry.key))
         for complaint in _complaints(entry):
             yield self.finding("unusable config", about, complaint, self.tune(entry.key, "--retune"))
-        if entry.flags:
+        if entry.doubts:
             command = self.tune(entry.key, *[] if entry.is_busy else ["--retune"])
-            yield self.finding("flagged", about, ", ".join(entry.flags), command)
+            yield self.finding("flagged", about, ", ".join(entry.doubts), command)
 
     def _foreign(self, contents: Profile, machine_id: str, keys: Sequence[Key]) -> Finding:
         count = f"{len(keys)} {'entry' if len(keys) == 1 else 'entries'}"

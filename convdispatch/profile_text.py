@@ -26,13 +26,13 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from convdispatch import safe_yaml, settings
 from convdispatch.arguments import check_deployment
 from convdispatch.backend import Config, candidate_name
-from convdispatch.errors import ProfileError
+from convdispatch.errors import ArgumentError, ArgumentTypeError, ProfileError
 from convdispatch.problem import Problem
 
 MACHINE = "machine "
@@ -40,6 +40,8 @@ CALIBRATION = "calibration "
 QUARANTINE = "quarantine "
 #: Flag of what was measured while others used the machine.
 BUSY = "busy"
+#: Flag of what was measured on live traffic, which is as good an end as another.
+ONLINE = "online"
 #: First words of top-level keys that are neither machines nor entries; other modules know what they hold.
 NOTES = (CALIBRATION, QUARANTINE)
 
@@ -121,9 +123,10 @@ class Entry:
         failures: candidates that may not win.
         effort: how hard was looked.
         tuned: when, as ISO 8601 in UTC.
-        flags: what is doubtful about the measurement, in single words such as ``"busy"``; empty for a good one.
+        flags: what is to be known of the measurement, in single words such as ``"busy"``; empty for a plain one.
         lost_before: backends with versions that were not measured, since they had lost to the winner on a machine
             much like this one.
+        by_hand: whether somebody wrote another winner than was measured.
     """
 
     key: Key
@@ -133,6 +136,7 @@ class Entry:
     tuned: str = field(default_factory=lambda: dt.datetime.now(dt.UTC).isoformat(timespec="seconds"))
     flags: tuple[str, ...] = ()
     lost_before: tuple[tuple[str, int], ...] = ()
+    by_hand: bool = False
 
     @property
     def winner(self) -> Result:
@@ -143,6 +147,19 @@ class Entry:
     def is_busy(self) -> bool:
         """Whether others used the machine meanwhile; such an entry is used, and measured again."""
         return BUSY in self.flags
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """The flags that make the measurement doubtful."""
+        return tuple(flag for flag in self.flags if flag != ONLINE)
+
+    def with_winner(self, name: str) -> "Entry | None":
+        """Return this entry with another winner, chosen by hand; None if no result has that name."""
+        chosen = next((result for result in self.results if result.name == name), None)
+        if chosen is None:
+            return None
+        others = sorted((result for result in self.results if result is not chosen), key=lambda result: result.median)
+        return replace(self, results=(chosen, *others), by_hand=True)
 
     def best(self, allows: Callable[[Result], bool]) -> Result | None:
         """Return the winner, or the fastest other result that is allowed, or None."""
@@ -170,7 +187,9 @@ def dump_entry(entry: Entry) -> str:
     if entry.lost_before:
         lines.append(f"  lost_before: {flow(dict(entry.lost_before))}")
     lines.append("  results:")
-    for result in entry.results:
+    first, *others = entry.results
+    # The measured winner comes first. So where another result is behind `winner`, somebody has chosen it.
+    for result in (others[0], first, *others[1:]) if entry.by_hand and others else entry.results:
         row = {
             "backend": result.backend, "version": result.version, "config": dict(result.config),
             "threads": result.config.threads,
@@ -326,12 +345,10 @@ def parse_config(values: Mapping[Any, Any]) -> Config:
     Raises:
         ProfileError: if it is none that any backend could have.
     """
-    for name, value in values.items():
-        if not isinstance(name, str) or not isinstance(value, int | float | str | bool):
-            raise ProfileError(f"config must map names to plain values; got {values!r:.60}")
-        if isinstance(value, int) and value.bit_length() > 63:
-            raise ProfileError(f"config {name:.60} is a larger number than any kernel takes")
-    return Config(values)
+    try:
+        return Config(values)
+    except (ArgumentError, ArgumentTypeError) as error:
+        raise ProfileError(str(error)) from None
 
 
 def _candidate_fields(data: Any, key: Key) -> tuple[str, int, Config]:
@@ -376,7 +393,8 @@ def parse_entry(key: Key, data: Any) -> Entry:
     if effort not in settings.EFFORTS:
         raise ProfileError(f"effort must be one of {', '.join(settings.EFFORTS)}; got {effort!r:.60}")
     others = sorted((result for result in results if result is not chosen), key=lambda result: result.median)
-    return Entry(key, (chosen, *others), tuple(failures), effort, _when(data), _flags(data), _lost_before(data))
+    about = _when(data), _flags(data), _lost_before(data)
+    return Entry(key, (chosen, *others), tuple(failures), effort, *about, by_hand=chosen is not results[0])
 
 
 def parse_key(text: str) -> Key:

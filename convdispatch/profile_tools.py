@@ -102,7 +102,7 @@ def width(entry: Entry) -> float:
 def choose(entries: Sequence[Entry]) -> Entry:
     """Return the entry to trust of several for one key, whatever their order.
 
-    Measurements of the newest versions of the backends come first, then those without flags, then the tighter
+    Measurements of the newest versions of the backends come first, then those without doubts, then the tighter
     interval of the winner, the higher effort, the newer date.
     """
     newest: dict[str, int] = {}
@@ -110,12 +110,13 @@ def choose(entries: Sequence[Entry]) -> Entry:
         for name, version in versions(entry).items():
             newest[name] = max(version, newest.get(name, version))
 
-    def rank(entry: Entry) -> tuple[bool, bool, float, int, float, str]:
+    def rank(entry: Entry) -> tuple[bool, bool, bool, float, int, float, str]:
         old = any(newest[name] != version for name, version in versions(entry).items())
         when = _when(entry.tuned)
         effort = settings.EFFORTS.index(entry.effort)
         # The text decides only between entries that are equal in all that matters, so that order never does.
-        return old, bool(entry.flags), width(entry), -effort, -(when.timestamp() if when else 0), repr(entry)
+        doubtful, flagged = bool(entry.doubts), bool(entry.flags)
+        return old, doubtful, flagged, width(entry), -effort, -(when.timestamp() if when else 0), repr(entry)
 
     return min(entries, key=rank)
 
@@ -137,6 +138,7 @@ class Joined:
         new: keys that were not there.
         better: keys whose entry gives way to a better one.
         kept: keys whose entry stays.
+        by_hand: keys that keep a winner that was chosen by hand, in a better entry or in the one that stays for it.
         refused: what cannot be read of the sources, and why.
         grades: how many of the sources' entries match this machine exactly, softly or not at all.
     """
@@ -145,6 +147,7 @@ class Joined:
     new: tuple[Key, ...]
     better: tuple[Key, ...]
     kept: tuple[Key, ...]
+    by_hand: tuple[Key, ...]
     refused: Mapping[str, str]
     grades: Mapping[Grade, int]
 
@@ -169,10 +172,11 @@ def join(target: Profile, sources: Sequence[Profile], here: Machine) -> Joined:
                 others.setdefault(head, text)
     there, broken = target.chunks(), target.broken()
     changes: dict[str, str | None] = {}
-    sorted_keys: dict[str, list[Key]] = {"new": [], "better": [], "kept": []}
+    sorted_keys: dict[str, list[Key]] = {"new": [], "better": [], "kept": [], "by_hand": []}
     for key, group in groups.items():
         old = None if target.spelling(key) in broken else target.get(key)
-        best = choose(group if old is None else [old, *group])
+        best, kept_by_hand = _joined(old, group)
+        sorted_keys["by_hand"] += [key] * kept_by_hand
         sorted_keys["new" if old is None else "kept" if best == old else "better"].append(key)
         if best != old:
             changes |= {spelt: None for spelt in (target.spelling(key),) if spelt is not None}
@@ -185,7 +189,17 @@ def join(target: Profile, sources: Sequence[Profile], here: Machine) -> Joined:
         elif head not in there and (head in used or head.startswith(NOTES)):
             changes[head] = text
     keys = {name: tuple(found) for name, found in sorted_keys.items()}
-    return Joined(changes, keys["new"], keys["better"], keys["kept"], refused, counts)
+    return Joined(changes, **keys, refused=refused, grades=counts)
+
+
+def _joined(old: Entry | None, group: Sequence[Entry]) -> tuple[Entry, bool]:
+    """Return the entry to trust, and whether its winner is a choice by hand: the old entry's, if there is one."""
+    best = choose(group if old is None else [old, *group])
+    wanted = [entry for entry in (group if old is None else [old]) if entry.by_hand]
+    if not wanted or best in wanted:
+        return best, False
+    choice = choose(wanted)
+    return best.with_winner(choice.winner.name) or choice, True
 
 
 def _readable(source: Profile) -> list[Entry]:
@@ -211,7 +225,7 @@ def export(source: Profile, *, portable: bool) -> Exported:
     Args:
         source: the profile.
         portable: whether to leave out what tells one machine from others of its kind, so that all of these use the
-            entries, softly: processor model, cores, caches, library versions. Flagged entries stay behind then, and
+            entries, softly: processor model, cores, caches, library versions. Doubtful entries stay behind then, and
             of several machines of one kind the best entry is taken.
     """
     left_out = dict(source.broken())
@@ -221,9 +235,9 @@ def export(source: Profile, *, portable: bool) -> Exported:
         key = entry.key
         fields = source.machines().get(key.machine)
         if portable:
-            if entry.flags or fields is None:
+            if entry.doubts or fields is None:
                 left_out[str(key)] = (
-                    f"flagged {', '.join(entry.flags)}" if entry.flags else "its machine is not described"
+                    f"flagged {', '.join(entry.doubts)}" if entry.doubts else "its machine is not described"
                 )
                 continue
             fields = fingerprint.portable(fields)
@@ -296,8 +310,8 @@ def prune(source: Profile, what: Selection, now: dt.datetime | None = None) -> P
     reasons: dict[str, str] = {}
     for entry in _readable(source):
         reason = "selected" if what.names_no_kind else stale_reason(entry) if what.stale else ""
-        if what.flagged and entry.flags:
-            reason = reason or f"flagged {', '.join(entry.flags)}"
+        if what.flagged and entry.doubts:
+            reason = reason or f"flagged {', '.join(entry.doubts)}"
         if reason and selected(entry.key.machine, entry.tuned):
             reasons[source.spelling(entry.key) or str(entry.key)] = reason
     if what.quarantined or what.names_no_kind:

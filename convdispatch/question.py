@@ -7,7 +7,7 @@ from typing import Any
 
 from convdispatch import heuristic, machine, settings
 from convdispatch.backend import Candidate, Config
-from convdispatch.errors import ArgumentTypeError, shown
+from convdispatch.errors import ArgumentError, ArgumentTypeError, shown
 from convdispatch.plan import Evidence
 from convdispatch.problem import Problem
 from convdispatch.profile import Key
@@ -81,6 +81,8 @@ def parse_forced(backend: Any) -> Forced:
     if isinstance(backend, tuple | list) and len(backend) == 2 and isinstance(backend[0], str):
         try:
             config = Config(backend[1])
+        except ArgumentError:
+            raise  # it says which value would not do
         except (TypeError, ValueError):
             pass
         else:

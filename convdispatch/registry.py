@@ -17,7 +17,7 @@ import numpy as np
 
 from convdispatch import settings
 from convdispatch.arguments import Array
-from convdispatch.backend import Backend, Config, Kernel, Numerics
+from convdispatch.backend import LARGEST, Backend, Config, Kernel, Numerics, whole_number
 from convdispatch.errors import (
     ArgumentTypeError,
     BackendError,
@@ -25,6 +25,7 @@ from convdispatch.errors import (
     ConvDispatchError,
     RegistrationError,
     UnknownBackendError,
+    shown,
     warn,
 )
 from convdispatch.locks import module_rlock
@@ -144,7 +145,12 @@ def _module_loader(module_name: str) -> Callable[[], type[Backend]]:
 
 
 def _instance(name: str, value: Any, **about: Any) -> Backend:
-    """Make a backend of whatever someone offers under a name."""
+    """Make a backend of whatever someone offers under a name.
+
+    Its name and version are as profiles write them afterwards: a plain text and a plain whole number.
+    """
+    if not _NAME.fullmatch(name):
+        raise RegistrationError(f"a backend's name must match {_NAME.pattern}; got {name!r}")
     if isinstance(value, type) and issubclass(value, Backend):
         if inspect.isabstract(value):
             missing = ", ".join(sorted(value.__abstractmethods__))
@@ -161,7 +167,12 @@ def _instance(name: str, value: Any, **about: Any) -> Backend:
         raise RegistrationError(f"backend {name!r} is a class: it says {', '.join(about)} itself")
     if getattr(value, "name", name) != name:
         raise RegistrationError(f"backend {name!r} calls itself {value.name!r}; the two names must agree")
-    value.name = name  # type: ignore[misc]
+    value.name = str(name)  # type: ignore[misc]
+    version = whole_number(value.version)
+    if version is None or abs(version) > LARGEST:
+        raise RegistrationError(f"backend {name!r} must have a whole number as version; got {shown(value.version)}")
+    if type(value.version) is not int:
+        value.version = version  # type: ignore[misc]
     return value
 
 
@@ -222,7 +233,7 @@ def register(name: Any, *, replace: bool = False, **about: Any) -> Any:
 
 
 _ABOUT: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "version": ("an int", lambda value: type(value) is int),
+    "version": ("an int", lambda value: whole_number(value) is not None),
     "numerics": ("a Numerics", lambda value: isinstance(value, Numerics)),
     "rejects": ("a function from a problem to a reason or None", callable),
 }
@@ -240,8 +251,6 @@ def _check_about(about: dict[str, Any]) -> None:
 
 
 def _add(name: str, value: Any, replace: bool, about: dict[str, Any]) -> None:
-    if not _NAME.fullmatch(name):
-        raise RegistrationError(f"a backend's name must match {_NAME.pattern}; got {name!r}")
     backend = _instance(name, value, **about)
     with _registry.lock:
         if name in names() and not replace:

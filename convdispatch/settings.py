@@ -5,6 +5,7 @@ import contextvars
 import difflib
 import functools
 import inspect
+import math
 import operator
 import os
 import re
@@ -67,17 +68,26 @@ def parse_bytes(value: Any) -> int | None:
     if match is None:
         raise ArgumentError(f"memory_limit must be bytes or a text such as '256MiB'; got {shown(value)}")
     number, unit, binary = match.groups()
-    step = 1024 if binary else 1000
-    return int(float(number) * step ** " KMGT".index(unit.upper() or " "))
+    size = float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " ")
+    if not math.isfinite(size):
+        raise ArgumentError(f"memory_limit must be bytes or a text such as '256MiB'; got {shown(value)}")
+    return int(size)
+
+
+def _number(value: Any) -> float:
+    """Return a number, or a text's; NaN for what is none, which no comparison is true of."""
+    if isinstance(value, bool):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def _accuracy(value: Any) -> str | float:
     if isinstance(value, str) and value.strip().lower() in ACCURACIES:
         return value.strip().lower()
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = -1.0
+    number = _number(value)
     if not 0 < number < 1:
         raise ArgumentError(
             f"accuracy must be one of {', '.join(ACCURACIES)}, or a relative error between 0 and 1; got {shown(value)}"
@@ -94,31 +104,47 @@ def _names(value: Any) -> tuple[str, ...]:
     return tuple(sorted(set(names)))
 
 
-def _path(value: Any) -> Path | None:
-    if value is None or value == "":
-        return None
+def user_file(name: str, value: Any) -> Path:
+    """Return the file that a person names, as an absolute path: a program may go elsewhere.
+
+    Args:
+        name: what the argument is called.
+        value: a path; ``~`` is its user's home, and ``~name`` that of another.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: if it can be no file's path.
+    """
     if not isinstance(value, str | os.PathLike):
-        raise ArgumentTypeError(f"profile must be a file's path; got {shown(value)}")
-    if "\0" in os.fspath(value):
-        raise ArgumentError(f"profile must be a file's path, which no NUL is part of; got {shown(value)}")
-    return Path(value).expanduser().absolute()  # a program may go elsewhere
+        raise ArgumentTypeError(f"{name} must be a file's path; got {shown(value)}")
+    text = os.fsdecode(value)
+    if "\0" in text:
+        raise ArgumentError(f"{name} must be a file's path, which no NUL is part of; got {shown(value)}")
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError:
+        user = text.partition(os.sep)[0]
+        raise ArgumentError(
+            f"{name} must be a file's path; got {shown(value)}, and there is no home folder of {user}; "
+            f"a folder of that name here is ./{user}"
+        ) from None
+
+
+def _path(name: str) -> Callable[[Any], Path | None]:
+    def parse(value: Any) -> Path | None:
+        return None if value is None or value == "" else user_file(name, value)
+
+    return parse
 
 
 def _share(value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = -1.0
-    if not 0 <= number <= 1 or isinstance(value, bool):
+    number = _number(value)
+    if not 0 <= number <= 1:
         raise ArgumentError(f"online_budget must be a share between 0 and 1; got {shown(value)}")
     return number
 
 
 def _seconds(value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = -1.0
+    number = _number(value)
     if not number >= 0:
         raise ArgumentError(f"time_limit must be seconds, 0 or more; got {shown(value)}")
     return number
@@ -141,7 +167,11 @@ TABLE: Mapping[str, tuple[Callable[[Any], Any], Any, str]] = {
     "memory_limit": (parse_bytes, None, "most workspace bytes a candidate may use, e.g. 256MiB"),
     "on_miss": (_choice("on_miss", ON_MISS), "raise", "what replay does about a miss: " + ", ".join(ON_MISS)),
     "online_budget": (_share, 0.02, "share of convolution time that online tuning may add"),
-    "profile": (_path, None, "profile file of this project; read above the user's, and written instead of it"),
+    "profile": (
+        _path("profile"),
+        None,
+        "profile file of this project; read above the user's, and written instead of it",
+    ),
     "threads": (parse_threads, None, "most threads a call may use; all usable cores where unset"),
     "time_limit": (_seconds, 10.0, "most seconds that on-miss tuning races a problem's candidates, once checked"),
     "tuning": (_choice("tuning", TUNING), "off", "what an unmeasured problem causes: " + ", ".join(TUNING)),
@@ -149,7 +179,7 @@ TABLE: Mapping[str, tuple[Callable[[Any], Any], Any, str]] = {
 
 #: The same of what holds for a whole process, and is no option of a block.
 PROCESS: Mapping[str, tuple[Callable[[Any], Any], Any, str]] = {
-    "record": (_path, None, "workload file to add all calls of this program to, when it ends"),
+    "record": (_path("record"), None, "workload file to add all calls of this program to, when it ends"),
 }
 
 
@@ -173,23 +203,21 @@ class Options:
 @functools.cache
 def from_environment() -> Options:
     """Read the options' defaults from the environment, once a process; warn of names that mean nothing."""
-    known = {PREFIX + name.upper(): name for name in (*TABLE, *PROCESS)}
+    known = [name.upper() for name in (*TABLE, *PROCESS)]
     for variable in sorted(os.environ):
-        if variable.startswith(PREFIX) and variable not in known:
-            near = difflib.get_close_matches(variable, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(known))}"
+        if variable.startswith(PREFIX) and (name := variable.removeprefix(PREFIX)) not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            all_known = ", ".join(sorted(PREFIX + each for each in known))
+            hint = f"; did you mean {PREFIX}{near[0]}?" if near else f"; known: {all_known}"
             warn(f"environment variable {variable} means nothing to convdispatch{hint}")
-    values = {}
-    for name, row in TABLE.items():
-        values[name] = _from_variable(name, row)
-    return Options(**values)
+    return Options(**{name: _from_variable(name, row) for name, row in TABLE.items()})
 
 
 def _from_variable(name: str, row: tuple[Callable[[Any], Any], Any, str]) -> Any:
     variable, (parse, default, _) = PREFIX + name.upper(), row
-    given = os.environ.get(variable)
+    given = os.environ.get(variable, "")
     try:
-        return default if given is None else parse(given)
+        return parse(given) if given.strip() else default  # an empty one is as good as none
     except (ArgumentError, ArgumentTypeError) as error:
         warn(f"environment variable {variable} is ignored: {error}")
         return default

@@ -11,6 +11,11 @@ def time_text(seconds: float | None) -> str:
     return f"{seconds / 1e-9:.3g} ns"
 
 
+def threads_text(threads: int, cores: int) -> str:
+    """Return how many threads there are beside so many cores, for people."""
+    return f"{threads} of {cores} cores' threads" if threads <= cores else f"{threads} threads on {cores} cores"
+
+
 def bytes_text(count: int) -> str:
     """Return a size for people, e.g. ``"1.5 MiB"``."""
     size, unit = float(count), "B"

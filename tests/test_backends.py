@@ -31,7 +31,7 @@ from convdispatch import reference, registry
 from convdispatch.arguments import Array
 from convdispatch.backend import Backend, Candidate, Config, seen_by
 from convdispatch.epilogue import ACTIVATIONS, Epilogue
-from convdispatch.errors import BackendRejectedError, BackendUnavailableError
+from convdispatch.errors import ArgumentError, BackendRejectedError, BackendUnavailableError
 from convdispatch.machine import Machine, current
 from convdispatch.problem import Problem, dtype_of
 
@@ -381,5 +381,15 @@ def test_views_of_any_strides_are_read_and_written(backend: Backend, case: Case,
 def test_a_block_larger_than_any_number_of_filters_is_all_filters() -> None:
     x, w = np.ones((1, 4, 4, 2), np.float32), np.ones((3, 3, 2, 5), np.float32)
     expected = convdispatch.conv2d(x, w, backend="direct")
-    for block in (2**63 - 1, 10**30):
-        assert (convdispatch.conv2d(x, w, backend=("numba", {"block": block})) == expected).all()
+    assert (convdispatch.conv2d(x, w, backend=("numba", {"block": 2**63 - 1})) == expected).all()
+    with pytest.raises(ArgumentError, match="config block is a larger number than any kernel takes"):
+        convdispatch.conv2d(x, w, backend=("numba", {"block": 10**30}))
+
+
+def test_configs_of_other_types_are_others() -> None:
+    """What a backend refuses as a float must not be refused as a whole number because it was so before."""
+    assert len({Config(m=1), Config(m=1.0), Config(m=True)}) == 3
+    x, w = np.ones((1, 6, 6, 4), np.float32), np.ones((3, 3, 4, 5), np.float32)
+    with pytest.raises(ArgumentError, match="whole number"):
+        convdispatch.conv2d(x, w, backend=("winograd", {"m": 4.0}))
+    assert convdispatch.conv2d(x, w, backend=("winograd", {"m": 4})).shape == (1, 6, 6, 5)

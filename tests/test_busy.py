@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -336,10 +337,10 @@ def test_a_missing_core_makes_no_winner_of_one_thread(clock: FakeClock, busy: Ca
     parallel = Scripted("a", clock, tried=(two, one), expected=0.5)
     only(parallel, Scripted("b", clock, 3.0))
     busy(True, True)
-    disturbed = tune_problem(key(), clock=clock, rules=RULES).entry
+    disturbed = tune_problem(replace(key(), threads=2), clock=clock, rules=RULES).entry
     assert (disturbed.winner.config["threads"], disturbed.flags) == (2, ("busy",))
     assert disturbed.results[1].config["threads"] == 1  # it is known that it was faster
-    assert tune_problem(key(), clock=clock, rules=RULES).entry.winner.config["threads"] == 1
+    assert tune_problem(replace(key(), threads=2), clock=clock, rules=RULES).entry.winner.config["threads"] == 1
 
 
 def test_what_is_kept_of_a_flagged_entry_keeps_the_flag(clock: FakeClock, busy: Callable[..., Machine]) -> None:

@@ -164,7 +164,9 @@ def test_a_reason_is_printed_as_it_is(file: Path) -> None:
 
 def test_the_bar_shows_words_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = io.StringIO()
-    monkeypatch.setattr("convdispatch.terminal.Console", functools.partial(Console, file=shown, force_terminal=True))
+    monkeypatch.setattr(
+        "convdispatch.terminal._Console", functools.partial(terminal._Console, file=shown, force_terminal=True)
+    )
     with cli._bar(2, "tuning", "net {v} [/v2]") as advance:
         advance("1x1 [/v2] :gear:")
     assert "tuning net {v} [/v2]" in shown.getvalue()

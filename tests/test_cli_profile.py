@@ -1,6 +1,7 @@
 """``convdispatch profile``: what each command prints, what it writes, and how it ends."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +219,47 @@ def test_a_profile_is_the_same_after_export_and_import(file: Path, tmp_path: Pat
     run("export", out, "--profile", file)
     run("import", out, "--profile", back)
     assert Profile(back.read_text(), "x").entries() == profile_file.read(file).entries()
+
+
+@pytest.mark.parametrize("force", [(), ("--force",)])
+def test_nothing_is_exported_from_a_profile_that_is_not_there(file: Path, tmp_path: Path, force: tuple[str]) -> None:
+    good = tmp_path / "good.yaml"
+    if force:
+        good.write_text(MIXED)
+    done = run("export", good, *force, "--profile", file)
+    assert done.exit_code == 1
+    assert f"nothing would be in {good}: {file} does not exist" in done.stderr
+    file.write_text("format: 1\n")
+    assert f"nothing would be in {good}: {file} has no entries" in run("export", good, *force, "--profile", file).stderr
+    assert (good.read_text() == MIXED) if force else not good.exists()
+
+
+@pytest.mark.parametrize("words", [("show",), ("show", "--json"), ("prune", "--stale"), ("doctor",)])
+def test_a_profile_that_is_named_and_is_not_there_is_told_of(file: Path, words: tuple[str, ...]) -> None:
+    done = run(*words, "--profile", file)
+    assert done.exit_code == 0
+    assert f"{file} does not exist" in done.stderr
+    assert "does not exist" not in run(*words).stderr
+    file.write_text("format: 1\n")
+    assert "does not exist" not in run(*words, "--profile", file).stderr
+
+
+def test_import_says_how_many_keep_a_winner_chosen_by_hand(file: Path, tmp_path: Path) -> None:
+    better = tmp_path / "better.yaml"
+    measured = entry(row("fft", 1e-3), row("direct", 2e-3))
+    file.write_text(text_of(measured).replace("winner: fft", "winner: direct"))
+    better.write_text(text_of(replace(measured, tuned="2026-11-20")))
+    done = run("import", better, "--profile", file)
+    assert "1 better" in done.stdout
+    assert "1 keeps the winner chosen by hand" in done.stdout
+    (shown_now,) = data("show", "--profile", file)
+    assert (shown_now["winner"], shown_now["by_hand"]) == ("direct(threads=1)", True)
+    assert data("import", better, "--profile", file)["better"] == 0
+
+
+def test_diff_prints_json_where_a_winner_was_too_fast_for_the_clock(file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    file.write_text(text_of(entry(row("fft", 0.0))))
+    other.write_text(text_of(entry(row("direct", 1e-3))))
+    (change,) = json.loads(run("diff", file, other, "--json").stdout, parse_constant=pytest.fail)["changed"]
+    assert change["ratio"] is None

@@ -1,6 +1,7 @@
 """Who is chosen, on what evidence, under which options; with backends that count how often they are called."""
 
 import asyncio
+import math
 import os
 import threading
 import warnings
@@ -354,7 +355,7 @@ def test_a_config_whose_workspace_cannot_be_told_is_passed_over_with_a_warning(c
         assert chosen() == ("other", "profile")
 
 
-GARBAGE = (0, -1, 3, 10**30, "x", True, 1.5, float("inf"))
+GARBAGE = (0, -1, 3, 2**63 - 1, "x", True, 1.5, float("inf"))
 
 
 @pytest.mark.parametrize("name", ["direct", "fft", "im2col", "numba", "winograd"])
@@ -780,6 +781,57 @@ def test_an_environment_variable_that_makes_no_sense_is_ignored_with_a_warning(m
     settings.from_environment.cache_clear()
     with pytest.warns(UserWarning, match="CONVDISPATCH_THREADS is ignored: threads must be"):
         assert settings.current().threads is None
+
+
+@pytest.mark.parametrize(("name", "hint"), [("THREDS", "did you mean CONVDISPATCH_THREADS"), ("BLAH", "known: ")])
+def test_a_hint_goes_by_what_follows_the_prefix(name: str, hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"CONVDISPATCH_{name}", "1")
+    settings.from_environment.cache_clear()
+    with pytest.warns(UserWarning, match=f"CONVDISPATCH_{name} means nothing to convdispatch; {hint}"):
+        settings.current()
+
+
+@pytest.mark.parametrize("name", [name.upper() for name in (*settings.TABLE, *settings.PROCESS)])
+@pytest.mark.parametrize("value", ["", " "])
+def test_an_empty_environment_variable_is_as_good_as_none(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = settings.from_environment()
+    monkeypatch.setenv(f"CONVDISPATCH_{name}", value)
+    settings.from_environment.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert settings.from_environment() == (
+            replace(usual, isolation="third-party") if name == "ISOLATION" else usual
+        )
+        assert settings.record_path() is None
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"time_limit": 10**400}, {"time_limit": 10**5000}, {"time_limit": True}, {"time_limit": math.nan},
+        {"accuracy": 10**400}, {"accuracy": math.nan}, {"online_budget": 10**400},
+        {"online_budget": math.nan}, {"online_budget": True}, {"memory_limit": "1" * 400 + ".0GiB"},
+        {"threads": 10**5000},
+    ],
+    ids=lambda given: next(iter(given)),
+)  # fmt: skip
+def test_numbers_that_no_option_can_take_are_errors_that_name_it(given: dict[str, Any]) -> None:
+    (name,) = given
+    with pytest.raises((ArgumentError, ArgumentTypeError), match=f"{name} must be .*; got ") as failed:
+        settings.options(**given)
+    assert len(str(failed.value)) < 250
+
+
+@pytest.mark.parametrize("name", ["profile", "record"])
+def test_a_home_that_is_not_there_is_told_of_and_passed_over(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"CONVDISPATCH_{name.upper()}", "~nobody-of-this-name/p.yaml")
+    settings.from_environment.cache_clear()
+    with pytest.warns(UserWarning, match=f"{name} must be a file's path; .*no home folder of ~nobody-of-this-name"):
+        assert (settings.from_environment().profile, settings.record_path()) == (None, None)
+    with pytest.raises(ArgumentError, match="there is no home folder of ~nobody-of-this-name"):
+        settings.options(profile="~nobody-of-this-name/p.yaml")
 
 
 # What changes a decision ---------------------------------------------------------------------------------------------

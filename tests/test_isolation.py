@@ -349,12 +349,12 @@ from convdispatch.tuning import cell
 
 cell.Child = lambda *_: None
 held = cell.Cell(registry.get("direct"))
-print(held._folder)
+print(held._folder.path)
 sys.stdout.flush()
 if (child := os.fork()) == 0:
     sys.exit()
 os.waitpid(child, 0)
-sys.exit(not Path(held._folder).exists())
+sys.exit(not Path(held._folder.path).exists())
 """
 
 

@@ -1,9 +1,12 @@
 """Whole profiles: how machines compare, how entries join, what goes out, and what the doctor finds."""
 
 import datetime as dt
+import errno
+import io
 import itertools
 import os
 import re
+import tempfile
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -580,3 +583,110 @@ def test_a_machine_that_comes_with_a_better_first_entry_doubles_nothing() -> Non
         assert now.count(f"{better.key}:") == 1
         assert now.count(f"machine {HERE.id}:") == 1
         assert [found.winner.median for found in Profile(now, "now.yaml").entries()] == [1e-3]
+
+
+# Choices by hand ----------------------------------------------------------------------------------------------------
+
+
+def by_hand(found: Entry, winner: str) -> Entry:
+    """Return what is read of an entry in whose text somebody has written another winner."""
+    text = re.sub("winner: .*", f"winner: {winner}", profile.dump_entry(found))
+    read = Profile(f"format: 1\n{text}", "some.yaml").get(found.key)
+    assert read is not None
+    return read
+
+
+SLOW = "direct(threads=1)"
+
+
+def test_a_winner_that_was_not_measured_as_one_was_chosen_by_hand() -> None:
+    measured = entry()
+    assert not measured.by_hand
+    assert by_hand(measured, measured.winner.name) == measured
+    chosen = by_hand(measured, SLOW)
+    assert (chosen.by_hand, chosen.winner.name) == (True, SLOW)
+    assert by_hand(chosen, SLOW) == chosen  # however often it is written again
+    assert by_hand(chosen, measured.winner.name) == measured
+
+
+@pytest.mark.parametrize("flags", [(), ("busy",), ("online",)])
+def test_a_better_entry_keeps_the_winner_that_was_chosen_by_hand(flags: tuple[str, ...]) -> None:
+    mine = replace(by_hand(entry(), SLOW), flags=flags)
+    better = entry(row("fft", 0.9e-3), row("direct", 1.8e-3), tuned="2026-11-20T00:00:00+00:00", effort="patient")
+    done = join(of(mine), [of(better)], HERE)
+    assert (done.better, done.by_hand) == ((mine.key,), (mine.key,))
+    now = Profile(of(mine).changed(done.changes), "some.yaml")
+    assert now.get(mine.key) == better.with_winner(SLOW)
+    again = join(now, [of(better)], HERE)
+    assert (again.kept, again.changes) == ((mine.key,), {})
+
+
+def test_an_entry_with_a_choice_by_hand_stays_where_the_better_one_did_not_measure_it() -> None:
+    mine = by_hand(entry(), SLOW)
+    better = entry(row("fft", 0.9e-3), tuned="2026-11-20T00:00:00+00:00", effort="patient")
+    done = join(of(mine), [of(better)], HERE)
+    assert (done.kept, done.by_hand, done.changes) == ((mine.key,), (mine.key,), {})
+
+
+def test_somebody_elses_choice_by_hand_is_taken_for_what_is_new_alone() -> None:
+    mine, theirs = entry(tuned="2026-11-20T00:00:00+00:00"), by_hand(entry(), SLOW)
+    assert join(of(mine), [of(theirs)], HERE).by_hand == ()
+    for sources in itertools.permutations([of(mine), of(theirs)]):
+        done = join(of(), sources, HERE)
+        assert (done.new, done.by_hand) == ((mine.key,), (mine.key,))
+        assert Profile(of().changed(done.changes), "some.yaml").get(mine.key) == mine.with_winner(SLOW)
+
+
+def test_an_export_keeps_a_choice_by_hand() -> None:
+    mine = by_hand(entry(), SLOW)
+    for portable in (False, True):
+        (found,) = Profile(export(of(mine), portable=portable).text, "some.yaml").entries()
+        assert (found.by_hand, found.winner.name) == (True, SLOW)
+
+
+# Online ---------------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_found_on_live_traffic_is_not_doubtful() -> None:
+    found = of(entry(flags=("online",)))
+    here = entry().key
+    assert export(found, portable=True).entries == 1
+    assert prune(found, Selection(flagged=True)).changes == {}
+    assert (found.get(here) or entry()).doubts == ()
+    both = of(entry(flags=("online", "busy")))
+    assert export(both, portable=True).entries == 0
+    assert set(prune(both, Selection(flagged=True)).reasons.values()) == {"flagged busy"}
+    assert choose([entry(flags=("busy",), effort="exhaustive"), entry(flags=("online",))]).flags == ("online",)
+
+
+def test_the_doctor_has_nothing_to_mend_in_what_was_found_on_live_traffic(tmp_path: Path) -> None:
+    file = tmp_path / "profile.yaml"
+    file.write_text(text_of(entry(row("direct", version=registry.get("direct").version), flags=("online",))))
+    assert not [finding for finding in examine([("project", file)], file, HERE) if finding.kind == "flagged"]
+
+
+# Disks ----------------------------------------------------------------------------------------------------------------
+
+
+class _Full(io.BytesIO):
+    def write(self, _: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def _read_only(**_: Any) -> None:
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
+@pytest.mark.parametrize(
+    ("make", "access", "said"),
+    [(lambda **_: _Full(), True, "No space left on device"), (_read_only, False, "Read-only file system")],
+)
+def test_a_disk_that_takes_nothing_is_not_mended_by_permissions(
+    make: Any, access: bool, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: access)
+    monkeypatch.setattr(tempfile, "TemporaryFile", make)
+    (finding,) = examine([], tmp_path / "profile.yaml", HERE)
+    assert (finding.kind, finding.wrong) == ("unwritable file", True)
+    assert said in finding.reason
+    assert finding.command.startswith("export CONVDISPATCH_PROFILE=")

@@ -470,5 +470,25 @@ def test_a_program_that_records_nothing_loads_nothing_for_it() -> None:
 
 
 def test_a_path_of_another_kind_is_refused_before_anything_is_recorded() -> None:
-    with pytest.raises(ArgumentTypeError, match="path must be a path of a file, or None; got 5"), record(5):  # type: ignore[arg-type]
+    with pytest.raises(ArgumentTypeError, match="path must be a file's path; got 5"), record(5):  # type: ignore[arg-type]
         pytest.fail("the block must not run")
+
+
+def test_a_recording_goes_to_the_home_that_the_path_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with record("~/in/r.yaml") as recording:
+        convdispatch.conv2d(X, W)
+    recording.save("~/in/s.yaml")
+    assert {path.name for path in (tmp_path / "in").glob("*.yaml")} == {"r.yaml", "s.yaml"}
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_program_that_is_to_record_into_no_home_runs_all_the_same() -> None:
+    environment = {**os.environ, "CONVDISPATCH_RECORD": "~nobody-of-this-name/r.yaml", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", "import convdispatch"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert "record must be a file's path" in done.stderr
+    assert "Traceback" not in done.stderr

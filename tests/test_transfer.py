@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -97,6 +99,59 @@ def test_rows_without_an_estimate_and_of_doubtful_entries_are_passed_over() -> N
     assert rows_of(profile.dump_entry(entry))
     assert rows_of(profile.dump_entry(bare)) == ()
     assert rows_of(profile.dump_entry(dataclasses.replace(entry, flags=("busy",)))) == ()
+
+
+_LAST = "estimate_us: "
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda text: re.sub(r"  winner: .*\n", "", text),
+        lambda text: re.sub(r"winner: .*", "winner: nobody", text),
+        lambda text: re.sub(r"winner: .*", "winner:", text),
+        lambda text: text[: text.rindex(_LAST)],
+        lambda text: text[: text.rindex(_LAST) + len(_LAST)],
+        lambda text: text.rstrip()[:-1],
+        lambda text: text.replace("  effort", "\teffort"),
+        lambda text: text.replace("effort: measure", "effort: some"),
+        lambda text: text.replace("spread", "spr\0ead"),
+        lambda text: text.replace("effort: ", "effort: \x7f"),
+        lambda text: re.sub(r"tuned: .*", "tuned: yesterday", text),
+        lambda text: text.replace("error: ", "error: -"),
+        lambda text: re.sub("spread: [0-9.]+", "spread: .nan", text),
+        lambda text: re.sub("workspace: [0-9]+, ", "", text),
+        lambda text: text.replace("config: {}", "config: {threads: 9000}"),
+        lambda text: text.replace("2 threads", "0 threads"),
+        lambda text: text + "\n" + text.replace("rounds: 7", "rounds: 8"),
+    ],
+)
+def test_a_broken_entry_is_no_neighbour(spoil: Callable[[str], str]) -> None:
+    """What reading an entry refuses says nothing to other problems either."""
+    entry = dataclasses.replace(entry_of(NEAR, quick=2.0, steady=3.0), key=Key(NEAR, "plan", 2, HERE.id))
+    text = profile.dump_entry(entry)
+    assert len(rows_of(text)) == 2
+    assert rows_of(spoil(text)) == ()
+
+
+def test_an_entry_that_somebody_wrote_otherwise_is_a_neighbour_like_any() -> None:
+    entry = entry_of(NEAR, quick=2.0, steady=3.0)
+    text = profile.dump_entry(entry)
+    by_hand = text.replace("- {backend: steady", "# looked at\n  -   {backend:  steady").replace(
+        "winner: quick", "winner: steady"
+    )
+    assert by_hand.count("steady") == 2
+    assert sorted(rows_of(by_hand), key=str) == sorted(rows_of(text), key=str)
+
+
+@pytest.mark.parametrize(
+    "config", [Config(folded=True, m=4), Config(folded=False), Config(part=0.5, loop="rows"), Config(name="a, b")]
+)
+def test_a_neighbour_of_any_config_is_heard(config: Config) -> None:
+    row = Result("quick", 1, config, 1.0, 0.0, 7, 1e-16, 0, estimate=1.0)
+    assert rows_of(profile.dump_entry(Entry(Key(NEAR, "plan", 2, HERE.id), (row,)))) == (
+        Row("quick", 1, config, 1.0, 1.0),
+    )
 
 
 # Choices ---------------------------------------------------------------------------------------------------------
@@ -320,7 +375,10 @@ def test_calibration_and_neighbours_do_not_correct_the_same_error_twice(two: dic
 def test_a_config_broken_by_hand_says_nothing(broken: str) -> None:
     text = profile.dump_entry(know(NEAR, quick=2.0))
     assert "config: {}" in text
-    assert rows_of(text.replace("config: {}", "config: {m: 4, threads: 2}"))[0].config == Config(m=4, threads=2)
+    by_hand = text.replace("config: {}", "config: {m: 4, threads: 2}").replace(
+        "winner: quick", "winner: quick(m=4, threads=2)"
+    )
+    assert rows_of(by_hand)[0].config == Config(m=4, threads=2)
     assert rows_of(text.replace("config: {}", f"config: {{{broken}}}")) == ()
 
 

@@ -759,10 +759,13 @@ def test_so_is_one_whose_arrays_the_system_does_not_map(clock: FakeClock, monkey
         assert f"no memory for the arrays of {large}: cannot map" in report.layers[0].reason
 
 
-@pytest.mark.parametrize("text", ["0x6x6x2 * 3x3x2x3", "0x2x6x6 NCHW * 3x3x2x3 int8 +residual"])
-def test_an_empty_batch_is_tuned_like_any_problem_without_work(clock: FakeClock, text: str) -> None:
-    entry = race_of(Scripted("a", clock), clock=clock, key=key(Problem.parse(text)))
-    assert (names_of(entry), reasons(entry)) == (["a"], {})
+@pytest.mark.parametrize("text", ["0x6x6x2 * 3x3x2x3", "0x2x6x6 NCHW * 3x3x2x3 int8 +residual", "1x6x6x0 * 3x3x0x3"])
+def test_a_problem_without_work_needs_no_race(clock: FakeClock, text: str) -> None:
+    backend = Scripted("a", clock)
+    only(backend)
+    report = tune([Problem.parse(text), PROBLEM], deployments=["plan"], retune=True)
+    assert (statuses(report), report.complete) == (["trivial", "tuned"], True)
+    assert len(stored()) == 1
 
 
 def test_a_failing_retune_keeps_the_old_entry(clock: FakeClock) -> None:

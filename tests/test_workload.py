@@ -313,3 +313,19 @@ def test_made_by_hand_is_checked_too() -> None:
         Workload("w", layers)
     with pytest.raises(ArgumentTypeError, match="name must be text; got 3"):
         Workload(name, tuple(layers))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("threads: 100000", "threads must be a whole number from 1 to 9999"),
+        (f"seconds: 1{'0' * 400}", "seconds must be a number of at least 0; got 1"),
+        (f"count: 1{'0' * 400}", "count must be a whole number of at least 1, and at most"),
+    ],
+)
+def test_numbers_that_nothing_could_be_done_with_are_refused(words: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"layers:\n- {{problem: '1x9x9x4 * 3x3x4x8 SAME', {words}}}\n")
+    with pytest.raises(WorkloadError, match=said) as failed:
+        load(file)
+    assert len(str(failed.value)) < 300

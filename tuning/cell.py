@@ -5,12 +5,9 @@ import contextlib
 import math
 import os
 import re
-import shutil
 import signal
 import sys
-import tempfile
 import time
-import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from convdispatch.backend import Backend, Candidate
 from convdispatch.problem import Problem, dtype_of
 from convdispatch.tuning.child import ChildLostError, start
 from convdispatch.tuning.gate import trial
+from convdispatch.tuning.trial_folder import TrialFolder
 
 #: Multiply-adds a second below which a candidate counts as hanging.
 _CRAWL = 1e7
@@ -81,15 +79,14 @@ class Cell:
         self.process = os.getpid()
         self._served = False
         self._sent = _payload(backend)
-        self._folder = tempfile.mkdtemp(prefix="convdispatch-")
-        self._remove = weakref.finalize(self, _remove, self._folder, self.process)
+        self._folder = TrialFolder()
         try:
             self._child = start(
                 "convdispatch.tuning.isolation_worker",
                 [os.path.abspath(entry) for entry in sys.path],  # noqa: PTH100  # "" is here
             )
         except ChildLostError as error:  # it is tried here instead
-            self._remove()
+            self._folder.remove()
             raise UnsentError(f"its process {error}") from None
 
     @property
@@ -109,7 +106,7 @@ class Cell:
             return Finding(f"{type(error).__name__}: {error}")
         seconds = limits.seconds + problem.flops / 2 / _CRAWL
         request = {
-            "problem": str(problem), "config": dict(candidate.config), "outputs": self._folder,
+            "problem": str(problem), "config": dict(candidate.config), "outputs": self._folder.path,
             "seconds": 2 * seconds + 10,
         }  # fmt: skip
         try:
@@ -193,7 +190,7 @@ class Cell:
         if "raised" in told:
             return Finding(told["raised"])
         for when, name in told.get("files", ()):
-            file = Path(self._folder, name)
+            file = Path(self._folder.path, name)
             verdict = trial(problem).judge(candidate, _array(problem, file))
             file.unlink()
             if verdict.reason is not None:
@@ -206,13 +203,7 @@ class Cell:
         """End the process."""
         if self.process == os.getpid():  # not where this is a copy that a fork made
             self._child.close()
-            self._remove()
-
-
-def _remove(folder: str, process: int) -> None:
-    """Remove a folder, unless this process is a copy that a fork made of the one whose it is."""
-    if os.getpid() == process:
-        shutil.rmtree(folder, ignore_errors=True)
+            self._folder.remove()
 
 
 def _payload(backend: Backend) -> dict[str, str]:

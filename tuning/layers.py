@@ -13,7 +13,7 @@ from convdispatch.tuning.entrants import chosen_backends
 from convdispatch.tuning.rematch import suffices
 from convdispatch.tuning.workload import Layer
 
-Status = Literal["tuned", "known", "left", "failed"]
+Status = Literal["tuned", "known", "trivial", "left", "failed"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class LayerReport:
     Attributes:
         layer: the layer.
         deployment: ``"plan"`` or ``"call"``.
-        status: ``"tuned"`` now, ``"known"`` from the profile, ``"left"`` when time ran out, or ``"failed"``.
+        status: ``"tuned"`` now, ``"known"`` from the profile, ``"trivial"`` where there is nothing to compute,
+            ``"left"`` when time ran out, or ``"failed"``.
         entry: the measurements, where there are any.
         left_out: candidates not measured, since they were estimated hopelessly slow.
         reason: why it failed.
@@ -89,6 +90,8 @@ def measure(
         ready: called before something is measured; it may refuse by raising.
     """
     known = found.entry if found is not None else None
+    if key.problem.is_trivial:
+        return LayerReport(layer, key.deployment, "trivial")
     if terms.are_met(found):
         return LayerReport(layer, key.deployment, "known", known)
     if seconds is not None and seconds <= 0:

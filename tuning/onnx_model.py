@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from convdispatch.epilogue import Epilogue
-from convdispatch.errors import ArgumentError, ConvDispatchWarning, WorkloadError, in_a_line, warn
+from convdispatch.errors import LONGEST_REASON, ArgumentError, ConvDispatchWarning, WorkloadError, in_a_line, warn
 from convdispatch.problem import Problem, padding_of
 from convdispatch.tuning.onnx_epilogue import epilogues
 from convdispatch.tuning.onnx_graph import Graph, Sizes, attributes, inner, kind
@@ -28,7 +28,6 @@ _NOT_PLAIN = {
 }  # fmt: skip
 #: Initializers of so many elements are weights; shorter ones may be shapes, which inference reads.
 _MOST_ELEMENTS = 1024
-_LONGEST_REASON = 300
 
 
 def convolutions(path: Path) -> list[tuple[str, Problem]]:
@@ -53,7 +52,7 @@ def convolutions(path: Path) -> list[tuple[str, Problem]]:
     except (OSError, WorkloadError, ConvDispatchWarning):
         raise
     except Exception as error:  # a broken model is broken anywhere
-        said = in_a_line(error, _LONGEST_REASON) or type(error).__name__
+        said = in_a_line(error, LONGEST_REASON) or type(error).__name__
         raise WorkloadError(f"{path}: this is no ONNX model: {said}") from error
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from convdispatch import observe, safe_file, settings
-from convdispatch.errors import ArgumentTypeError, ConvDispatchError, WorkloadError, warn
+from convdispatch.errors import ConvDispatchError, WorkloadError, warn
 from convdispatch.locks import module_lock
 from convdispatch.problem import Problem
 from convdispatch.tuning import workload as workloads
@@ -137,7 +137,7 @@ class Recording:
         Raises:
             WorkloadError: if nothing was called, the file there is no workload, or it cannot be written.
         """
-        merge(Path(path), self.workload)
+        merge(settings.user_file("path", path), self.workload)
 
 
 def _layers(calls: Mapping[_Key, Tally]) -> tuple[Layer, ...]:
@@ -225,10 +225,8 @@ def record(path: str | os.PathLike[str] | None = None) -> Iterator[Recording]:
         >>> [(str(layer.problem), layer.count, layer.deployment) for layer in workload]
         [('1x8x8x3 * 3x3x3x4 SAME', 1, 'call')]
     """
-    if path is not None and not isinstance(path, str | os.PathLike):
-        raise ArgumentTypeError(f"path must be a path of a file, or None; got {path!r:.80}")
     recording = Recording()
-    target = None if path is None else Path(path).absolute()  # the block may go elsewhere
+    target = None if path is None else settings.user_file("path", path)
     if target is not None:
         place = workloads.place_of(target)
         if place.exists() and (not place.is_file() or place.stat().st_size):

@@ -40,8 +40,8 @@ class TuneReport:
 
     @property
     def complete(self) -> bool:
-        """Whether every layer has a winner."""
-        return all(report.status in {"tuned", "known"} for report in self.layers)
+        """Whether every layer has a winner that needs one."""
+        return all(report.status in {"tuned", "known", "trivial"} for report in self.layers)
 
     @property
     def flagged(self) -> int:

@@ -59,10 +59,12 @@ class TuningRun:
         self._backends = terms.chosen()
         self._work = stakes.tasks(
             load, deployments, machine.current().id, heuristic.budget_of(threads),
-            threads=settings.parse_threads(threads), is_settled=lambda key: terms.are_met(self._known(key)),
+            threads=settings.parse_threads(threads),
+            is_settled=lambda key: key.problem.is_trivial or terms.are_met(self._known(key)),
         )  # fmt: skip
         self._threads = max(task.key.threads for task in self._work)
-        self._new = [task.key for task in self._work if terms.retune or self._known(task.key) is None]
+        keys = [task.key for task in self._work if not task.key.problem.is_trivial]
+        self._new = [key for key in keys if terms.retune or self._known(key) is None]
         self._is_ready = allow_busy
         self._reports: list[LayerReport] = []
 

@@ -24,17 +24,18 @@ A file whose name ends in ``.onnx`` is a model, each of its different convolutio
 import difflib
 import functools
 import importlib.resources
-import math
 import os
 import reprlib
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from convdispatch import safe_file, safe_yaml
+from convdispatch import safe_file, safe_yaml, settings
 from convdispatch.arguments import check_deployment
-from convdispatch.errors import ArgumentError, ArgumentTypeError, WorkloadError
+from convdispatch.backend import LARGEST
+from convdispatch.errors import ArgumentError, ArgumentTypeError, WorkloadError, shown
 from convdispatch.problem import Problem
 from convdispatch.tuning import onnx_model
 
@@ -77,6 +78,7 @@ class Layer:
             check_deployment(self.deployment)
         if self.threads is not None:
             _check_count("threads", self.threads)
+            settings.parse_threads(self.threads)
 
     @property
     def posed(self) -> tuple[Problem, str | None, int | None]:
@@ -156,7 +158,7 @@ class Workload:
 
         """
         try:
-            place = place_of(Path(path))
+            place = place_of(settings.user_file("path", path))
             with safe_file.exclusive(place):
                 safe_file.replace(place, self.to_yaml().encode())
         except WorkloadError:
@@ -318,12 +320,13 @@ def _check_keys(where: str, given: dict[Any, Any], known: tuple[str, ...]) -> No
 def _check_count(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ArgumentTypeError(f"{name} must be a whole number of at least 1; got {reprlib.repr(value)}")
-    if value < 1:
-        raise ArgumentError(f"{name} must be a whole number of at least 1; got {value}")
+    if not 1 <= value <= LARGEST:
+        most = "" if value < 1 else f", and at most {LARGEST}"
+        raise ArgumentError(f"{name} must be a whole number of at least 1{most}; got {shown(value)}")
 
 
 def _check_seconds(value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ArgumentTypeError(f"seconds must be a number of at least 0; got {reprlib.repr(value)}")
-    if not 0 <= value < math.inf:
-        raise ArgumentError(f"seconds must be a number of at least 0; got {value}")
+    if not 0 <= value <= sys.float_info.max:
+        raise ArgumentError(f"seconds must be a number of at least 0; got {shown(value)}")
