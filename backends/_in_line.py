@@ -19,7 +19,7 @@ import functools
 import numpy as np
 
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
-from convdispatch.backends._put import finish_and_put
+from convdispatch.backends._put import finished, put, put_activated
 from convdispatch.backends._tile import add_to_all, multiply_add, multiply_pairs, zeros
 from convdispatch.backends._vector import hold, prefetch
 from convdispatch.backends._windows import copy_columns, copy_group, taps_inside
@@ -39,8 +39,13 @@ _AHEAD = 2
 
 
 @functools.cache
-def compiled(rows: int, vectors: int, lanes: int, itemsize: int, pixels: int = 1) -> CompiledKernel:  # noqa: C901, PLR0915
-    """Return the kernel of one tile, which is no longer than a line, with so many pixels in a row: 1 or 2."""
+def compiled(  # noqa: C901, PLR0915
+    rows: int, vectors: int, lanes: int, itemsize: int, pixels: int = 1, activates: int = 0
+) -> CompiledKernel:
+    """Return the kernel of one tile, which is no longer than a line, with so many pixels in a row: 1 or 2.
+
+    One that ``activates``, 1 if so, has activations that are no clamps; where it lacks them, short sums are done sooner.
+    """
     block = vectors * lanes
     step = block * itemsize
     words = rows * step // 8
@@ -126,10 +131,11 @@ def compiled(rows: int, vectors: int, lanes: int, itemsize: int, pixels: int = 1
                                     sums = multiply_add(sums, rows, (tap, apart), 0, packed, 1)
                                 tap += itemsize
                                 packed += step
-                    finish_and_put(
-                        sums, rows, (to, result), residual.size, more, code, slope, count, block, streams, words,
-                        itemsize,
-                    )  # fmt: skip
+                    sums = finished(sums, rows, (to, result), more, residual.size, code, count, block)
+                    if activates:
+                        put_activated(sums, rows, (to, result), count, block, code, slope, words, itemsize)
+                    else:
+                        put(sums, rows, (to, result), 0, count, block, streams)
         hold(window), hold(stage)
         return 1
 

@@ -17,7 +17,7 @@ import numpy as np
 from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._jit import inlined
 from convdispatch.backends._lanes import multiply_each, multiply_some, slide_each, sum_lanes
-from convdispatch.backends._put import finish_and_put
+from convdispatch.backends._put import finished, put, put_activated
 from convdispatch.backends._tile import add_to_all, zeros
 from convdispatch.backends._vector import hold
 from convdispatch.backends._windows import copy_columns, taps_inside
@@ -66,10 +66,13 @@ def _adding(pixels: int, filters: int, taps: int, stride: int, lanes: int, items
 
 
 @functools.cache
-def compiled(pixels: int, filters: int, taps: int, stride: int, lanes: int, itemsize: int) -> CompiledKernel:
+def compiled(
+    pixels: int, filters: int, taps: int, stride: int, lanes: int, itemsize: int, activates: int
+) -> CompiledKernel:
     """Return the kernel of tiles of so many pixels and filters, which are no longer than a line.
 
-    They slide over so many ``taps`` of a row, outputs a ``stride`` apart; not if those are 0.
+    They slide over so many ``taps`` of a row, outputs a ``stride`` apart; not if those are 0. One that ``activates``,
+    1 if so, has activations that are no clamps.
     """
     sums_of_tile, vector = pixels * filters, lanes * itemsize
     block = -(-sums_of_tile // lanes) * lanes
@@ -110,9 +113,11 @@ def compiled(pixels: int, filters: int, taps: int, stride: int, lanes: int, item
                 made, to = sum_lanes(sums), np.int64(out.ctypes.data) + (line * columns + ow) * result
                 if bias.size:
                     made = add_to_all(made, 1, np.int64(bias.ctypes.data))
-                finish_and_put(
-                    made, 1, (to, result), residual.size, more, code, slope, sums_of_tile, block, 0, words, itemsize
-                )  # fmt: skip
+                made = finished(made, 1, (to, result), more, residual.size, code, sums_of_tile, block)
+                if activates:
+                    put_activated(made, 1, (to, result), sums_of_tile, block, code, slope, words, itemsize)
+                else:
+                    put(made, 1, (to, result), 0, sums_of_tile, block, 0)
         hold(copied)
         return 1
 

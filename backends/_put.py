@@ -61,17 +61,13 @@ def put_tile(sums, rows, outputs, offset, adds, beside, code, streams):  # type:
 
 
 @inlined
-def finish_and_put(sums, rows, outputs, adds, beside, code, slope, count, whole, streams, words, itemsize):  # type: ignore[no-untyped-def]
-    """Store a tile as ``put`` does, with what it ``adds`` and its activation; a tile takes so many ``words``.
+def put_activated(sums, rows, outputs, count, whole, code, slope, words, itemsize):  # type: ignore[no-untyped-def]
+    """Store ``count`` values of each row of a tile, which takes so many ``words``, with an activation that is no clamp.
 
-    An activation that is no clamp is not done where the values belong: another thread may have done some of them.
+    It is not done where the values belong: another thread may have done some of them.
     """
-    sums = finished(sums, rows, outputs, beside, adds, code, count, whole)
-    if code > RELU6:
-        room, step = stack(words), whole * itemsize
-        store(sums, rows, (room, step), 0)
-        for r in range(rows):
-            activate_all(room + r * step, count, code, slope, itemsize)
-            copy(outputs[0] + r * outputs[1], room + r * step, count * itemsize)
-    else:
-        put(sums, rows, outputs, 0, count, whole, streams)
+    room, step = stack(words), whole * itemsize
+    store(sums, rows, (room, step), 0)
+    for r in range(rows):
+        activate_all(room + r * step, count, code, slope, itemsize)
+        copy(outputs[0] + r * outputs[1], room + r * step, count * itemsize)

@@ -15,6 +15,7 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, item_bytes
 from convdispatch.backends import _rates
+from convdispatch.backends._activation import RELU6
 from convdispatch.backends._inner_product import compiled
 from convdispatch.backends._jobs import grid, pieces, too_many
 from convdispatch.backends._kernel import PackedKernel
@@ -165,7 +166,8 @@ class InnerProduct(PackedBackend):
             "filters": packed, "bias": repeated, "pads": p.pads[::2], "strides": p.strides, "dilations": p.dilations,
             "window": (p.kw, values), "code": p.epilogue.code, "slope": p.epilogue.slope, "jobs": jobs,
         }  # fmt: skip
-        make = functools.partial(compiled, pixels, p.k, taps, p.strides[1] if taps else 1, lanes, size)
+        slide = (taps, p.strides[1] if taps else 1)
+        make = functools.partial(compiled, pixels, p.k, *slide, lanes, size, int(p.epilogue.code > RELU6))
         return PackedKernel(make, p, values_by_name, len(jobs), config.threads)
 
 
