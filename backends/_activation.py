@@ -8,8 +8,14 @@ from numba.extending import overload
 
 from convdispatch.backends._jit import compilable
 from convdispatch.epilogue import ACTIVATIONS
+from convdispatch.problem import Problem
 
 RELU, RELU6, SILU, GELU, SIGMOID, TANH, HARDSWISH, LEAKY_RELU = range(1, len(ACTIVATIONS) + 1)
+
+
+def unclamped(problem: Problem) -> int:
+    """Return the code of a problem's activation that is more than a clamp, else 0."""
+    return problem.epilogue.code if problem.epilogue.code > RELU6 else 0
 
 
 def activate(v: Any, code: int, slope: float) -> Any:

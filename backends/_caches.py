@@ -3,7 +3,7 @@
 import math
 
 from convdispatch.backend import item_bytes
-from convdispatch.backends._activation import RELU6
+from convdispatch.backends._activation import unclamped
 from convdispatch.machine import current
 from convdispatch.memory import CACHE_LINE
 from convdispatch.problem import Problem
@@ -31,5 +31,5 @@ def should_stream(problem: Problem, run: int, row: int, part: float = CACHED_OUT
         part: of the last cache, which is left to the output.
     """
     size = item_bytes(problem.dtype)
-    whole = run * size % CACHE_LINE == row * size % CACHE_LINE == 0 and problem.epilogue.code <= RELU6
+    whole = run * size % CACHE_LINE == row * size % CACHE_LINE == 0 and not unclamped(problem)
     return whole and math.prod(problem.output_shape) * size > part * current().caches[2]

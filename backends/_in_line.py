@@ -22,6 +22,7 @@ from convdispatch.backends._arguments import FLOAT, INTEGER, Arguments, Compiled
 from convdispatch.backends._put import finished, put, put_activated
 from convdispatch.backends._tile import add_to_all, multiply_add, multiply_pairs, zeros
 from convdispatch.backends._vector import hold, prefetch
+from convdispatch.backends._vector_activation import activated
 from convdispatch.backends._windows import copy_columns, copy_group, taps_inside
 from convdispatch.memory import CACHE_LINE
 
@@ -44,7 +45,7 @@ def compiled(  # noqa: C901, PLR0915
 ) -> CompiledKernel:
     """Return the kernel of one tile, which is no longer than a line, with so many pixels in a row: 1 or 2.
 
-    One that ``activates``, 1 if so, has activations that are no clamps; where it lacks them, short sums are done sooner.
+    ``activates`` is the code of an activation that is no clamp, 0 if there is none: then short sums are done sooner.
     """
     block = vectors * lanes
     step = block * itemsize
@@ -132,7 +133,9 @@ def compiled(  # noqa: C901, PLR0915
                                 tap += itemsize
                                 packed += step
                     sums = finished(sums, rows, (to, result), more, residual.size, code, count, block)
-                    if activates:
+                    if activates and itemsize == 4:
+                        put(activated(sums, activates, slope), rows, (to, result), 0, count, block, streams)
+                    elif activates:
                         put_activated(sums, rows, (to, result), count, block, code, slope, words, itemsize)
                     else:
                         put(sums, rows, (to, result), 0, count, block, streams)

@@ -20,6 +20,7 @@ from convdispatch.backends._lanes import multiply_each, multiply_some, slide_eac
 from convdispatch.backends._put import finished, put, put_activated
 from convdispatch.backends._tile import add_to_all, zeros
 from convdispatch.backends._vector import hold
+from convdispatch.backends._vector_activation import activated
 from convdispatch.backends._windows import copy_columns, taps_inside
 
 #: ``filters`` is ``[KH, runs, steps, K, lanes]``, ends of runs filled up with zeros; of tiles that slide, runs are the
@@ -71,8 +72,8 @@ def compiled(
 ) -> CompiledKernel:
     """Return the kernel of tiles of so many pixels and filters, which are no longer than a line.
 
-    They slide over so many ``taps`` of a row, outputs a ``stride`` apart; not if those are 0. One that ``activates``,
-    1 if so, has activations that are no clamps.
+    They slide over so many ``taps`` of a row, outputs a ``stride`` apart; not if those are 0. ``activates`` is the
+    code of an activation that is no clamp, or 0.
     """
     sums_of_tile, vector = pixels * filters, lanes * itemsize
     block = -(-sums_of_tile // lanes) * lanes
@@ -114,7 +115,9 @@ def compiled(
                 if bias.size:
                     made = add_to_all(made, 1, np.int64(bias.ctypes.data))
                 made = finished(made, 1, (to, result), more, residual.size, code, sums_of_tile, block)
-                if activates:
+                if activates and itemsize == 4:
+                    put(activated(made, activates, slope), 1, (to, result), 0, sums_of_tile, block, 0)
+                elif activates:
                     put_activated(made, 1, (to, result), sums_of_tile, block, code, slope, words, itemsize)
                 else:
                     put(made, 1, (to, result), 0, sums_of_tile, block, 0)

@@ -14,7 +14,7 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.backend import item_bytes
 from convdispatch.backends import _in_line
-from convdispatch.backends._activation import RELU6
+from convdispatch.backends._activation import unclamped
 from convdispatch.backends._arguments import INTEGER, Arguments, CompiledKernel, array_of, integers_of
 from convdispatch.backends._atomics import call_kernel
 from convdispatch.backends._caches import should_stream
@@ -151,7 +151,7 @@ class PanelKernel(WrappedKernel):
             weights[:, p.c] = bias
         blocks, panels, ranges = _cut(p, tile, threads)
         jobs = grid((-(-p.k // tile[0]), ranges), (blocks, panels))
-        inner = _in_line.compiled(*tile, lanes, size, 1, int(p.epilogue.code > RELU6))
+        inner = _in_line.compiled(*tile, lanes, size, 1, unclamped(p))
         arguments = _in_line.ARGUMENTS
         template = arguments.pack(
             input=weights.reshape(1, 1, p.k, depth), pads=(0, 0), strides=(1, 1), dilations=(1, 1), jobs=jobs,

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from convdispatch.backend import Config, Effort, item_bytes
-from convdispatch.backends._activation import RELU6
+from convdispatch.backends._activation import unclamped
 from convdispatch.backends._vector import whole_units
 from convdispatch.machine import Machine, current
 from convdispatch.problem import Problem
@@ -42,7 +42,7 @@ def filter_seconds(filter_bytes: int, machine: Machine) -> float:
 
 def activation_seconds(problem: Problem, machine: Machine) -> float:
     """Return how long one thread takes for activations that are more than a clamp, on stored sums."""
-    if problem.epilogue.code <= RELU6:
+    if not unclamped(problem):
         return 0.0
     each = _ACTIVATION_SECONDS * 64 / machine.vector_bytes if problem.dtype == "float32" else _WIDE_ACTIVATION_SECONDS
     return each * math.prod(problem.output_shape)

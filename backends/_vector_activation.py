@@ -41,6 +41,7 @@ from convdispatch.backends._vector import (
     fused_multiply_add,
     intrinsic,
     load,
+    parts_of,
     save,
     vector_bytes,
 )
@@ -159,6 +160,19 @@ class _Floats:
             held = self.where(shifted, "<", 0.0, 0.0, self.where(shifted, ">", 6.0, 6.0, shifted))
             return self.times(x, self.times(held, 1 / 6))
         return self.where(x, "<", 0.0, self.times(x, slope), x)
+
+
+@intrinsic
+def activated(typing: Any, tile: Any, code: Any, slope: Any) -> tuple[Any, Codegen]:
+    """Return a tile of float32 with the activation of a literal code applied."""
+
+    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        floats = _Floats(b, tile.dtype)
+        slopes = broadcast(b, b.fptrunc(arguments[2], ir.FloatType()), tile.dtype.lanes)
+        values = [floats.activated(x, code.literal_value, slopes) for x in parts_of(b, arguments[0], len(tile))]
+        return context.make_tuple(b, signature.return_type, values)
+
+    return tile(tile, code, slope), codegen
 
 
 @intrinsic

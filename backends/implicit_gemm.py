@@ -16,7 +16,7 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, Kernel, item_bytes
 from convdispatch.backends import _in_line, _indirect, _pixel_panels, _rates
-from convdispatch.backends._activation import RELU6
+from convdispatch.backends._activation import unclamped
 from convdispatch.backends._caches import in_last_caches, should_stream
 from convdispatch.backends._jobs import even_grid, grid, pieces
 from convdispatch.backends._kernel import PackedKernel
@@ -278,7 +278,7 @@ class ImplicitGemm(PackedBackend):
         if _is_in_line(p, rows):
             values |= {"pads": p.pads[::2], "strides": p.strides, "dilations": p.dilations}
             values["staged"], values["prefetched"] = int(_is_staged(p)), _prefetched(p, rows)
-            activates = int(p.epilogue.code > RELU6)
+            activates = unclamped(p)
             make = functools.partial(_in_line.compiled, *tile, lanes, item_bytes(p.dtype), pixels, activates)
         else:
             values |= {

@@ -15,7 +15,7 @@ import numpy as np
 from convdispatch.arguments import Array
 from convdispatch.backend import Config, Effort, item_bytes
 from convdispatch.backends import _rates
-from convdispatch.backends._activation import RELU6
+from convdispatch.backends._activation import unclamped
 from convdispatch.backends._inner_product import compiled
 from convdispatch.backends._jobs import grid, pieces, too_many
 from convdispatch.backends._kernel import PackedKernel
@@ -167,7 +167,7 @@ class InnerProduct(PackedBackend):
             "window": (p.kw, values), "code": p.epilogue.code, "slope": p.epilogue.slope, "jobs": jobs,
         }  # fmt: skip
         slide = (taps, p.strides[1] if taps else 1)
-        make = functools.partial(compiled, pixels, p.k, *slide, lanes, size, int(p.epilogue.code > RELU6))
+        make = functools.partial(compiled, pixels, p.k, *slide, lanes, size, unclamped(p))
         return PackedKernel(make, p, values_by_name, len(jobs), config.threads)
 
 
