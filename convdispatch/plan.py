@@ -252,13 +252,17 @@ class Plan:
             return None
         if value is None:
             raise ArgumentError(f"residual is missing: this plan adds one of shape {self.problem.output_shape}")
-        array = as_array("residual", value)
+        array = value
+        if type(value) is not np.ndarray or value.dtype is not self._result:
+            array = as_array("residual", value)
         if array.shape != self.problem.output_shape:
             raise ArgumentError(f"residual must have shape {self.problem.output_shape}; got {array.shape}")
         return self.problem.channels_last(self._native("residual", array, self._result))
 
     @staticmethod
     def _native(name: str, array: Array, dtype: np.dtype[Any]) -> Array:
+        if array.dtype is dtype and array.flags.aligned:
+            return array
         if array.dtype.name != dtype.name:
             raise ArgumentTypeError(f"{name} must be {dtype.name}, as the plan is; got {array.dtype.name}")
         if not array.dtype.isnative or not array.flags.aligned:
@@ -272,7 +276,7 @@ class Plan:
             raise ArgumentTypeError("out must not be a masked array, whose mask would hide results; pass its data")
         if out.shape != self.problem.output_shape:
             raise ArgumentError(f"out must have shape {self.problem.output_shape}; got {out.shape}")
-        if out.dtype.name != self._result.name:
+        if out.dtype is not self._result and out.dtype.name != self._result.name:
             raise ArgumentTypeError(f"out must be {self._result.name}; got {out.dtype.name}")
         if not out.flags.writeable:
             raise ArgumentError("out must be writable; got a read-only array")

@@ -151,10 +151,15 @@ class Oracle:
         return max(float(np.abs(self.exact).max()), float(np.finfo(np.float64).tiny))
 
     @functools.cached_property
+    def _magnitude_added(self) -> Array:
+        """The magnitudes of bias and residual, which are terms of the sums like any other, and may come first."""
+        bias, residual = (0.0 if added is None else np.abs(added.astype(np.float64)) for added in self._added)
+        return np.broadcast_to(np.asarray(bias + residual), self.sums.shape)
+
+    @functools.cached_property
     def _largest_terms(self) -> Array:
         """The largest sum of terms, bias and residual included, of each image and filter, ``[N, K]``."""
-        bias, residual = (0.0 if added is None else np.abs(added.astype(np.float64)) for added in self._added)
-        largest: Array = (self._magnitude + bias + residual).max(axis=(1, 2))
+        largest: Array = (self._magnitude + self._magnitude_added).max(axis=(1, 2))
         return largest
 
     @functools.cached_property
@@ -203,8 +208,11 @@ class Oracle:
         if problem.epilogue:
             # No activation is steeper than 1.2, leaky_relu aside.
             steepest = max(1.2, abs(problem.epilogue.slope))
-            scale = np.abs(self.sums) + np.abs(self.exact) + 1
-            allowed = steepest * (allowed + EPILOGUE_GROWTH * epsilon(problem.sum_dtype) * scale)
+            eps, added = epsilon(problem.sum_dtype), self._magnitude_added
+            if numerics.kind == "local":  # who begins with the bias rounds it with every product
+                allowed = allowed + numerics.growth(problem, config) * eps * added
+            scale = np.abs(self.sums) + added + np.abs(self.exact) + 1
+            allowed = steepest * (allowed + EPILOGUE_GROWTH * eps * scale)
         if problem.dtype != problem.sum_dtype:  # storing a low-precision result rounds it once more
             allowed = allowed + np.abs(self.exact) * ROUNDING[problem.dtype] + float(np.finfo(np.float16).tiny)
         return np.maximum(allowed, np.finfo(np.float64).tiny)

@@ -70,6 +70,16 @@ def test_every_backend_keeps_its_bound_and_its_class(name: str, text: str) -> No
             assert heuristic.accurate_by_measure(backend, problem, found.error, options), (candidate.name, found)
 
 
+def test_a_sum_may_begin_with_its_bias() -> None:
+    """Where products are tiny beside bias and residual, which cancel, it is rounded with every product."""
+    problem = Problem.parse("1x56x56x144 * 1x1x144x24 VALID +bias +residual")
+    for name in ("implicit_gemm", "direct"):
+        candidate = heuristic.candidates_of(registry.get(name), problem, 1, "measure")[0]
+        found = hard_inputs.measure(problem, candidate)
+        assert found is not None
+        assert found.reason is None, name
+
+
 def test_who_is_only_normwise_right_is_no_local_backend() -> None:
     class Normwise(Scripted):
         """Off by a little of its filter's largest output, everywhere: as transforms are."""
