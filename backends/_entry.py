@@ -27,7 +27,7 @@ from numba.core import cgutils
 from convdispatch.arguments import Array
 from convdispatch.backends import _team
 from convdispatch.backends._arguments import INTEGER, Arguments, CompiledKernel, integers_of
-from convdispatch.backends._atomics import CAN_SLEEP, read, stack
+from convdispatch.backends._atomics import CAN_SLEEP, read, stack, write
 from convdispatch.backends._jit import compilable
 from convdispatch.backends._machine_code import compiled_address
 from convdispatch.backends._shares import MOST_WORDS, layout, own_block, spoiled_word
@@ -46,13 +46,15 @@ _READABLE, _STORABLE = _CONTIGUOUS | _ALIGNED, _CONTIGUOUS | _ALIGNED | _WRITABL
 _INT = (1 << 32) - 1  # a C int is the lower half of a word
 
 _MOST_DIMENSIONS = 6
+_WITH_RESIDUAL = 3  # arrays
 _FASTCALL = 0x80
 
-#: What the function must know of a kernel: ``template`` is its block but for two arrays, whose addresses go where
-#: ``layout`` says; ``whereabouts`` has the address of the team's words, ``shapes`` are input's and out's.
+#: What the function must know of a kernel: ``template`` is its block but for so many arrays that are ``given``: two
+#: addresses go where ``layout`` says, and a residual's to word ``added_at``; ``whereabouts`` has the address of the
+#: team's words, ``shapes`` are input's and out's.
 _RECIPE = Arguments(
-    template=INTEGER, layout=INTEGER, is_shared=INTEGER, kernel=INTEGER, jobs=INTEGER, threads=INTEGER,
-    whereabouts=INTEGER, array_type=INTEGER, dtypes=integers_of(2),
+    template=INTEGER, given=INTEGER, layout=INTEGER, added_at=INTEGER, is_shared=INTEGER, kernel=INTEGER,
+    jobs=INTEGER, threads=INTEGER, whereabouts=INTEGER, array_type=INTEGER, dtypes=integers_of(2),
     sizes=integers_of(2), ndim=INTEGER, shapes=integers_of(2 * _MOST_DIMENSIONS), answers=integers_of(2),
 )  # fmt: skip
 unpack = _RECIPE.unpack
@@ -120,27 +122,39 @@ def _is_usual(array, flags, kind, dtype, ndim, shape, first):  # type: ignore[no
     return True
 
 
+@compilable
+def _are_apart(one, size, other, its_size):  # type: ignore[no-untyped-def]
+    """Return whether so many bytes from two addresses on have none in common."""
+    return one + size <= other or other + its_size <= one
+
+
 def _enter(recipe, given, count):  # type: ignore[no-untyped-def]
-    """Run a recipe's kernel on two arrays: a ``PyObject *(*)(PyObject *, PyObject *const *, Py_ssize_t)``."""
+    """Run a recipe's kernel on its arrays: a ``PyObject *(*)(PyObject *, PyObject *const *, Py_ssize_t)``."""
     (
-        template, form, is_shared, kernel, jobs, threads, whereabouts, array_type, dtypes, sizes, ndim, shapes,
-        answers,
+        template, arrays, form, added_at, is_shared, kernel, jobs, threads, whereabouts, array_type, dtypes, sizes,
+        ndim, shapes, answers,
     ) = unpack(_at(recipe + _DATA), 4)  # fmt: skip
     answer = answers[0]
-    if count == 2:
+    if count == arrays:
         x, y, team = _at(given), _at(given + 8), _at(whereabouts)
         usual = _is_usual(x, _READABLE, array_type, dtypes[0], ndim, shapes, 0)
         usual = usual and _is_usual(y, _STORABLE, array_type, dtypes[1], ndim, shapes, _MOST_DIMENSIONS)
-        source = target = 0  # which overlap
+        residual = _at(given + 16) if count == _WITH_RESIDUAL else 0
+        if residual:
+            usual = usual and _is_usual(residual, _READABLE, array_type, dtypes[1], ndim, shapes, _MOST_DIMENSIONS)
+        source = target = added = 0  # which overlap
         if usual and (threads <= 1 or _team.ready(team, threads - 1)):
             source, target = _at(x + _DATA), _at(y + _DATA)
-        if source + sizes[0] <= target or target + sizes[1] <= source:
+            added = _at(residual + _DATA) if residual else target + sizes[1]
+        if _are_apart(source, sizes[0], target, sizes[1]) and _are_apart(added, sizes[1], target, sizes[1]):
             block = own_block(template, form, source, target, stack(MOST_WORDS))
+            if residual:
+                write(block + 8 * added_at, added)
             state = _release_lock()
             if threads <= 1:
                 ended = _team.alone(kernel, block, 0, jobs)
             else:
-                common, how = (block, 0) if is_shared else (template, form)
+                common, how = (block, 0) if is_shared or residual else (template, form)
                 ended = _team.share(team, (kernel, common, how, source, target), block, jobs, threads - 1)
             _take_lock(state)
             word = spoiled_word(block, form)
@@ -196,15 +210,16 @@ def _method() -> tuple[_Method, Callable[[Any, Array, None], Entry]] | None:
 
 
 def entry(
-    kernel: CompiledKernel, block: Array, places: tuple[int, int], spoiled_at: int | None, count: int, threads: int,
-    input_like: ArrayKind, out_like: ArrayKind,
+    kernel: CompiledKernel, block: Array, places: tuple[int, int], added_at: int | None, spoiled_at: int | None,
+    count: int, threads: int, input_like: ArrayKind, out_like: ArrayKind,
 ) -> Entry | None:  # fmt: skip
     """Return the short way into a kernel, or None where there is none.
 
     Args:
         kernel: the compiled kernel.
-        block: its arguments but for two arrays; what it means must outlive the entry.
+        block: its arguments but for the arrays of a call; what it means must outlive the entry.
         places: where in the block the addresses of input and out go.
+        added_at: where a residual's address goes, if there is one; it is given last, and of out's shape and dtype.
         spoiled_at: where it reports sums that are not finite, if it does.
         count: jobs of its work.
         threads: most threads to use.
@@ -215,7 +230,8 @@ def entry(
         return None
     like = (input_like, out_like)
     recipe = _RECIPE.pack(
-        template=address(block), layout=layout(len(block), places, spoiled_at),
+        template=address(block), given=2 if added_at is None else _WITH_RESIDUAL,
+        layout=layout(len(block), places, spoiled_at), added_at=added_at or 0,
         is_shared=kernel.is_shared, kernel=kernel.address, jobs=count,
         threads=_team.useful(threads, count), whereabouts=address(_team.whereabouts), array_type=id(np.ndarray),
         dtypes=[id(dtype) for _, dtype in like], sizes=[math.prod(shape) * dtype.itemsize for shape, dtype in like],

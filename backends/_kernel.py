@@ -66,7 +66,8 @@ class PackedKernel:
         self.places = tuple(arguments.at[name] for name in ("input", "out", "residual"))
         for at, shape in zip(self.places, ((p.n, p.h, p.w, p.c), *2 * ((p.n, p.oh, p.ow, p.k),)), strict=True):
             self.block[at + 1 : at + 5] = shape
-        if not p.epilogue.residual:
+        self._adds = p.epilogue.residual
+        if not self._adds:
             self.block[self.places[2] + 1 : self.places[2] + 5] = 0
         self.spoiled_at = arguments.at.get("spoiled")
 
@@ -94,8 +95,11 @@ class PackedKernel:
 
     def entry(self, input_like: ArrayKind, out_like: ArrayKind) -> Entry | None:
         """Return the short way into this kernel for arrays of such shapes and dtypes, or None where there is none."""
-        places = self.places[0], self.places[1]
-        return entry(self.kernel, self.block, places, self.spoiled_at, self.count, self._threads, input_like, out_like)
+        source, target, added = self.places
+        return entry(
+            self.kernel, self.block, (source, target), added if self._adds else None, self.spoiled_at, self.count,
+            self._threads, input_like, out_like,
+        )  # fmt: skip
 
 
 class WrappedKernel:

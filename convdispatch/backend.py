@@ -225,8 +225,9 @@ class Kernel(Protocol):
     """What ``prepare`` returns: filters packed, ready to run again and again, from many threads at once.
 
     Must be picklable, and must not change ``input`` or itself when called. It may have a method ``entry``, which takes
-    shape and dtype of the input and of ``out``, and returns a faster way in, or None: a function of two such arrays
-    that answers True if it has done all, and anything else where the plan is to call the kernel.
+    shape and dtype of the input and of ``out``, and returns a faster way in, or None: a function of two such arrays,
+    and of the residual where there is one, that answers True if it has done all, and anything else where the plan is to
+    call the kernel.
     """
 
     def __call__(self, input: Array, out: Array, residual: Array | None) -> bool | None:

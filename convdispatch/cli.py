@@ -123,8 +123,8 @@ def tune(
 ) -> None:
     """Measure which backend is fastest for each problem of WHAT or FILE, and keep the winners in the profile.
 
-    WHAT is a packaged workload (resnet50, vgg16, mobilenetv2, unet, first_layers, last_layers, filters1080p,
-    smoothing1080p, downsampling1080p, signals, mixed), a YAML file, an ONNX model, or a problem such as
+    WHAT is a packaged workload (resnet50, vgg16, mobilenetv2, efficientnet_b0, unet, first_layers, last_layers,
+    filters1080p, smoothing1080p, downsampling1080p, signals, mixed), a YAML file, an ONNX model, or a problem such as
     "1x56x56x64 * 3x3x64x64 SAME". An interrupted run keeps what it has measured; the next one goes on from there. While
     others use the machine nothing is measured: after ten seconds of that it ends with exit code 5.
 

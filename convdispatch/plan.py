@@ -110,8 +110,9 @@ class Plan:
         self._lock = threading.Lock()
         self._direct_store = self._can_store_directly()
         self._input_shape, self._output_shape = problem.input_shape, problem.output_shape
-        self._plain = self._needs_nothing_done()
-        self._enter: Callable[[Any, Any], bool | None] | None = None
+        self._enters = self._needs_nothing_done()
+        self._plain = self._enters and not problem.epilogue.residual
+        self._enter: Callable[..., bool | None] | None = None
         self._runs, self._tried = 0, False
         self._output_bytes = math.prod(problem.output_shape) * self._result.itemsize
 
@@ -138,7 +139,7 @@ class Plan:
 
     def complete(self) -> None:
         """Compile what its calls need besides its kernel, and enter that from the first call on, not after some."""
-        if self._plain:
+        if self._enters:
             self._tried, self._enter = True, self._short_way()
 
     @property
@@ -163,9 +164,9 @@ class Plan:
         if observe.observer is not None and observe.is_watched():
             again = functools.partial(self, input, out=out, residual=residual)
             return observe.timed(self.problem, "plan", self.budget, again)
-        if self._enter is not None and residual is None:
+        if self._enter is not None:
             target = self._fresh() if out is None else out
-            if self._enter(input, target):
+            if self._enter(input, target) if residual is None else self._enter(input, target, residual):
                 return target
         if self._plain and residual is None and self._is_plain(input):
             if out is None:
@@ -180,6 +181,8 @@ class Plan:
                 return self._run_plain(input, out)
         x = self._input(input)
         added = self._residual(residual)
+        if self._enters:
+            self._count_run()
         if out is None:
             target = self._fresh()
             self._run(x, added, target)
@@ -200,18 +203,25 @@ class Plan:
         """Return whether a kernel's output on usual arrays is the result."""
         p, seen = self.problem, self._seen
         checked = self._filters is None or bool(seen.epilogue) or self.candidate.backend.fuses_epilogue
-        same = p == seen and not p.epilogue.residual
-        return self._kernel is not None and same and checked and self._direct_store
+        return self._kernel is not None and p == seen and checked and self._direct_store
 
-    def _short_way(self) -> Callable[[Any, Any], bool | None] | None:
-        """Return what runs the kernel on two usual arrays, and answers True if it did; None where there is no such."""
+    def _short_way(self) -> Callable[..., bool | None] | None:
+        """Return what runs the kernel on usual arrays, and answers True if it did; None where there is no such."""
         make = getattr(self._kernel, "entry", None)
         if make is None:
             return None
-        way: Callable[[Any, Any], bool | None] | None = make(
+        way: Callable[..., bool | None] | None = make(
             (self._input_shape, self._dtype), (self._output_shape, self._result)
         )
         return way
+
+    def _count_run(self) -> None:
+        """Try the short way after some runs: a plan that is called once does without."""
+        if not self._tried:
+            self._runs += 1
+            if self._runs >= _RUNS_BEFORE:  # threads may count over each other, and miss any one number
+                self._tried = True
+                self._enter = self._short_way()
 
     def _fresh(self) -> Array:
         return room_for(self._output_shape, self._result, self._output_bytes)
@@ -228,11 +238,7 @@ class Plan:
         assert self._kernel is not None  # noqa: S101  # or the plan is not plain
         if self._kernel(x, out, None) and self._filters is not None:
             self._redo_images(list(range(self.problem.n)), self._filters, x, out, None)
-        if not self._tried:
-            self._runs += 1
-            if self._runs >= _RUNS_BEFORE:  # threads may count over each other, and miss any one number
-                self._tried = True
-                self._enter = self._short_way()
+        self._count_run()
         return out
 
     # Arrays in -------------------------------------------------------------------------------------------------

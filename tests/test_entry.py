@@ -256,3 +256,36 @@ def test_other_threads_run_meanwhile() -> None:
         counter.join()
     assert entry is True
     assert during > 0
+
+
+@pytest.mark.parametrize("backend", ["implicit_gemm", "winograd"])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_residual_goes_this_way_too(backend: str, threads: int) -> None:
+    made = convdispatch.plan(X, W, residual=True, activation="relu", backend=(backend, {"threads": threads}))
+    residual = RNG.standard_normal(SHAPE, np.float32)
+    long = made(X.astype(">f4"), residual=residual)
+    out = np.full(SHAPE, np.nan, np.float32)
+    _team._team.prepare(threads - 1)
+    assert entered(made, X, out, residual) is True
+    assert (out == long).all()
+    assert (made(X, residual=residual) == long).all()
+    assert entered(made, X, out) is None
+    kept = residual.copy()
+    assert entered(made, X, residual, residual) is None  # what is stored would be read again
+    assert (made(X, out=residual, residual=residual) == long).all()
+    residual[...] = kept
+    for odd in (residual.astype(np.float64), residual[:1], residual[:, ::-1], None):
+        assert entered(made, X, out, odd) is None
+    with pytest.raises(ConvDispatchError, match="residual is missing"):
+        made(X, out=out)
+
+
+def test_a_residual_of_bands_and_of_a_pickled_plan_goes_this_way_too() -> None:
+    x, w = RNG.standard_normal((1, 16, 40, 40), np.float32), RNG.standard_normal((3, 3, 16, 16), np.float32)
+    how: dict[str, Any] = {"data_format": "NCHW", "backend": ("implicit_gemm", {"threads": 2})}
+    made = pickle.loads(pickle.dumps(convdispatch.plan(x, w, residual=True, **how)))
+    residual = RNG.standard_normal((1, 16, 40, 40), np.float32)
+    expected = convdispatch.conv2d(x, w, data_format="NCHW", residual=residual, backend="direct")
+    for _ in range(3):
+        np.testing.assert_allclose(made(x, residual=residual), expected, rtol=1e-4, atol=1e-4)
+    assert made._enter is not None

@@ -13,8 +13,8 @@ from convdispatch.tuning.workload import Layer, Workload, load, packaged
 SMALL = Problem.parse("1x8x8x4 * 3x3x4x8 SAME")
 OTHER = Problem.parse("2x9x9x4 * 1x1x4x8 VALID stride=2")
 PACKAGED = (
-    "downsampling1080p", "filters1080p", "first_layers", "last_layers", "mixed", "mobilenetv2", "resnet50",
-    "signals", "smoothing1080p", "unet", "vgg16",
+    "downsampling1080p", "efficientnet_b0", "filters1080p", "first_layers", "last_layers", "mixed", "mobilenetv2",
+    "resnet50", "signals", "smoothing1080p", "unet", "vgg16",
 )  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def test_packaged_files_are_canonical_distinct_and_sourced(name: str) -> None:
     for layer in workload.layers:
         assert layer.problem.n == 1
         assert layer.problem.dtype == "float32"
-        assert not layer.problem.epilogue
+        assert bool(layer.problem.epilogue) == (name == "efficientnet_b0")  # elsewhere it is left to the user
     text = Path(__file__).parents[1].joinpath("configs", f"{name}.yaml").read_text("utf-8")
     assert all(f'problem: "{layer.problem.text}"' in text for layer in workload.layers)
 
@@ -61,6 +61,7 @@ def test_packaged_files_are_canonical_distinct_and_sourced(name: str) -> None:
         ("vgg16", 13, 15.47, 25_088 * 4096 + 4096 * 4096 + 4096 * 1000, 138_357_544,
          25_088 * 4096 + 4096 * 4096 + 4096 * 1000 + 2 * 4096 + 1000 + 4224),
         ("mobilenetv2", 52, 0.30, 1280 * 1000, 3_504_872, 1280 * 1000 + 1000 + 2 * 17_056),
+        ("efficientnet_b0", 81, 0.39, 1280 * 1000, 5_288_548, 1280 * 1000 + 1000 + 2 * 21_008 + 9340),
     ],
 )  # fmt: skip
 def test_networks_have_their_published_size(
