@@ -4,7 +4,7 @@ Neighbours are picked by the text of the profile's keys alone, and of the neares
 read, so that a profile of thousands of entries costs nothing that is felt.
 """
 
-import datetime as dt
+import contextlib
 import functools
 import math
 import re
@@ -22,7 +22,6 @@ from convdispatch.problem import Problem
 from convdispatch.profile import Entry
 from convdispatch.profile_file import Profile
 from convdispatch.profile_text import parse_config, parse_entry, parse_key
-from convdispatch.settings import EFFORTS
 
 #: How many neighbours are asked, and how near (in the distance of ``Place``) they must be.
 _MOST_NEIGHBOURS, _FARTHEST = 3, 1.7
@@ -222,72 +221,38 @@ class _Index:
 
 
 _ROW, _MEDIAN, _ESTIMATE = "  - {backend: ", "median_us: ", ", estimate_us: "
-_NUMBER = r"\d+(?:\.\d*(?:e[-+]\d+)?)?"
-_CANDIDATE = r"  - \{backend: [a-z][a-z0-9_.-]*, version: -?\d+, config: \{[^{}\n]*\}, "
-#: An entry as ``profile`` writes it; what somebody has changed may look otherwise.
-_AS_WRITTEN = re.compile(
-    r"[^\n]+ \| (?P<threads>\d+) threads? \| [^\n]+:\n"
-    r"  winner: (?P<winner>[^\n]+)\n  effort: (?P<effort>\w+)\n  tuned: (?P<tuned>[^\n]+)\n"
-    r"(?:  lost_before: \{[^\n]+\}\n)?  results:\n"
-    rf"(?P<rows>(?:{_CANDIDATE}threads: \d+, median_us: {_NUMBER}, spread: {_NUMBER}, rounds: {_NUMBER}, "
-    rf"error: {_NUMBER}, workspace: {_NUMBER}(?:, interval_us: \[{_NUMBER}, {_NUMBER}\])?"
-    rf"(?:, estimate_us: {_NUMBER})?\}}\n)+)"
-    rf"(?:  failures:\n(?:{_CANDIDATE}reason: [^\n]+\}}\n)*)?"
-)
 
 
 def rows_of(text: str) -> tuple[Row, ...]:
-    """Return an entry's results from its text; none where reading it would refuse it, or what it says is doubtful.
+    """Return an entry's results from its text; none where what it says is doubtful, or where it is cut or broken.
 
     Reading all of the YAML takes a hundred times as long, which matters to the first call of a shape. So that is for
-    the few that look otherwise than ``profile`` writes them.
+    the few whose lines are not as ``profile`` writes them.
     """
     if "\n  flags:" in text:
         return ()  # what is doubtful serves its own problem for want of better, but nobody else's
-    written = _AS_WRITTEN.fullmatch(text)
-    if written is None or not text.isascii() or not _is_sound(text, written):
-        return _rows_read(text)
-    found, budget = [], int(written["threads"])
-    try:
-        for line in written["rows"].split("\n"):
-            if (last := line.rfind(_ESTIMATE)) < 0:
-                continue
-            backend, _, rest = line[len(_ROW) : last].partition(", version: ")
-            version, _, rest = rest.partition(", config: {")
-            config, _, rest = rest.partition("}, ")
-            median = rest.partition(_MEDIAN)[2].partition(",")[0]
-            taken, expected = float(median), float(line[last + len(_ESTIMATE) : -1])
-            if (row_config := _config(config)).threads > budget:
-                return ()
-            if expected > 0 and taken > 0:
-                found.append(Row(backend, int(version), row_config, expected / 1e6, taken / 1e6))
-    except ValueError:
-        return ()  # a config that somebody broke
-    return tuple(found)
+    head, _, rest = text.partition("\n  results:\n")
+    lines = rest.partition("\n  failures:")[0].rstrip("\n").split("\n")
+    if "\n  winner: " in head and text.replace("\n", "").isprintable():
+        with contextlib.suppress(ValueError):
+            return tuple(row for line in lines if (row := _row(line)) is not None)
+    return _rows_read(text)
 
 
-def _is_sound(text: str, written: re.Match[str]) -> bool:
-    """Return whether winner, effort and date are what reading asks for; if unsure, not."""
-    backend, _, config = written["winner"].partition("(")
-    config = config.removesuffix(")").replace("=True", "=true").replace("=False", "=false").replace("=", ": ")
-    of_winner = f"config: {{{config}}}, threads: "
-    start = f"{_ROW}{backend}, version: "
-    has_winner = any(line.startswith(start) and of_winner in line for line in written["rows"].split("\n"))
-    return (
-        has_winner
-        and written["effort"] in EFFORTS
-        and _is_date(written["tuned"])
-        and text.replace("\n", "").isprintable()
-    )
-
-
-@functools.lru_cache(maxsize=256)
-def _is_date(text: str) -> bool:
-    try:
-        dt.datetime.fromisoformat(text)
-    except ValueError:
-        return False
-    return True
+def _row(line: str) -> Row | None:
+    """Return what a line says of a candidate, if it has an estimate; ValueError for one that looks otherwise."""
+    if not line.startswith(_ROW) or not line.endswith("}"):
+        raise ValueError(f"no result: {line}")
+    if (last := line.rfind(_ESTIMATE)) < 0:
+        return None
+    backend, _, rest = line[len(_ROW) : last].partition(", version: ")
+    version, _, rest = rest.partition(", config: {")
+    config, _, rest = rest.partition("}, ")
+    median = rest.partition(_MEDIAN)[2].partition(",")[0]
+    taken, expected = float(median), float(line[last + len(_ESTIMATE) : -1])
+    if not (expected > 0 and taken > 0):
+        return None
+    return Row(backend, int(version), _config(config), expected / 1e6, taken / 1e6)
 
 
 def _rows_read(text: str) -> tuple[Row, ...]:

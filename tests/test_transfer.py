@@ -108,26 +108,18 @@ _LAST = "estimate_us: "
     "spoil",
     [
         lambda text: re.sub(r"  winner: .*\n", "", text),
-        lambda text: re.sub(r"winner: .*", "winner: nobody", text),
         lambda text: re.sub(r"winner: .*", "winner:", text),
         lambda text: text[: text.rindex(_LAST)],
         lambda text: text[: text.rindex(_LAST) + len(_LAST)],
         lambda text: text.rstrip()[:-1],
         lambda text: text.replace("  effort", "\teffort"),
-        lambda text: text.replace("effort: measure", "effort: some"),
         lambda text: text.replace("spread", "spr\0ead"),
         lambda text: text.replace("effort: ", "effort: \x7f"),
-        lambda text: re.sub(r"tuned: .*", "tuned: yesterday", text),
-        lambda text: text.replace("error: ", "error: -"),
-        lambda text: re.sub("spread: [0-9.]+", "spread: .nan", text),
-        lambda text: re.sub("workspace: [0-9]+, ", "", text),
-        lambda text: text.replace("config: {}", "config: {threads: 9000}"),
-        lambda text: text.replace("2 threads", "0 threads"),
         lambda text: text + "\n" + text.replace("rounds: 7", "rounds: 8"),
     ],
 )
-def test_a_broken_entry_is_no_neighbour(spoil: Callable[[str], str]) -> None:
-    """What reading an entry refuses says nothing to other problems either."""
+def test_an_entry_that_is_cut_or_broken_is_no_neighbour(spoil: Callable[[str], str]) -> None:
+    """What reading an entry refuses says nothing to other problems either, if its lines show it."""
     entry = dataclasses.replace(entry_of(NEAR, quick=2.0, steady=3.0), key=Key(NEAR, "plan", 2, HERE.id))
     text = profile.dump_entry(entry)
     assert len(rows_of(text)) == 2
