@@ -9,7 +9,6 @@ NaN and infinity where they belong.
 import difflib
 import functools
 import math
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,109 +18,12 @@ import numpy as np
 
 from convdispatch.arguments import Array
 from convdispatch.epilogue import Epilogue
-from convdispatch.errors import ArgumentError, ArgumentTypeError, BackendError, shown
+from convdispatch.errors import ArgumentError
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem
+from convdispatch.said import Value, bytes_said, plain_value, reason_said, seconds_said
 
-Value = int | float | str | bool
 Effort = Literal["estimate", "measure", "patient", "exhaustive"]
-
-# What somebody's backend says, as plain values --------------------------------------------------------------------
-#
-# Profiles are written in plain values, and refuse what is no measurement. So NumPy's scalars become Python's here, and
-# what cannot be written, or would not be read again, is an error of the candidate that it is of.
-
-#: Numbers beyond are larger than any kernel takes, or any memory holds.
-LARGEST = 2**63 - 1
-#: Estimates beyond are no times of a call: the backend cannot tell.
-_SHORTEST, _LONGEST = 1e-12, 1e12
-
-
-def whole_number(value: Any) -> int | None:
-    """Return a whole number, NumPy's too, as Python's; None for what is none, a truth value among them."""
-    if isinstance(value, bool):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
-
-
-def _number(value: Any) -> float | None:
-    """Return a number, NumPy's too, as Python's; None for what is none, infinity where it is too large."""
-    if isinstance(value, str | bytes | bytearray | bool):
-        return None
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return None
-    except OverflowError:
-        return math.inf
-
-
-def _plain(key: Any, value: Any) -> Value:
-    """Return a config's value as a plain one that a profile can hold."""
-    if type(key) is str and key.isascii() and (type(value) is bool or (type(value) is int and abs(value) <= LARGEST)):
-        return value  # as nearly all are
-    if not isinstance(key, str) or not _is_text(key):
-        raise ArgumentTypeError(f"config must map names to plain values; got the name {shown(key)}")
-    if isinstance(value, bool | np.bool_):
-        return bool(value)
-    if isinstance(value, str):
-        if not _is_text(value):
-            raise ArgumentError(f"config {key:.60} must be a text that can be written; got {shown(value)}")
-        return str(value)
-    if (whole := whole_number(value)) is not None:
-        if abs(whole) > LARGEST:
-            raise ArgumentError(f"config {key:.60} is a larger number than any kernel takes")
-        return whole
-    number = _number(value)
-    if number is None:
-        raise ArgumentTypeError(f"config must map names to plain values; got {shown(value)} for {key:.60}")
-    if math.isnan(number):
-        raise ArgumentError(f"config {key:.60} must be a number; got {number}")
-    return number
-
-
-def _is_text(value: str) -> bool:
-    """Return whether a text has no half letters, which no file can hold."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _bytes_said(backend: "Backend", value: Any) -> int:
-    """Return what a backend says of its workspace, as bytes."""
-    count = value if type(value) is int else whole_number(value)
-    if count is None and (number := _number(value)) is not None and math.isfinite(number):
-        count = math.ceil(number)
-    if count is None or not 0 <= count <= LARGEST:
-        raise BackendError(
-            f"backend {backend.name!r} says that its workspace is {shown(value)}; it must be bytes, 0 or more"
-        )
-    return count
-
-
-def _seconds_said(backend: "Backend", value: Any) -> float | None:
-    """Return what a backend estimates, as seconds; None for what is no time of a call."""
-    if value is None:
-        return None
-    seconds = value if type(value) is float else _number(value)
-    if seconds is None:
-        raise BackendError(f"backend {backend.name!r} estimates {shown(value)}; it must be seconds, or None")
-    return seconds if _SHORTEST <= seconds <= _LONGEST else None
-
-
-def _reason_said(value: Any) -> str | None:
-    """Return what a backend says against a problem, in words; None if nothing."""
-    if not value:
-        return None
-    return value if isinstance(value, str) else f"it gives no reason but {shown(value)}"
-
-
-# The contract ------------------------------------------------------------------------------------------------------
 
 
 class Config(Mapping[str, Value]):
@@ -142,7 +44,7 @@ class Config(Mapping[str, Value]):
         Raises:
             ArgumentError, ArgumentTypeError: for what is no plain value: a number, a text, a truth value.
         """
-        given = {key: _plain(key, value) for key, value in {**(items or {}), **more}.items()}
+        given = {key: plain_value(key, value) for key, value in {**(items or {}), **more}.items()}
         self._items = dict(sorted(given.items()))
         # True and 1.0 are equal to 1, and something else to a backend.
         self._key = tuple((key, type(value), value) for key, value in self._items.items())
@@ -317,7 +219,7 @@ def seen_by(backend: Backend, problem: Problem) -> Problem:
 
 def rejection(backend: Backend, problem: Problem) -> str | None:
     """Return a backend's reason against a problem, in words, or None."""
-    return _reason_said(backend.rejects(seen_by(backend, problem)))
+    return reason_said(backend.rejects(seen_by(backend, problem)))
 
 
 def configs_of(backend: Backend, problem: Problem, effort: Effort) -> list[Config]:
@@ -374,7 +276,7 @@ class Candidate:
         if problem.is_trivial:
             return 0
         seen = seen_by(self.backend, problem)
-        own = _bytes_said(self.backend, self.backend.workspace(seen, self.config))
+        own = bytes_said(self.backend.name, self.backend.workspace(seen, self.config))
         return own + _conversion_bytes(self.backend, problem, seen)
 
     def estimate(self, problem: Problem, machine: Machine) -> float | None:
@@ -388,7 +290,7 @@ class Candidate:
         if problem.is_trivial:
             return 0.0
         seen = seen_by(self.backend, problem)
-        seconds = _seconds_said(self.backend, self.backend.estimate(seen, self.config, machine))
+        seconds = seconds_said(self.backend.name, self.backend.estimate(seen, self.config, machine))
         if seconds is None:
             return None
         return seconds + _conversion_bytes(self.backend, problem, seen) / _COPY_BYTES_PER_SECOND
@@ -412,6 +314,8 @@ def item_bytes(dtype: str) -> int:
 
 def _conversion_bytes(backend: Backend, problem: Problem, seen: Problem) -> int:
     """Return the bytes of the copies a plan makes around a kernel: other layout, other dtype."""
+    if seen is problem:
+        return 0
     relayout = problem.data_format != seen.data_format and not backend.strided
     widened = seen.result_dtype != problem.result_dtype
     output = math.prod(seen.output_shape) * item_bytes(seen.result_dtype)

@@ -17,7 +17,7 @@ import numpy as np
 
 from convdispatch import settings
 from convdispatch.arguments import Array
-from convdispatch.backend import LARGEST, Backend, Config, Kernel, Numerics, whole_number
+from convdispatch.backend import Backend, Config, Kernel, Numerics
 from convdispatch.errors import (
     ArgumentTypeError,
     BackendError,
@@ -31,6 +31,7 @@ from convdispatch.errors import (
 from convdispatch.locks import module_rlock
 from convdispatch.machine import Machine
 from convdispatch.problem import Problem
+from convdispatch.said import LARGEST, whole_number
 
 ENTRY_POINTS = "convdispatch.backends"
 _NAME = re.compile(r"[a-z][a-z0-9_.-]*")

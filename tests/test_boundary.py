@@ -12,7 +12,7 @@ from scripted import PROBLEM, FakeClock, Scripted, only, race_by
 
 import convdispatch
 from convdispatch import heuristic, machine, profile, profile_file, quarantine, registry, settings
-from convdispatch.backend import LARGEST, Candidate, Config
+from convdispatch.backend import Candidate, Config
 from convdispatch.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -23,6 +23,7 @@ from convdispatch.errors import (
 )
 from convdispatch.explain import explain_problem
 from convdispatch.profile import Entry
+from convdispatch.said import LARGEST
 from convdispatch.tuning.tuner import TuneReport, tune
 
 HERE = machine.current()

@@ -34,9 +34,9 @@ from typing import Any, Self
 
 from convdispatch import safe_file, safe_yaml, settings
 from convdispatch.arguments import check_deployment
-from convdispatch.backend import LARGEST
 from convdispatch.errors import ArgumentError, ArgumentTypeError, WorkloadError, shown
 from convdispatch.problem import Problem
+from convdispatch.said import LARGEST
 from convdispatch.tuning import onnx_model
 
 _EXAMPLE = "1x56x56x64 * 3x3x64x64 SAME"
