@@ -230,32 +230,7 @@ class ImplicitGemm(PackedBackend):
 
     def estimate_plain(self, problem: Problem, config: Config, machine: Machine) -> float:
         """Return products, those with padding included, by what a tile loads for each; tables; filters' traffic."""
-        p, form = flat(problem), _form(problem, config, machine.vector_bytes)
-        rows, block, lanes, whole = form.rows, form.block, form.lanes, machine.vector_bytes // item_bytes(p.dtype)
-        blocks = p.groups * -(-p.group_k // block)
-        tiles, down, across = _cut(p, rows, blocks, config.threads)
-        peak = _rates.peak(machine, item_bytes(p.dtype))
-        a_load = _LOAD[whole_units()] * whole / lanes
-        in_line = _is_in_line(p, rows)
-        addresses = rows if rows > AT_ONCE and not in_line else 0  # from the table, for every step
-        loads = 1 + a_load * (rows + form.vectors + addresses) * lanes / (rows * block)
-        loads *= _crowding(p, rows, machine)
-        if lanes < whole:
-            loads *= _NARROW if halves_are_free() else whole / lanes
-        compute = 2 * tiles * rows * blocks * block * p.taps * _met(p, rows) / peak * loads
-        if in_line:
-            copied = _staged(p, -(-tiles // down), rows) * p.groups * down * across if _is_staged(p) else 0
-            masked = p.groups * lanes / whole if p.group_k % block else 0  # the last block of each group
-            finishing = blocks * _ROW_SECONDS + masked * _MASKED_SECONDS
-            each = tiles * rows * finishing + copied / _STAGED_BYTES_PER_SECOND
-        else:
-            each = tiles * blocks * _TILE_SECONDS
-            each += tiles * rows * (_PIXEL_SECONDS + _border(p) * p.kh * p.kw * _TAP_SECONDS)
-        filters = blocks * block * p.taps * item_bytes(p.dtype)
-        traffic = _rates.filter_seconds(filters, machine) * (down if filters > _KEPT_FILTERS else 1)
-        used = min(config.threads, machine.cores, down * across)
-        seconds = compute + each + traffic + _rates.activation_seconds(p, machine)
-        return _rates.shared(seconds, used, efficiency=0.98)
+        return _seconds(flat(problem), _form(problem, config, machine.vector_bytes), config.threads, machine)
 
     def prepare_plain(self, problem: Problem, filters: Array, bias: Array | None, config: Config) -> PackedKernel:
         """Pack the filters by blocks; compile for the tile if that has not been done."""
@@ -286,6 +261,37 @@ class ImplicitGemm(PackedBackend):
                 "window": (p.kh, p.kw, p.pads[0], p.pads[2], *p.strides, *p.dilations),
             }  # fmt: skip
         return PackedKernel(make, p, values, len(jobs), config.threads)
+
+
+@functools.lru_cache(maxsize=1024)
+def _seconds(problem: Problem, form: _Form, threads: int, machine: Machine) -> float:
+    """Return what is estimated; asked for twice, to rank tiles and for each number of threads."""
+    p = problem
+    rows, block, lanes, whole = form.rows, form.block, form.lanes, machine.vector_bytes // item_bytes(p.dtype)
+    blocks = p.groups * -(-p.group_k // block)
+    tiles, down, across = _cut(p, rows, blocks, threads)
+    peak = _rates.peak(machine, item_bytes(p.dtype))
+    a_load = _LOAD[whole_units()] * whole / lanes
+    in_line = _is_in_line(p, rows)
+    addresses = rows if rows > AT_ONCE and not in_line else 0  # from the table, for every step
+    loads = 1 + a_load * (rows + form.vectors + addresses) * lanes / (rows * block)
+    loads *= _crowding(p, rows, machine)
+    if lanes < whole:
+        loads *= _NARROW if halves_are_free() else whole / lanes
+    compute = 2 * tiles * rows * blocks * block * p.taps * _met(p, rows) / peak * loads
+    if in_line:
+        copied = _staged(p, -(-tiles // down), rows) * p.groups * down * across if _is_staged(p) else 0
+        masked = p.groups * lanes / whole if p.group_k % block else 0  # the last block of each group
+        finishing = blocks * _ROW_SECONDS + masked * _MASKED_SECONDS
+        each = tiles * rows * finishing + copied / _STAGED_BYTES_PER_SECOND
+    else:
+        each = tiles * blocks * _TILE_SECONDS
+        each += tiles * rows * (_PIXEL_SECONDS + _border(p) * p.kh * p.kw * _TAP_SECONDS)
+    filters = blocks * block * p.taps * item_bytes(p.dtype)
+    traffic = _rates.filter_seconds(filters, machine) * (down if filters > _KEPT_FILTERS else 1)
+    used = min(threads, machine.cores, down * across)
+    seconds = compute + each + traffic + _rates.activation_seconds(p, machine)
+    return _rates.shared(seconds, used, efficiency=0.98)
 
 
 def _cached_part(problem: Problem) -> float:

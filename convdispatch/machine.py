@@ -43,6 +43,13 @@ class Machine:
         architecture = self.cpu.rpartition("(")[2].rstrip(")").strip() or "cpu"
         return f"{architecture}-{self.cores}c-{digest}"
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.cpu, self.isa, self.cores, self.caches, self.system, self.libraries))
+
     @property
     def vector_bytes(self) -> int:
         """Width of the widest usable vector register in bytes."""
