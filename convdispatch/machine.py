@@ -50,6 +50,10 @@ class Machine:
     def _hash(self) -> int:
         return hash((self.cpu, self.isa, self.cores, self.caches, self.system, self.libraries))
 
+    def __getstate__(self) -> dict[str, object]:
+        # Hashes of strings differ between processes: what was worked out stays behind.
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
     @property
     def vector_bytes(self) -> int:
         """Width of the widest usable vector register in bytes."""

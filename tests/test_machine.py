@@ -1,5 +1,9 @@
 """The fingerprint: what it says of the processor that Numba was told to compile for."""
 
+import os
+import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,3 +64,21 @@ def test_a_model_is_read_where_the_processor_has_one(monkeypatch: pytest.MonkeyP
     assert machine._model() == "family25-model17"
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: "Features\t: fp asimd\n")
     assert machine._model() == ""
+
+
+def test_a_fingerprint_pickled_here_is_the_same_in_a_process_with_other_string_hashes() -> None:
+    here = machine.current()
+    hash(here)  # which is kept, and is to stay behind
+    program = (
+        "import pickle, sys; from convdispatch import machine;"
+        "assert {pickle.load(sys.stdin.buffer): 1}[machine.Machine(**machine.current().__getstate__())] == 1"
+    )
+    for seed in ("1", "2"):
+        subprocess.run(
+            [sys.executable, "-c", program],
+            check=True,
+            input=pickle.dumps(here),
+            cwd=Path(__file__).parent.parent,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            timeout=120,
+        )
