@@ -11,6 +11,7 @@ from llvmlite import ir
 from numba import types
 
 from convdispatch.backends._jit import compilable
+from convdispatch.backends._tuples import load_apart, save_apart
 from convdispatch.backends._vector import (
     I32,
     I64,
@@ -149,15 +150,15 @@ def _convert(source, target, count, into, lanes, itemsize, storage):  # type: ig
         if count >= lanes:
             at = min(i, count - lanes)
             if into:
-                encode(target + at * stored, 0, decode(source + at * itemsize, 0, 1, lanes, itemsize, 0), storage)
+                encode(target + at * stored, 0, load_apart(source + at * itemsize, 0, 1, lanes, itemsize), storage)
             else:
-                encode(target + at * itemsize, 0, decode(source + at * stored, 0, 1, lanes, itemsize, storage), 0)
+                save_apart(target + at * itemsize, 0, decode(source + at * stored, 0, 1, lanes, itemsize, storage))
         else:
             for at in range(count):
                 if into:
-                    encode(target + at * stored, 0, decode(source + at * itemsize, 0, 1, 1, itemsize, 0), storage)
+                    encode(target + at * stored, 0, load_apart(source + at * itemsize, 0, 1, 1, itemsize), storage)
                 else:
-                    encode(target + at * itemsize, 0, decode(source + at * stored, 0, 1, 1, itemsize, storage), 0)
+                    save_apart(target + at * itemsize, 0, decode(source + at * stored, 0, 1, 1, itemsize, storage))
 
 
 @compilable
@@ -182,7 +183,7 @@ def gather_planes(source, plane, target, channels, pixels, lanes, itemsize, stor
         for p in range(pixels):
             for c in range(channels):
                 value = decode(source + c * plane + p * stored, 0, 1, 1, itemsize, storage)
-                encode(target + (p * channels + c) * itemsize, 0, value, 0)
+                save_apart(target + (p * channels + c) * itemsize, 0, value)
         return
     some = np.empty(2 * lanes * lanes * itemsize if channels < lanes else 0, np.uint8)
     for j in range(0, channels, lanes):  # the outer loop: of so many planes, hardware foresees what is read next
@@ -192,13 +193,13 @@ def gather_planes(source, plane, target, channels, pixels, lanes, itemsize, stor
             to = target + (p * channels + c) * itemsize
             if channels >= lanes:
                 square = decode(source + c * plane + p * stored, plane, lanes, lanes, itemsize, storage)
-                encode(to, channels * itemsize, transposed(square), 0)
+                save_apart(to, channels * itemsize, transposed(square))
                 continue
             square = transposed(_few_planes(source + p * stored, plane, channels, lanes, itemsize, storage))
             if (p + lanes - 1) * channels + lanes <= pixels * channels:
-                encode(to, channels * itemsize, square, 0)
+                save_apart(to, channels * itemsize, square)
             else:
-                encode(some.ctypes.data, channels * itemsize, square, 0)
+                save_apart(some.ctypes.data, channels * itemsize, square)
                 copy(to, some.ctypes.data, lanes * channels * itemsize)
     hold(some)
 
@@ -230,7 +231,7 @@ def _scatter_planes(source, target, plane, channels, pixels, lanes, itemsize, st
     if pixels < lanes:
         for p in range(pixels):
             for c in range(channels):
-                value = decode(source + (p * channels + c) * itemsize, 0, 1, 1, itemsize, 0)
+                value = load_apart(source + (p * channels + c) * itemsize, 0, 1, 1, itemsize)
                 encode(target + c * plane + p * stored, 0, value, storage)
         return
     some = np.empty(lanes * lanes * itemsize, np.uint8)
@@ -238,13 +239,13 @@ def _scatter_planes(source, target, plane, channels, pixels, lanes, itemsize, st
         c = max(0, min(j, channels - lanes))
         for i in range(_before_line(target, stored, lanes), pixels, lanes):
             p = max(0, min(i, pixels - lanes))
-            square = decode(source + (p * channels + c) * itemsize, channels * itemsize, lanes, lanes, itemsize, 0)
+            square = load_apart(source + (p * channels + c) * itemsize, channels * itemsize, lanes, lanes, itemsize)
             if channels >= lanes:
                 encode(target + c * plane + p * stored, plane, transposed(square), storage)
             else:
-                encode(some.ctypes.data, lanes * itemsize, transposed(square), 0)
+                save_apart(some.ctypes.data, lanes * itemsize, transposed(square))
                 for k in range(channels):
-                    row = decode(some.ctypes.data + k * lanes * itemsize, 0, 1, lanes, itemsize, 0)
+                    row = load_apart(some.ctypes.data + k * lanes * itemsize, 0, 1, lanes, itemsize)
                     encode(target + k * plane + p * stored, 0, row, storage)
     hold(some)
 

@@ -31,6 +31,7 @@ from convdispatch.backends._arguments import array_at
 from convdispatch.backends._atomics import stack
 from convdispatch.backends._jit import compilable, inlined
 from convdispatch.backends._machine_code import compiled_address
+from convdispatch.backends._tuples import load_apart, save_apart
 from convdispatch.backends._vector import (
     I32,
     I64,
@@ -40,9 +41,7 @@ from convdispatch.backends._vector import (
     copy,
     fused_multiply_add,
     intrinsic,
-    load,
     parts_of,
-    save,
     vector_bytes,
 )
 
@@ -175,17 +174,6 @@ def activated(typing: Any, tile: Any, code: Any, slope: Any) -> tuple[Any, Codeg
     return tile(tile, code, slope), codegen
 
 
-@intrinsic
-def _activated(typing: Any, values: Any, code: Any, slope: Any) -> tuple[Any, Codegen]:
-    """Return a vector with the activation of a literal code applied."""
-
-    def codegen(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        slopes = broadcast(b, b.fptrunc(arguments[2], ir.FloatType()), values.lanes)
-        return _Floats(b, values).activated(arguments[0], code.literal_value, slopes)
-
-    return values(values, code, slope), codegen
-
-
 #: Lanes of a vector here, and words of memory that hold one.
 _LANES = vector_bytes() // 4
 _WORDS = _LANES // 2
@@ -196,13 +184,13 @@ def _apply(address, count, code, slope):  # type: ignore[no-untyped-def]
     """Apply the activation of a literal code."""
     at, whole = address, count // _LANES
     for _ in range(whole):
-        save(at, _activated(load(at, _LANES, 4), code, slope))
+        save_apart(at, 0, activated(load_apart(at, 0, 1, _LANES, 4), code, slope))
         at += 4 * _LANES
     rest = count - whole * _LANES
     if rest:
         room = stack(_WORDS)
         copy(room, at, 4 * rest)
-        save(room, _activated(load(room, _LANES, 4), code, slope))
+        save_apart(room, 0, activated(load_apart(room, 0, 1, _LANES, 4), code, slope))
         copy(at, room, 4 * rest)
 
 
