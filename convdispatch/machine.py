@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 
+from convdispatch.hashed import HashedOnce
+
 #: Instruction sets that decide which kernels run well; the rest of a CPU's features do not matter here.
 _DECIDING_FEATURES = ("avx512f", "avx512_vnni", "avx512_bf16", "avx2", "fma", "asimd", "sve", "asimddp", "i8mm")
 _LIBRARIES = ("numpy", "scipy", "numba")
@@ -17,7 +19,7 @@ _DEFAULT_CACHES = (32 << 10, 1 << 20, 16 << 20)
 
 
 @dataclass(frozen=True)
-class Machine:
+class Machine(HashedOnce):
     """What a measurement depends on besides the problem.
 
     Attributes:
@@ -36,23 +38,14 @@ class Machine:
     system: str
     libraries: tuple[str, ...]
 
+    __hash__ = HashedOnce.__hash__
+
     @functools.cached_property
     def id(self) -> str:
         """Short stable name of this fingerprint, e.g. ``"zen4-2c-1f3a99c0"``."""
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
         architecture = self.cpu.rpartition("(")[2].rstrip(")").strip() or "cpu"
         return f"{architecture}-{self.cores}c-{digest}"
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    @functools.cached_property
-    def _hash(self) -> int:
-        return hash((self.cpu, self.isa, self.cores, self.caches, self.system, self.libraries))
-
-    def __getstate__(self) -> dict[str, object]:
-        # Hashes of strings differ between processes: what was worked out stays behind.
-        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @property
     def vector_bytes(self) -> int:

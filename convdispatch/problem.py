@@ -21,6 +21,7 @@ import numpy as np
 
 from convdispatch.epilogue import INTEGER_ACTIVATIONS, Epilogue, parse_activation
 from convdispatch.errors import ArgumentError, ArgumentTypeError
+from convdispatch.hashed import HashedOnce
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 INTEGERS = ("int8", "uint8", "int16", "uint16", "int32", "int64")
@@ -69,7 +70,7 @@ def same_pads(length: int, kernel: int, stride: int, dilation: int, *, lower: bo
 
 
 @dataclass(frozen=True)
-class Problem:
+class Problem(HashedOnce):
     """One convolution, without its numbers. Immutable, hashable, and equal to what its text parses to.
 
     Attributes:
@@ -100,6 +101,8 @@ class Problem:
     data_format: str = "NHWC"
     epilogue: Epilogue = field(default=Epilogue())
     separable: bool = False
+
+    __hash__ = HashedOnce.__hash__
 
     def __post_init__(self) -> None:
         self._check_sizes()
@@ -166,17 +169,6 @@ class Problem:
                 "separable filters must be those of one channel, or one and the same for each channel, such as "
                 f"9x9x1x3 for three; got {self.k} filters for {self.c} channels, groups={self.groups}"
             )
-
-    @functools.cached_property
-    def _hash(self) -> int:
-        return hash(tuple(getattr(self, name) for name in self.__dataclass_fields__))
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Hashes of strings differ between processes: what was worked out stays behind.
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     # Shapes -------------------------------------------------------------------------------------------------
 

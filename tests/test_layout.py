@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 #: Floor of each module, from the ground up; a module imports only from its own floor or below.
 FLOORS = {
     "errors": 0, "locks": 0, "machine": 0, "settings": 0, "safe_yaml": 0, "safe_file": 0, "fingerprint": 0,
-    "observe": 0, "units": 0, "times": 0, "interruption": 0, "said": 0,
+    "observe": 0, "units": 0, "times": 0, "interruption": 0, "said": 0, "hashed": 0,
     "epilogue": 1, "problem": 1, "arguments": 1, "memory": 1,
     "backend": 2, "reference": 2, "separation": 2,
     "registry": 3, "profile_text": 3, "profile_file": 3, "profile": 3, "quarantine": 3,
