@@ -12,6 +12,7 @@ from convdispatch import epilogue
 from convdispatch.epilogue import Epilogue, parse_activation
 from convdispatch.errors import ArgumentError, ArgumentTypeError, shown
 from convdispatch.problem import DATA_FORMATS, DTYPES, FLOATS, LARGEST, PADDINGS, Pads, Problem, dtype_of, padding_of
+from convdispatch.said import whole_number
 
 Array = epilogue.Array
 FILTER_FORMATS = ("HWIO", "OIHW")
@@ -237,12 +238,9 @@ def _shape(name: str, shape: Any, layout: str) -> tuple[int, ...]:
 
 
 def _whole(name: str, value: Any, what: str) -> int:
-    if isinstance(value, bool | np.bool_):
+    if (whole := whole_number(value)) is None:
         raise ArgumentTypeError(f"{name} must be {what}; got {shown(value)}")
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise ArgumentTypeError(f"{name} must be {what}; got {shown(value)}") from None
+    return whole
 
 
 def _is_list(value: Any) -> bool:

@@ -6,7 +6,6 @@ import difflib
 import functools
 import inspect
 import math
-import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 from convdispatch.errors import ArgumentError, ArgumentTypeError, shown, warn
+from convdispatch.said import whole_number
 
 PREFIX = "CONVDISPATCH_"
 TUNING = ("off", "on-miss", "online", "replay")
@@ -47,10 +47,10 @@ def parse_threads(value: Any) -> int | None:
     if value is None or value == "":
         return None
     try:
-        count = int(value) if isinstance(value, str) else operator.index(value)
-    except (TypeError, ValueError):
+        count = int(value) if isinstance(value, str) else whole_number(value)
+    except ValueError:
         count = None
-    if count is None or isinstance(value, bool):
+    if count is None:
         raise ArgumentTypeError(f"threads must be a whole number from 1 to {MOST_THREADS}, or None; got {shown(value)}")
     if not 1 <= count <= MOST_THREADS:
         raise ArgumentError(f"threads must be a whole number from 1 to {MOST_THREADS}, or None; got {shown(value)}")
@@ -61,9 +61,8 @@ def parse_bytes(value: Any) -> int | None:
     """Return a size in bytes from a number or a text such as ``"256MiB"``; None means no limit."""
     if value is None or value == "":
         return None
-    with contextlib.suppress(TypeError):  # NumPy's integers are whole numbers too
-        if not isinstance(value, bool) and (count := operator.index(value)) >= 0:
-            return count
+    if (count := whole_number(value)) is not None and count >= 0:
+        return count
     match = _SIZE.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         raise ArgumentError(f"memory_limit must be bytes or a text such as '256MiB'; got {shown(value)}")
@@ -143,7 +142,8 @@ def _share(value: Any) -> float:
     return number
 
 
-def _seconds(value: Any) -> float:
+def parse_time_limit(value: Any) -> float:
+    """Return seconds from a number or a text."""
     number = _number(value)
     if not number >= 0:
         raise ArgumentError(f"time_limit must be seconds, 0 or more; got {shown(value)}")
@@ -173,7 +173,11 @@ TABLE: Mapping[str, tuple[Callable[[Any], Any], Any, str]] = {
         "profile file of this project; read above the user's, and written instead of it",
     ),
     "threads": (parse_threads, None, "most threads a call may use; all usable cores where unset"),
-    "time_limit": (_seconds, 10.0, "most seconds that on-miss tuning races a problem's candidates, once checked"),
+    "time_limit": (
+        parse_time_limit,
+        10.0,
+        "most seconds that on-miss tuning races a problem's candidates, once checked",
+    ),
     "tuning": (_choice("tuning", TUNING), "off", "what an unmeasured problem causes: " + ", ".join(TUNING)),
 }
 

@@ -179,7 +179,7 @@ class Cluster:
         """Tune a workload on every kind; see ``tune``."""
         load = workload.distinct()
         level = checked_effort(effort)
-        limit = None if time_limit is None else settings.TABLE["time_limit"][0](time_limit)
+        limit = None if time_limit is None else settings.parse_time_limit(time_limit)
         check_deployments(deployments)
         path = profile.writable_path()
         kinds = self.kinds

@@ -105,7 +105,7 @@ def tune(
     """
     load = workloads.load(workload).distinct()
     level = checked_effort(effort)
-    limit = None if time_limit is None else settings.TABLE["time_limit"][0](time_limit)
+    limit = None if time_limit is None else settings.parse_time_limit(time_limit)
     check_deployments(deployments)
     budget = heuristic.budget_of(threads)
     path = profile.writable_path()
